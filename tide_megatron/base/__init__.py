@@ -1,0 +1,1 @@
+"""The bottom layer: errors for users, devices, logs and the training clock."""

@@ -1,0 +1,38 @@
+"""Errors that are written for users: each says what is wrong, where, and what to do.
+
+The command line prints the message of a `TideError` without a traceback and exits with code 2;
+every other exception is a bug of ours and keeps its traceback. `assert` is for our own bugs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TideError(Exception):
+    """A fault the user can mend. The message names the key or file, the value, and the remedy."""
+
+
+class ConfigError(TideError):
+    """A recipe, flag or layout that cannot work."""
+
+
+class DataError(TideError):
+    """Records, columns or tokenizers that are broken or disagree."""
+
+
+class CheckpointError(TideError):
+    """A model folder or checkpoint that is missing, truncated, or of another run."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return a hint that names the closest legal choice, for the end of an error message.
+
+    Args:
+        word: what the user wrote.
+        choices: all legal words; when none is close, all of them are listed.
+    """
+    names = sorted(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of: {', '.join(names)}"
