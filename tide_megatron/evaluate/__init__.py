@@ -1,1 +1,1 @@
-"""Filled in by the layer's owner."""
+"""Scores and samples: held-out likelihood at fixed noises, a block sampler, tables and plots."""

@@ -1,1 +1,1 @@
-"""Filled in by the layer's owner."""
+"""A run: its recipe, its step, its loop, its checkpoints."""

@@ -1,0 +1,170 @@
+"""Checkpoints of a run: written beside, made durable, then renamed; read back bit for bit.
+
+Weights and optimizer state go through megatron-core's `dist_checkpointing` (torch_dist, fully reshardable),
+everything else (clock, recipe, versions) through one `state.json` of plain values in the same folder. A
+folder appears under its final name only when it is whole, and `latest` moves only after that, so a kill at
+any moment leaves either the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.base.errors import CheckpointError
+from tide_megatron.parallel.collectives import barrier, is_first
+from tide_megatron.train.resolve import Tree, difference, digest
+from tide_megatron.train.student import Student
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""The one optimizer format both supported megatron-core lines can save, load and reshard."""
+
+
+def save_checkpoint(folder: Path, student: Student, clock: Clock, tree: Tree, keep: int) -> Path:
+    """Write `folder/step-N`, then point `latest` at it. All ranks call it together.
+
+    Args:
+        folder: the run's checkpoint folder.
+        student: model and optimizer.
+        clock: where the run stands.
+        tree: the resolved recipe.
+        keep: how many of the newest checkpoints stay.
+
+    Returns:
+        The finished checkpoint's folder.
+    """
+    final = folder / f"step-{clock.step:08d}-{clock.consumed:012d}"
+    partial = folder / f"{final.name}.partial"
+    if is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    dist_checkpointing.save(_state(student, is_loading=False), str(partial), content_metadata=dict(SHARDING))
+    barrier()
+    if is_first():
+        facts = {"clock": dataclasses.asdict(clock), "recipe": tree, "megatron_core": version("megatron-core")}
+        (partial / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        _make_durable(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _point_latest(folder, final.name)
+        for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+    barrier()
+    return final
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint `latest` points at, or None when the run has none yet.
+
+    Raises:
+        CheckpointError: when `latest` names a folder that is not there or not whole.
+    """
+    latest = folder / "latest"
+    if not latest.exists():
+        return None
+    found = folder / latest.read_text(encoding="utf-8").strip()
+    for name in ("state.json", "metadata.json"):
+        if not (found / name).is_file():
+            raise CheckpointError(
+                f"{latest} names {found.name}, but {found / name} is missing; put the name of a whole checkpoint "
+                f"into {latest}, or start a new run folder"
+            )
+    return found
+
+
+def read_facts(found: Path, tree: Tree) -> Clock:
+    """Return the clock of a checkpoint after checking that it belongs to this recipe.
+
+    Args:
+        found: a checkpoint folder.
+        tree: the resolved recipe that wants to go on from it.
+
+    Raises:
+        CheckpointError: another recipe (all differing keys are named), or a newer megatron-core wrote it.
+    """
+    try:
+        facts = json.loads((found / "state.json").read_text(encoding="utf-8"))
+        clock, old, wrote = Clock(**facts["clock"]), facts["recipe"], str(facts["megatron_core"])
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise CheckpointError(f"{found / 'state.json'}: not readable ({fault}); choose another checkpoint") from None
+    if digest(old) != digest(tree):
+        changed = "\n  ".join(difference(old, tree))
+        raise CheckpointError(
+            f"{found} belongs to another recipe:\n  {changed}\n"
+            "use another folder=, the old values, or --fresh to discard the old run"
+        )
+    here = version("megatron-core")
+    if _line(wrote) > _line(here):
+        raise CheckpointError(
+            f"{found} was written by megatron-core {wrote}; {here} cannot read it: install {wrote} or newer"
+        )
+    return clock
+
+
+def load_checkpoint(found: Path, student: Student) -> None:
+    """Load weights and optimizer state into a freshly built student. All ranks call it together.
+
+    Raises:
+        CheckpointError: when shards are missing, truncated or shaped for another model.
+    """
+    try:
+        loaded = dist_checkpointing.load(_state(student, is_loading=True), str(found))
+        student.model.load_state_dict(loaded["model"])
+        student.optimizer.load_state_dict(loaded["optimizer"])
+    except Exception as fault:
+        # Whatever the library raises (it has no error class of its own) means: these bytes do not fit.
+        raise CheckpointError(
+            f"{found}: cannot be loaded ({type(fault).__name__}: {fault}); it is damaged or of another model; "
+            f"point {found.parent / 'latest'} at an older checkpoint"
+        ) from fault
+
+
+def _state(student: Student, *, is_loading: bool) -> dict[str, Any]:
+    """Return the sharded state of model and optimizer; the same metadata serves saving and loading."""
+    metadata = {**SHARDING, "dp_cp_group": student.groups.dp_cp}
+    weights = student.model.sharded_state_dict(metadata=metadata)
+    optimizer = student.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return {"model": weights, "optimizer": optimizer}
+
+
+def _line(name: str) -> tuple[int, ...]:
+    """Return (major, minor) of a version string."""
+    return tuple(int("".join(filter(str.isdigit, part)) or 0) for part in name.split(".")[:2])
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    """Replace `latest` in one rename."""
+    partial = folder / "latest.partial"
+    partial.write_text(name + "\n", encoding="utf-8")
+    _sync(partial)
+    partial.rename(folder / "latest")
+    _sync(folder)
+
+
+def _make_durable(folder: Path) -> None:
+    """Flush every file of a folder, and the folder itself, to the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+

@@ -1,0 +1,182 @@
+"""The recipe: every value a run is made of, each declared once, frozen and validated.
+
+A recipe is the whole truth about a run; the ranks it runs on are not part of it. The batch is therefore
+given as samples per update (`batch.samples`), and accumulation follows from the number of ranks, so that the
+same recipe means the same mathematics on 1 rank or 64. `train/resolve.py` builds a `Recipe` from YAML.
+
+Fields that choose machines (device, folder, metrics, layouts, microbatch) do not enter the digest that a
+run folder is compared with on resume; fields that change the mathematics do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.losses import LOSSES
+from tide_megatron.losses.rows import Loss
+from tide_megatron.parallel.layout import Layout
+from tide_megatron.train.metrics import MetricsOptions
+
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    """A model folder in Hugging Face form (config.json, tokenizer, safetensors) and how it is read."""
+
+    folder: str
+    """Local path. Weights are needed unless `initial` is `random`."""
+    context: Context
+    """What a token may attend to, with the block size."""
+    initial: Literal["folder", "random"] = "folder"
+    """Take weights from the folder, or draw them from the run's seed (then config.json alone is enough)."""
+    mask: str = "<|mask|>"
+    """The tokenizer's mask token; added to the tokenizer when it has none."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 on CUDA, fp32 on CPU."""
+    layout: Layout = Field(default_factory=Layout)
+    """How the model is cut over the ranks (machine choice: not part of the digest)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Teacher(Model):
+    """A frozen model the student listens to."""
+
+    sanity: Literal["refuse", "warn", "off"] = "refuse"
+    """What to do when the teacher predicts held-out tokens no better than their frequencies would."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Student(Model):
+    """The model that is trained."""
+
+    router_bias_rate: float = Field(default=0.0, ge=0.0)
+    """Step of the load-balancing router bias after each update (MoE students only; 0 leaves it)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    """Prepared data folders (`tide prepare`)."""
+
+    train: str
+    held_out: str | None = None
+    fixed_length: int | None = Field(default=None, ge=1)
+    """Pad every sample to this many tokens (spec section 1 item 10); None: to the microbatch's longest."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Batch:
+    """How many samples make an update, and how many of them a rank reads at a time."""
+
+    samples: int = Field(default=64, ge=1)
+    """Samples per update, over all ranks and accumulation."""
+    microbatch: int | None = Field(default=None, ge=1)
+    """Samples per rank and forward pass (machine choice); None: everything at once."""
+
+    def accumulation(self, world: int) -> tuple[int, int]:
+        """Return (samples per microbatch, microbatches per update) on `world` ranks.
+
+        Raises:
+            ConfigError: when the update cannot be cut evenly; names the nearest size that can.
+        """
+        if self.samples % world:
+            good = max(world, round(self.samples / world) * world)
+            raise ConfigError(
+                f"batch.samples: {self.samples} samples per update cannot be shared by {world} ranks; "
+                f"use {good}, or another number of ranks"
+            )
+        share = self.samples // world
+        size = share if self.microbatch is None else min(self.microbatch, share)
+        if share % size:
+            good = max(divisor for divisor in range(1, size + 1) if share % divisor == 0)
+            raise ConfigError(
+                f"batch.microbatch: {self.microbatch} does not divide the {share} samples that each of "
+                f"{world} ranks has per update; use {good}"
+            )
+        return size, share // size
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Optimizer:
+    """AdamW (or plain SGD, for tests of scale) with a learning-rate schedule over applied updates."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=5e-5, gt=0.0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the run with a linearly growing rate (reference: 0.1)."""
+    minimum: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Where the cosine ends, as a share of `learning_rate`."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    clip_norm: float | None = Field(default=1.0, gt=0.0)
+    """Largest global gradient norm; None: no clipping."""
+    distributed: bool = True
+    """Shard masters and moments over data-parallel ranks (AdamW only; machine choice)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Noise:
+    """The forward process (spec section 1)."""
+
+    schedule: Literal["linear", "cosine"] = "linear"
+    time_epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Evaluation:
+    """Held-out scores at fixed noises (machine choice: it never changes training)."""
+
+    every: int = Field(default=0, ge=0)
+    """Updates between evaluations; 0: only at the end."""
+    samples: int = Field(default=256, ge=1)
+    times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    microbatch: int = Field(default=16, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Checkpoints:
+    """When to save (machine choice)."""
+
+    every: int = Field(default=0, ge=0)
+    """Updates between saves; 0: only at the end and when the run is stopped."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints stay on disk."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """One run."""
+
+    folder: str
+    """Run folder: checkpoints, metrics, resolved recipe, exported model."""
+    student: Student
+    data: Data
+    losses: dict[str, Any]
+    """Name of each term -> {kind: a row of LOSSES, its options...}; after validation, the loss objects."""
+    steps: int = Field(ge=1)
+    seed: int = 42
+    teachers: dict[str, Teacher] = Field(default_factory=dict)
+    batch: Batch = Field(default_factory=Batch)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    noise: Noise = Field(default_factory=Noise)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
+    metrics: MetricsOptions = Field(default_factory=MetricsOptions)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "dense", "structured", "flex"] = "auto"
+
+    @property
+    def terms(self) -> dict[str, Loss]:
+        """The losses by name, in the order of the recipe."""
+        return dict(self.losses)
+
+
+MACHINE_KEYS = ("folder", "evaluation", "checkpoints", "metrics", "device", "attention")
+"""Top-level fields that choose machines or reports, never mathematics."""

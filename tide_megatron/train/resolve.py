@@ -1,0 +1,189 @@
+"""From YAML to a `Recipe`: fragments, overrides, validation, digest.
+
+Precedence: dataclass default < included fragments in their order < run file < `key=value` of the command
+line. Fragments are named under `include:` relative to the file that names them, and include nothing
+themselves. OmegaConf merges; pydantic validates; this module turns both libraries' complaints into one
+`ConfigError` that names the key, the value and the nearest legal choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import omegaconf
+import yaml
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.losses import LOSSES
+from tide_megatron.train.recipe import MACHINE_KEYS, Recipe
+
+Tree = dict[str, Any]
+
+
+def load_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree]:
+    """Read a run file, merge its fragments and the overrides, and validate the result.
+
+    Args:
+        file: YAML run file.
+        overrides: `key=value` strings, dotted keys.
+
+    Returns:
+        The recipe and its resolved tree of plain values (what is printed, hashed and saved).
+
+    Raises:
+        ConfigError: naming file, key, value and remedy.
+    """
+    tree = OmegaConf.merge(*_fragments(file), _overrides(overrides))
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except omegaconf.errors.OmegaConfBaseException as fault:
+        raise ConfigError(f"{file}: {fault}") from None
+    assert isinstance(plain, dict), "a merge of mappings is a mapping"
+    return build_recipe({str(key): value for key, value in plain.items()})
+
+
+def build_recipe(tree: Tree) -> tuple[Recipe, Tree]:
+    """Validate a tree of plain values; return the recipe and the tree with every default filled in."""
+    losses = tree.get("losses")
+    if not isinstance(losses, dict) or not losses:
+        raise ConfigError("losses: name at least one term, for example {ce: {kind: cross_entropy}}")
+    built = {name: _build_loss(name, options) for name, options in losses.items()}
+    recipe: Recipe = _validate(Recipe, {**tree, "losses": built}, prefix="")
+    _check_listeners(recipe)
+    return recipe, resolved_tree(recipe)
+
+
+def resolved_tree(recipe: Recipe) -> Tree:
+    """Return the recipe as plain values, with every default written out."""
+    tree: Tree = json.loads(TypeAdapter(Recipe).dump_json(recipe, warnings=False))
+    kinds = {cls: kind for kind, cls in LOSSES.items()}
+    tree["losses"] = {
+        name: {"kind": kinds[type(loss)], **json.loads(TypeAdapter(type(loss)).dump_json(loss))}
+        for name, loss in recipe.terms.items()
+    }
+    return tree
+
+
+def digest(tree: Tree) -> str:
+    """Hash the mathematics of a resolved tree: machine choices (layouts, folders, reports) are left out."""
+    kept: Tree = _without(tree, *MACHINE_KEYS)
+    kept["batch"] = _without(tree["batch"], "microbatch")
+    kept["optimizer"] = _without(tree["optimizer"], "distributed")
+    kept["student"] = _without(tree["student"], "layout")
+    kept["teachers"] = {name: _without(model, "layout", "sanity") for name, model in tree["teachers"].items()}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without(tree: Tree, *keys: str) -> Tree:
+    return {key: value for key, value in tree.items() if key not in keys}
+
+
+def difference(old: Tree, new: Tree, prefix: str = "") -> list[str]:
+    """List the keys in which two resolved trees differ, as `key: old -> new`."""
+    lines = []
+    for key in sorted({*old, *new}):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            lines += difference(left, right, f"{prefix}{key}.")
+        elif left != right:
+            lines.append(f"{prefix}{key}: {left!r} -> {right!r}")
+    return lines
+
+
+def _fragments(file: Path) -> list[Any]:
+    """Return the included fragments' trees and then the file's own, ready to merge."""
+    own = _read(file)
+    names = own.pop("include", [])
+    if not isinstance(names, list):
+        raise ConfigError(f"{file}: include must be a list of YAML files, not {names!r}")
+    trees = []
+    for name in names:
+        fragment = _read(file.parent / str(name))
+        if "include" in fragment:
+            raise ConfigError(f"{file.parent / str(name)}: a fragment cannot include another; list both in {file}")
+        trees.append(OmegaConf.create(fragment))
+    return [*trees, OmegaConf.create(own)]
+
+
+def _read(file: Path) -> Tree:
+    """Read one YAML mapping."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such recipe file; check the path (examples are under configs/runs/)") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
+        raise ConfigError(f"{file}: not readable as YAML: {fault}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: a recipe is a mapping of keys to values, this file holds {type(tree).__name__}")
+    return tree
+
+
+def _overrides(pairs: Sequence[str]) -> Any:
+    """Turn `key=value` strings into a tree."""
+    for pair in pairs:
+        if "=" not in pair or not pair.split("=", 1)[0].strip():
+            raise ConfigError(f"override {pair!r}: write key=value, for example optimizer.learning_rate=1e-4")
+    try:
+        return OmegaConf.from_dotlist(list(pairs))
+    except (omegaconf.errors.OmegaConfBaseException, yaml.YAMLError) as fault:
+        raise ConfigError(f"overrides {' '.join(pairs)!r}: {fault}") from None
+
+
+def _build_loss(name: str, options: Any) -> Any:
+    """Construct the loss object that a term's options describe."""
+    if not isinstance(options, dict) or "kind" not in options:
+        raise ConfigError(f"losses.{name}: needs a kind; {nearest(name, LOSSES)}")
+    kind = options["kind"]
+    if kind not in LOSSES:
+        raise ConfigError(f"losses.{name}.kind: {kind!r} is unknown; {nearest(str(kind), LOSSES)}")
+    rest = {key: value for key, value in options.items() if key != "kind"}
+    return _validate(LOSSES[kind], rest, prefix=f"losses.{name}.")
+
+
+def _check_listeners(recipe: Recipe) -> None:
+    """Refuse a loss whose teacher is not in the recipe, and a teacher nobody listens to."""
+    wanted = {name: loss.teacher for name, loss in recipe.losses.items() if loss.needs_teacher}
+    for name, teacher in wanted.items():
+        if teacher not in recipe.teachers:
+            known = nearest(teacher, recipe.teachers) if recipe.teachers else "the recipe has no teachers"
+            raise ConfigError(f"losses.{name}.teacher: {teacher!r} is not under teachers; {known}")
+    for teacher in recipe.teachers:
+        if teacher not in wanted.values():
+            raise ConfigError(f"teachers.{teacher}: no loss listens to it; remove it or add a loss with teacher: {teacher}")
+
+
+def _validate(kind: type[Any], values: Tree, prefix: str) -> Any:
+    """Run pydantic over plain values and restate its first complaints as a ConfigError."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as fault:
+        lines = [_complaint(kind, error, prefix) for error in fault.errors()[:5]]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _complaint(kind: type[Any], error: Any, prefix: str) -> str:
+    """Say one pydantic error in our words: key, value, remedy."""
+    path = [str(part) for part in error["loc"]]
+    key = prefix + ".".join(path)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key}: unknown key; {nearest(path[-1], _fields_at(kind, path[:-1]))}"
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key}: is required"
+    return f"{key}: {error['input']!r} is not valid: {error['msg']}"
+
+
+def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:
+    """Return the field names of the dataclass that a key path leads to (for the nearest-name hint)."""
+    for part in path:
+        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        inner = hints.get(part, kind)
+        options = [arg for arg in get_args(inner) if dataclasses.is_dataclass(arg)]
+        kind = options[-1] if options else inner
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

@@ -1,0 +1,80 @@
+"""The student: a trainable model inside megatron's data-parallel wrapper, with its optimizer.
+
+Gradients of all microbatches and ranks are SUMMED (`calculate_per_token_loss`): every row enters the
+objective already divided by the count of the whole step, so an average would divide twice (design section 3).
+"""
+
+from __future__ import annotations
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.diffusion.batch import Noised
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.views import View, plain_view
+from tide_megatron.head.plain import HeadInput
+from tide_megatron.models.build import TideModel
+from tide_megatron.train.optimizer import Update, build_optimizer, is_sharded, update
+from tide_megatron.train.recipe import Optimizer
+
+
+class Student:
+    """One trainable model on this rank, data-parallel over all ranks."""
+
+    def __init__(
+        self,
+        model: TideModel,
+        groups: ProcessGroupCollection,
+        context: Context,
+        mask_id: int,
+        options: Optimizer,
+    ) -> None:
+        """Wrap the model and build its optimizer. All ranks construct it together."""
+        self.model = model
+        self.groups = groups
+        self.context = context
+        self.mask_id = mask_id
+        self.options = options
+        self.wrapped = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=is_sharded(options),
+                grad_reduce_in_fp32=True,
+                # The head's weight is used outside the model's forward pass, which overlap does not expect.
+                overlap_grad_reduce=False,
+            ),
+            model,
+            pg_collection=groups,
+        )
+        self.optimizer = build_optimizer(options, self.wrapped, groups, model.config.params_dtype)
+
+    def view(self, noised: Noised) -> View:
+        """Build what the student reads: its own mask token, its own context."""
+        return plain_view(noised, self.context, self.mask_id)
+
+    def rows(self, view: View) -> HeadInput:
+        """Run the body; return the hidden rows [rows, hidden] with the head's weight [vocabulary, hidden].
+
+        Under expert parallelism all ranks call it equally often.
+        """
+        return HeadInput(hidden=self.model.rows(view), weight=self.model.head_weight)
+
+    def clear(self) -> None:
+        """Zero the gradient buffers before a step's first microbatch."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def release(self, objective: Tensor) -> None:
+        """Add one microbatch's gradients to the buffers."""
+        objective.backward()  # type: ignore[no-untyped-call]
+
+    def update(self, clock: Clock, *, finite: bool) -> Update:
+        """Sum gradients over ranks, then apply or skip them together. All ranks call it together."""
+        finalize_model_grads([self.wrapped], pg_collection=self.groups)
+        return update(self.optimizer, self.options, clock, finite=finite)
