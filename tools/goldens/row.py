@@ -1,0 +1,123 @@
+"""One line of the replay table, and a reader that knows which keys of a file nobody has asked for.
+
+A golden file counts as replayed only if every key in it was compared, used as an input, or put off by name:
+`Golden.rows` therefore ends with a failing row for each key that was never touched. Nothing here knows what a
+key means; the replay modules do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LOSS_TOLERANCE = 1e-6
+"""Largest error of a loss or gradient (fp32), relative to the larger of 1 and the largest golden value."""
+LOGIT_TOLERANCE = 1e-5
+"""Largest error of logits and hidden states (fp32), in the same measure."""
+
+Status = Literal["replayed", "differs", "later issue", "failed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What became of one key, or of one group of keys, of a golden file."""
+
+    file: str
+    """File or folder/file inside the goldens folder."""
+    label: str
+    """Key or case group."""
+    status: Status
+    error: float | None = None
+    """Largest error found (None where nothing was compared)."""
+    note: str = ""
+    """Why it differs (the reference bug by name), which issue it waits for, or what failed."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether this row lets the replay succeed."""
+        return self.status != "failed"
+
+
+def error_of(ours: Tensor, golden: Tensor) -> float:
+    """Return max |ours - golden| / max(1, max |golden|); infinite for unequal shapes and for NaN."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    if golden.numel() == 0:
+        return 0.0
+    ours, golden = ours.detach().double(), golden.double()
+    error = ((ours - golden).abs().max() / golden.abs().max().clamp_min(1.0)).item()
+    return float("inf") if math.isnan(error) else error
+
+
+class Golden:
+    """One npz file whose keys are ticked off as they are used."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        """Open `path`; `name` is how the table calls it (default: the file's own name)."""
+        self.name = name or path.name
+        self._arrays: dict[str, Any] = dict(np.load(path, allow_pickle=False))
+        self._untouched = set(self._arrays)
+        self._rows: list[Row] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._arrays
+
+    def keys(self, pattern: str = ".*") -> list[str]:
+        """List the keys that match the whole of a regular expression, in the file's order; touches none."""
+        return [key for key in self._arrays if re.fullmatch(pattern, key)]
+
+    def read(self, key: str) -> Tensor:
+        """Return an array as a tensor and tick it off; a KeyError names a key that is not there."""
+        array = self._arrays[key]
+        self._untouched.discard(key)
+        return torch.from_numpy(np.array(array))
+
+    def cases(self) -> list[dict[str, Any]]:
+        """Return the parsed `cases_json` of the file."""
+        self._untouched.discard("cases_json")
+        cases: list[dict[str, Any]] = json.loads(str(self._arrays["cases_json"]))
+        return cases
+
+    def compare(self, label: str, pairs: Iterable[tuple[str, Tensor]], tolerance: float) -> None:
+        """Add one row for (key, our value) pairs: failed if the worst error exceeds `tolerance`."""
+        errors = {key: error_of(ours, self.read(key)) for key, ours in pairs}
+        worst = max(errors, key=lambda key: errors[key])
+        passed = errors[worst] <= tolerance
+        note = "" if passed else f"{worst}: {errors[worst]:.3g} exceeds {tolerance:g}"
+        self._rows.append(
+            Row(
+                file=self.name,
+                label=label,
+                status="replayed" if passed else "failed",
+                error=errors[worst],
+                note=note,
+            )
+        )
+
+    def add(self, label: str, status: Status, *, error: float | None = None, note: str = "") -> None:
+        """Add a row whose verdict was reached elsewhere (`differs`, or no comparison of arrays)."""
+        self._rows.append(Row(file=self.name, label=label, status=status, error=error, note=note))
+
+    def put_off(self, label: str, keys: Iterable[str], note: str) -> None:
+        """Tick off keys that a later issue replays; adds no row when there are none."""
+        waiting = [key for key in keys if key in self._untouched]
+        self._untouched.difference_update(waiting)
+        if waiting:
+            self._rows.append(Row(file=self.name, label=label, status="later issue", note=note))
+
+    def rows(self) -> list[Row]:
+        """Return the rows so far, and one failing row for each key nobody touched."""
+        lost = [
+            Row(file=self.name, label=key, status="failed", note="unknown key: nothing replays it")
+            for key in sorted(self._untouched)
+        ]
+        return [*self._rows, *lost]
