@@ -1,0 +1,34 @@
+"""Prepare this process for megatron-core, once, and say what was done."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import warnings
+
+from tide_megatron.platform.adam import repair_torch_adam
+from tide_megatron.platform.cpu import redirect_cuda
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Platform:
+    """What was done to this process, for the log and for `tide doctor`."""
+
+    megatron_version: str
+    redirected_to_cpu: bool
+    torch_adam_repaired: bool
+
+
+@functools.cache
+def prepare_platform() -> Platform:
+    """Make megatron-core run here; later calls return the first answer.
+
+    Must come before the first import of megatron-core: importing `tide_megatron.platform` calls it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each missing optional accelerator warns at import
+        redirected = redirect_cuda()
+        repaired = repair_torch_adam()
+    version = importlib.metadata.version("megatron-core")
+    return Platform(megatron_version=version, redirected_to_cpu=redirected, torch_adam_repaired=repaired)
