@@ -2,6 +2,7 @@
 
 A dense bool mask is rendered here (SDPA on CPU, tests); `models/attention.py` renders the same predicate as
 a FlexAttention BlockMask and in structured form; `diffusion/denoise.py` as a key-value plan for sampling.
+The predicate is elementwise arithmetic on positions, so it also runs under the vmap of FlexAttention.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, nearest
@@ -26,7 +28,9 @@ class Context:
     def __post_init__(self) -> None:
         """Refuse unknown kinds and empty blocks."""
         if self.kind not in get_args(ContextKind):
-            raise ConfigError(f"context.kind: {self.kind!r} is unknown; {nearest(self.kind, get_args(ContextKind))}")
+            raise ConfigError(
+                f"context.kind: {self.kind!r} is unknown; {nearest(self.kind, get_args(ContextKind))}"
+            )
         if self.block_size < 1:
             raise ConfigError(f"context.block_size: {self.block_size} is not positive; the paper uses 32")
 
@@ -39,6 +43,9 @@ class Context:
 def may_attend(context: Context, length: int, query: Tensor, key: Tensor) -> Tensor:
     """Say whether `query` may attend to `key` (spec section 1 item 5 for block_diffusion).
 
+    Blocks are counted from the start of each part; the last one may be short. Padding is not considered
+    here: `dense_mask` adds it.
+
     Args:
         context: kind and block size.
         length: tokens of one part.
@@ -48,4 +55,39 @@ def may_attend(context: Context, length: int, query: Tensor, key: Tensor) -> Ten
     Returns:
         bool tensor of the broadcast shape.
     """
-    raise AssertionError("contract stub: the diffusion layer fills this in")
+    if context.kind == "bidirectional":
+        return (query >= 0) & (key >= 0)
+    query_block = query % length // context.block_size
+    key_block = key % length // context.block_size
+    if context.kind == "block_causal":
+        return query_block >= key_block
+    query_clean, key_clean = query >= length, key >= length
+    own_noised_block = ~query_clean & ~key_clean & (query_block == key_block)
+    clean_before = ~query_clean & key_clean & (query_block > key_block)
+    clean_up_to_own = query_clean & key_clean & (query_block >= key_block)
+    return own_noised_block | clean_before | clean_up_to_own
+
+
+def dense_mask(context: Context, length: int, lengths: Tensor | None = None) -> Tensor:
+    """Render the predicate as a bool mask for SDPA; True where attention is allowed.
+
+    Args:
+        context: kind and block size.
+        length: tokens of one part.
+        lengths: [samples] int64 real tokens of each part; the others are padding that nobody sees. A padded
+            query attends to itself alone, so that no softmax is empty; its output means nothing.
+            None: padding counts as ordinary tokens (what the reference does for the student).
+
+    Returns:
+        [1, 1, S, S] without `lengths`, else [samples, 1, S, S], on the device of `lengths` (CPU without it);
+        S = parts * length.
+    """
+    device = None if lengths is None else lengths.device
+    position = torch.arange(context.parts * length, device=device)
+    allowed = may_attend(context, length, position[:, None], position[None, :])  # [S, S]
+    if lengths is None:
+        return allowed[None, None]
+    real = position % length < lengths[:, None]  # [samples, S]
+    itself = torch.eye(len(position), dtype=torch.bool, device=device)
+    seen = allowed & real[:, :, None] & real[:, None, :]
+    return (seen | (itself & ~real[:, :, None]))[:, None]

@@ -29,7 +29,7 @@ class View:
     length: int
     """Length of one part."""
     lengths: Tensor | None
-    """[samples] int64 real tokens of each part, where pads must not be seen; None: pads are ordinary tokens."""
+    """[samples] int64 real tokens of each part where pads must not be seen; None: pads are ordinary."""
     rows: Tensor
     """[rows] int64: flat indices into [samples * parts * length] of the positions to predict."""
 
