@@ -1,1 +1,1 @@
-"""Filled in by the layer's owner."""
+"""Layouts as arithmetic, process groups made from them, and the collectives our own code calls."""

@@ -1,0 +1,74 @@
+"""Process groups for one model, from explicit rank lists, in the form megatron-core takes.
+
+Each model of a run, student or teacher, has a `ProcessGroupCollection` of its own, and every field that
+megatron-core needs in models, DDP and optimizer is set: a field left out falls back to the global state in
+some releases and raises in others. Groups are cached by their ranks, so layouts that share a group share
+its communicator (dozens of NCCL communicators cost memory). Left out: the newer optional fields of the
+collection, which no path of ours needs.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
+
+from tide_megatron.parallel.layout import Layout, RankList
+
+# World -> its subgroups by ranks. It dies with the world, so the next one never meets stale groups.
+_CACHE: weakref.WeakKeyDictionary[ProcessGroup, dict[RankList, ProcessGroup]] = weakref.WeakKeyDictionary()
+
+
+def make_groups(layout: Layout, world: int | None = None) -> ProcessGroupCollection:
+    """Make, or find again, all process groups of a layout.
+
+    Args:
+        layout: already checked against the model (`Layout.check`).
+        world: number of ranks; None reads it from torch.distributed.
+
+    Returns:
+        A collection with every field set: this rank's group, or None for an embedding group it is not in.
+
+    Every rank of the world must call it, for the same layouts in the same order, members or not.
+    """
+    size = dist.get_world_size() if world is None else world
+    assert size == dist.get_world_size(), f"groups for {size} ranks in a world of {dist.get_world_size()}"
+    lists = layout.rank_lists(size)
+    groups = ProcessGroupCollection()
+    groups.tp = _own(lists.tensor)
+    groups.pp = _own(lists.pipeline)
+    groups.dp = _own(lists.data)
+    groups.mp = _own(lists.replica)
+    groups.cp = _own(lists.alone)
+    groups.tp_cp, groups.dp_cp, groups.tp_dp_cp = groups.tp, groups.dp, _own(lists.stage)
+    groups.ep = _own(lists.expert)
+    groups.expt_tp = _own(lists.expert_tensor)
+    groups.tp_ep = _own(lists.expert_block)
+    groups.expt_dp = _own(lists.expert_data)
+    groups.tp_ep_pp = _own(lists.expert_replica)
+    groups.embd, groups.pos_embd, groups.hcp = _own(lists.embedding), _own(lists.position_embedding), None
+    # One instance of the distributed optimizer: shards over data-parallel ranks, norms over the world.
+    groups.intra_dp_cp, groups.intra_expt_dp = groups.dp_cp, groups.expt_dp
+    groups.intra_dist_opt, groups.inter_dist_opt = _own(lists.world), None
+    return groups
+
+
+def _own(lists: tuple[RankList, ...]) -> ProcessGroup | None:
+    """Make all the groups of a field, also those this rank is not in, and return the one it is in."""
+    world = dist.group.WORLD
+    assert world is not None, "groups are made after start_distributed"
+    made = _CACHE.setdefault(world, {})
+    own = None
+    for ranks in lists:
+        if len(ranks) == world.size():
+            return world
+        if ranks not in made:
+            made[ranks] = dist.new_group(list(ranks))
+        if world.rank() in ranks:
+            own = made[ranks]
+    return own
