@@ -87,6 +87,8 @@ class Noiser:
     schedule: Schedule = dataclasses.field(default_factory=Linear)
     time_epsilon: float = 1e-3
     """Smallest noise level."""
+    stream_suffix: str = ""
+    """Appended to stream names: tells uses of the same seed and samples apart (levels of an evaluation)."""
 
     def __post_init__(self) -> None:
         """Refuse a smallest noise level outside [0, 1)."""
@@ -109,8 +111,9 @@ class Noiser:
     def at(self, batch: Batch, time: float) -> Noised:
         """Hide tokens at one fixed noise level (held-out evaluation).
 
-        The hide stream is shared by all levels, so what is hidden at a low level is also hidden at a higher
-        one: differences between levels and between models are measured on common noise.
+        Two models, or two runs, see the same hidden tokens. So do two levels as far as they go (what is
+        hidden at the lower one is hidden at the higher): give each level its own `stream_suffix` where
+        their mean is wanted with less variance.
         """
         assert 0.0 <= time <= 1.0, f"a noise level lies in [0, 1], not at {time}"
         level = torch.full(batch.sample_ids.shape, time, dtype=torch.float32, device=batch.ids.device)
@@ -118,12 +121,12 @@ class Noiser:
 
     def _time_draws(self, batch: Batch) -> Tensor:
         index = torch.zeros_like(batch.sample_ids)
-        return uniforms(self.seed, batch.epochs, batch.sample_ids, TIME_STREAM, index)
+        return uniforms(self.seed, batch.epochs, batch.sample_ids, TIME_STREAM + self.stream_suffix, index)
 
     def _hide_draws(self, batch: Batch) -> Tensor:
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         epoch, sample_id = batch.epochs[:, None], batch.sample_ids[:, None]
-        return uniforms(self.seed, epoch, sample_id, HIDE_STREAM, position)
+        return uniforms(self.seed, epoch, sample_id, HIDE_STREAM + self.stream_suffix, position)
 
     def _hide(self, batch: Batch, time: Tensor, draws: Tensor) -> Noised:
         """Hide each maskable token whose draw is below 1 - alpha(t); pads and prompts never are."""

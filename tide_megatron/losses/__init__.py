@@ -1,1 +1,19 @@
 """Formulas on hidden rows. A new loss is one file and one line of `LOSSES`."""
+
+from __future__ import annotations
+
+from tide_megatron.losses.calm import Calm, ReverseCalm
+from tide_megatron.losses.cross_entropy import CrossEntropy
+from tide_megatron.losses.kl import Kl, ReverseKl
+from tide_megatron.losses.rows import Loss
+from tide_megatron.losses.tidal import Tidal
+
+LOSSES: dict[str, type[Loss]] = {
+    "cross_entropy": CrossEntropy,
+    "kl": Kl,
+    "reverse_kl": ReverseKl,
+    "tidal": Tidal,
+    "calm": Calm,
+    "reverse_calm": ReverseCalm,
+}
+"""Losses by the name a recipe gives under `losses.<term>.kind`."""

@@ -8,12 +8,22 @@ where the count was summed over all ranks and microbatches before the forward pa
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
+import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Noised
+
+STRICT = ConfigDict(extra="forbid")
+"""Every loss refuses options it does not have."""
+
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+"""Factor of a term in the objective."""
+Temperature = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+"""Divisor of logits, or of chunk log-likelihoods in the CALM family."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,27 @@ class Rows:
         return self.time[self.sample]
 
 
+def rows_of(noised: Noised) -> Rows:
+    """Describe a microbatch's hidden rows to the losses."""
+    sample, position = noised.row_index
+    return Rows(
+        gold=noised.batch.ids[sample, position],
+        sample=sample,
+        time=noised.time,
+        maskable=noised.batch.maskable.sum(dim=1),
+    )
+
+
+def one_per_row(rows: Rows) -> Tensor:
+    """[rows] fp32 coefficients of a loss that weighs every row alike."""
+    return torch.ones(rows.sample.shape, dtype=torch.float32, device=rows.sample.device)
+
+
+def num_hidden(noised: Noised) -> Tensor:
+    """Count a microbatch's hidden rows: the divisor of a mean over rows, fp64 scalar."""
+    return noised.hidden.sum().double()
+
+
 @runtime_checkable
 class Loss(Protocol):
     """One term of the objective; every implementation is a frozen keyword-only dataclass = its own options.
@@ -42,21 +73,30 @@ class Loss(Protocol):
     An *item* is what the loss averages over: a row, or for the CALM family a chunk.
     """
 
-    weight: float
-    """Factor of this term in the objective."""
+    needs_teacher: ClassVar[bool]
+    """Whether `values` wants teacher logits."""
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether `values` wants teacher logits."""
+    def teacher(self) -> str | None:
+        """Name of the teacher this loss listens to; None without one."""
+
+    @property
+    def weight(self) -> float:
+        """Factor of this term in the objective."""
 
     def count(self, noised: Noised) -> Tensor:
-        """fp64 scalar: this microbatch's contribution to the divisor; summed over the step, then 1/count enters."""
+        """Return this microbatch's contribution to the divisor (summed over the step), fp64 scalar."""
 
     def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
-        """[items] fp32: per-item factors that do not depend on logits (timestep weights), without weight and count."""
+        """Return per-item factors that no logit changes (timestep weights), [items] fp32.
+
+        `weight` and the count are not in them.
+        """
 
     def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
-        """[items] fp32: the formula itself (T^2 included where the paper has it), differentiable in `student`.
+        """Return the formula of each item (with T^2 where the paper has it), [items] fp32.
+
+        Differentiable in `student`.
 
         Args:
             student: [rows, student vocabulary] logits, any float dtype; computed on in fp32.

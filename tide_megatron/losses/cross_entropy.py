@@ -1,0 +1,67 @@
+"""Cross-entropy on hidden tokens, with the weights and divisors of the diffusion bound (spec section 1).
+
+This is the term every run has. Without a teacher it also makes the *hard twin*, the control that gets a
+distilled run's extra weight on the same rows but the gold token instead of the teacher's distribution:
+`CrossEntropy(timestep_weight="uniform", normalization="hidden", weight=...)`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.diffusion.batch import Noised
+from tide_megatron.diffusion.schedule import SCHEDULES, ScheduleName
+from tide_megatron.losses.rows import STRICT, Rows, Weight, num_hidden, one_per_row
+
+
+def gold_log_likelihood(logits: Tensor, gold: Tensor) -> Tensor:
+    """Return log softmax(logits)[gold], fp32, at temperature 1 over the whole vocabulary.
+
+    Args:
+        logits: [..., vocabulary], any float dtype.
+        gold: [...] int64 ids.
+    """
+    logits = logits.float()
+    return logits.gather(-1, gold[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CrossEntropy:
+    """NLL of the gold token, weighted by noise level."""
+
+    weight: Weight = 1.0
+    timestep_weight: Literal["scheduler", "uniform"] = "scheduler"
+    """`scheduler`: -alpha'/(1 - alpha + 1e-6), the bound's weight; `uniform`: 1."""
+    normalization: Literal["token", "sequence", "batch", "hidden"] = "token"
+    """Divisor: maskable tokens; each sample's own, then samples; samples; hidden tokens."""
+    schedule: ScheduleName = "linear"
+    """The noise schedule whose weight `scheduler` takes; must be the one that hides."""
+
+    needs_teacher: ClassVar[bool] = False
+    teacher: ClassVar[None] = None
+
+    def count(self, noised: Noised) -> Tensor:
+        """Return what `normalization` divides by, summed over this microbatch (spec section 1 item 9)."""
+        if self.normalization == "hidden":
+            return num_hidden(noised)
+        if self.normalization == "token":
+            return noised.batch.maskable.sum().double()
+        return torch.tensor(len(noised.time), dtype=torch.float64, device=noised.time.device)
+
+    def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
+        """Return the timestep weight of each row, over its sample's maskable tokens for `sequence`."""
+        factor = one_per_row(rows)
+        if self.timestep_weight == "scheduler":
+            factor = SCHEDULES[self.schedule].weight(rows.time)[rows.sample]
+        if self.normalization == "sequence":
+            factor = factor / rows.maskable.clamp_min(1)[rows.sample]
+        return factor
+
+    def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
+        """Return -log p(gold) of each row."""
+        return -gold_log_likelihood(student, rows.gold)

@@ -1,0 +1,70 @@
+"""What KL, reverse KL and TIDAL have in common: two softened distributions over the same columns.
+
+All three compare student and teacher token by token, so ids 0..SV-1 must mean the same bytes in both
+vocabularies (checked where the tokenizers are known). `shared_vocab_size` cuts both logits BEFORE the
+softmax: the distributions are renormalised on the slice (spec section 2). Vocabularies of different size
+need it; where no common range exists, the CALM family is the way.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.diffusion.batch import Noised
+from tide_megatron.losses.rows import STRICT, Rows, Temperature, Weight, num_hidden, one_per_row
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SharedVocabulary:
+    """Options and divisor of a loss that compares two distributions over the same ids."""
+
+    teacher: str
+    """Name of the teacher to listen to."""
+    weight: Weight = 1.0
+    temperature: Temperature = 2.0
+    shared_vocab_size: int | None = Field(default=None, ge=1)
+    """How many first ids are compared; None: all of them, which needs vocabularies of one size."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    def columns(self, student: int, teacher: int) -> int:
+        """Return how many columns are compared, given both vocabulary sizes.
+
+        Raises:
+            ConfigError: the sizes differ and nothing was said, or `shared_vocab_size` exceeds one of them.
+        """
+        if self.shared_vocab_size is None and student != teacher:
+            raise ConfigError(
+                f"shared_vocab_size: student and teacher {self.teacher!r} have {student} and {teacher} ids; "
+                "set it to the number of first ids that are the same bytes in both "
+                f"(at most {min(student, teacher)}), or use calm or reverse_calm"
+            )
+        columns = student if self.shared_vocab_size is None else self.shared_vocab_size
+        if columns > min(student, teacher):
+            raise ConfigError(
+                f"shared_vocab_size: {columns} exceeds a vocabulary (student {student}, "
+                f"teacher {self.teacher!r} {teacher} ids); use at most {min(student, teacher)}"
+            )
+        return columns
+
+    def softened(self, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return both logits over T on the compared columns, ([rows, columns], [rows, columns]) fp32."""
+        assert teacher is not None, f"no answer of teacher {self.teacher!r} reached its loss"
+        columns = self.columns(student.shape[-1], teacher.shape[-1])
+        return student[:, :columns].float() / self.temperature, teacher[
+            :, :columns
+        ].float() / self.temperature
+
+    def count(self, noised: Noised) -> Tensor:
+        """Return the number of hidden rows of this microbatch."""
+        return num_hidden(noised)
+
+    def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
+        """Return 1 for every row."""
+        return one_per_row(rows)
