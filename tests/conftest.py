@@ -1,0 +1,40 @@
+"""Fixtures for all tests: the goldens folder and the gloo pools; device tests are skipped without a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.pool import Pools
+
+torch.set_num_threads(1)  # two cores are shared by up to four ranks; also makes sums repeat
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Return the folder of recorded numbers; skip where it is absent. TIDE_GOLDENS names another one."""
+    default = Path(__file__).parents[2] / "shared" / "goldens"
+    folder = Path(os.environ.get("TIDE_GOLDENS", default))
+    if not folder.is_dir():
+        pytest.skip(f"no goldens at {folder}; set TIDE_GOLDENS")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pools]:
+    """Give `pool(world_size).run(function, *args) -> [result of each rank]` (tests/parallel/pool.py)."""
+    pools = Pools()
+    yield pools
+    pools.close()

@@ -1,0 +1,58 @@
+"""The pool itself: results in rank order, faults with their rank, hangs with an end, a fresh start after them."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.parallel.pool import RankFailure
+
+
+def add_ranks(start):
+    total = torch.tensor(start + dist.get_rank())
+    dist.all_reduce(total)
+    return dist.get_rank(), int(total), torch.get_num_threads()
+
+
+def process_id():
+    return os.getpid()
+
+
+def fail_on(rank):
+    if dist.get_rank() == rank:
+        raise ValueError("planted")
+    dist.barrier()
+
+
+def die_on(rank):
+    if dist.get_rank() == rank:
+        os._exit(3)
+
+
+def hang_on(rank):
+    while dist.get_rank() == rank:
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_results_come_in_rank_order(pool, world):
+    total = 10 * world + sum(range(world))
+    assert pool(world).run(add_ranks, 10) == [(rank, total, 1) for rank in range(world)]
+
+
+def test_a_pool_is_reused(pool):
+    assert pool(2).run(process_id) == pool(2).run(process_id)
+
+
+def test_faults_name_their_rank_and_the_pool_recovers(pool):
+    with pytest.raises(
+        RankFailure, match=r"(?s)rank 1 failed:.*ValueError: planted.*ranks \[0\] did not answer"
+    ):
+        pool(2).run(fail_on, 1)
+    with pytest.raises(RankFailure, match=r"rank 0 failed:\nthe process died, exit code 3"):
+        pool(2).run(die_on, 0)
+    with pytest.raises(RankFailure, match=r"ranks \[1\] did not answer within 1 s"):
+        pool(2).run(hang_on, 1, timeout_seconds=1.0)
+    assert [total for _, total, _ in pool(2).run(add_ranks, 0)] == [1, 1]
