@@ -1,1 +1,1 @@
-"""Filled in by the layer's owner."""
+"""Starting ranks: on this node by ourselves, or as the ranks that torchrun or SLURM made us."""

@@ -1,0 +1,106 @@
+"""Rank functions for test_launch.py, and a command over `run_ranks` for tests that need another process.
+
+python -m tests.parallel.launch_cases FUNCTION RANKS FOLDER
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tide_megatron.base.errors import ConfigError, DataError, TideError
+from tide_megatron.launch.here import RanksFailed
+from tide_megatron.launch.ranks import run_ranks
+
+
+def add_ranks(folder, *, device, stop):
+    total = torch.tensor(float(dist.get_rank() + 1))
+    dist.all_reduce(total)
+    return {"sum": float(total), "world": dist.get_world_size(), "threads": torch.get_num_threads()}
+
+
+def one_bad_file(folder, *, device, stop):
+    if dist.get_rank() == 1:
+        raise DataError("data/train.jsonl line 7: no reply; remove the record")
+    dist.all_reduce(torch.zeros(1))
+    time.sleep(60)
+
+
+def one_bad_file_others_deaf(folder, *, device, stop):
+    if dist.get_rank() == 1:
+        raise DataError("data/train.jsonl line 7: no reply; remove the record")
+    time.sleep(60)
+
+
+def wrong_world(folder, *, device, stop):
+    raise ConfigError(
+        f"teachers.big.layout: expert=4 does not fit {dist.get_world_size()} ranks; use expert=2"
+    )
+
+
+def bug(folder, *, device, stop):
+    if dist.get_rank() == 1:
+        raise ZeroDivisionError("planted bug")
+    dist.all_reduce(torch.zeros(1))
+
+
+def killed(folder, *, device, stop):
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.zeros(1))
+
+
+def vanished(folder, *, device, stop):
+    if dist.get_rank() == 1:
+        os._exit(7)
+    dist.all_reduce(torch.zeros(1))
+
+
+def train_until_stopped(folder, *, device, stop):
+    """Step together until all agree to stop; leave a file as a checkpoint would be left."""
+    rank, steps = dist.get_rank(), 0
+    (Path(folder) / f"pid-{rank}").write_text(str(os.getpid()))
+    while True:
+        wanted = torch.tensor(int(stop.requested))
+        dist.all_reduce(wanted)
+        if wanted:
+            break
+        steps += 1
+        if steps == 3:
+            (Path(folder) / f"running-{rank}").touch()
+        time.sleep(0.01)
+    (Path(folder) / f"saved-{rank}").write_text(f"{stop.reason}")
+    return steps
+
+
+def ignore_the_flag(folder, *, device, stop):
+    (Path(folder) / f"pid-{dist.get_rank()}").write_text(str(os.getpid()))
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (Path(folder) / f"child-{dist.get_rank()}").write_text(str(child.pid))
+    (Path(folder) / f"running-{dist.get_rank()}").touch()
+    time.sleep(60)
+
+
+def main():
+    name, num_ranks, folder = sys.argv[1:4]
+    grace_seconds = float(sys.argv[4]) if len(sys.argv) > 4 else 60.0
+    try:
+        print(
+            "value",
+            run_ranks(globals()[name], (folder,), int(num_ranks) or None, "cpu", grace_seconds=grace_seconds),
+        )
+    except TideError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except RanksFailed as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

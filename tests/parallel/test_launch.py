@@ -1,0 +1,207 @@
+"""Starting ranks: values come back, the first failure is told once and soon, signals work, nothing is left.
+
+Most cases call `run_ranks` from the test process, whose warm server makes ranks in 0.1 s; what needs a parent
+of its own (its death, torchrun) runs `tests.parallel.launch_cases` as a command.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import pytest
+
+from tests.parallel import launch_cases as cases
+from tide_megatron.base.errors import ConfigError, DataError
+from tide_megatron.launch.here import RanksFailed
+from tide_megatron.launch.ranks import first_failure, run_ranks
+from tide_megatron.launch.worker import Failure
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "tests.parallel.launch_cases"]
+
+
+@pytest.fixture(autouse=True)
+def no_ranks_around(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(case, folder, num_ranks=2, **options):
+    return run_ranks(case, (str(folder),), num_ranks, "cpu", **options)
+
+
+def within(seconds, condition, what):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def is_alive(pid_file):
+    """Say whether the process whose number the file holds still runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid_file.read_text()}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def signal_when_running(folder, numbers, pause_seconds=0.3):
+    """Send signals to this process, as a terminal would, once both ranks run."""
+
+    def send():
+        within(60, lambda: all((folder / f"running-{rank}").exists() for rank in (0, 1)), "ranks run")
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(pause_seconds)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_ranks_share_a_world_and_rank_0_answers(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert run(cases.add_ranks, tmp_path) == {"sum": 3.0, "world": 2, "threads": share}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert run(cases.add_ranks, tmp_path)["threads"] == 3
+
+
+def test_one_rank_runs_in_this_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for _ in range(2):  # the world is left again
+        assert run(cases.add_ranks, tmp_path, num_ranks=1)["world"] == 1
+        with pytest.raises(ConfigError, match=r"^teachers\.big\.layout: expert=4 does not fit 1 ranks"):
+            run(cases.wrong_world, tmp_path, num_ranks=1)
+
+
+def test_a_fault_of_one_rank_ends_all_that_wait_for_it(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"^data/train\.jsonl line 7: .*record \(seen by rank 1 of 2\)$"):
+        run(cases.one_bad_file, tmp_path)
+    assert time.monotonic() - start < 15
+
+
+def test_a_fault_of_one_rank_ends_ranks_that_do_not_notice(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"\(seen by rank 1 of 2\)$"):
+        run(cases.one_bad_file_others_deaf, tmp_path)
+    assert time.monotonic() - start < 15
+
+
+def test_a_fault_that_all_ranks_see_is_told_once_and_without_a_rank(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^teachers\.big\.layout: expert=4 does not fit 2 ranks; use expert=2$"
+    ):
+        run(cases.wrong_world, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (cases.bug, r"(?s)^rank 1 of 2 failed first: Traceback.*in bug\n.*ZeroDivisionError: planted bug"),
+        (cases.killed, r"^rank 1 of 2 failed first: it was killed by SIGKILL"),
+        (cases.vanished, r"^rank 1 of 2 failed first: it ended with exit code 7 without a report$"),
+    ],
+)
+def test_a_bug_or_a_death_names_the_first_rank(tmp_path, case, words):
+    with pytest.raises(RanksFailed, match=words):
+        run(case, tmp_path)
+
+
+def test_the_earliest_failure_wins_and_echoes_come_last():
+    def failure(rank, at_seconds, *, is_echo=False, error=None):
+        return Failure(rank=rank, at_seconds=at_seconds, text=f"text {rank}", is_echo=is_echo, error=error)
+
+    chosen = first_failure([failure(0, 1.0, is_echo=True), failure(1, 3.0), failure(2, 2.0)], 4)
+    assert str(chosen) == "rank 2 of 4 failed first: text 2"
+    chosen = first_failure([failure(3, 2.0, is_echo=True), failure(1, 1.0, is_echo=True)], 4)
+    assert str(chosen) == "rank 1 of 4 failed first: text 1"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_lets_ranks_save_and_return(tmp_path, number):
+    thread = signal_when_running(tmp_path, [number])
+    assert run(cases.train_until_stopped, tmp_path) >= 3
+    thread.join()
+    saved = [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)]
+    assert set(saved) <= {signal.Signals(number).name, "None"}  # one rank may learn it from the other
+    assert signal.Signals(number).name in saved
+
+
+def test_a_stop_signal_during_the_start_is_not_lost(tmp_path, monkeypatch):
+    def interrupt():
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+        resource_tracker.ensure_running()
+
+    monkeypatch.setattr(resource_tracker, "ensure_running", interrupt)
+    run(cases.train_until_stopped, tmp_path)
+    assert "SIGINT" in [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)]
+
+
+def test_a_second_signal_ends_at_once_with_all_that_ranks_started(tmp_path):
+    thread = signal_when_running(tmp_path, [signal.SIGINT, signal.SIGINT])
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(cases.ignore_the_flag, tmp_path)
+    thread.join()
+    assert time.monotonic() - start < 15
+    files = [tmp_path / f"{kind}-{rank}" for kind in ("pid", "child") for rank in (0, 1)]
+    within(5, lambda: not any(map(is_alive, files)), "everything has ended")
+
+
+def test_ranks_that_do_not_stop_are_killed_after_the_grace(tmp_path):
+    thread = signal_when_running(tmp_path, [signal.SIGTERM])
+    with pytest.raises(RanksFailed, match=r"SIGTERM: ranks \[0, 1\] did not finish within 1 seconds"):
+        run(cases.ignore_the_flag, tmp_path, grace_seconds=1.0)
+    thread.join()
+
+
+def test_ranks_end_when_their_parent_is_killed(tmp_path):
+    parent = subprocess.Popen([*COMMAND, "ignore_the_flag", "2", str(tmp_path)], cwd=ROOT)
+    files = [tmp_path / f"{kind}-{rank}" for kind in ("pid", "child") for rank in (0, 1)]
+    running = [tmp_path / f"running-{rank}" for rank in (0, 1)]
+    within(60, lambda: all(file.exists() for file in running), "ranks run")
+    assert all(map(is_alive, files))
+    parent.kill()
+    parent.wait()
+    within(5, lambda: not any(map(is_alive, files)), "everything has ended")
+
+
+def test_ranks_of_torchrun_are_taken(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    torchrun += ["--rdzv-endpoint=localhost:0", "-m", "tests.parallel.launch_cases"]
+
+    def start(case):
+        command = [*torchrun, case, "0", str(tmp_path)]
+        return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+    done = start("add_ranks")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("value {'sum': 3.0, 'world': 2") == 2
+    done = start("one_bad_file")
+    assert done.returncode == 1
+    assert "[rank 1 of 2] data/train.jsonl line 7: no reply" in done.stderr
+    assert "rank 0 of 2 lost its peers" in done.stderr
+
+
+def test_ranks_of_slurm_are_taken(tmp_path, monkeypatch):
+    for name, value in {"PROCID": "0", "LOCALID": "0", "NTASKS": "1", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert run(cases.add_ranks, tmp_path, num_ranks=None)["world"] == 1
+
+
+def test_numbers_of_ranks_that_cannot_be(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"ranks: 0 is not a number of ranks"):
+        run(cases.add_ranks, tmp_path, num_ranks=0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"ranks: 4 were asked for, but torchrun or srun started 2"):
+        run(cases.add_ranks, tmp_path, num_ranks=4)

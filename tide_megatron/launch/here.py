@@ -1,0 +1,74 @@
+"""Run a function as one rank, in this process: join the world, call, leave.
+
+Every way of starting ends here: ranks that `launch/ranks.py` started, ranks of torchrun or srun, and the
+single rank of a plain `tide train`. It also tells a rank's own failure from the echo of somebody else's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from tide_megatron.base.device import Ranks, Wanted, choose_device
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.platform.distributed import start_distributed, stop_distributed
+
+RankFunction = Callable[..., Any]
+"""Called as `function(*args, device=Device, stop=StopFlag)` with the process world already joined."""
+
+_LOST_PEER = re.compile(
+    r"gloo/|NCCL|Connection (closed|reset) by peer|Connection refused|Broken pipe|recvValue failed"
+)
+
+
+class RanksFailed(Exception):
+    """A rank ended by a bug or a signal; the message names the rank and holds its traceback."""
+
+
+def run_here(
+    function: RankFunction, args: tuple[Any, ...], *, wanted: Wanted, ranks: Ranks | None, stop: StopFlag
+) -> Any:
+    """Join the world, call the function, leave the world; return what the function returned.
+
+    Args:
+        function: see `RankFunction`.
+        args: its positional arguments.
+        wanted: device to choose.
+        ranks: this process's place; None for a world of one.
+        stop: handed to the function.
+
+    All ranks call it together. After an error a world of several ranks is left as it is, for leaving it could
+    wait for ranks that are stuck; the process ends soon.
+    """
+    device = choose_device(wanted)
+    start_distributed(device, ranks)
+    try:
+        value = function(*args, device=device, stop=stop)
+    except BaseException:
+        if ranks is None:
+            stop_distributed()
+        raise
+    stop_distributed()
+    return value
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error only says that another rank went away.
+
+    gloo, NCCL and the store have no common class for that, so messages are read; a wrong guess only changes
+    which of two failures is reported first.
+    """
+    return any(
+        isinstance(link, dist.DistError) or (isinstance(link, RuntimeError) and _LOST_PEER.search(str(link)))
+        for link in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__

@@ -1,0 +1,89 @@
+"""From signals to the `StopFlag` that loops poll.
+
+One Ctrl-C (SIGINT), `kill` (SIGTERM), SLURM warning (SIGUSR1) or lost terminal (SIGHUP) asks for a clean end;
+a second one ends the process at once. Launchers often deliver one request twice (a terminal signals the whole
+foreground group, then torchrun forwards the signal again), so within two seconds of the first request every
+further signal is an echo of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from tide_megatron.base.stop import StopFlag
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""What asks a run to save and finish."""
+
+ECHO_SECONDS = 2.0
+"""Signals this soon after the first belong to the same request."""
+
+
+@contextlib.contextmanager
+def watch_signals() -> Iterator[StopFlag]:
+    """Give a `StopFlag` that stop signals raise while the block runs; handlers are put back afterwards.
+
+    Outside the main thread Python cannot hear signals; the flag is then never raised.
+    """
+    stop = StopFlag()
+    first_heard = 0.0
+
+    def hear(number: int) -> None:
+        nonlocal first_heard
+        if not stop.requested:
+            first_heard = time.monotonic()
+            stop.request(signal.Signals(number).name)
+        elif time.monotonic() - first_heard > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    with heard_by(hear):
+        yield stop
+
+
+@contextlib.contextmanager
+def heard_by(hear: Callable[[int], None]) -> Iterator[None]:
+    """Call `hear(signal number)` for every stop signal while the block runs.
+
+    A SIGHUP that is ignored (nohup) stays ignored. Outside the main thread nothing is heard.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        hear(number)
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        if not (number == signal.SIGHUP and before[number] == signal.SIG_IGN):
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Keep stop signals pending while the block runs; processes started inside inherit the hold.
+
+    So a Ctrl-C during start-up neither prints a traceback from a half-imported rank nor gets lost.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def release_signals() -> None:
+    """Let pending stop signals through: a started rank calls this once its handlers stand."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
