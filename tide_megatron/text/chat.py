@@ -1,0 +1,167 @@
+"""Chats as token ids: render the template, split prompt from reply, count the reply's bytes (spec section 4.1).
+
+A chat template is a Jinja program that comes with a tokenizer. It runs in a sandbox with the messages,
+`add_generation_prompt`, the tokenizer's special tokens and extra variables (`enable_thinking=False`), and with nothing
+that changes from day to day: no clock, so that equal records give equal ids.
+
+The prompt is what a model sees when it is asked: the template over all messages but the last, with the generation
+prompt. Everything after it, the end-of-turn token included, is the reply and may be hidden. The reference searches
+decoded text for contents; here the boundary is the end of the rendered prompt, which cannot be found in a wrong place.
+
+Only the last assistant message is learnt, as in the reference. `Encoded.replies` is a list, so that several turns
+(and the spans of alignment) have their place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from tide_megatron.base.errors import DataError
+
+if TYPE_CHECKING:
+    from tide_megatron.text.tokenizer import Tokenizer
+
+Message = Mapping[str, str]
+"""`{"role": ..., "content": ...}`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """One chat template with the variables it is rendered with."""
+
+    source: str
+    origin: str
+    """The file it came from, for messages."""
+    variables: Mapping[str, object]
+    special_tokens: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Name template and variables by content (sha256, hexadecimal)."""
+        content = json.dumps([self.source, dict(self.variables), dict(self.special_tokens)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @functools.cached_property
+    def _program(self) -> jinja2.Template:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        # Templates expect plain JSON; Jinja's own filter escapes for web pages.
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            return environment.from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise DataError(f"{self.origin}: the chat template does not parse: {error}") from None
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Return the text of `messages`, with the opening of a reply behind it when asked.
+
+        Raises:
+            DataError: the template is broken or refuses these messages.
+        """
+        values = {**self.special_tokens, **self.variables}
+        try:
+            return self._program.render(
+                values, messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt
+            )
+        except DataError:
+            raise
+        except Exception as error:  # a template is foreign code: whatever it raises is about this record
+            raise DataError(f"the chat template ({self.origin}) fails on these messages: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One conversation in tokens."""
+
+    ids: list[int]
+    replies: list[tuple[int, int]]
+    """Half-open ranges of `ids` that may be hidden, ascending and disjoint."""
+    reply_bytes: int
+    """UTF-8 bytes of the reply's text within `ids` (what NLL per byte divides by); template text is not counted."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before the first reply."""
+        return self.replies[0][0]
+
+
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, max_tokens: int | None = None
+) -> Encoded:
+    """Encode a conversation whose last message is the reply to learn.
+
+    Args:
+        tokenizer: must have a chat template.
+        messages: at least one message before the reply; see `data.record` for what a record may be.
+        max_tokens: cut here; None: keep all. A prompt that leaves no room for the reply is the caller's to refuse.
+
+    Raises:
+        DataError: no template, a template that fails or loses text, or text that holds the mask token. The message
+            does not know the file and line; the caller puts them in front.
+    """
+    if tokenizer.chat is None:
+        raise DataError(
+            f"{tokenizer.name} has no chat template: add chat_template.jinja beside tokenizer.json"
+        )
+    prompt = tokenizer.chat.render(messages[:-1], add_generation_prompt=True)
+    whole = tokenizer.chat.render(messages, add_generation_prompt=False)
+    content = messages[-1]["content"]
+    if not whole.startswith(prompt):
+        raise DataError(
+            f"the chat template ({tokenizer.chat.origin}) renders the prompt differently once the reply is there, "
+            "so prompt and reply cannot be told apart: use a template whose generation prompt opens its replies"
+        )
+    # Templates may strip a message's ends; they may not touch what is between.
+    shown = content if content in whole[len(prompt) :] else content.strip()
+    place = whole.find(shown, len(prompt))
+    if place < 0:
+        raise DataError(
+            f"the chat template ({tokenizer.chat.origin}) loses or changes the reply {_short(shown)}"
+        )
+    ids, offsets = tokenizer.encode_with_offsets(whole)
+    prompt_ids = tokenizer.encode(prompt)
+    start = len(prompt_ids)
+    if ids[:start] != prompt_ids:
+        # The tokenizer merges across the boundary. Generation starts from the prompt's own ids, so training does too.
+        ids, offsets = tokenizer.encode_with_offsets(whole[len(prompt) :])
+        ids = prompt_ids + ids
+        offsets = [(0, 0)] * start + [(a + len(prompt), b + len(prompt)) for a, b in offsets]
+    if tokenizer.mask_id in ids:
+        raise DataError(
+            "the text contains the mask token, which only hiding may write: remove it from the record"
+        )
+    end = min(len(ids), max_tokens or len(ids))
+    covered = max((offset for _, offset in offsets[start:end]), default=0)
+    return Encoded(
+        ids=ids[:end],
+        replies=[(min(start, end), end)],
+        reply_bytes=len(whole[place : max(place, min(covered, place + len(shown)))].encode()),
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    """Stand behind `raise_exception(...)` in templates."""
+    raise DataError(f"the chat template refuses these messages: {message}")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def labels_of(ids: Any, replies: Sequence[tuple[int, int]], ignored: int) -> list[int]:
+    """Return `ids` inside the replies and `ignored` elsewhere."""
+    labels = [ignored] * len(ids)
+    for start, end in replies:
+        labels[start:end] = ids[start:end]
+    return labels
