@@ -1,0 +1,225 @@
+"""What a run tells while it goes: phase times, and log lines to console, JSONL, TensorBoard and wandb.
+
+`Phases` says where the time goes; `Metrics` collects what the loop hands it after every step, and every few
+steps writes one record to each sink. Names are flat (`loss`, `loss/kl`, `phase/teacher`), the same in every
+sink. Only rank 0 has sinks; the other ranks call the same methods and nothing happens, so loops need no `if
+rank == 0`. The loop's values are already the same on every rank; nothing here is a collective.
+
+`metrics.jsonl` is the record that plots are made from: one flushed line per record; a resumed run first drops
+the lines of steps that were done but not saved, so the file reads as if the run had never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.train.progress import Progress
+from tide_megatron.train.sinks import JsonLines, Record, Sink, TensorBoard, WeightsAndBiases, guarded
+
+PAUSES = ("evaluate", "checkpoint")
+"""Phases that are not training: tokens per second leave them out."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class MetricsOptions:
+    """Where a run reports to, and how often."""
+
+    every: int = Field(default=10, ge=1)
+    """Attempted updates per record; the first and the last update always make one."""
+    tensorboard: bool = True
+    """Write event files to `tensorboard/` in the run folder."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; its failures are logged once and never end a run."""
+    project: str = "tide-megatron"
+    """wandb project."""
+
+
+class Phases:
+    """Exclusive times of the parts of a step: inside `with phases("head")`, time belongs to `head`.
+
+    A phase opened inside another pauses the outer one, so the sums never exceed the wall clock. On CUDA the
+    marks are events in the current stream, which cost no synchronisation: a phase then has the time the GPU
+    spent between its marks, and what the host did meanwhile does not show.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """Start with nothing measured; `device` says whose clock counts."""
+        self._on_cuda = device is not None and device.type == "cuda"
+        self._open: list[str] = []
+        self._since: Any = None
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the block's time as `name`."""
+        self._switch()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def take(self) -> dict[str, float]:
+        """Return seconds by phase since the last `take`, and start anew; waits for a CUDA device."""
+        self._switch()
+        seconds: dict[str, float] = defaultdict(float)
+        if self._on_cuda and self._spans:
+            self._spans[-1][2].synchronize()
+        for name, start, end in self._spans:
+            seconds[name] += start.elapsed_time(end) / 1000 if self._on_cuda else end - start
+        self._spans.clear()
+        return dict(seconds)
+
+    def _switch(self) -> None:
+        """Close the running span at this moment; the next one starts here."""
+        now: Any = time.perf_counter()
+        if self._on_cuda:
+            now = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            now.record()
+        if self._open:
+            self._spans.append((self._open[-1], self._since, now))
+        self._since = now
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Window:
+    """What happened since the last record."""
+
+    started_seconds: float
+    steps: int = 0
+    tokens: int = 0
+    averaged: list[Mapping[str, float]] = dataclasses.field(default_factory=list)
+
+
+class Metrics:
+    """Collects the values of every step and reports them; a context manager that closes its sinks."""
+
+    def __init__(
+        self,
+        options: MetricsOptions,
+        folder: Path,
+        clock: Clock,
+        *,
+        phases: Phases,
+        recipe: Mapping[str, Any],
+        is_first: bool,
+    ) -> None:
+        """Open the sinks on rank 0.
+
+        Args:
+            options: where to and how often.
+            folder: the run folder.
+            clock: where the run starts or goes on; later records of an earlier attempt are dropped.
+            phases: the timer that the step uses.
+            recipe: the resolved recipe, for wandb.
+            is_first: whether this is rank 0.
+        """
+        self.options = options
+        self.phases = phases
+        self._window = _Window(started_seconds=time.monotonic())
+        self._progress: Progress | None = None
+        self._sinks: list[Sink] = []
+        if is_first:
+            self._progress = Progress(clock)
+            self._sinks = [self._progress, JsonLines(folder, clock)]
+            if options.tensorboard:
+                self._sinks.append(guarded("tensorboard", lambda: TensorBoard(folder, clock)))
+            if options.wandb != "off":
+                mode, project = options.wandb, options.project
+                self._sinks.append(guarded("wandb", lambda: WeightsAndBiases(folder, mode, project, recipe)))
+
+    def __enter__(self) -> Metrics:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the sinks, also after an error."""
+        self.close()
+
+    def step(
+        self, clock: Clock, *, averaged: Mapping[str, float], latest: Mapping[str, float], tokens: int
+    ) -> None:
+        """Take the values of one attempted update; every rank may call it after every step.
+
+        Args:
+            clock: after the update.
+            averaged: values whose mean since the last record is reported (losses, gradient norm); values that
+                are not finite are left out of the mean.
+            latest: values reported as they are now (learning rate, lambda).
+            tokens: tokens read by all ranks in this step.
+        """
+        window = self._window
+        window.steps += 1
+        window.tokens += tokens
+        window.averaged.append(averaged)
+        attempts = clock.step + clock.skipped
+        if self._progress is not None:
+            self._progress.advance(clock)
+        if attempts == 1 or attempts % self.options.every == 0 or clock.step == clock.total_steps:
+            self._write(
+                Record(
+                    kind="train", clock=clock, values={**means(window.averaged), **latest, **self._costs()}
+                )
+            )
+            self._window = _Window(started_seconds=time.monotonic())
+
+    def evaluated(self, clock: Clock, values: Mapping[str, float]) -> None:
+        """Report held-out scores at once."""
+        self._write(Record(kind="evaluate", clock=clock, values=dict(values)))
+
+    def close(self) -> None:
+        """Flush and close every sink; later calls do nothing."""
+        sinks, self._sinks, self._progress = self._sinks, [], None
+        for sink in sinks:
+            sink.close()
+
+    def _write(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+    def _costs(self) -> dict[str, float]:
+        """Return rates, shares of the time by phase, and the largest memory so far."""
+        window = self._window
+        seconds = max(time.monotonic() - window.started_seconds, 1e-9)
+        phases = self.phases.take()
+        training = max(seconds - sum(phases.get(name, 0.0) for name in PAUSES), 1e-9)
+        return {
+            "tokens_per_second": window.tokens / training,
+            "seconds_per_step": training / window.steps,
+            "peak_memory_bytes": peak_memory_bytes(),
+            **{f"phase/{name}": spent / seconds for name, spent in phases.items()},
+        }
+
+
+def means(steps: list[Mapping[str, float]]) -> dict[str, float]:
+    """Average each name over the steps that have it; a name without any finite value is NaN."""
+    names = {name: None for step in steps for name in step}  # a dict keeps the order
+    result = {}
+    for name in names:
+        finite = [step[name] for step in steps if name in step and math.isfinite(step[name])]
+        result[name] = sum(finite) / len(finite) if finite else math.nan
+    return result
+
+
+def peak_memory_bytes() -> float:
+    """Return the largest memory of this process so far: allocated on a GPU in use, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,121 @@
+"""The console of a run: a live bar in a terminal, plain lines elsewhere, then where the time went."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+
+import rich
+from rich import progress
+from rich.table import Table
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.train.sinks import Record
+
+REFRESHES_PER_SECOND = 4
+"""Of the live bar: enough to look alive, little enough to cost nothing."""
+
+
+class Progress:
+    """Shows steps, remaining time, losses, rates and phase shares of a run on the shared rich console."""
+
+    def __init__(self, clock: Clock) -> None:
+        """Show a bar if the console is a terminal."""
+        self._console = rich.get_console()
+        self._start = (time.monotonic(), clock.step)
+        self._phases: dict[str, float] = defaultdict(float)
+        self._bar: progress.Progress | None = None
+        if self._console.is_terminal:
+            self._bar = progress.Progress(
+                progress.TextColumn("[bold]step"),
+                progress.MofNCompleteColumn(),
+                progress.BarColumn(bar_width=24),
+                progress.TextColumn("{task.fields[eta]}"),
+                progress.TextColumn("{task.fields[facts]}"),
+                console=self._console,
+                refresh_per_second=REFRESHES_PER_SECOND,
+            )
+            self._task = self._bar.add_task(
+                "", total=clock.total_steps, completed=clock.step, eta="", facts=""
+            )
+            self._bar.start()
+
+    def advance(self, clock: Clock) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=clock.step, eta=self._eta(clock))
+
+    def write(self, record: Record) -> None:
+        """Show a record: training values in the bar or as a line, scores always as a line."""
+        values = record.values
+        for name, share in _phases(values).items():
+            self._phases[name] += share * values["seconds_per_step"]
+        if record.kind == "evaluate":
+            self._print(f"step {record.clock.step}: held out  {describe_scores(values)}")
+        elif self._bar is not None:
+            self._bar.update(self._task, facts=describe_step(values))
+        else:
+            clock = record.clock
+            self._print(f"step {clock.step}/{clock.total_steps}  {self._eta(clock)}  {describe_step(values)}")
+
+    def close(self) -> None:
+        """Stop the bar and print the phase shares of the whole run."""
+        if self._bar is not None:
+            self._bar.stop()
+        total = sum(self._phases.values())
+        if total:
+            table = Table("phase", "share", title="where the time went", title_justify="left", box=None)
+            for name, spent in sorted(self._phases.items(), key=lambda item: -item[1]):
+                table.add_row(name, f"{spent / total:.1%}")
+            self._console.print(table)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _eta(self, clock: Clock) -> str:
+        began, first = self._start
+        done = clock.step - first
+        if not done:
+            return "eta ?"
+        left = (clock.total_steps - clock.step) * (time.monotonic() - began) / done
+        return f"eta {datetime.timedelta(seconds=round(left))}"
+
+
+def describe_step(values: Mapping[str, float]) -> str:
+    """Say a training record in one line: losses first, then rates, then the three longest phases."""
+    words = [f"loss {values['loss']:.4f}"]
+    terms = [
+        f"{name.removeprefix('loss/')} {value:.4f}"
+        for name, value in values.items()
+        if name.startswith("loss/")
+    ]
+    if len(terms) > 1:
+        words.append(f"({', '.join(terms)})")
+    if "grad_norm" in values:
+        words.append(f"grad {values['grad_norm']:.3g}")
+    if "learning_rate" in values:
+        words.append(f"lr {values['learning_rate']:.2e}")
+    words += [
+        f"{name.removeprefix('lambda/')} λ {value:.3f}"
+        for name, value in values.items()
+        if name.startswith("lambda")
+    ]
+    words.append(f"{_thousands(values['tokens_per_second'])} tokens/s")
+    longest = sorted(_phases(values).items(), key=lambda item: -item[1])[:3]
+    words.append(" ".join(f"{name} {share:.0%}" for name, share in longest))
+    return "  ".join(word for word in words if word)
+
+
+def describe_scores(values: Mapping[str, float]) -> str:
+    """Say held-out scores in one line."""
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+
+
+def _phases(values: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix("phase/"): share for name, share in values.items() if name.startswith("phase/")}
+
+
+def _thousands(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"

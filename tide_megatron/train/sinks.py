@@ -1,0 +1,175 @@
+"""Where records go: a JSONL file, TensorBoard event files, wandb. The console is `train/progress.py`.
+
+A sink has `write(record)` and `close()`. TensorBoard and wandb are conveniences, so they are `guarded`: their
+first failure is logged and they fall silent, the run goes on. The JSONL file is the run's own record and may
+fail aloud.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tide_megatron.base.clock import Clock
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """Values at one moment of a run."""
+
+    kind: Literal["train", "evaluate"]
+    clock: Clock
+    values: Mapping[str, float]
+
+
+class Sink(Protocol):
+    """What takes records."""
+
+    def write(self, record: Record) -> None:
+        """Keep or show one record."""
+
+    def close(self) -> None:
+        """Finish; nothing is written afterwards."""
+
+
+class JsonLines:
+    """`metrics.jsonl` in the run folder: one flushed JSON object a line; what is not finite becomes null."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        """Open the file for appending, after dropping the records of steps later than `clock`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / FILE_NAME
+        if self.path.exists():
+            self._drop_later(clock.consumed)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append one line."""
+        clock = record.clock
+        facts = {
+            "kind": record.kind,
+            "step": clock.step,
+            "consumed": clock.consumed,
+            "skipped": clock.skipped,
+        }
+        values = {name: value if math.isfinite(value) else None for name, value in record.values.items()}
+        self._file.write(json.dumps({**facts, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _drop_later(self, consumed: int) -> None:
+        """Keep whole lines up to `consumed` samples; a line that a kill cut short goes too."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                is_kept = line.endswith("\n") and json.loads(line)["consumed"] <= consumed
+            except (ValueError, KeyError, TypeError):
+                is_kept = False
+            if is_kept:
+                kept.append(line)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`; a resumed run hides what it overwrites."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        """Open a new event file."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = clock.step + 1 if clock.step else None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def write(self, record: Record) -> None:
+        """Add one scalar per value."""
+        for name, value in record.values.items():
+            self._writer.add_scalar(f"{record.kind}/{name}", value, record.clock.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One wandb run per run folder; `wandb-id` in the folder lets a resumed run go on in the same one."""
+
+    def __init__(
+        self, folder: Path, mode: Literal["offline", "online"], project: str, recipe: Mapping[str, Any]
+    ) -> None:
+        """Start or resume the wandb run."""
+        import wandb
+
+        identity = folder / "wandb-id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+        self._run = wandb.init(
+            id=identity.read_text(encoding="utf-8").strip(),
+            project=project,
+            name=folder.resolve().name,
+            dir=str(folder),
+            mode=mode,
+            config=dict(recipe),
+            resume="allow",
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+        # Our own axis: wandb's counter must never go back, a resumed run's step may.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        """Log the record under its kind."""
+        values = {f"{record.kind}/{name}": value for name, value in record.values.items()}
+        self._run.log({"step": record.clock.step, "consumed": record.clock.consumed, **values})
+
+    def close(self) -> None:
+        """Finish the wandb run."""
+        self._run.finish()
+
+
+class _Guarded:
+    """A sink whose first failure is its last."""
+
+    def __init__(self, name: str, build: Callable[[], Sink]) -> None:
+        self._name = name
+        self._sink: Sink | None = None
+        self._attempt(lambda: setattr(self, "_sink", build()))
+
+    def write(self, record: Record) -> None:
+        """Pass the record on while the sink works."""
+        sink = self._sink
+        if sink is not None:
+            self._attempt(lambda: sink.write(record))
+
+    def close(self) -> None:
+        """Close the sink if it still works."""
+        sink = self._sink
+        if sink is not None:
+            self._attempt(sink.close)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._sink = None
+            log.warning("%s is off for the rest of this run: %s: %s", self._name, type(error).__name__, error)
+
+
+def guarded(name: str, build: Callable[[], Sink]) -> Sink:
+    """Build a sink that may fail without harm: its first failure, also in `build`, is logged and ends it."""
+    return _Guarded(name, build)
