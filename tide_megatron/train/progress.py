@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import rich
 from rich import progress
-from rich.table import Table
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.train.sinks import Record
@@ -66,10 +65,10 @@ class Progress:
             self._bar.stop()
         total = sum(self._phases.values())
         if total:
-            table = Table("phase", "share", title="where the time went", title_justify="left", box=None)
-            for name, spent in sorted(self._phases.items(), key=lambda item: -item[1]):
-                table.add_row(name, f"{spent / total:.1%}")
-            self._console.print(table)
+            shares = sorted(self._phases.items(), key=lambda item: -item[1])
+            self._print(
+                "where the time went: " + "  ".join(f"{name} {spent / total:.1%}" for name, spent in shares)
+            )
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -97,11 +96,9 @@ def describe_step(values: Mapping[str, float]) -> str:
         words.append(f"grad {values['grad_norm']:.3g}")
     if "learning_rate" in values:
         words.append(f"lr {values['learning_rate']:.2e}")
-    words += [
-        f"{name.removeprefix('lambda/')} λ {value:.3f}"
-        for name, value in values.items()
-        if name.startswith("lambda")
-    ]
+    for name, value in values.items():
+        if name.split("/")[0] == "lambda":
+            words.append(f"{name.replace('lambda', 'λ', 1)} {value:.3f}")
     words.append(f"{_thousands(values['tokens_per_second'])} tokens/s")
     longest = sorted(_phases(values).items(), key=lambda item: -item[1])[:3]
     words.append(" ".join(f"{name} {share:.0%}" for name, share in longest))
