@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the goldens folder and the gloo pools; device tests are skipped without a device."""
+"""Fixtures for all tests: the goldens folder and the gloo pools; device tests are skipped without one."""
 
 from __future__ import annotations
 

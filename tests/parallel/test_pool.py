@@ -1,4 +1,4 @@
-"""The pool itself: results in rank order, faults with their rank, hangs with an end, a fresh start after them."""
+"""The pool itself: results in rank order, faults with their rank, an end to hangs, and a fresh start."""
 
 import os
 import time
