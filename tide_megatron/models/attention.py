@@ -1,0 +1,297 @@
+"""Attention under any mask: three kernels for one predicate, in megatron-core's core-attention slot.
+
+Who may attend to whom is `diffusion.mask.may_attend`; everything here renders it (design section 7).
+`dense` hands the whole bool mask to scaled-dot-product attention. `structured` cuts the sequence into chunks
+and lets each query chunk see only the key chunks that the predicate allows at all, so that [x_t ; x_0] costs
+about l^2 and not 4 l^2 (1.5-3 times faster on CPU); it knows no context kind, only the mask. `flex` is
+FlexAttention with a BlockMask, for training on CUDA. A test holds all of them equal.
+
+An `AttentionPlan` is made once per view and shared by all layers: the kernel with its masks, and the rotary
+angles of the view's own positions (positions restart in each part, which stock RoPE cannot know). It travels
+as megatron-core's `attention_bias` argument: `attention_mask` is saved as a tensor by activation
+recomputation, `attention_bias` is handed through untouched. The stock core attention is replaced because it
+takes a global buffer, and Transformer Engine's because arbitrary masks disable its fast kernels.
+
+Left out: a key-value cache (the sampler recomputes), attention dropout (no model here has it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.diffusion.mask import Context, dense_mask, may_attend
+from tide_megatron.diffusion.views import View
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST_CHUNK = 32  # tokens; shorter chunks cost more in kernel launches than they save (measured on CPU)
+_MOST_CHUNKS = 8  # per part; more save less than 1/8 of l^2
+
+
+class Kernel(Protocol):
+    """Attention of one view: query against key and value under the view's mask."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend; all [samples, heads or groups, tokens, head_dim], the result shaped like `query`."""
+
+
+KernelMaker = Callable[[Context, int, Tensor | None, torch.device], Kernel]
+"""(context, length of one part, [samples] real lengths or None, device) -> a kernel."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense:
+    """One call with the whole mask."""
+
+    mask: Tensor | None
+    """[1 or samples, 1, S, S] bool; None: everybody sees everybody."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend; see `Kernel`."""
+        return _attend(query, key, value, self.mask)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Structured:
+    """One call per group of query chunks, each with the key chunks it may see at all."""
+
+    sizes: tuple[int, ...]
+    """Tokens of every chunk of the sequence, in order."""
+    calls: tuple[tuple[tuple[int, ...], tuple[int, ...], Tensor | None], ...]
+    """(query chunks, key chunks, mask between them); every chunk is queried in one call."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend; see `Kernel`."""
+        queries, keys, values = (torch.split(part, list(self.sizes), dim=2) for part in (query, key, value))
+        answers: dict[int, Tensor] = {}
+        for asking, seen, mask in self.calls:
+            merged = _attend(
+                torch.cat([queries[chunk] for chunk in asking], dim=2),
+                torch.cat([keys[chunk] for chunk in seen], dim=2),
+                torch.cat([values[chunk] for chunk in seen], dim=2),
+                mask,
+            )
+            answers |= zip(
+                asking, torch.split(merged, [self.sizes[chunk] for chunk in asking], dim=2), strict=True
+            )
+        return torch.cat([answers[chunk] for chunk in range(len(self.sizes))], dim=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flex:
+    """FlexAttention: compiled on CUDA; on CPU plain and forward only, where tests compare it."""
+
+    block_mask: Any
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend; see `Kernel`."""
+        flex = _compiled_flex_attention() if query.is_cuda else _plain_flex_attention()
+        answer: Tensor = flex(query, key, value, block_mask=self.block_mask, enable_gqa=True)
+        return answer
+
+
+def make_dense(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Kernel:
+    """Render the mask whole."""
+    if lengths is None:
+        return _cached_dense(context, length, device)
+    return Dense(mask=dense_mask(context, length, lengths.to(device)))
+
+
+def make_structured(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Kernel:
+    """Render the mask in chunks. Padding only hides, so the chunks are those of the unpadded mask."""
+    if lengths is None:
+        return _cached_structured(context, length, device)
+    unpadded = _cached_structured(context, length, device)
+    masks = dense_mask(context, length, lengths.to(device))
+    calls = tuple(
+        (asking, seen, _between(masks, unpadded.sizes, asking, seen)) for asking, seen, _ in unpadded.calls
+    )
+    return dataclasses.replace(unpadded, calls=calls)
+
+
+def make_flex(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Kernel:
+    """Render the mask as a FlexAttention BlockMask, by the same rule as `dense_mask`."""
+    if lengths is None:
+        return _cached_flex(context, length, device)
+    return Flex(block_mask=_block_mask(context, length, lengths.to(device), device))
+
+
+KERNELS: dict[str, KernelMaker] = {"dense": make_dense, "structured": make_structured, "flex": make_flex}
+"""Word in a recipe -> how a view's kernel is made."""
+
+
+def choose_kernel(wanted: str, device_type: str, *, trainable: bool) -> KernelMaker:
+    """Choose the attention kernel of one model, in this one place, and log it.
+
+    Args:
+        wanted: `auto` (flex on CUDA, structured on CPU) or a key of KERNELS.
+        device_type: `cpu` or `cuda`.
+        trainable: whether gradients are needed; FlexAttention has none on CPU.
+
+    Raises:
+        ConfigError: for an unknown word, or for training with flex on CPU.
+    """
+    name = ("flex" if device_type == "cuda" else "structured") if wanted == "auto" else wanted
+    if name not in KERNELS:
+        raise ConfigError(f"attention: {wanted!r} is unknown; {nearest(wanted, ('auto', *KERNELS))}")
+    if name == "flex" and trainable and device_type != "cuda":
+        raise ConfigError("attention: flex has no backward pass on CPU; use structured, dense or auto")
+    logger.info("attention kernel: %s on %s%s", name, device_type, "" if wanted == name else f" ({wanted})")
+    return KERNELS[name]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionPlan:
+    """What all layers of one forward pass share."""
+
+    kernel: Kernel
+    cosine: Tensor
+    """[tokens, samples or 1, 1, rotated / 2] in the model's dtype."""
+    sine: Tensor
+
+    @classmethod
+    def of(cls, view: View, make: KernelMaker, frequencies: Tensor, dtype: torch.dtype) -> AttentionPlan:
+        """Make the plan of a view.
+
+        Args:
+            view: context, lengths and positions.
+            make: the model's kernel.
+            frequencies: [rotated / 2] fp32 from `rotary_frequencies`.
+            dtype: of query and key.
+        """
+        # A plain view repeats one row of positions without storing it; one row of angles is enough then.
+        shared = view.positions.stride(0) == 0
+        positions = view.positions[:1] if shared else view.positions
+        angles = positions.T[:, :, None, None].to(frequencies.dtype) * frequencies
+        return cls(
+            kernel=make(view.context, view.length, view.lengths, view.ids.device),
+            cosine=angles.cos().to(dtype),
+            sine=angles.sin().to(dtype),
+        )
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        """Rotate the first dimensions of each head, halves style: [tokens, samples, heads, head_dim]."""
+        half = self.cosine.shape[-1]
+        first, second, rest = torch.split(heads, [half, half, heads.shape[-1] - 2 * half], dim=-1)
+        turned = [first * self.cosine - second * self.sine, second * self.cosine + first * self.sine]
+        return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+
+
+def rotary_frequencies(rotary_dim: int, base: float, device: torch.device) -> Tensor:
+    """Return the angle per position of each pair of dimensions, [rotary_dim / 2] fp32 (spec section 6)."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+    return 1.0 / base**exponents
+
+
+class PlannedAttention(torch.nn.Module):
+    """Core attention in megatron-core's slot: rotate, attend as planned, merge the heads."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        """Take and ignore what megatron-core tells every core attention; the plan says it all."""
+        super().__init__()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        *,
+        attention_bias: AttentionPlan,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [tokens, samples, heads, head_dim].
+            key: [tokens, samples, groups, head_dim].
+            value: like `key`.
+            attention_mask: unused.
+            attention_bias: the plan of this forward pass.
+            kwargs: what else a megatron-core release passes.
+
+        Returns:
+            [tokens, samples, heads * head_dim].
+        """
+        plan = attention_bias
+        parts = (part.permute(1, 2, 0, 3) for part in (plan.rotate(query), plan.rotate(key), value))
+        answer = plan.kernel(*parts)  # [samples, heads, tokens, head_dim]
+        return answer.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_dense(context: Context, length: int, device: torch.device) -> Dense:
+    return Dense(mask=_unless_full(dense_mask(context, length).to(device)))
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_structured(context: Context, length: int, device: torch.device) -> Structured:
+    """Cut each part into equal chunks of whole blocks; the same chunk of every part is queried together."""
+    mask = dense_mask(context, length)
+    block = length if context.kind == "bidirectional" else context.block_size
+    chunk = block * -(-max(_SMALLEST_CHUNK, -(-length // _MOST_CHUNKS)) // block)
+    own = [min(chunk, length - start) for start in range(0, length, chunk)]
+    sizes = tuple(own * context.parts)
+    calls = []
+    for first in range(len(own)):
+        asking = tuple(range(first, len(sizes), len(own)))
+        seen = tuple(c for c in range(len(sizes)) if bool(_between(mask, sizes, asking, (c,)).any()))
+        calls.append((asking, seen, _unless_full(_between(mask, sizes, asking, seen).to(device))))
+    return Structured(sizes=sizes, calls=tuple(calls))
+
+
+def _between(mask: Tensor, sizes: tuple[int, ...], asking: tuple[int, ...], seen: tuple[int, ...]) -> Tensor:
+    """Return the part of a mask [..., S, S] between some query chunks and some key chunks."""
+    rows = torch.cat([torch.split(mask, list(sizes), dim=-2)[chunk] for chunk in asking], dim=-2)
+    return torch.cat([torch.split(rows, list(sizes), dim=-1)[chunk] for chunk in seen], dim=-1)
+
+
+def _unless_full(mask: Tensor) -> Tensor | None:
+    """Return None for a mask that allows everything: attention without a mask is faster."""
+    return None if bool(mask.all()) else mask
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_flex(context: Context, length: int, device: torch.device) -> Flex:
+    return Flex(block_mask=_block_mask(context, length, None, device))
+
+
+def _block_mask(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = may_attend(context, length, query, key)
+        if lengths is None:
+            return seen
+        real_query, real_key = query % length < lengths[sample], key % length < lengths[sample]
+        return (seen & real_query & real_key) | (~real_query & (query == key))
+
+    size = context.parts * length
+    samples = None if lengths is None else len(lengths)
+    return create_block_mask(allowed, samples, None, size, size, device=str(device))
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    """Compile FlexAttention once per process; without that it materialises every score."""
+    return torch.compile(_plain_flex_attention())
+
+
+def _plain_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention  # imports dynamo: seconds, only where used
+
+    return flex_attention

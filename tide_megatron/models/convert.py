@@ -1,0 +1,214 @@
+"""Weights in and out: from a Hugging Face folder into this rank's part, back into a folder, or fresh.
+
+Every rank reads the headers of a folder (names and shapes of all tensors, so all ranks refuse alike) and then
+only the bytes of the tensors it holds: nobody ever has the whole model. Missing, unknown and misshapen
+tensors are told together in one message. Only safetensors: no pickle is read or written.
+
+Fresh weights are drawn per Hugging Face tensor from (seed, its name), through the same mapping as loading:
+an expert gets the same values wherever it lives, so 1 rank and 4 ranks start from the same model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tide_megatron.base.errors import CheckpointError, ConfigError, nearest
+from tide_megatron.models import ARCHITECTURES
+from tide_megatron.models.architecture import Architecture
+from tide_megatron.models.build import TideModel
+from tide_megatron.models.folder import HfFolder, read_config, write_folder
+from tide_megatron.models.weights import Piece, held, to_hf
+
+_MOST_NAMED = 20  # tensors of one kind that a message names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What filling a model took, on this rank."""
+
+    parameters: int
+    """Elements of all parameters this rank holds."""
+    tensors_read: int
+    bytes_read: int
+    """Bytes of tensors read from disk, as stored; headers not counted."""
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Read what a model folder holds from its config.json.
+
+    Raises:
+        CheckpointError: no folder, or no readable config.json.
+        ConfigError: a model type or switch that is not implemented; the message names folder and key.
+    """
+    config = read_config(folder)
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        hint = nearest(str(model_type), ARCHITECTURES)
+        raise ConfigError(f"{folder}: config.json: model_type: {model_type!r} is not supported; {hint}")
+    try:
+        return ARCHITECTURES[model_type].from_hf(config)
+    except ConfigError as fault:
+        raise ConfigError(f"{folder}: {fault}") from None
+
+
+def load_model(model: TideModel, folder: Path) -> LoadReport:
+    """Fill a model from a Hugging Face folder, casting to the model's dtypes.
+
+    Not a collective: each rank reads for itself. With several ranks, wrap the call in
+    `parallel.collectives.fail_together`, because a disk may fail one of them.
+
+    Raises:
+        CheckpointError: with all missing, unknown and misshapen tensors, or the file that is damaged.
+    """
+    with HfFolder(folder) as source:
+        _check(model.architecture, source)
+        tensors_read = _fill(model, lambda piece: [source.read(name) for name in piece.sources])
+        return _report(model, tensors_read, source.bytes_read)
+
+
+@torch.no_grad()
+def draw_weights(model: TideModel, seed: int) -> LoadReport:
+    """Fill a model with fresh weights that depend on the seed and each tensor's name, not on ranks or layout.
+
+    Matrices are normal with the architecture's `initializer_range`, norms one, biases zero. Not a collective.
+    """
+    deviation = model.architecture.initializer_range
+
+    def draw(piece: Piece) -> list[Tensor]:
+        if piece.fill is not None:
+            return [torch.full(shape, piece.fill) for shape in piece.sources.values()]
+        return [_normal(seed, name, shape) * deviation for name, shape in piece.sources.items()]
+
+    _fill(model, draw)
+    return _report(model, 0, 0)
+
+
+def save_model(
+    model: TideModel, folder: Path, *, dtype: torch.dtype | None = None, files: Iterable[Path] = ()
+) -> None:
+    """Write a model as a Hugging Face folder: config.json, model.safetensors, and `files` beside them.
+
+    Every rank must call it; the experts of rank 0's expert group travel to rank 0, which alone writes. Other
+    ranks return early, so a caller that reads the folder next puts a barrier between.
+
+    Args:
+        model: trainable or frozen; its weights are not touched.
+        folder: where it shall stand; an older one is replaced as a whole, at once.
+        dtype: stored dtype of parameters; None keeps each tensor's own. The router bias stays fp32.
+        files: files to copy into the folder (the tokenizer's).
+
+    Raises:
+        CheckpointError: on rank 0, when the disk refuses.
+    """
+    if 0 not in dist.get_process_group_ranks(model.groups.ep):
+        return
+    tensors = _gather(model, dtype)
+    if dist.get_rank() == 0:
+        config = model.architecture.to_hf()
+        stored = str(dtype or model.config.params_dtype).removeprefix("torch.")
+        write_folder(
+            folder, {**config, "dtype" if "dtype" in config else "torch_dtype": stored}, tensors, files
+        )
+
+
+def hf_tensors(model: TideModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give this rank's tensors (weights or gradients, by our names) Hugging Face's names and shapes."""
+    return dict(to_hf([(name, piece) for name, piece in _held(model) if name in tensors], tensors))
+
+
+def _held(model: TideModel) -> Iterable[tuple[str, Piece]]:
+    return held(model.architecture.pieces(), model.shard, model.architecture.num_experts)
+
+
+def _own_tensors(model: TideModel) -> dict[str, Tensor]:
+    """Return every tensor of a model that a checkpoint must hold, by name."""
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+@torch.no_grad()
+def _fill(model: TideModel, parts: Callable[[Piece], list[Tensor]]) -> int:
+    """Copy every piece this rank holds into its place; return how many tensors `parts` gave."""
+    own, num_tensors = _own_tensors(model), 0
+    for name, piece in _held(model):
+        given = parts(piece)
+        num_tensors += len(given)
+        own.pop(name).copy_(piece.join(given))
+    assert not own, f"the weight table of {type(model.architecture).__name__} forgets {sorted(own)}"
+    return num_tensors
+
+
+def _report(model: TideModel, tensors_read: int, bytes_read: int) -> LoadReport:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return LoadReport(parameters=parameters, tensors_read=tensors_read, bytes_read=bytes_read)
+
+
+def _check(architecture: Architecture, source: HfFolder) -> None:
+    """Compare a folder's headers with the whole model's table."""
+    wanted = {name: shape for piece in architecture.pieces() for name, shape in piece.sources.items()}
+    found = source.shapes
+    shapes = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "unknown": [name for name in found if name not in wanted and name not in architecture.ignored],
+        "misshapen": shapes,
+    }
+    lines = [_listed(kind, names) for kind, names in faults.items() if names]
+    if lines:
+        raise CheckpointError(
+            f"{source.folder}: the weights do not fit config.json (model_type {architecture.model_type}):\n"
+            + "\n".join(lines)
+            + "\ncheck that both come from the same model"
+        )
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    more = f", and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f"  {len(names)} {kind}: {', '.join(names[:_MOST_NAMED])}{more}"
+
+
+def _normal(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Draw a standard normal tensor that depends on seed and name alone, on CPU in fp32."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randn(shape, generator=generator)
+
+
+@torch.no_grad()
+def _gather(model: TideModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Collect the whole model's Hugging Face tensors on the expert group's first rank; empty elsewhere.
+
+    Every rank of the expert group must call it: owners send their experts in the table's order.
+    """
+    own, shard, group = _own_tensors(model), model.shard, model.groups.ep
+    gathered: dict[str, Tensor] = {}
+    for piece in model.architecture.pieces():
+        name = shard.name(piece, model.architecture.num_experts)
+        if shard.expert_rank == 0:
+            if name is None:
+                owner = shard.owner(piece, model.architecture.num_experts)
+                tensor = model.head_weight.new_empty(piece.joined_shape)
+                dist.recv(tensor, src=dist.get_global_rank(group, owner), group=group)
+            else:
+                tensor = own[name]
+            kept = tensor.dtype if dtype is None or not piece.is_parameter else dtype
+            parts = zip(piece.sources, piece.split(tensor), strict=True)
+            gathered |= {source: _detached(part, kept) for source, part in parts}
+        elif name is not None and piece.expert is not None:
+            dist.send(own[name].contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+    return gathered
+
+
+def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous CPU copy that shares no storage (safetensors refuses shared ones)."""
+    return tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()

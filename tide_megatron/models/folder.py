@@ -1,0 +1,176 @@
+"""A Hugging Face model folder on disk: read lazily and checked, written whole or not at all.
+
+Reading takes `model.safetensors`, or the shards that `model.safetensors.index.json` names. Headers are read
+at once, bytes only when asked for, and counted. A truncated or damaged file, a missing shard, a folder with
+pickled weights only: each is one `CheckpointError` that names the file. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tide_megatron.base.errors import CheckpointError
+from tide_megatron.models.weights import Shape
+
+CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+class HfFolder:
+    """Lazy access to the tensors of a folder; a context manager, because it holds files open."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of all weight files.
+
+        Raises:
+            CheckpointError: naming the file that is missing or damaged.
+        """
+        self.folder = folder
+        self.bytes_read = 0
+        """Bytes of tensors read so far, as stored."""
+        self.shapes: dict[str, Shape] = {}
+        """Shape of every tensor in the folder."""
+        self._open = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+        try:
+            for file in _weight_files(folder):
+                self._add(file)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def __enter__(self) -> HfFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def read(self, name: str) -> Tensor:
+        """Return one whole tensor as stored, on CPU."""
+        try:
+            tensor: Tensor = self._files[name].get_tensor(name)
+        except (SafetensorError, OSError) as fault:
+            raise _damaged(self.folder / name, fault) from None
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _add(self, path: Path) -> None:
+        try:
+            file = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as fault:
+            raise _damaged(path, fault) from None
+        self.shapes.update(found)
+        self._files.update(dict.fromkeys(found, file))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the parsed config.json of a folder.
+
+    Raises:
+        CheckpointError: when it is missing or not a JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder; give a local folder with {CONFIG_FILE} in it")
+    return _read_json(path, "a Hugging Face model folder needs it")
+
+
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: Iterable[Path] = ()
+) -> None:
+    """Write a model folder: beside its place, made durable, then renamed over what was there.
+
+    Args:
+        folder: where it shall stand; an older folder of that name is replaced as a whole.
+        config: what config.json says.
+        tensors: Hugging Face name -> contiguous CPU tensor.
+        files: further files to copy into it (tokenizer.json...).
+
+    Raises:
+        CheckpointError: when the disk refuses; nothing half-written stays.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / CONFIG_FILE).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+        save_file(dict(tensors), partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        for file in files:
+            shutil.copyfile(file, partial / file.name)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as fault:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder}: cannot be written ({fault}); check space and permissions"
+        ) from fault
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, all of them present."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no such model folder; give a local folder with {WEIGHTS_FILE} in it"
+        )
+    if not (folder / INDEX_FILE).exists():
+        if (folder / WEIGHTS_FILE).exists():
+            return [folder / WEIGHTS_FILE]
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        remedy = (
+            "its pickled weights are not read, save it as safetensors" if pickled else "download it whole"
+        )
+        raise CheckpointError(f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; {remedy}")
+    index = _read_json(folder / INDEX_FILE, "it names the weight files")
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(
+            f"{folder / INDEX_FILE}: has no weight_map of tensor to file; download it again"
+        )
+    files = [folder / name for name in sorted(set(places.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(missing)}")
+    return files
+
+
+def _read_json(path: Path, purpose: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; {purpose}") from None
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(f"{path}: not readable as JSON ({fault}); {purpose}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__}, not a JSON object; {purpose}")
+    return value
+
+
+def _damaged(path: Path, fault: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged or truncated ({fault}); copy or download it again")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

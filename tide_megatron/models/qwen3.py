@@ -1,0 +1,57 @@
+"""Qwen3-shaped dense models (spec sections 6.1, 6.3): the A2D diffusion student, plain Qwen3, and WeDLM.
+
+The three differ in name, not in mathematics: A2D took Qwen3's weights and dropped the causal mask, and WeDLM
+has Qwen3's modules with two switches. Who may attend to whom is not the architecture's affair but the
+context's. Left out: Qwen3's output bias (`attention_bias` there covers the output projection as well, which
+megatron-core's spec cannot do without biasing every layer); WeDLM's covers query, key and value only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.models.architecture import Architecture, HfConfig, Reader
+
+_QWEN3_HEAD_DIM = 128  # what transformers takes when config.json has no head_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3(Architecture):
+    """A dense decoder with query and key norms and an explicit head dimension."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("a2d-qwen3", "qwen3", "wedlm")
+    embedding_name: ClassVar[str] = "model.embed_tokens.weight"
+
+    @classmethod
+    def from_hf(cls, config: HfConfig) -> Qwen3:
+        """Read a parsed config.json; see `Architecture.from_hf`."""
+        read = Reader(config)
+        is_wedlm = read.get("model_type", str) == "wedlm"
+        bias = read.get("attention_bias", bool, is_wedlm)
+        if bias and not is_wedlm:
+            raise ConfigError(
+                "config.json: attention_bias: True is not supported (a bias on the output projection)"
+            )
+        common = read.common(head_dim=None if is_wedlm else _QWEN3_HEAD_DIM)
+        return cls(
+            **common,
+            rotary_dim=common["head_dim"],
+            qk_norm=read.get("qk_norm", bool, not is_wedlm),
+            qkv_bias=bias,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the config.json of this model."""
+        facts = {**self.source, **self.common_hf(), "attention_bias": self.qkv_bias}
+        if self.model_type == "wedlm" or not self.qk_norm:
+            facts["qk_norm"] = self.qk_norm
+        return facts
+
+    def attention_names(self, layer: str) -> Mapping[str, str]:
+        """Name the attention weights (spec section 6.5)."""
+        names = {part: f"{layer}self_attn.{part}_proj" for part in "qkv"}
+        norms = {part: f"{layer}self_attn.{part}" for part in ("q_norm", "k_norm")}
+        return {**names, **norms, "out": f"{layer}self_attn.o_proj"}

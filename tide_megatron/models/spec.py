@@ -1,0 +1,124 @@
+"""From an `Architecture` to megatron-core's words: a TransformerConfig and a layer spec.
+
+One backend choice, `local`, stands here; Transformer Engine's layers will be the other. Only names that both
+supported megatron-core lines know are passed (0.16 and 0.19), and every own module in a slot takes
+`**kwargs`. Fusions that need a compiler or a CUDA extension are off on CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+
+from tide_megatron.base.device import Device
+from tide_megatron.models.architecture import Architecture
+from tide_megatron.models.attention import PlannedAttention
+from tide_megatron.models.precision import Precision
+from tide_megatron.parallel.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is built, beside what it is."""
+
+    device: Device
+    layout: Layout = dataclasses.field(default_factory=Layout)
+    """How it is cut; already checked (`Layout.check`)."""
+    precision: Precision = dataclasses.field(default_factory=Precision)
+    trainable: bool = False
+    """False: frozen, in eval mode."""
+    attention: str = "auto"
+    """`auto` or a key of `attention.KERNELS`."""
+    router_bias_rate: float = 0.0
+    """Step of the load-balancing router bias after each update; 0 leaves the bias as it is."""
+
+
+def transformer_config(architecture: Architecture, options: Options) -> TransformerConfig:
+    """Say in megatron-core's words what to build.
+
+    `calculate_per_token_loss` makes megatron-core's DDP sum gradients instead of averaging them (design
+    section 3). Weights stay uninitialised: they are loaded or drawn afterwards (`convert.py`).
+    """
+    on_cuda = options.device.type == "cuda"
+    layout = options.layout
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.query_groups,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.feed_forward,
+        qk_layernorm=architecture.qk_norm,
+        add_qkv_bias=architecture.qkv_bias,
+        layernorm_epsilon=architecture.epsilon,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=options.precision.dtype,
+        pipeline_dtype=options.precision.dtype,
+        bf16=options.precision.dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=not on_cuda,
+        bias_activation_fusion=on_cuda,
+        bias_dropout_fusion=on_cuda,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        **_mixture_config(architecture, options),
+    )
+
+
+def _mixture_config(architecture: Architecture, options: Options) -> dict[str, Any]:
+    """Return the options of mixture layers, none for a dense model."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    is_limited = experts.kept_groups < experts.groups
+    return {
+        "num_moe_experts": experts.number,
+        "moe_layer_freq": [int(architecture.is_mixture(layer)) for layer in range(architecture.layers)],
+        "moe_ffn_hidden_size": experts.feed_forward,
+        "moe_shared_expert_intermediate_size": experts.shared_feed_forward or None,
+        "moe_router_topk": experts.per_token,
+        "moe_router_num_groups": experts.groups if is_limited else None,
+        "moe_router_group_topk": experts.kept_groups if is_limited else None,
+        "moe_router_topk_scaling_factor": experts.scale,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_dtype": "fp32",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": options.router_bias_rate,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        # The default, allgather, needs equal token counts on all ranks.
+        "moe_token_dispatcher_type": "alltoall",
+        # Without Transformer Engine megatron-core would fall back from grouped GEMM silently.
+        "moe_grouped_gemm": False,
+    }
+
+
+def block_spec(config: TransformerConfig, pipeline_rank: int) -> Any:
+    """Return megatron-core's local layers for one pipeline stage, with our core attention in its slot."""
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pipeline_rank
+    )
+    for layer in spec.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = PlannedAttention
+    # With Apex present the final norm would be Apex's, which has no RMS form; the layers' own norm does.
+    spec.layer_norm = spec.layer_specs[0].submodules.input_layernorm
+    return spec
