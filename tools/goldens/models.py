@@ -1,0 +1,274 @@
+"""Replays of whole models: logits under every mask, hidden states, router, one mixture block, gradients.
+
+A folder is read as any user's model folder would be (config.json, safetensors, our table of weights) and run
+through views, so weight order, rotary positions, masks and the final norm all have to be right. The
+folder's own masks are compared with our rendering of the context they stand for, block sizes are read off
+them. Outputs of padded queries mean nothing (the reference's are NaN or arbitrary): they are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from goldens.arithmetic import swap_halves
+from goldens.row import LOGIT_TOLERANCE, LOSS_TOLERANCE, Golden, Row, error_of
+from tide_megatron.base.device import Device
+from tide_megatron.diffusion.mask import Context, dense_mask
+from tide_megatron.diffusion.views import View
+from tide_megatron.models.build import TideModel, build_model
+from tide_megatron.models.convert import hf_tensors, load_model, read_architecture
+from tide_megatron.models.spec import Options
+from tide_megatron.parallel.groups import make_groups
+from tide_megatron.parallel.layout import Layout
+from tide_megatron.platform import start_distributed, stop_distributed
+
+EVERYBODY = Context(kind="bidirectional")
+CAUSAL = Context(kind="block_causal", block_size=1)
+
+
+def replay_models(folder: Path) -> list[Row]:
+    """Replay one model folder: io.npz through the loaded model, shapes.json against our table of weights."""
+    golden = Golden(folder / "io.npz", name=f"{folder.name}/io.npz")
+    with one_rank_world():
+        replayed = Replayed(folder, golden)
+        replayed.shapes()
+        replayed.block_diffusion()
+        replayed.single_parts()
+        replayed.causal()
+        replayed.gradients()
+        if replayed.model.architecture.experts:
+            replayed.inside()
+            replayed.mixture_block()
+    return golden.rows()
+
+
+@contextlib.contextmanager
+def one_rank_world() -> Iterator[None]:
+    """Run a block in a world of one rank, unless there is a world already."""
+    if dist.is_initialized():
+        yield
+        return
+    start_distributed(Device(type="cpu", index=0, backend="gloo", threads=1))
+    try:
+        yield
+    finally:
+        stop_distributed()
+
+
+def view_of(
+    ids: Tensor, context: Context, positions: Tensor | None = None, lengths: Tensor | None = None
+) -> View:
+    """Ask for every position of `ids` [samples, parts * length]."""
+    length = ids.shape[1] // context.parts
+    plain = torch.arange(length).repeat(context.parts).expand(len(ids), -1)
+    return View(
+        ids=ids,
+        positions=plain if positions is None else positions,
+        context=context,
+        length=length,
+        lengths=lengths,
+        rows=torch.arange(ids.numel()),
+    )
+
+
+class Replayed:
+    """One golden folder, loaded, with the rows it gives."""
+
+    def __init__(self, folder: Path, golden: Golden) -> None:
+        """Load the folder's weights into a trainable fp32 model."""
+        self.folder, self.golden = folder, golden
+        device = Device(type="cpu", index=0, backend="gloo", threads=1)
+        options = Options(device=device, trainable=True)
+        self.model: TideModel = build_model(read_architecture(folder), make_groups(Layout()), options)
+        load_model(self.model, folder)
+
+    @torch.no_grad()
+    def logits(self, view: View) -> Tensor:
+        """Return the logits of all positions, [samples, tokens, vocabulary]."""
+        return (self.model.rows(view) @ self.model.head_weight.T).view(*view.ids.shape, -1)
+
+    def shapes(self) -> None:
+        """Compare shapes.json with our table."""
+        told = json.loads((self.folder / "shapes.json").read_text(encoding="utf-8"))
+        pieces = self.model.architecture.pieces()
+        ours = {name: list(shape) for piece in pieces for name, shape in piece.sources.items()}
+        wrong = sorted(name for name in {*told, *ours} if told.get(name) != ours.get(name))
+        # The reference lists parameters; the router bias is a buffer in it.
+        wrong = [name for name in wrong if name in told or not name.endswith("expert_bias")]
+        self.golden.add("shapes.json", "failed" if wrong else "replayed", note=", ".join(wrong))
+
+    def check_mask(self, key: str, golden: Tensor, ours: Tensor, keep: Tensor | None = None) -> None:
+        """Compare a mask of the folder with our rendering, on the queries of real tokens."""
+        golden, ours = torch.broadcast_tensors(golden, ours)
+        same = golden == ours
+        wrong = int((~same).sum() if keep is None else (~same[:, 0][keep]).sum())
+        self.golden.add(
+            key, "failed" if wrong else "replayed", note=f"{wrong} entries differ" if wrong else ""
+        )
+
+    def compare_real(self, key: str, ours: Tensor, real: Tensor) -> None:
+        """Compare outputs [samples, tokens, ...] of real tokens."""
+        error = error_of(ours[real], self.golden.read(key)[real])
+        status = "replayed" if error <= LOGIT_TOLERANCE else "failed"
+        self.golden.add(key, status, error=error, note="padded queries left out")
+
+    def block_diffusion(self) -> None:
+        """Replay [x_t ; x_0] (and [x_0 ; x_t], whose halves we swap) under the folder's own positions."""
+        golden = self.golden
+        orders = {"xt_x0_": lambda x: x, "x0_xt_": _swap_tokens} if "xt_x0_ids" in golden else {}
+        if "bd3lm_mask" in golden:
+            context = Context(kind="block_diffusion", block_size=int(golden.read("block_size")))
+            ids, mask = golden.read("ids"), golden.read("bd3lm_mask")
+            self.check_mask("bd3lm_mask", mask, dense_mask(context, ids.shape[1] // 2))
+            logits = self.logits(view_of(ids, context, positions=golden.read("position_ids")))
+            golden.compare("logits_bd3lm", [("logits_bd3lm", logits)], LOGIT_TOLERANCE)
+        for order, ordered in orders.items():
+            context = Context(kind="block_diffusion", block_size=int(golden.read("block_size")))
+            ids, mask = ordered(golden.read(f"{order}ids")), golden.read(f"{order}mask")
+            ours = dense_mask(context, ids.shape[1] // 2)
+            self.check_mask(f"{order}mask", mask, ours if order == "xt_x0_" else swap_halves(ours))
+            positions = ordered(golden.read("position_ids"))
+            logits = self.logits(view_of(ids, context, positions=positions))
+            noised = logits[:, : ids.shape[1] // 2]
+            pairs = [(f"{order}logits", ordered(logits)), (f"{order}xt_logits", noised)]
+            golden.compare(f"{order}*logits", pairs, LOGIT_TOLERANCE)
+
+    def single_parts(self) -> None:
+        """Replay single sequences that everybody may see: unmasked, padded by 2-D and by 4-D masks."""
+        golden = self.golden
+        ids = golden.read("bidir_ids" if "bidir_ids" in golden else "ids") if self._has_single else None
+        if ids is None:
+            return
+        for key in golden.keys("logits_(nomask|bidir)"):
+            golden.compare(key, [(key, self.logits(view_of(ids, EVERYBODY)))], LOGIT_TOLERANCE)
+        if "logits_mask2d" in golden:
+            real, lengths = _padding(golden.read("mask2d"))
+            self.compare_real("logits_mask2d", self.logits(view_of(ids, EVERYBODY, lengths=lengths)), real)
+        if "mask4d_trainer" in golden:
+            allowed = golden.read("mask4d_trainer") == 0
+            real, lengths = _padding(allowed[:, 0].any(dim=-1))
+            self.check_mask("mask4d_trainer", allowed, dense_mask(EVERYBODY, ids.shape[1], lengths), real)
+            logits = self.logits(view_of(ids, EVERYBODY, lengths=lengths))
+            self.compare_real("logits_mask4d_trainer", logits, real)
+
+    def causal(self) -> None:
+        """Replay block-causal masks, and plain causal ones as blocks of one token."""
+        golden = self.golden
+        if "mask4d_blockcausal" in golden:
+            ids, allowed = golden.read("ids"), golden.read("mask4d_blockcausal") == 0
+            context = Context(kind="block_causal", block_size=int(allowed[0, 0, 0].sum()))
+            self.check_mask("mask4d_blockcausal", allowed, dense_mask(context, ids.shape[1]))
+            logits = self.logits(view_of(ids, context))
+            golden.compare("logits_blockcausal", [("logits_blockcausal", logits)], LOGIT_TOLERANCE)
+        if "logits_mask2d_is_causal" in golden:
+            ids, (real, lengths) = golden.read("ids"), _padding(golden.read("mask2d"))
+            logits = self.logits(view_of(ids, CAUSAL, lengths=lengths))
+            self.compare_real("logits_mask2d_is_causal", logits, real)
+        if "logits_native_causal" in golden:
+            logits = self.logits(view_of(golden.read("causal_ids"), CAUSAL))
+            golden.compare("logits_native_causal", [("logits_native_causal", logits)], LOGIT_TOLERANCE)
+
+    def gradients(self) -> None:
+        """Replay the summed NLL of hidden tokens over all positions, and its gradient in every weight."""
+        golden = self.golden
+        if "loss" not in golden:
+            return
+        ids, hidden = golden.read("ids"), golden.read("mask")
+        samples, length = hidden.shape
+        context = Context(kind="block_diffusion", block_size=int(golden.read("block_size")))
+        sample, position = hidden.nonzero(as_tuple=True)
+        view = view_of(ids, context)
+        view = View(**{**vars(view), "rows": sample * ids.shape[1] + position})
+        logits = self.model.rows(view) @ self.model.head_weight.T
+        gold = ids[:, length:][hidden]
+        loss = torch.nn.functional.cross_entropy(logits, gold, reduction="sum") / (samples * length)
+        loss.backward()
+        golden.compare("loss", [("loss", loss)], LOSS_TOLERANCE)
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        pairs = [(f"grad:{name}", value) for name, value in hf_tensors(self.model, gradients).items()]
+        golden.compare(f"grad:* ({len(pairs)} weights)", pairs, LOSS_TOLERANCE)
+
+    def inside(self) -> None:
+        """Replay hidden states after every layer, and each router's logits and choices, on unmasked input."""
+        golden, model = self.golden, self.model
+        ids = golden.read("ids")
+        seen: dict[str, Tensor] = {}
+        watched = {"hidden_0": model.embedding, f"hidden_{len(model.decoder.layers)}": model.decoder}
+        for index, layer in enumerate(model.decoder.layers[:-1], start=1):
+            watched[f"hidden_{index}"] = layer
+        mixtures = [i for i in range(len(model.decoder.layers)) if model.architecture.is_mixture(i)]
+        with contextlib.ExitStack() as hooks:
+            for key, module in watched.items():
+                hooks.callback(module.register_forward_hook(_keep(seen, key)).remove)
+            for index in mixtures:
+                router = model.decoder.layers[index].mlp.router
+                hooks.callback(router.register_forward_hook(_keep_choice(seen, index)).remove)
+            self.logits(view_of(ids, EVERYBODY))
+        states = [(key, seen[key].transpose(0, 1)) for key in golden.keys(r"hidden_\d+")]
+        golden.compare("hidden_*", states, LOGIT_TOLERANCE)
+        scores = [(f"router_logits_{i}", seen[f"logits_{i}"].transpose(0, 1)) for i in mixtures]
+        golden.compare("router_logits_*", scores, LOGIT_TOLERANCE)
+        for index in mixtures:
+            choice = seen[f"choice_{index}"].unflatten(0, ids.T.shape).transpose(0, 1)
+            self._compare_choice(f"topk_idx_{index}", choice)
+
+    @torch.no_grad()
+    def mixture_block(self) -> None:
+        """Replay the first mixture layer alone: scores, choice, weights, output."""
+        golden = self.golden
+        experts = self.model.architecture.experts
+        assert experts is not None, "only mixtures have this"
+        block = self.model.decoder.layers[experts.first_layer].mlp
+        given = golden.read("moe_in").transpose(0, 1).contiguous()  # [tokens, 1, hidden]
+        logits = block.router.gating(given)
+        weights, choice = block.router.routing(logits)
+        golden.compare("moe_router_logits", [("moe_router_logits", logits.transpose(0, 1))], LOGIT_TOLERANCE)
+        picked = weights.gather(1, golden.read("moe_topk_idx"))
+        self._compare_choice("moe_topk_idx", choice)
+        golden.compare("moe_topk_weight", [("moe_topk_weight", picked)], LOGIT_TOLERANCE)
+        out = block(given)[0].transpose(0, 1)
+        golden.compare("moe_out*", [("moe_out", out), ("moe_out_trainpath", out)], LOGIT_TOLERANCE)
+
+    @property
+    def _has_single(self) -> bool:
+        return bool(self.golden.keys("logits_(nomask|bidir|mask2d)"))
+
+    def _compare_choice(self, key: str, choice: Tensor) -> None:
+        """Compare which experts were chosen; their order within a token does not matter."""
+        golden = self.golden.read(key)
+        same = torch.equal(torch.zeros_like(choice).scatter(-1, golden, True), choice)
+        self.golden.add(key, "replayed" if same else "failed", note="" if same else "other experts chosen")
+
+
+def _swap_tokens(value: Tensor) -> Tensor:
+    """Swap the halves of [samples, 2 * length, ...]."""
+    return value.roll(value.shape[1] // 2, dims=1)
+
+
+def _padding(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (real tokens [samples, tokens] bool, lengths [samples]) of a right-padded mask."""
+    real = mask.bool()
+    lengths = real.sum(dim=1)
+    assert torch.equal(real, torch.arange(real.shape[1]) < lengths[:, None]), "padding must be on the right"
+    return real, lengths
+
+
+def _keep(seen: dict[str, Tensor], key: str) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, given: object, answer: Tensor | tuple[Tensor, ...]) -> None:
+        seen[key] = answer[0] if isinstance(answer, tuple) else answer
+
+    return hook
+
+
+def _keep_choice(seen: dict[str, Tensor], index: int) -> Callable[..., None]:
+    def hook(module: torch.nn.Module, given: tuple[Tensor, ...], answer: tuple[Tensor, Tensor]) -> None:
+        seen[f"logits_{index}"], seen[f"choice_{index}"] = module.gating(given[0]), answer[1]
+
+    return hook
