@@ -1,0 +1,199 @@
+"""A comparison of runs that can be read on its own: a table, plots, samples, and words that keep it honest.
+
+Input is plain values (what `Likelihood.summary` returns, what `metrics.jsonl` holds), so a report can be made
+again from files. The table labels each bound by its context kind: bounds of different kinds are not
+comparable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.table
+
+from tide_megatron.base.errors import DataError, nearest
+from tide_megatron.evaluate.compare import Difference, paired_difference
+from tide_megatron.evaluate.plots import (
+    Scores,
+    plot_differences,
+    plot_noise_levels,
+    plot_training,
+    read_records,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of text, for a terminal or for Markdown; the first column is left-aligned."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def rich(self) -> rich.table.Table:
+        """Return the table for a rich console."""
+        table = rich.table.Table(title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """Return the table in GitHub's Markdown, without its title."""
+        alignments = ["---", *["---:"] * (len(self.columns) - 1)]
+        lines = [self.columns, alignments, *self.rows]
+        return "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One prompt with what each run wrote."""
+
+    prompt: str
+    replies: Mapping[str, str]
+    """Run name (or "reference text") -> reply."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything a comparison shows."""
+
+    title: str
+    scores: Scores
+    """Run name -> scores, in the order of the table."""
+    reference: str
+    """The run that differences are taken to."""
+    teachers: Scores = dataclasses.field(default_factory=dict)
+    """Teacher name -> scores, listed under the runs."""
+    run_folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    """Run name -> folder with `metrics.jsonl`, for the training curves."""
+    samples: Sequence[Sample] = ()
+    notes: Sequence[str] = ()
+    """Sentences that belong under the table: data, what a step costs, what is not claimed."""
+
+    def write(self, folder: Path) -> Path:
+        """Write `report.md` and its PNG files into a folder and return the path of `report.md`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        differences = differences_to(self.scores, self.reference)
+        table = comparison_table(self.scores, self.reference, teachers=self.teachers)
+        parts = [f"# {self.title}", f"## {table.title}", table.markdown()]
+        parts += list(self.notes)
+        parts.append(
+            "Figures are held-out bounds in nats per byte of reply (lower is better) at fixed noises."
+        )
+        if differences:
+            pairs = next(iter(differences.values())).pairs
+            parts.append(
+                f"Differences to {self.reference} are paired over {pairs} samples, with 95 % t intervals: "
+                "they speak about other samples, not about other seeds or base models."
+            )
+            plot_differences(differences, self.reference, folder / "differences.png")
+            parts.append("![paired differences](differences.png)")
+        by_time = {
+            name: score for name, score in {**self.scores, **self.teachers}.items() if score.get("by_time")
+        }
+        if self.reference in by_time:
+            plot_noise_levels(
+                by_time, self.reference, folder / "noise_levels.png", compared=list(differences)
+            )
+            parts.append("## By noise level\n\n![scores by noise level](noise_levels.png)")
+        if self.run_folders:
+            records = {name: read_records(path) for name, path in self.run_folders.items()}
+            plot_training(records, folder / "training.png")
+            parts.append("## Training\n\n![training curves](training.png)")
+        if self.samples:
+            parts.append("## Samples")
+            parts += [_sample_text(number, sample) for number, sample in enumerate(self.samples, start=1)]
+        path = folder / "report.md"
+        path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        return path
+
+
+def comparison_table(scores: Scores, reference: str, *, teachers: Scores | None = None) -> Table:
+    """Compare runs: bound, accuracy, paired difference to the reference run, CPU time where it is known.
+
+    Args:
+        scores: run name -> scores.
+        reference: the run that differences are taken to.
+        teachers: further rows without differences.
+
+    Raises:
+        DataError: the reference is not among the runs, or a score lacks a figure.
+    """
+    differences = differences_to(scores, reference)
+    everybody = {**scores, **(teachers or {})}
+    kinds = {str(score.get("context", "unknown")) for score in everybody.values()}
+    has_cost = any("cpu_seconds" in score for score in everybody.values())
+    rows = []
+    for name, score in everybody.items():
+        row = [name, f"{_figure_of(name, score, 'nll_per_byte'):.4f}"]
+        row += [str(score.get("context", "unknown"))] * (len(kinds) > 1)
+        row.append(f"{_figure_of(name, score, 'masked_accuracy'):.1%}")
+        row.append("reference" if name == reference else _in_words(differences.get(name)))
+        row += [f"{score['cpu_seconds']:.0f}" if "cpu_seconds" in score else ""] * has_cost
+        rows.append(tuple(row))
+    columns = [
+        "run",
+        "nats/byte",
+        *["bound"] * (len(kinds) > 1),
+        "accuracy",
+        "difference, 95 %",
+        *["CPU s"] * has_cost,
+    ]
+    bound = (
+        f"{min(kinds)} bound" if len(kinds) == 1 else "bounds of several kinds: not comparable across kinds"
+    )
+    return Table(title=f"Held-out scores ({bound})", columns=tuple(columns), rows=tuple(rows))
+
+
+def differences_to(scores: Scores, reference: str) -> dict[str, Difference]:
+    """Return each other run's paired NLL difference (nats per byte), where the bound is of the same kind.
+
+    Raises:
+        DataError: the reference is not among the runs, or runs were scored on different samples.
+    """
+    if reference not in scores:
+        raise DataError(f"reference run {reference!r} is not among the scores; {nearest(reference, scores)}")
+    base = scores[reference]
+    return {
+        name: paired_difference(score["sample_nll_per_byte"], base["sample_nll_per_byte"])
+        for name, score in scores.items()
+        if name != reference
+        and "sample_nll_per_byte" in score
+        and "sample_nll_per_byte" in base
+        and score.get("context") == base.get("context")
+    }
+
+
+def _figure_of(name: str, score: Mapping[str, Any], key: str) -> float:
+    if key not in score:
+        raise DataError(f"scores of {name!r} lack {key!r}; evaluate the run again")
+    return float(score[key])
+
+
+def _in_words(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    low, high = difference.ci95
+    return f"{difference.mean:+.4f} ± {(high - low) / 2:.4f}"
+
+
+def _sample_text(number: int, sample: Sample) -> str:
+    parts = [f"**{number}.** Prompt:\n\n{_fenced(sample.prompt)}"]
+    parts += [f"{name}:\n\n{_fenced(text)}" for name, text in sample.replies.items()]
+    return "\n\n".join(parts)
+
+
+def _fenced(text: str) -> str:
+    """Quote a text so that nothing in it can end the quotation."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text.rstrip()}\n{fence}"
