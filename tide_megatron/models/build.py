@@ -95,9 +95,10 @@ def build_model(architecture: Architecture, groups: ProcessGroupCollection, opti
     model = TideModel(architecture, groups, options)
     model.to(options.device.torch_device)
     for name, parameter in model.named_parameters():
-        if name.endswith("router.weight"):
-            # Scores decide which experts run: bf16 weights would send tokens elsewhere (spec section 6.5).
-            parameter.data = parameter.data.to(torch.float32)
+        # Router scores decide which experts run: bf16 weights would send tokens elsewhere (spec section 6.5).
+        # Norms are allocated in fp32 whatever the model; their fused kernels want the activations' dtype.
+        dtype = torch.float32 if name.endswith("router.weight") else options.precision.dtype
+        parameter.data = parameter.data.to(dtype)
     if not options.trainable:
         model.requires_grad_(False)
     model.train(options.trainable)

@@ -1,0 +1,121 @@
+"""Models: rows picked in order, the head, freezing, fresh weights, layouts refused."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture, build, view
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.models.build import build_model
+from tide_megatron.models.convert import draw_weights
+from tide_megatron.models.spec import Options
+from tide_megatron.parallel.layout import Layout
+
+UNTIED = {**DENSE, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("config", [DENSE, MIXTURE])
+def test_rows_are_picked_in_the_views_order(groups, config):
+    model = build(config, groups)
+    everything = view(config["vocab_size"], samples=3, length=10)
+    with torch.no_grad():
+        states = model.rows(everything)
+        picked = torch.tensor([41, 3, 3, 59, 0, 20])
+        assert torch.equal(model.rows(dataclasses.replace(everything, rows=picked)), states[picked])
+        first = dataclasses.replace(everything, ids=everything.ids[:1], positions=everything.positions[:1])
+        alone = model.rows(dataclasses.replace(first, rows=torch.arange(20)))
+    torch.testing.assert_close(alone, states[:20], rtol=1e-5, atol=1e-6)
+
+
+def test_the_final_norm_is_applied(groups):
+    states = build(DENSE, groups).rows(view(61))
+    torch.testing.assert_close(states.pow(2).mean(dim=-1), torch.ones(len(states)), rtol=1e-2, atol=1e-2)
+
+
+def test_no_rows_is_no_trouble(groups):
+    model = build(MIXTURE, groups, trainable=True)
+    nothing = dataclasses.replace(view(67), rows=torch.empty(0, dtype=torch.int64))
+    states = model.rows(nothing)
+    assert states.shape == (0, 32)
+    states.sum().backward()
+
+
+@pytest.mark.parametrize(("config", "name"), [(DENSE, "embedding.word_embeddings"), (UNTIED, "output_layer")])
+def test_the_head_is_the_embedding_where_tied(groups, config, name):
+    model = build(config, groups)
+    assert model.head_weight is model.get_parameter(f"{name}.weight")
+    assert model.head_weight.shape == (61, 32)
+
+
+def test_frozen_and_trainable(groups):
+    frozen, trained = build(MIXTURE, groups), build(MIXTURE, groups, trainable=True)
+    assert not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not frozen.rows(view(67)).requires_grad
+    assert trained.training
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+    assert trained.config.calculate_per_token_loss, "DDP must sum"
+
+
+def test_every_weight_gets_a_gradient(groups):
+    for config in (DENSE, UNTIED, MIXTURE):
+        model = build(config, groups, trainable=True)
+        (model.rows(view(config["vocab_size"], samples=8)) @ model.head_weight.T).pow(2).mean().backward()
+        silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert not silent
+
+
+def test_fresh_weights_follow_seed_and_name(groups):
+    first, again, other = (build(MIXTURE, groups, seed=seed).state_dict() for seed in (1, 1, 2))
+    for name, tensor in first.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        assert torch.equal(tensor, again[name])
+        if name.endswith("layernorm.weight"):
+            assert tensor.eq(1).all()
+        elif name.endswith("expert_bias"):
+            assert tensor.eq(0).all()
+        else:
+            assert not torch.equal(tensor, other[name])
+            assert tensor.std().item() == pytest.approx(0.02, rel=0.15)
+    assert not torch.equal(
+        first["decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.weight"],
+        first["decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight"],
+    )
+
+
+def test_the_first_layers_may_be_dense(groups):
+    model = build(MIXTURE, groups)
+    kinds = [type(layer.mlp).__name__ for layer in model.decoder.layers]
+    assert kinds == ["MLP", "MoELayer", "MoELayer"]
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert_tensor"])
+def test_layouts_of_later_issues_are_refused(groups, axis):
+    options = Options(device=CPU, layout=Layout(**{axis: 2}))
+    with pytest.raises(ConfigError, match=rf"layout\.{axis}: 2 is not available yet"):
+        build_model(architecture(MIXTURE), groups, options)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"attention_bias": False, "qk_norm": True}])
+def test_wedlm_switches_build(groups, changes):
+    config = {**DENSE, "model_type": "wedlm", **changes}
+    model = build(config, groups, trainable=True)
+    names = dict(model.named_parameters())
+    bias = names.get("decoder.layers.0.self_attention.linear_qkv.bias")
+    assert (bias is not None) == changes.get("attention_bias", True)
+    assert ("decoder.layers.0.self_attention.q_layernorm.weight" in names) == changes.get("qk_norm", False)
+    if bias is not None:
+        assert bias.eq(0).all()
+        before = model.rows(view(61))
+        bias.data += 1.0
+        assert not torch.allclose(before, model.rows(view(61)))
+
+
+def test_a_table_that_forgets_a_weight_is_our_bug(groups, monkeypatch):
+    model = build(DENSE, groups)
+    pieces = model.architecture.pieces()
+    monkeypatch.setattr(type(model.architecture), "pieces", lambda self: pieces[:-1])
+    with pytest.raises(AssertionError, match=r"forgets \['decoder\.final_layernorm\.weight'\]"):
+        draw_weights(model, 0)

@@ -1,0 +1,41 @@
+"""Number formats: chosen by device, refused by name."""
+
+import pytest
+import torch
+
+from tests.unit.models.shapes import DENSE, MIXTURE, build, view
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.models.precision import Precision
+
+
+def test_auto_follows_the_device():
+    assert Precision.choose("auto", "cuda") == Precision("bf16")
+    assert Precision.choose("auto", "cpu") == Precision("fp32")
+    assert Precision.choose("bf16", "cpu").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "told"), [("fp8", "not available yet"), ("bf61", "did you mean 'bf16'")])
+def test_unknown_formats_are_refused(name, told):
+    with pytest.raises(ConfigError, match=told):
+        Precision.choose(name, "cuda")
+
+
+@pytest.mark.parametrize("config", [DENSE, MIXTURE])
+def test_bf16_models_stay_close_to_fp32(groups, config):
+    seen = view(config["vocab_size"])
+    exact = build(config, groups).rows(seen)
+    rounded = build(config, groups, precision=Precision("bf16")).rows(seen)
+    assert rounded.dtype is torch.bfloat16
+    difference = (rounded.float() - exact).norm() / exact.norm()
+    assert difference < 0.03
+
+
+def test_routers_keep_fp32_weights_in_a_bf16_model(groups):
+    model = build(MIXTURE, groups, precision=Precision("bf16"))
+    dtypes = {
+        name: tensor.dtype for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)
+    }
+    routers = {name for name, dtype in dtypes.items() if dtype is torch.float32}
+    assert routers == {
+        f"decoder.layers.{i}.mlp.router.{part}" for i in (1, 2) for part in ("weight", "expert_bias")
+    }
