@@ -2,15 +2,17 @@
 
     python examples/quickstart/corpus.py OUT_DIR
 
-writes `train.jsonl`, `dev.jsonl`, `test.jsonl` (one chat a line: the user asks with a docstring's first line, the
-assistant answers with the function, its docstring removed) and `corpus.json` (counts, versions, licences, digests).
+writes `train.jsonl`, `dev.jsonl`, `test.jsonl` (one chat a line: the user asks with a docstring's first
+line, the assistant answers with the function, its docstring removed) and `corpus.json` (counts, versions,
+licences, digests).
 
-What it reads: the standard library and the four packages that every installation of torch brings along (torch,
-sympy, networkx, numpy); one that is missing is left out and said so. Tests, test tools and vendored third-party
-folders are skipped. Two caps fit the pairs to a small model: the request is cut at a word to REQUEST_BYTES, the
-function at a whole line to REPLY_BYTES. Functions whose text is equal after the cut are kept once, so no reply of
-`test` occurs in `train`. A file goes to one split as a whole, chosen by a hash of its name, so the same file lands
-in the same split under every version of the package. No random numbers are drawn: equal sources give equal bytes.
+What it reads: the standard library and the four packages that every installation of torch brings along
+(torch, sympy, networkx, numpy); one that is missing is left out and said so. Tests, test tools and vendored
+third-party folders are skipped. Two caps fit the pairs to a small model: the request is cut at a word to
+REQUEST_BYTES, the function at a whole line to REPLY_BYTES. Functions whose text is equal after the cut are
+kept once, so no reply of `test` occurs in `train`. A file goes to one split as a whole, chosen by a hash of
+its name, so the same file lands in the same split under every version of the package. No random numbers are
+drawn: equal sources give equal bytes.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def find_sources() -> dict[str, Path]:
 
 
 def list_files(root: Path) -> list[str]:
-    """Return the relative names of all readable modules below `root`, sorted, without tests and vendored code."""
+    """Return the relative names of all modules below `root`, sorted, without tests and vendored code."""
     kept = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
@@ -100,7 +102,7 @@ def cut_request(docstring: str) -> str:
 
 
 def cut_reply(source: str) -> str:
-    """Return the leading whole lines of a function that fit in REPLY_BYTES bytes ('' if not even one does)."""
+    """Return a function's leading whole lines that fit in REPLY_BYTES bytes ('' if not even one does)."""
     kept: list[str] = []
     size = 0
     for line in source.split("\n"):

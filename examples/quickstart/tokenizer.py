@@ -3,10 +3,10 @@
     python examples/quickstart/tokenizer.py CORPUS_DIR OUT_DIR
 
 reads `train.jsonl` (see corpus.py) and writes a Hugging Face tokenizer folder: `tokenizer.json` and
-`tokenizer_config.json` with the chat template and the mask, end and pad tokens. It learns from chats as the template
-renders them, so that role names are one token each. 512 entries are few on purpose: a student of a quarter million
-parameters learns to spell within minutes, which it does not with thousands of entries. Training is deterministic:
-one corpus gives one file, byte for byte.
+`tokenizer_config.json` with the chat template and the mask, end and pad tokens. It learns from chats as the
+template renders them, so that role names are one token each. 512 entries are few on purpose: a student of a
+quarter million parameters learns to spell within minutes, which it does not with thousands of entries.
+Training is deterministic: one corpus gives one file, byte for byte.
 """
 
 from __future__ import annotations

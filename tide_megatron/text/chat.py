@@ -1,15 +1,16 @@
-"""Chats as token ids: render the template, split prompt from reply, count the reply's bytes (spec section 4.1).
+"""Chats as token ids: render the template, split prompt and reply, count bytes (spec section 4.1).
 
 A chat template is a Jinja program that comes with a tokenizer. It runs in a sandbox with the messages,
-`add_generation_prompt`, the tokenizer's special tokens and extra variables (`enable_thinking=False`), and with nothing
-that changes from day to day: no clock, so that equal records give equal ids.
+`add_generation_prompt`, the tokenizer's special tokens and extra variables (`enable_thinking=False`), and
+with nothing that changes from day to day: no clock, so that equal records give equal ids.
 
-The prompt is what a model sees when it is asked: the template over all messages but the last, with the generation
-prompt. Everything after it, the end-of-turn token included, is the reply and may be hidden. The reference searches
-decoded text for contents; here the boundary is the end of the rendered prompt, which cannot be found in a wrong place.
+The prompt is what a model sees when it is asked: the template over all messages but the last, with the
+generation prompt. Everything after it, the end-of-turn token included, is the reply and may be hidden. The
+reference searches decoded text for contents; here the boundary is the end of the rendered prompt, which
+cannot be found in a wrong place.
 
-Only the last assistant message is learnt, as in the reference. `Encoded.replies` is a list, so that several turns
-(and the spans of alignment) have their place.
+Only the last assistant message is learnt, as in the reference. `Encoded.replies` is a list, so that several
+turns (and the spans of alignment) have their place.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -85,15 +86,16 @@ class Encoded:
     """One conversation in tokens."""
 
     ids: list[int]
-    replies: list[tuple[int, int]]
-    """Half-open ranges of `ids` that may be hidden, ascending and disjoint."""
+    replies: list[int]
+    """Half-open ranges of `ids` that may be hidden, ascending and disjoint, flat: start, end, start, ..."""
     reply_bytes: int
-    """UTF-8 bytes of the reply's text within `ids` (what NLL per byte divides by); template text is not counted."""
+    """UTF-8 bytes of the reply's text within `ids` (what NLL per byte divides by); template text is not
+    counted."""
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens before the first reply."""
-        return self.replies[0][0]
+        return self.replies[0]
 
 
 def encode_chat(
@@ -104,11 +106,12 @@ def encode_chat(
     Args:
         tokenizer: must have a chat template.
         messages: at least one message before the reply; see `data.record` for what a record may be.
-        max_tokens: cut here; None: keep all. A prompt that leaves no room for the reply is the caller's to refuse.
+        max_tokens: cut here; None: keep all. A prompt that leaves no room for the reply is the
+            caller's to refuse.
 
     Raises:
-        DataError: no template, a template that fails or loses text, or text that holds the mask token. The message
-            does not know the file and line; the caller puts them in front.
+        DataError: no template, a template that fails or loses text, or text that holds the mask token. The
+            message does not know the file and line; the caller puts them in front.
     """
     if tokenizer.chat is None:
         raise DataError(
@@ -119,8 +122,8 @@ def encode_chat(
     content = messages[-1]["content"]
     if not whole.startswith(prompt):
         raise DataError(
-            f"the chat template ({tokenizer.chat.origin}) renders the prompt differently once the reply is there, "
-            "so prompt and reply cannot be told apart: use a template whose generation prompt opens its replies"
+            f"the chat template ({tokenizer.chat.origin}) renders the prompt differently once the reply is "
+            "there, so the two cannot be told apart: use a template whose generation prompt opens its replies"
         )
     # Templates may strip a message's ends; they may not touch what is between.
     shown = content if content in whole[len(prompt) :] else content.strip()
@@ -133,7 +136,8 @@ def encode_chat(
     prompt_ids = tokenizer.encode(prompt)
     start = len(prompt_ids)
     if ids[:start] != prompt_ids:
-        # The tokenizer merges across the boundary. Generation starts from the prompt's own ids, so training does too.
+        # The tokenizer merges across the boundary. Generation starts from the prompt's own ids, and so
+        # does training.
         ids, offsets = tokenizer.encode_with_offsets(whole[len(prompt) :])
         ids = prompt_ids + ids
         offsets = [(0, 0)] * start + [(a + len(prompt), b + len(prompt)) for a, b in offsets]
@@ -145,7 +149,7 @@ def encode_chat(
     covered = max((offset for _, offset in offsets[start:end]), default=0)
     return Encoded(
         ids=ids[:end],
-        replies=[(min(start, end), end)],
+        replies=[min(start, end), end],
         reply_bytes=len(whole[place : max(place, min(covered, place + len(shown)))].encode()),
     )
 
@@ -159,9 +163,9 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def labels_of(ids: Any, replies: Sequence[tuple[int, int]], ignored: int) -> list[int]:
-    """Return `ids` inside the replies and `ignored` elsewhere."""
+def labels_of(ids: Sequence[int], replies: Sequence[int], ignored: int) -> list[int]:
+    """Return `ids` inside the reply ranges (flat: start, end, start, ...) and `ignored` elsewhere."""
     labels = [ignored] * len(ids)
-    for start, end in replies:
+    for start, end in zip(replies[::2], replies[1::2], strict=True):
         labels[start:end] = ids[start:end]
     return labels

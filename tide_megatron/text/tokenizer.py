@@ -1,15 +1,17 @@
-"""A tokenizer as the rest of the package knows it: ids, the bytes of each token, special ids, a chat template.
+"""A tokenizer as the rest of the package knows it: ids, bytes of tokens, special ids, a chat template.
 
-`Tokenizer.load` reads a local Hugging Face folder (`tokenizer.json`, and where they exist `tokenizer_config.json` and
-`chat_template.jinja`) or a bare `tokenizer.json`. Nothing is downloaded. Ordinary tokenizers have no mask token: it is
-added behind the last id, and the log says which id it got, because the model must have a row for it.
+`Tokenizer.load` reads a local Hugging Face folder (`tokenizer.json`, and where they exist
+`tokenizer_config.json` and `chat_template.jinja`) or a bare `tokenizer.json`. Nothing is downloaded.
+Ordinary tokenizers have no mask token: it is added behind the last id, and the log says which id it got,
+because the model must have a row for it.
 
-`digest` names the tokenizer by content (entries, merges, pre-processing, special ids, template), so that a data set
-can refuse another one. `token_bytes` is the view that alignment between two tokenizers stands on: the bytes a token
-contributes to the text. Today it knows the byte-level alphabet of GPT-2, Qwen and LLaDA2; tiktoken and SentencePiece
-files will be further constructors of this class, with a byte table of their own.
+`digest` names the tokenizer by content (entries, merges, pre-processing, special ids, template), so that a
+data set can refuse another one. `token_bytes` is the view that alignment between two tokenizers stands on:
+the bytes a token contributes to the text. Today it knows the byte-level alphabet of GPT-2, Qwen and LLaDA2;
+tiktoken and SentencePiece files will be further constructors of this class, with a byte table of their own.
 
-Left out: the `transformers` tokenizer classes. They add seconds of import and options that change ids behind one's back.
+Left out: the `transformers` tokenizer classes. They add seconds of import and options that change ids
+behind one's back.
 """
 
 from __future__ import annotations
@@ -183,8 +185,8 @@ class Tokenizer:
 def byte_of_character() -> dict[str, int]:
     """Return the byte behind each character of the byte-level alphabet.
 
-    Printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on, in order
-    (GPT-2's rule, the same in every byte-level vocabulary).
+    Printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on, in
+    order (GPT-2's rule, the same in every byte-level vocabulary).
     """
     itself = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(itself)]
@@ -252,16 +254,19 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _read_template(
     folder: Path, config: Mapping[str, Any], named: Mapping[str, str], variables: Mapping[str, object] | None
 ) -> ChatTemplate | None:
-    """Find the chat template: the `.jinja` file first, then the configuration's (its `default` of several)."""
+    """Find the chat template: the `.jinja` file, else the configuration's (of several, its `default`)."""
     file = folder / TEMPLATE_FILE
     if file.is_file():
-        source, origin = file.read_text(encoding="utf-8"), file
+        source: Any = file.read_text(encoding="utf-8")
+        origin = file
     else:
         source, origin = config.get("chat_template"), folder / CONFIG_FILE
     if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
     if source is None:
         return None
+    if not isinstance(source, str):
+        raise DataError(f"{origin}: chat_template must be text, or a list with an entry named default")
     given = {"enable_thinking": False} if variables is None else dict(variables)
     return ChatTemplate(source=source, origin=str(origin), variables=given, special_tokens=dict(named))
 

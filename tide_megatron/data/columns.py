@@ -1,0 +1,180 @@
+"""Columns on disk: one megatron-core IndexedDataset (`.bin` + `.idx`, int32) per column, and a manifest.
+
+A sample is one row of every column. Three columns today:
+
+    ids          the tokens of the conversation, unpadded
+    replies      half-open ranges of `ids` that may be hidden, flat: start, end, start, end, ...
+    reply_bytes  one number: UTF-8 bytes of the reply's text
+
+Every column is ragged, so a second tokenizer's ids and the byte-aligned spans between two tokenizers are
+further columns of the same kind and need no new format. Labels are not stored: they follow from `ids` and
+`replies`, which also leaves room for several replies in a conversation. Padding is not stored either; it
+depends on a run's block size and is the loader's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
+
+
+from tide_megatron.base.errors import DataError
+from tide_megatron.data.manifest import Manifest, read_manifest
+
+COLUMNS = ("ids", "replies", "reply_bytes")
+HASHED_AT_OPEN_BYTES = 64 * 2**20
+"""Data sets up to this size are compared with their digests whenever they are opened (a fifth of a
+second)."""
+
+
+class ColumnWriter:
+    """Writes columns row by row into an existing folder; `finish` closes them and digests the files."""
+
+    def __init__(self, folder: Path, names: Iterable[str] = COLUMNS) -> None:
+        self._folder = folder
+        self._builders = {
+            name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=numpy.int32) for name in names
+        }
+        self._values = dict.fromkeys(self._builders, 0)
+        self.samples = 0
+
+    def add(self, row: Mapping[str, Sequence[int]]) -> None:
+        """Append one sample: a value for every column."""
+        assert row.keys() == self._builders.keys(), f"columns {set(self._builders)}, row {set(row)}"
+        for name, values in row.items():
+            self._builders[name].add_document(numpy.asarray(values, dtype=numpy.int32), [len(values)])
+            self._values[name] += len(values)
+        self.samples += 1
+
+    def finish(self) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+        """Write the indices; return values per column and {bytes, sha256} per file, all on disk for good."""
+        for name, builder in self._builders.items():
+            builder.finalize(str(self._folder / f"{name}.idx"))
+        files = [f"{name}.{ending}" for name in self._builders for ending in ("bin", "idx")]
+        for file in files:
+            flush(self._folder / file)
+        return dict(self._values), {
+            file: {"bytes": (self._folder / file).stat().st_size, "sha256": digest_file(self._folder / file)}
+            for file in files
+        }
+
+    def close(self) -> None:
+        """Close the files without finishing, so that an abandoned folder can be removed."""
+        for builder in self._builders.values():
+            builder.data_file.close()
+
+
+class Columns:
+    """A prepared data folder, opened and checked; rows are read when asked for.
+
+    Args:
+        folder: what `prepare` wrote.
+        tokenizer_digest: `Tokenizer.digest` of the model that will read the ids; None: not compared.
+        compare_digests: read every file and compare its sha256; None: only small data sets
+            (HASHED_AT_OPEN_BYTES). Sizes are always compared.
+
+    Raises:
+        DataError: a file is missing, cut, changed or disagrees with the others, or the data was prepared
+            with another tokenizer. Names the file and the remedy.
+    """
+
+    def __init__(
+        self, folder: Path, *, tokenizer_digest: str | None = None, compare_digests: bool | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(self.folder)
+        if tokenizer_digest is not None and tokenizer_digest != self.manifest.tokenizer.digest:
+            raise DataError(
+                f"{self.folder}: prepared with another tokenizer or chat template "
+                f"({self.manifest.tokenizer.name}, digest {self.manifest.tokenizer.digest[:12]}, not "
+                f"{tokenizer_digest[:12]}): prepare the data again with this model's tokenizer"
+            )
+        total_bytes = sum(facts["bytes"] for facts in self.manifest.files.values())
+        is_compared = total_bytes <= HASHED_AT_OPEN_BYTES if compare_digests is None else compare_digests
+        for name, facts in self.manifest.files.items():
+            _check_file(self.folder / name, facts, is_compared=is_compared)
+        self._readers = {
+            name: _open_column(self.folder, name, self.manifest) for name in self.manifest.columns
+        }
+        self._check_spans()
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self.manifest.samples
+
+    def row(self, sample: int) -> dict[str, NDArray[numpy.int32]]:
+        """Return one sample's values in every column (copies: they outlive the memory map)."""
+        return {name: numpy.array(reader[sample]) for name, reader in self._readers.items()}
+
+    def _check_spans(self) -> None:
+        """Refuse columns whose rows cannot belong together: replies outside the tokens."""
+        lengths = self._readers["ids"].sequence_lengths
+        counts = self._readers["replies"].sequence_lengths
+        spans = numpy.memmap(self.folder / "replies.bin", dtype=numpy.int32, mode="r")
+        ends = spans[numpy.cumsum(counts, dtype=numpy.int64) - 1]
+        bad = numpy.flatnonzero((counts < 2) | (counts % 2 != 0) | (ends > lengths) | (ends < 1))
+        if bad.size:
+            raise DataError(
+                f"{self.folder}: columns ids and replies disagree at sample {bad[0]} "
+                f"({lengths[bad[0]]} tokens, a reply that ends at {ends[bad[0]]}): prepare the data again"
+            )
+
+
+def digest_file(file: Path) -> str:
+    """Return the sha256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's entries, written to disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_file(file: Path, facts: Mapping[str, Any], *, is_compared: bool) -> None:
+    """Compare one file with the manifest."""
+    if not file.is_file():
+        raise DataError(f"{file}: missing: prepare the data again or copy the whole folder")
+    size = file.stat().st_size
+    if size != facts["bytes"]:
+        change = "cut" if size < facts["bytes"] else "changed"
+        raise DataError(
+            f"{file}: {size} bytes, the manifest says {facts['bytes']}: it was {change} after preparation; "
+            "copy it again or prepare the data again"
+        )
+    if is_compared and digest_file(file) != facts["sha256"]:
+        raise DataError(
+            f"{file}: its content changed after preparation (sha256 differs): prepare the data again"
+        )
+
+
+def _open_column(folder: Path, name: str, manifest: Manifest) -> Any:
+    """Open one column and compare its counts with the manifest."""
+    try:
+        reader = IndexedDataset(str(folder / name), mmap=True)
+    except Exception as error:  # megatron-core asserts, struct and numpy complain, each in its own way
+        raise DataError(f"{folder / name}.idx: not an index ({error}): prepare the data again") from None
+    values = int(reader.sequence_lengths.sum(dtype=numpy.int64))
+    if len(reader) != manifest.samples or values != manifest.columns[name]:
+        raise DataError(
+            f"{folder / name}.idx: {len(reader)} samples with {values} values, the manifest says "
+            f"{manifest.samples} with {manifest.columns[name]}: the columns disagree; prepare the data again"
+        )
+    return reader

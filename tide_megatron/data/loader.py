@@ -1,0 +1,136 @@
+"""The loader: which samples a rank reads at a position of the run, as a pure function.
+
+A position counts samples of all ranks together (`Clock.consumed`), so the data order has nothing to do with
+how a step is cut: an update at position p takes positions p .. p + world * accumulate * samples - 1, and
+microbatch m of rank r takes `samples` of them from p + (m * world + r) * samples on. Another split with the
+same product reads the same samples in the same order, and resuming is calling with a larger p: there is no
+state to save.
+
+Position q lies in epoch q // N; the order within an epoch depends on (seed, epoch) only. An update that
+crosses an epoch's end goes on in the next epoch, so nothing is dropped, and each sample carries its own
+epoch, which with the sample's number keys its noise.
+
+Padding (spec section 1 item 10): end tokens up to a whole block, which are learnt; then pads up to the
+microbatch's longest sample or to a fixed length, which are not. Right-hand pads change nothing to their
+left under block contexts, so ranks may differ in length; a bidirectional model does see them, and needs
+`fixed_length`, or lengths in its view, to be independent of its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy
+import torch
+from numpy.typing import NDArray
+
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.data.columns import Columns
+from tide_megatron.diffusion.batch import IGNORED, Batch
+from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
+from tide_megatron.text.chat import labels_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Microbatches of one rank over one prepared data set, on the CPU.
+
+    Raises:
+        ConfigError: sizes that cannot be, or a fixed length below the longest sample.
+    """
+
+    columns: Columns
+    samples: int
+    """Samples per microbatch."""
+    accumulate: int = 1
+    """Microbatches per update and rank."""
+    ranks: tuple[int, int] = (0, 1)
+    """This rank, and the number of ranks."""
+    seed: int = 0
+    block_size: int = 1
+    """Fill the last block with end tokens up to a multiple of this; 1: add none."""
+    fixed_length: int | None = None
+    """Pad every microbatch to this many tokens; None: to its own longest sample."""
+
+    def __post_init__(self) -> None:
+        rank, world = self.ranks
+        assert 0 <= rank < world, f"rank {rank} of {world}"
+        for name in ("samples", "accumulate", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)} is too few; use at least 1")
+        if self.fixed_length is not None and self.fixed_length < self.longest:
+            raise ConfigError(
+                f"fixed_length: {self.fixed_length} is below the longest sample of {self.columns.folder} "
+                f"({self.longest} tokens in whole blocks of {self.block_size}); use {self.longest} or more"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the data set: the length of an epoch."""
+        return len(self.columns)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample after its last block is filled."""
+        return -(-self.columns.manifest.statistics.longest // self.block_size) * self.block_size
+
+    @property
+    def update_samples(self) -> int:
+        """Samples per update, over all ranks and accumulation: what an update adds to the position."""
+        return self.samples * self.accumulate * self.ranks[1]
+
+    def microbatch(self, consumed: int, index: int) -> Batch:
+        """Return this rank's microbatch `index` of the update that starts at position `consumed`."""
+        assert 0 <= index < self.accumulate, f"microbatch {index} of {self.accumulate}"
+        rank, world = self.ranks
+        first = consumed + (index * world + rank) * self.samples
+        epochs = [position // self.num_samples for position in range(first, first + self.samples)]
+        rows = [
+            int(order_of_epoch(self.seed, epoch, self.num_samples)[position % self.num_samples])
+            for position, epoch in enumerate(epochs, first)
+        ]
+        return self.batch_of(rows, epochs)
+
+    def update(self, consumed: int) -> list[Batch]:
+        """Return all of this rank's microbatches of the update that starts at position `consumed`."""
+        return [self.microbatch(consumed, index) for index in range(self.accumulate)]
+
+    def batch_of(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
+        """Return the given samples, in the given order, padded to a common length.
+
+        Args:
+            rows: sample numbers; what evaluation asks for.
+            epochs: of each sample; default 0.
+        """
+        facts = self.columns.manifest.tokenizer
+        read = [self.columns.row(row) for row in rows]
+        examples = []
+        for row in read:
+            ids = row["ids"].tolist()
+            labels = labels_of(ids, row["replies"].tolist(), IGNORED)
+            examples.append(pad_to_blocks(ids, labels, self.block_size, facts.eos_id))
+        length = self.fixed_length or max(len(ids) for ids, _ in examples)
+        padded = [pad_to_length(ids, labels, length, facts.pad_id) for ids, labels in examples]
+        return Batch(
+            sample_ids=torch.tensor(rows, dtype=torch.int64),
+            epochs=torch.tensor(epochs or [0] * len(rows), dtype=torch.int64),
+            ids=torch.tensor([ids for ids, _ in padded], dtype=torch.int64),  # [samples, length]
+            labels=torch.tensor([labels for _, labels in padded], dtype=torch.int64),  # [samples, length]
+            reply_bytes=torch.tensor([int(row["reply_bytes"][0]) for row in read], dtype=torch.int64),
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def order_of_epoch(seed: int, epoch: int, num_samples: int) -> NDArray[numpy.int64]:
+    """Return the order in which an epoch reads the samples, a permutation, from (seed, epoch) alone.
+
+    Sorts one 64-bit draw per sample of a counter-based generator keyed by (seed, epoch). The raw stream of
+    a bit generator is the part of numpy.random that is promised to stay the same (NEP 19); `permutation` is
+    not.
+    """
+    draws = numpy.random.Philox(key=[seed & (2**64 - 1), epoch]).random_raw(num_samples)
+    order = numpy.argsort(draws, kind="stable")
+    order.flags.writeable = False
+    return order

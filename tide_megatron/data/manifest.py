@@ -1,0 +1,114 @@
+"""The manifest: what a prepared data folder says about itself.
+
+It counts the samples, names the tokenizer by digest, and holds size and sha256 of every file, so that a
+file that was cut or replaced is found when the folder is opened and not in the middle of a run. Its own
+digest covers all of that: an edited manifest is refused too, and a run can remember one string.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tide_megatron.base.errors import DataError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "tide-columns"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """The tokenizer whose ids the columns hold."""
+
+    name: str
+    digest: str
+    vocabulary_digest: str
+    template_digest: str
+    vocabulary_size: int
+    mask_id: int
+    eos_id: int
+    pad_id: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Counts over the samples kept, and what happened to the others."""
+
+    tokens: int = 0
+    prompt_tokens: int = 0
+    reply_tokens: int = 0
+    reply_bytes: int = 0
+    longest: int = 0
+    """Tokens of the longest sample."""
+    truncated: int = 0
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Reason -> records left out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything in `manifest.json` but its format line and its digest."""
+
+    samples: int
+    columns: dict[str, int]
+    """Column -> number of int32 values in it."""
+    files: dict[str, dict[str, Any]]
+    """File name -> {bytes, sha256}."""
+    tokenizer: TokenizerFacts
+    max_length: int
+    on_long: str
+    sources: list[dict[str, Any]]
+    """Per source file: name, bytes, sha256, records."""
+    statistics: Statistics
+
+    @property
+    def digest(self) -> str:
+        """Name the data set by content (sha256, hexadecimal)."""
+        return _digest(dataclasses.asdict(self))
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`."""
+        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self), "digest": self.digest}
+        (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a folder's manifest.
+
+    Raises:
+        DataError: it is missing, broken, of another format or version, or was edited.
+    """
+    file = folder / MANIFEST_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder}: no prepared data ({MANIFEST_FILE} is missing): run `tide prepare`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as JSON ({error}): prepare the data again") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise DataError(f"{file}: not a manifest of prepared data: prepare the data again")
+    version = content.pop("version", None)
+    if version != VERSION:
+        raise DataError(
+            f"{file}: format version {version}, this release reads {VERSION}: prepare the data again"
+        )
+    if content.pop("digest", None) != _digest(content):
+        raise DataError(f"{file}: was edited after preparation (its digest differs): prepare the data again")
+    return Manifest(
+        **{
+            **content,
+            "tokenizer": TokenizerFacts(**content["tokenizer"]),
+            "statistics": Statistics(**content["statistics"]),
+        }
+    )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
