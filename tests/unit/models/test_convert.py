@@ -1,0 +1,135 @@
+"""Weights in and out on one rank: bit for bit, all faults of a folder in one message."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture, build, view
+from tide_megatron.base.errors import CheckpointError, ConfigError
+from tide_megatron.models.build import build_model
+from tide_megatron.models.convert import hf_tensors, load_model, read_architecture, save_model
+from tide_megatron.models.precision import Precision
+from tide_megatron.models.spec import Options
+
+WEDLM = {**DENSE, "model_type": "wedlm", "tie_word_embeddings": False}
+
+
+@pytest.fixture(params=[DENSE, MIXTURE, WEDLM], ids=["a2d-qwen3", "llada2_moe", "wedlm"])
+def config(request):
+    return request.param
+
+
+@pytest.fixture
+def folder(config, groups, tmp_path):
+    save_model(build(config, groups), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def fresh(folder, groups, precision="fp32"):
+    return build_model(read_architecture(folder), groups, Options(device=CPU, precision=Precision(precision)))
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_there_and_back_is_the_same_bytes(config, folder, groups, tmp_path):
+    edit(folder, lambda tensors: tensors.update({n: torch.randn_like(t) for n, t in tensors.items()}))
+    model = fresh(folder, groups)
+    report = load_model(model, folder)
+    save_model(model, tmp_path / "again")
+    old, new = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert read_architecture(tmp_path / "again") == architecture(config)
+    assert report.bytes_read == sum(tensor.numel() * 4 for tensor in old.values())
+    assert report.tensors_read == len(old)
+    biases = sum(tensor.numel() for name, tensor in old.items() if name.endswith("expert_bias"))
+    assert report.parameters == sum(tensor.numel() for tensor in old.values()) - biases
+    told = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {key: told[key] for key in config} == config
+    assert told["torch_dtype"] == "float32"
+
+
+def test_dtypes_change_on_the_way(config, folder, groups, tmp_path):
+    model = fresh(folder, groups, "bf16")
+    load_model(model, folder)
+    save_model(model, tmp_path / "again", dtype=torch.bfloat16)
+    old, new = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    for name, tensor in old.items():
+        kept = torch.float32 if name.endswith("expert_bias") else torch.bfloat16
+        assert new[name].dtype is kept
+        assert torch.equal(new[name], tensor.to(kept))
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    half = fresh(tmp_path / "again", groups)
+    report = load_model(half, tmp_path / "again")
+    assert report.bytes_read == sum(tensor.numel() * tensor.element_size() for tensor in new.values())
+    assert half.head_weight.dtype is torch.float32
+
+
+def test_loaded_models_compute_the_same(config, folder, groups):
+    model, again = build(config, groups), fresh(folder, groups)
+    load_model(again, folder)
+    seen = view(config["vocab_size"])
+    assert torch.equal(model.rows(seen), again.rows(seen))
+
+
+def test_all_faults_are_told_at_once(config, folder, groups):
+    norm, missing = "model.norm.weight", "model.layers.1.input_layernorm.weight"
+
+    def change(tensors):
+        del tensors[missing]
+        tensors["model.layers.9.extra"] = torch.ones(1)
+        tensors[norm] = torch.ones(7)
+
+    edit(folder, change)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(fresh(folder, groups), folder)
+    told = str(caught.value)
+    assert f"1 missing: {missing}" in told
+    assert "1 unknown: model.layers.9.extra" in told
+    assert f"1 misshapen: {norm} [7] instead of [32]" in told
+    assert str(folder) in told
+
+
+def test_long_lists_are_cut(groups, tmp_path):
+    save_model(build(MIXTURE, groups), tmp_path / "m")
+    edit(tmp_path / "m", lambda tensors: [tensors.pop(name) for name in list(tensors) if "experts" in name])
+    with pytest.raises(CheckpointError, match=r"54 missing: .*, and 34 more"):
+        load_model(fresh(tmp_path / "m", groups), tmp_path / "m")
+
+
+def test_the_copy_of_a_tied_head_is_ignored(groups, tmp_path):
+    save_model(build(DENSE, groups), tmp_path / "m")
+    assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
+    edit(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": torch.ones(61, 32)}))
+    model = fresh(tmp_path / "m", groups)
+    report = load_model(model, tmp_path / "m")
+    assert report.bytes_read == 4 * report.parameters, "the copy is not read either"
+
+
+def test_unknown_model_types_are_refused(tmp_path):
+    for text, told in (('{"model_type": "qwen33"}', "did you mean 'qwen3'"), ("{}", "model_type: None")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            read_architecture(tmp_path)
+
+
+def test_refusals_name_the_folder(folder, config):
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    with pytest.raises(ConfigError, match=f"{folder.name}: config.json: hidden_act: 'gelu'"):
+        read_architecture(folder)
+
+
+def test_gradients_take_the_weights_names(groups):
+    model = build(DENSE, groups, trainable=True)
+    model.rows(view(61)).pow(3).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    renamed = hf_tensors(model, gradients)
+    assert {name: tuple(t.shape) for name, t in renamed.items()} == {
+        name: shape for piece in model.architecture.pieces() for name, shape in piece.sources.items()
+    }
