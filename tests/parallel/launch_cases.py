@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tide_megatron.base.errors import ConfigError, DataError, TideError
-from tide_megatron.launch.here import RanksFailed
+from tide_megatron.launch.failure import RanksFailed
 from tide_megatron.launch.ranks import run_ranks
 
 

@@ -17,9 +17,8 @@ import pytest
 
 from tests.parallel import launch_cases as cases
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.launch.here import RanksFailed
-from tide_megatron.launch.ranks import first_failure, run_ranks
-from tide_megatron.launch.worker import Failure
+from tide_megatron.launch.failure import Failure, RanksFailed, first_failure
+from tide_megatron.launch.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.parallel.launch_cases"]

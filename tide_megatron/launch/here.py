@@ -21,11 +21,8 @@ RankFunction = Callable[..., Any]
 
 _LOST_PEER = re.compile(
     r"gloo/|NCCL|Connection (closed|reset) by peer|Connection refused|Broken pipe|recvValue failed"
+    r"|^rank \d+ failed: "  # what `fail_together` tells the ranks without the bug
 )
-
-
-class RanksFailed(Exception):
-    """A rank ended by a bug or a signal; the message names the rank and holds its traceback."""
 
 
 def run_here(

@@ -29,7 +29,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -40,9 +40,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from tide_megatron.base.device import Ranks, Wanted, choose_device, read_ranks
 from tide_megatron.base.errors import ConfigError, TideError
-from tide_megatron.launch.here import RankFunction, RanksFailed, is_echo, run_here
+from tide_megatron.launch.failure import Failure, RanksFailed, first_failure
+from tide_megatron.launch.here import RankFunction, is_echo, run_here
 from tide_megatron.launch.signals import heard_by, signals_held, watch_signals
-from tide_megatron.launch.worker import Done, Failure, Job, work
+from tide_megatron.launch.worker import Done, Job, work
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +213,7 @@ def _start(ranks: list[_Rank], job: Job) -> None:
         "starting %d ranks on this node with %s thread(s) each", job.world_size, job.environment[_THREADS]
     )
     resource_tracker.ensure_running()  # else the first start of a process would end the hold on signals
-    with signals_held():
+    with signals_held(), _start_environment():
         context = _start_method(job.wanted)
         for number in range(job.world_size):
             mine, theirs = context.Pipe(duplex=False)
@@ -225,23 +226,33 @@ def _start(ranks: list[_Rank], job: Job) -> None:
 def _start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
     """Choose how processes start: fresh ones beside CUDA, which survives no fork; else forks of a server.
 
-    The server has imported torch and megatron-core once, with one thread: a rank starts in 0.1 s instead of 4
-    s of CPU, and shares those pages.
+    The server has imported torch and megatron-core once: a rank starts in 0.1 s instead of 4 s of CPU, and
+    shares those pages.
     """
     if choose_device(wanted).type == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = "1"  # a thread pool would not survive the fork; ranks set their own number later
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ[_THREADS]
-        else:
-            os.environ[_THREADS] = before
+    forkserver.ensure_running()
     return context
+
+
+@contextlib.contextmanager
+def _start_environment() -> Iterator[None]:
+    """Set what must stand before Python and torch are loaded; ranks get their own number of threads later."""
+    # A thread pool would not survive the server's forks; megatron-core and torch warn once per rank and
+    # import.
+    wanted = {_THREADS: "1", "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _environment(num_ranks: int) -> dict[str, str]:
@@ -271,21 +282,6 @@ def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float) -> None:
         end = time.monotonic() + EXIT_SECONDS
         for rank in ranks:
             rank.process.join(max(0.0, end - time.monotonic()))
-
-
-def first_failure(failures: Sequence[Failure], world_size: int) -> TideError | RanksFailed:
-    """Choose the failure that caused the others, as the exception to raise.
-
-    Args:
-        failures: at least one; the lost connections that follow a failure are marked as echoes.
-        world_size: ranks of the run.
-    """
-    first = min(failures, key=lambda failure: (failure.is_echo, failure.at_seconds))
-    who = f"rank {first.rank} of {world_size}"
-    if first.error is None:
-        return RanksFailed(f"{who} failed first: {first.text}")
-    everybody = sum(str(failure.error) == str(first.error) for failure in failures) == world_size
-    return first.error if everybody else type(first.error)(f"{first.error} (seen by {who})")
 
 
 def _end_in_words(code: int | None) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 from tide_megatron.base.device import Wanted, read_ranks
 from tide_megatron.base.errors import TideError
+from tide_megatron.launch.failure import Failure
 from tide_megatron.launch.here import RankFunction, is_echo, run_here
 from tide_megatron.launch.signals import release_signals, watch_signals
 
@@ -38,19 +39,6 @@ class Job:
     """Where the parent keeps the store."""
     environment: dict[str, str]
     """The parent's variables: a rank forked from a server has the server's."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Failure:
-    """How a rank failed: `error` for a fault of the user's, else `text` with the traceback."""
-
-    rank: int
-    at_seconds: float
-    """Time of day; ranks of one machine share the clock, so the earliest is the cause."""
-    text: str
-    error: TideError | None = None
-    is_echo: bool = False
-    """Only the loss of another rank was seen."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
