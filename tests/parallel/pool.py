@@ -168,10 +168,11 @@ def _work(pipe: Connection, rank: int, world_size: int, store_file: str) -> None
 
 
 def _join_world(rank: int, world_size: int, store_file: str) -> None:
+    from tide_megatron.platform import start_distributed
+
     import torch.distributed as dist
 
     from tide_megatron.base.device import Device, Ranks
-    from tide_megatron.platform import start_distributed
 
     start_distributed(
         Device(type="cpu", index=0, backend="gloo", threads=1),

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import weakref
 
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
-
 import tide_megatron.platform  # noqa: F401 - before megatron
 
-from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
 
 from tide_megatron.parallel.layout import Layout, RankList
 

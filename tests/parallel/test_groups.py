@@ -1,0 +1,95 @@
+"""Process groups on four ranks equal the rank arithmetic, and are shared between layouts by their ranks."""
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from tide_megatron.parallel.groups import make_groups
+from tide_megatron.parallel.layout import Layout
+
+# Megatron's field -> ours.
+FIELDS = {
+    "tp": "tensor", "pp": "pipeline", "dp": "data", "mp": "replica", "cp": "alone", "tp_cp": "tensor",
+    "dp_cp": "data", "tp_dp_cp": "stage", "ep": "expert", "expt_tp": "expert_tensor", "tp_ep": "expert_block",
+    "expt_dp": "expert_data", "tp_ep_pp": "expert_replica", "embd": "embedding",
+    "pos_embd": "position_embedding", "intra_dp_cp": "data", "intra_expt_dp": "expert_data",
+    "intra_dist_opt": "world",
+}  # fmt: skip
+UNUSED = {"hcp", "inter_dist_opt"}
+LAYOUTS = [
+    Layout(),
+    Layout(expert=4),
+    Layout(expert=2),
+    Layout(tensor=2, expert=2),
+    Layout(tensor=2, pipeline=2),
+    Layout(pipeline=2, expert=2),
+    Layout(pipeline=4),
+    Layout(expert=2, expert_tensor=2),
+]
+
+
+def groups_of_each(layouts):
+    """Return, for each layout and field, this rank's group as global ranks."""
+    found = []
+    for layout in layouts:
+        groups = make_groups(layout)
+        fields = {name: getattr(groups, name) for name in FIELDS}
+        found.append({n: g and tuple(dist.get_process_group_ranks(g)) for n, g in fields.items()})
+        assert all(vars(groups)[name] is None for name in UNUSED), "an unused field must be set to None"
+    return found
+
+
+def test_every_field_holds_the_ranks_of_the_arithmetic(pool):
+    for rank, found in enumerate(pool(4).run(groups_of_each, LAYOUTS)):
+        for layout, fields in zip(LAYOUTS, found, strict=True):
+            lists = layout.rank_lists(4)
+            for name, ours in FIELDS.items():
+                mine = [ranks for ranks in getattr(lists, ours) if rank in ranks]
+                assert fields[name] == (mine[0] if mine else None), (rank, layout, name)
+
+
+def fields_left_unset():
+    groups = make_groups(Layout())
+    declared = set(ProcessGroupCollection.__dataclass_fields__)
+    return {name for name in declared if name not in vars(groups)}
+
+
+def test_only_later_optional_fields_are_left_unset(pool):
+    # Newer releases declare more; those are optional there (None when unset) and no path of ours reads them.
+    [unset] = pool(1).run(fields_left_unset)
+    allowed = {"gtp_remat", "expt_gtp_remat", "dp_cp_gtp_remat", "expt_dp_gtp_remat"}
+    allowed |= {"tp_ep_pp_with_egtp_remat", "dp_cp_ag", "expt_dp_ag"}
+    assert unset <= allowed
+
+
+def sums_and_sharing():
+    first, again = make_groups(Layout(tensor=2)), make_groups(Layout(tensor=2))
+    other = make_groups(Layout(expert=2))
+    mine = torch.tensor(2.0 ** dist.get_rank())
+    sums = []
+    for group in (first.tp, first.dp, other.expt_dp, first.intra_dist_opt):
+        total = mine.clone()
+        dist.all_reduce(total, group=group)
+        sums.append(int(total))
+    same_world = first.intra_dist_opt is dist.group.WORLD
+    return sums, again.tp is first.tp and other.ep is first.tp and other.expt_dp is first.dp and same_world
+
+
+def test_groups_are_cached_by_their_ranks_and_work(pool):
+    # Pairs 01, 23 then 02, 13 of the powers of two; the other layout meets the same pairs and shares them.
+    sums, shared = zip(*pool(4).run(sums_and_sharing), strict=True)
+    assert list(sums) == [[3, 5, 5, 15], [3, 10, 10, 15], [12, 5, 5, 15], [12, 10, 10, 15]]
+    assert all(shared)
+
+
+def make_for_wrong_world():
+    with pytest.raises(AssertionError, match="groups for 8 ranks in a world of 2"):
+        make_groups(Layout(), 8)
+    return True
+
+
+def test_a_wrong_world_is_a_bug(pool):
+    assert pool(2).run(make_for_wrong_world) == [True, True]
