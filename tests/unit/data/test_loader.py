@@ -1,0 +1,153 @@
+"""The loader: one global order of samples however ranks and microbatches cut it, epochs, padding."""
+
+import itertools
+
+import numpy
+import pytest
+import torch
+
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.data.columns import Columns
+from tide_megatron.data.loader import Loader, order_of_epoch
+from tide_megatron.diffusion.batch import IGNORED
+
+
+@pytest.fixture
+def columns(prepared):
+    return Columns(prepared)
+
+
+def stream(columns, updates, *, world=1, accumulate=1, samples=12, start=0, seed=3):
+    """Return (sample, epoch) in the order of the run, update by update, from all ranks."""
+    loaders = [
+        Loader(columns=columns, samples=samples, accumulate=accumulate, ranks=(rank, world), seed=seed)
+        for rank in range(world)
+    ]
+    seen = []
+    for update in range(updates):
+        consumed = start + update * loaders[0].update_samples
+        for index, loader in itertools.product(range(accumulate), loaders):
+            batch = loader.microbatch(consumed, index)
+            seen.append(list(zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True)))
+    return [pair for batch in seen for pair in batch]
+
+
+@pytest.mark.parametrize(
+    ("world", "accumulate", "samples"), [(4, 1, 3), (2, 2, 3), (1, 4, 3), (3, 4, 1), (2, 1, 6)]
+)
+def test_every_cut_reads_the_same_samples(columns, world, accumulate, samples):
+    cut = stream(columns, 6, world=world, accumulate=accumulate, samples=samples)
+    assert cut == stream(columns, 6)
+
+
+def test_ranks_take_turns_within_a_microbatch(columns):
+    order = order_of_epoch(3, 0, 23).tolist()
+    loader = Loader(columns=columns, samples=2, accumulate=2, ranks=(1, 3), seed=3)
+    assert loader.update_samples == 12
+    assert loader.microbatch(0, 0).sample_ids.tolist() == order[2:4]
+    assert loader.microbatch(0, 1).sample_ids.tolist() == order[8:10]
+    assert loader.microbatch(12, 0).sample_ids.tolist() == order[14:16]
+    assert [batch.sample_ids.tolist() for batch in loader.update(0)] == [order[2:4], order[8:10]]
+
+
+def test_an_epoch_reads_every_sample_once_and_goes_on(columns):
+    seen = stream(columns, 6)  # 72 positions over epochs of 23
+    assert [epoch for _, epoch in seen] == [position // 23 for position in range(72)]
+    epochs = [[sample for sample, _ in seen[23 * epoch : 23 * epoch + 23]] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_microbatch_may_hold_two_epochs(columns):
+    batch = Loader(columns=columns, samples=6, seed=3).microbatch(20, 0)
+    assert batch.epochs.tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.sample_ids[3:].tolist() == order_of_epoch(3, 1, 23)[:3].tolist()
+
+
+def test_resuming_is_starting_further_on(columns):
+    assert stream(columns, 2, start=36) == stream(columns, 5)[36:]
+
+
+def test_a_data_set_smaller_than_an_update_goes_round(columns):
+    seen = stream(columns, 1, samples=60)
+    assert [epoch for _, epoch in seen] == [0] * 23 + [1] * 23 + [2] * 14
+
+
+def test_the_order_depends_on_seed_and_epoch_only():
+    orders = [order_of_epoch(seed, epoch, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    numpy.random.seed(5)
+    order_of_epoch.cache_clear()
+    assert order_of_epoch(1, 1, 50).tolist() == orders[3]
+
+
+def test_the_order_is_pinned():
+    # A change here reorders the data of every run: resumed runs would read samples twice and others never.
+    assert order_of_epoch(42, 0, 10).tolist() == [7, 1, 6, 4, 3, 5, 9, 0, 2, 8]
+
+
+def test_orders_are_uniform():
+    orders = numpy.stack([order_of_epoch(7, epoch, 4) for epoch in range(2400)])
+    counts = numpy.unique(orders, axis=0, return_counts=True)[1]
+    assert len(counts) == 24
+    assert numpy.abs(counts - 100).max() < 45  # four and a half standard deviations
+
+
+def test_labels_and_bytes_belong_to_their_sample(columns, tokenizer):
+    batch = Loader(columns=columns, samples=23, seed=1).microbatch(0, 0)
+    for place, sample in enumerate(batch.sample_ids.tolist()):
+        row = columns.row(sample)
+        start, end = row["replies"].tolist()
+        length = len(row["ids"])
+        assert batch.ids[place, :length].tolist() == row["ids"].tolist()
+        assert batch.labels[place, start:end].tolist() == row["ids"][start:].tolist()
+        assert (batch.labels[place, :start] == IGNORED).all()
+        assert (batch.labels[place, length:] == IGNORED).all()
+        assert (batch.ids[place, length:] == tokenizer.pad_id).all()
+        assert batch.reply_bytes[place] == row["reply_bytes"][0]
+    assert batch.ids.shape[1] == columns.manifest.statistics.longest
+
+
+def test_last_blocks_are_filled_with_learnt_end_tokens(columns, tokenizer):
+    loader = Loader(columns=columns, samples=23, seed=1, block_size=8)
+    batch = loader.microbatch(0, 0)
+    assert batch.ids.shape[1] == loader.longest
+    assert loader.longest % 8 == 0
+    kinds = set()
+    for place, sample in enumerate(batch.sample_ids.tolist()):
+        length = len(columns.row(sample)["ids"])
+        filled = -(-length // 8) * 8
+        kinds.add(filled - length)
+        assert (batch.ids[place, length:filled] == tokenizer.eos_id).all()
+        assert (batch.labels[place, length:filled] == tokenizer.eos_id).all()
+        assert (batch.ids[place, filled:] == tokenizer.pad_id).all()
+        assert (batch.labels[place, filled:] == IGNORED).all()
+    assert len(kinds) > 3
+    assert torch.equal(batch.labels[batch.maskable], batch.ids[batch.maskable])
+
+
+def test_length_follows_the_microbatch_or_is_fixed(columns):
+    short = min(range(23), key=lambda sample: len(columns.row(sample)["ids"]))
+    free = Loader(columns=columns, samples=1)
+    fixed = Loader(columns=columns, samples=1, fixed_length=96)
+    assert free.batch_of([short]).ids.shape == (1, len(columns.row(short)["ids"]))
+    assert fixed.batch_of([short]).ids.shape == (1, 96)
+    length = free.batch_of([short]).ids.shape[1]
+    assert torch.equal(fixed.batch_of([short]).labels[:, :length], free.batch_of([short]).labels)
+
+
+def test_evaluation_asks_for_rows(columns):
+    batch = Loader(columns=columns, samples=4).batch_of([9, 2])
+    assert batch.sample_ids.tolist() == [9, 2]
+    assert batch.epochs.tolist() == [0, 0]
+    assert batch.ids.dtype == batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+
+
+def test_sizes_that_cannot_be_are_refused(columns):
+    longest = Loader(columns=columns, samples=1, block_size=16).longest
+    with pytest.raises(ConfigError, match=f"fixed_length: {longest - 1} is below .* use {longest} or more"):
+        Loader(columns=columns, samples=1, block_size=16, fixed_length=longest - 1)
+    for name in ("samples", "accumulate", "block_size"):
+        with pytest.raises(ConfigError, match=f"{name}: 0 is too few"):
+            Loader(columns=columns, **({"samples": 1} | {name: 0}))
