@@ -90,6 +90,9 @@ class Golden:
     def compare(self, label: str, pairs: Iterable[tuple[str, Tensor]], tolerance: float) -> None:
         """Add one row for (key, our value) pairs: failed if the worst error exceeds `tolerance`."""
         errors = {key: error_of(ours, self.read(key)) for key, ours in pairs}
+        if not errors:
+            self.add(label, "failed", note="no such key in the file")
+            return
         worst = max(errors, key=lambda key: errors[key])
         passed = errors[worst] <= tolerance
         note = "" if passed else f"{worst}: {errors[worst]:.3g} exceeds {tolerance:g}"

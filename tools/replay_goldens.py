@@ -1,0 +1,127 @@
+"""Replay a folder of golden vectors against our code and say, key by key, what agrees.
+
+    python tools/replay_goldens.py DIR
+
+One row per key or case group: `replayed` with its largest error, `differs` with the reference bug it is
+named after, `later issue` for the families that wait for one, `failed` for everything else: a number out
+of tolerance (losses and gradients 1e-6, logits 1e-5), a file or key that nothing replays, a family that
+is missing. The exit code is 0 only if no row failed. Every shape, temperature, vocabulary and step comes
+from the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import rich.box
+import rich.console
+import rich.table
+import torch
+
+from goldens.arithmetic import replay_masks, replay_sampler, replay_schedules
+from goldens.formulas import replay_calm, replay_tidal
+from goldens.row import Row
+from goldens.steps import replay_plain_steps, replay_shared_steps
+from goldens.text import replay_tokenizers
+
+
+def replay_model_folder(folder: Path) -> list[Row]:
+    """Replay one model folder; imported late because it brings in megatron-core."""
+    from goldens.models import replay_models
+
+    return replay_models(folder)
+
+
+REPLAYS: dict[str, Callable[[Path], list[Row]]] = {
+    "alpha.npz": replay_schedules,
+    "bd3lm_mask.npz": replay_masks,
+    "sampler.npz": replay_sampler,
+    "taid.npz": replay_tidal,
+    "alm.npz": replay_calm,
+    "step_bd3lm.npz": replay_plain_steps,
+    "step_shared.npz": replay_shared_steps,
+    "tokenizers": replay_tokenizers,
+    "student_a2d_qwen3": replay_model_folder,
+    "teacher_llada2_moe": replay_model_folder,
+    "teacher_llada2_moe_g4": replay_model_folder,
+    "teacher_wedlm_like": replay_model_folder,
+}
+LATER = {
+    "find_text.json": "second tokenizer",
+    "map_cross.json": "second tokenizer",
+    "map_shared.json": "second tokenizer",
+    "collate_cross.npz": "second tokenizer",
+    "collate_shared.npz": "second tokenizer",
+    "tokenkit_align.json": "second tokenizer (its ids are replayed under tokenizers/)",
+    "step_cross.npz": "second tokenizer",
+    "step_aligned.npz": "second tokenizer",
+    "teacher_llada": "further architectures",
+    "teacher_llada_moe": "further architectures",
+    "teacher_dream": "further architectures",
+}
+DOCUMENTS = {"README.md", "replay_check.py"}
+
+
+def replay(folder: Path) -> list[Row]:
+    """Replay every file of a goldens folder; an exception inside a replay is a failing row of that file."""
+    rows = []
+    present = {path.name for path in folder.iterdir() if not path.name.startswith((".", "__pycache__"))}
+    for name, replay_file in REPLAYS.items():
+        if name not in present:
+            rows.append(Row(file=name, label="", status="failed", note="missing from this folder"))
+            continue
+        try:
+            rows += replay_file(folder / name)
+        except Exception as fault:  # whatever a broken file raises belongs in the table
+            note = f"{type(fault).__name__}: {fault}"
+            rows.append(Row(file=name, label="", status="failed", note=note))
+    rows += [
+        Row(file=name, label="", status="later issue", note=note)
+        for name, note in LATER.items()
+        if name in present
+    ]
+    unknown = sorted(present - set(REPLAYS) - set(LATER) - DOCUMENTS)
+    return rows + [
+        Row(file=name, label="", status="failed", note="unknown file: nothing replays it") for name in unknown
+    ]
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table and a line that counts the rows by status."""
+    table = rich.table.Table(box=rich.box.SIMPLE)
+    for column in ("file", "key or case group", "status", "max error", "note"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        error = "" if row.error is None else f"{row.error:.1e}"
+        style = "" if row.passed else "bold red"
+        table.add_row(row.file, row.label, row.status, error, row.note, style=style)
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    counts = {
+        status: sum(row.status == status for row in rows) for status in ("replayed", "differs", "later issue")
+    }
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    console.print(f"{summary}, {sum(not row.passed for row in rows)} failed")
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with golden vectors")
+    folder = parser.parse_args().folder
+    if not folder.is_dir():
+        print(f"{folder}: no such folder", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)  # small tensors; also makes sums repeat
+    rows = replay(folder)
+    show(rows)
+    return 0 if all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
