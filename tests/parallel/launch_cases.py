@@ -31,6 +31,11 @@ def one_bad_file(folder, *, device, stop):
     time.sleep(60)
 
 
+def add_then_fail(folder, *, device, stop):
+    print("together", add_ranks(folder, device=device, stop=stop), flush=True)
+    one_bad_file(folder, device=device, stop=stop)
+
+
 def one_bad_file_others_deaf(folder, *, device, stop):
     if dist.get_rank() == 1:
         raise DataError("data/train.jsonl line 7: no reply; remove the record")

@@ -17,6 +17,7 @@ import pytest
 
 from tests.parallel import launch_cases as cases
 from tide_megatron.base.errors import ConfigError, DataError
+from tide_megatron.launch.doctor import compare_parallel
 from tide_megatron.launch.failure import Failure, RanksFailed, first_failure
 from tide_megatron.launch.ranks import run_ranks
 
@@ -175,16 +176,9 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path):
 
 def test_ranks_of_torchrun_are_taken(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    torchrun += ["--rdzv-endpoint=localhost:0", "-m", "tests.parallel.launch_cases"]
-
-    def start(case):
-        command = [*torchrun, case, "0", str(tmp_path)]
-        return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100)
-
-    done = start("add_ranks")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("value {'sum': 3.0, 'world': 2") == 2
-    done = start("one_bad_file")
+    torchrun += ["--rdzv-endpoint=localhost:0", "-m", *COMMAND[2:], "add_then_fail", "0", str(tmp_path)]
+    done = subprocess.run(torchrun, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.count("together {'sum': 3.0, 'world': 2") == 2, done.stderr
     assert done.returncode == 1
     assert "[rank 1 of 2] data/train.jsonl line 7: no reply" in done.stderr
     assert "rank 0 of 2 lost its peers" in done.stderr
@@ -204,3 +198,10 @@ def test_numbers_of_ranks_that_cannot_be(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"ranks: 4 were asked for, but torchrun or srun started 2"):
         run(cases.add_ranks, tmp_path, num_ranks=4)
+
+
+def test_the_doctors_check_finds_parallel_equal_to_dense(tmp_path):
+    facts = run_ranks(compare_parallel, (), 2, "cpu")
+    assert facts["sum"] == 3.0
+    assert facts["difference"] < 1e-5
+    assert facts["alltoall_bytes"] > 0

@@ -1,1 +1,70 @@
-"""Filled in by the layer's owner."""
+"""The command line: `tide <verb>`, one file a verb, no logic.
+
+A verb parses words, calls one function of the layers below and prints what it returns. Heavy imports stand
+inside the verbs, so that `tide --help` is instant. A fault of the user's is one message on stderr and exit
+code 2; a bug is a traceback and exit code 1; a second Ctrl-C is exit code 130.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from tide_megatron import __version__
+from tide_megatron.base.errors import TideError
+from tide_megatron.commands.doctor import doctor
+from tide_megatron.commands.prepare import prepare
+from tide_megatron.commands.sample import sample
+from tide_megatron.commands.train import train
+from tide_megatron.launch.failure import RanksFailed
+
+VERBS: dict[str, Callable[..., None]] = {
+    "prepare": prepare,
+    "train": train,
+    "sample": sample,
+    "doctor": doctor,
+}
+"""`tide <key>` runs the value."""
+
+app = typer.Typer(
+    help="Distil diffusion language models across architectures, layouts and tokenizers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+for _name, _verb in VERBS.items():
+    app.command(_name)(_verb)
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"tide-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Distil diffusion language models across architectures, layouts and tokenizers."""
+
+
+def main() -> None:
+    """Run `tide`; the entry point of the console script."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries; our own words go through the log
+    try:
+        app(prog_name="tide")
+    except TideError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RanksFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from tide_megatron.platform import prepare_platform
+
 import psutil
 import torch
 import torch.distributed as dist
 
+from tide_megatron import __version__
 from tide_megatron.base.device import Device, Wanted, choose_device
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.stop import StopFlag
@@ -35,7 +38,6 @@ from tide_megatron.models.spec import Options
 from tide_megatron.parallel.collectives import Traffic, gather_objects
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.platform import prepare_platform
 
 Verdict = Literal["ok", "note", "fault"]
 
@@ -94,7 +96,7 @@ def examine(wanted: Wanted) -> Iterator[Finding]:
 
 
 def _software() -> Iterator[Finding]:
-    yield Finding(topic="tide-megatron", value=_version("tide-megatron"))
+    yield Finding(topic="tide-megatron", value=__version__)
     for package in PACKAGES:
         version = _version(package)
         yield Finding(topic=package, value=version, verdict="fault" if version == "missing" else "ok")

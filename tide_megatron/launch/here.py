@@ -10,11 +10,12 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tide_megatron.platform.distributed import start_distributed, stop_distributed
+
 import torch.distributed as dist
 
 from tide_megatron.base.device import Ranks, Wanted, choose_device
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.platform.distributed import start_distributed, stop_distributed
 
 RankFunction = Callable[..., Any]
 """Called as `function(*args, device=Device, stop=StopFlag)` with the process world already joined."""

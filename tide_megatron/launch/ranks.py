@@ -83,26 +83,34 @@ def run_ranks(
         RanksFailed: a rank had a bug (its traceback is in the message) or was killed.
         KeyboardInterrupt: stopped before the ranks could finish in order.
     """
-    given = read_ranks()
+    world_size, given = num_ranks_for(num_ranks), read_ranks()
     if given is not None:
-        return _run_given(function, args, num_ranks, device, given)
-    if num_ranks is not None and num_ranks < 1:
-        raise ConfigError(f"ranks: {num_ranks} is not a number of ranks; use 1 or more")
-    if num_ranks in (None, 1):
+        return _run_given(function, args, device, given)
+    if world_size == 1:
         with watch_signals() as stop:
             return run_here(function, args, wanted=device, ranks=None, stop=stop)
-    return _run_started(function, args, num_ranks, device, grace_seconds)
+    return _run_started(function, args, world_size, device, grace_seconds)
 
 
-def _run_given(
-    function: RankFunction, args: tuple[Any, ...], num_ranks: int | None, wanted: Wanted, ranks: Ranks
-) -> Any:
-    """Run as the rank that torchrun or srun made this process; torchrun's summary learns the first error."""
-    if num_ranks not in (None, ranks.world_size):
+def num_ranks_for(wanted: int | None) -> int:
+    """Return how many ranks a run will have: what torchrun or srun started, else what is wanted, else one.
+
+    Raises:
+        ConfigError: fewer than one, or another number than were started.
+    """
+    given = read_ranks()
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"ranks: {wanted} is not a number of ranks; use 1 or more")
+    if given is not None and wanted not in (None, given.world_size):
         raise ConfigError(
-            f"ranks: {num_ranks} were asked for, but torchrun or srun started {ranks.world_size}; "
-            f"leave the number out or start {num_ranks} processes"
+            f"ranks: {wanted} were asked for, but torchrun or srun started {given.world_size}; "
+            f"leave the number out or start {wanted} processes"
         )
+    return given.world_size if given is not None else wanted or 1
+
+
+def _run_given(function: RankFunction, args: tuple[Any, ...], wanted: Wanted, ranks: Ranks) -> Any:
+    """Run as the rank that torchrun or srun made this process; torchrun's summary learns the first error."""
     try:
         with watch_signals() as stop:
             return record(run_here)(function, args, wanted=wanted, ranks=ranks, stop=stop)

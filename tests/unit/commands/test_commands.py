@@ -1,0 +1,160 @@
+"""The command line: a frozen surface, instant help, errors in one message, words passed on."""
+
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tide_megatron import __version__, commands
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.commands import VERBS, app, main
+from tide_megatron.launch import doctor as launch_doctor
+from tide_megatron.launch import ranks as launch_ranks
+from tide_megatron.launch.doctor import Finding
+from tide_megatron.launch.failure import RanksFailed
+
+SURFACE = {
+    "prepare": "out sources --tokenizer --max-length --on-long --mask --replace",
+    "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
+    "sample": "model prompts --context --block-size --new-tokens --steps --device",
+    "doctor": "--device",
+}
+"""What users type. Changing it is a decision: change it here too, and say so in the changelog."""
+
+
+def spoken(parameter):
+    words = "/".join([*parameter.opts, *parameter.secondary_opts])
+    return words if words.startswith("-") else parameter.name
+
+
+def test_the_surface_is_frozen():
+    group = typer.main.get_command(app)
+    found = {
+        name: " ".join(spoken(parameter) for parameter in command.params)
+        for name, command in group.commands.items()
+    }
+    assert found == SURFACE
+    assert list(VERBS) == list(SURFACE)
+
+
+@pytest.mark.parametrize("verb", SURFACE)
+def test_every_verb_explains_itself_with_an_example(verb):
+    result = CliRunner().invoke(app, [verb, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: {'tide ' + verb}" in " ".join(result.output.split())
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['tide', 'train', '--help']\n"
+        "from tide_megatron.commands import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'megatron', 'transformers', 'omegaconf') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"tide-megatron {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dcotor"], "No such command 'dcotor'"),
+        (["doctor", "--devcie", "cpu"], "No such option: --devcie"),
+        (["doctor", "--device", "tpu"], "'tpu' is not one of"),
+        (["train"], "Missing argument"),
+        (["train", "x.yaml", "--ranks", "0"], "--ranks"),
+    ],
+)
+def test_words_that_are_not_known(words, said):
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError("steps: 0 is too few; use 1"), 2, "error: steps: 0 is too few; use 1\n"),
+        (RanksFailed("rank 1 of 2 failed first: boom"), 1, "error: rank 1 of 2 failed first: boom\n"),
+    ],
+)
+def test_errors_are_one_message_and_an_exit_code(monkeypatch, capsys, error, code, said):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(commands, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(**_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(commands, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_an_aborted_run_is_exit_code_130(monkeypatch):
+    def interrupt(wanted):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch_doctor, "examine", interrupt)
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 130
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("ok", 0), ("note", 0), ("fault", 1)])
+def test_doctor_shows_findings_and_fails_on_faults(monkeypatch, verdict, code):
+    asked = []
+
+    def examine(wanted):
+        asked.append(wanted)
+        yield Finding(topic="torch", value="2.6")
+        yield Finding(topic="2 ranks", value="hung [here]", verdict=verdict)
+
+    monkeypatch.setattr(launch_doctor, "examine", examine)
+    result = CliRunner().invoke(app, ["doctor", "--device", "cpu"])
+    assert result.exit_code == code
+    assert asked == ["cpu"]
+    assert "torch" in result.output
+    assert "hung [here]" in result.output
+    assert verdict in result.output
+
+
+def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
+    calls = []
+
+    def run_ranks(function, args, num_ranks, device):
+        calls.append((function.__name__, args, num_ranks, device))
+        return ["a [b] c"] * len(args[1])
+
+    monkeypatch.setattr(launch_ranks, "run_ranks", run_ranks)
+    words = ["sample", "models/x", "one", "two", "--block-size", "8", "--new-tokens", "12", "--device", "cpu"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert result.output == "one\na [b] c\n\ntwo\na [b] c\n\n"
+    ((name, (folder, prompts, context, sampler), num_ranks, device),) = calls
+    assert (name, str(folder), prompts, num_ranks, device) == (
+        "answer_prompts",
+        "models/x",
+        ["one", "two"],
+        1,
+        "cpu",
+    )
+    assert (context.kind, context.block_size) == ("block_diffusion", 8)
+    assert (sampler.new_tokens, sampler.steps) == (12, 12)
+    CliRunner().invoke(app, ["sample", "models/x"], input="three\n\nfour\n")
+    assert calls[1][1][1] == ["three", "four"]

@@ -1,0 +1,52 @@
+"""`tide train`: one run from a recipe, on as many ranks as it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tide_megatron.commands.options import Wanted
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML run file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, dotted keys; the last word.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start here; leave out under torchrun or srun.")
+    ] = None,
+    device: Annotated[Wanted | None, typer.Option(help="Short for device=... in the recipe.")] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="Run folder; short for folder=... in the recipe.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on from the run folder, or discard what is there.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Train a student, with teachers or without, as a recipe says.
+
+    The first Ctrl-C saves and ends the run, the same command goes on with it; a second one ends it at once.
+
+    Example: tide train run.yaml --ranks 4
+
+    Example: tide train run.yaml optimizer.learning_rate=1e-4 losses.kl.weight=2 --dry-run
+
+    Example: torchrun --nproc-per-node 8 -m tide_megatron.commands train run.yaml
+    """
+    from tide_megatron.launch.ranks import num_ranks_for, run_ranks
+    from tide_megatron.train.loop import train as run
+    from tide_megatron.train.resolve import load_recipe
+    from tide_megatron.train.summary import print_summary
+
+    words = [*(overrides or [])]
+    words += [f"device={device}"] if device else []
+    words += [f"folder={folder}"] if folder else []
+    resolved, tree = load_recipe(recipe, words)
+    if dry_run:
+        print_summary(resolved, tree, num_ranks_for(ranks))
+    else:
+        run_ranks(run, (resolved, tree, resume), ranks, resolved.device)
