@@ -229,8 +229,25 @@ class PlannedAttention(torch.nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    if query.dtype is torch.bfloat16 and query.device.type == "cpu":
+        return _attend_by_products(query, key, value, mask)
     grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
+
+def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend by two matrix products: torch's own bf16 backward on CPU takes 2-3 times as long (measured)."""
+    samples, heads, tokens, head_dim = query.shape
+    groups = key.shape[1]
+    stacked = (
+        query.reshape(samples, groups, -1, head_dim) * head_dim**-0.5
+    )  # a group's heads under each other
+    scores = (stacked @ key.transpose(-1, -2)).view(samples, heads, tokens, -1)
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1).view(samples, groups, -1, scores.shape[-1])
+    answer: Tensor = (weights @ value).view(query.shape)
+    return answer
 
 
 @functools.lru_cache(maxsize=32)

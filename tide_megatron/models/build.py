@@ -9,10 +9,10 @@ with the teachers that need it) and tensor-parallel cuts.
 
 from __future__ import annotations
 
+import tide_megatron.platform  # noqa: F401 - before megatron
+
 import torch
 from torch import Tensor
-
-import tide_megatron.platform  # noqa: F401 - before megatron
 
 from megatron.core.models.gpt import GPTModel  # isort: skip
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 import tide_megatron.platform  # noqa: F401 - before megatron
+
+import torch
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip

@@ -1,12 +1,13 @@
 """A world of one rank for tests that build models in this process."""
 
+from tide_megatron.platform import start_distributed, stop_distributed
+
 import pytest
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.platform import start_distributed, stop_distributed
 
 CPU = Device(type="cpu", index=0, backend="gloo", threads=1)
 

@@ -64,6 +64,22 @@ def test_dense_and_structured_agree_with_gradients(kind, length, block, shares):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(("kind", "length", "block", "shares"), CASES[1::3])
+@pytest.mark.parametrize("name", ["dense", "structured"])
+def test_bf16_stays_near_fp32_with_gradients(name, kind, length, block, shares):
+    context, lengths = Context(kind=kind, block_size=block), lengths_of(shares, length)
+    exact = heads(context.parts * length)
+    rounded = [part.detach().bfloat16().requires_grad_() for part in exact]
+    attend = KERNELS[name](context, length, lengths, CPU)
+    results = []
+    for parts in (exact, rounded):
+        answer = attend(*parts)
+        results.append((answer, *torch.autograd.grad(answer.square().sum(), parts)))
+    for expected, ours in zip(*results, strict=True):
+        assert ours.dtype is torch.bfloat16
+        assert (ours.float() - expected).norm() <= 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize(("kind", "length", "block", "shares"), CASES[::3])
 def test_flex_agrees_forward(kind, length, block, shares):
     context, lengths = Context(kind=kind, block_size=block), lengths_of(shares, length)
