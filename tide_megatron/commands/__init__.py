@@ -16,6 +16,7 @@ import typer
 
 from tide_megatron import __version__
 from tide_megatron.base.errors import TideError
+from tide_megatron.base.log import start_log
 from tide_megatron.commands.doctor import doctor
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.sample import sample
@@ -60,6 +61,7 @@ def main() -> None:
     """Run `tide`; the entry point of the console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries; our own words go through the log
+    start_log()
     try:
         app(prog_name="tide")
     except TideError as error:

@@ -40,6 +40,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from tide_megatron.base.device import Ranks, Wanted, choose_device, read_ranks
 from tide_megatron.base.errors import ConfigError, TideError
+from tide_megatron.base.log import start_log
 from tide_megatron.launch.failure import Failure, RanksFailed, first_failure
 from tide_megatron.launch.here import RankFunction, is_echo, run_here
 from tide_megatron.launch.signals import heard_by, signals_held, watch_signals
@@ -111,6 +112,7 @@ def num_ranks_for(wanted: int | None) -> int:
 
 def _run_given(function: RankFunction, args: tuple[Any, ...], wanted: Wanted, ranks: Ranks) -> Any:
     """Run as the rank that torchrun or srun made this process; torchrun's summary learns the first error."""
+    start_log(ranks.rank)
     try:
         with watch_signals() as stop:
             return record(run_here)(function, args, wanted=wanted, ranks=ranks, stop=stop)

@@ -22,6 +22,7 @@ from typing import Any
 
 from tide_megatron.base.device import Wanted, read_ranks
 from tide_megatron.base.errors import TideError
+from tide_megatron.base.log import start_log
 from tide_megatron.launch.failure import Failure
 from tide_megatron.launch.here import RankFunction, is_echo, run_here
 from tide_megatron.launch.signals import release_signals, watch_signals
@@ -62,6 +63,7 @@ def work(rank: int, job: Job, report: Connection) -> None:
         MASTER_PORT=str(job.port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # the parent keeps the store: no port has to be guessed
     )
+    start_log(rank)
     with watch_signals() as stop:
         release_signals()
         try:

@@ -93,6 +93,7 @@ def test_errors_are_one_message_and_an_exit_code(monkeypatch, capsys, error, cod
         raise error
 
     monkeypatch.setattr(commands, "app", fail)
+    monkeypatch.setattr(commands, "start_log", lambda: None)
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == code
@@ -104,6 +105,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(commands, "app", fail)
+    monkeypatch.setattr(commands, "start_log", lambda: None)
     with pytest.raises(ZeroDivisionError):
         main()
 
