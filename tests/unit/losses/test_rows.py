@@ -1,0 +1,96 @@
+"""What every loss of the table promises, whichever formula it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from tests.unit.losses.pairs import CLOCK, pair, rows_for
+from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
+from tide_megatron.losses import LOSSES
+from tide_megatron.losses.rows import Loss
+
+
+def make(name, **options):
+    """Build a loss of the table; give it a teacher's name where it takes one."""
+    kind = LOSSES[name]
+    return kind(teacher="t", **options) if kind.needs_teacher else kind(**options)
+
+
+def test_names_are_the_papers():
+    assert set(LOSSES) == {"cross_entropy", "kl", "reverse_kl", "tidal", "calm", "reverse_calm"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_its_own_frozen_configuration(name):
+    loss = make(name, weight=3)
+    assert isinstance(loss, Loss)
+    assert loss.weight == 3.0
+    assert loss.teacher == ("t" if loss.needs_teacher else None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loss.weight = 1.0
+    with pytest.raises(ValidationError, match="wieght"):
+        make(name, wieght=1.0)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "cross_entropy"])
+def test_distilling_losses_must_name_their_teacher(name):
+    with pytest.raises(ValidationError, match="teacher"):
+        LOSSES[name]()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_are_fp32_per_row_also_for_bf16_logits(name):
+    student, teacher = pair()
+    rows = rows_for(student)
+    loss = make(name)
+    rounded = [side.detach().bfloat16() for side in (student, teacher)]
+    values = loss.values(*rounded, rows, CLOCK)
+    assert values.dtype == torch.float32
+    assert values.shape == (5,)
+    assert torch.equal(values, loss.values(*[side.float() for side in rounded], rows, CLOCK))
+    coefficients = loss.coefficients(rows, CLOCK)
+    assert coefficients.dtype == torch.float32
+    assert coefficients.shape == (5,)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_rows_give_no_values_but_a_graph(name):
+    student, teacher = pair(rows=0)
+    rows = rows_for(student)
+    loss = make(name)
+    total = (loss.coefficients(rows, CLOCK) * loss.values(student, teacher, rows, CLOCK)).sum()
+    total.backward()
+    assert total.item() == 0.0
+    assert student.grad.shape == (0, 9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_do_not_see_each_other(name):
+    """A row's value and gradient are the same whatever rows stand beside it."""
+    student, teacher = pair()
+    rows = rows_for(student)
+    loss = make(name)
+    values = loss.values(student, teacher, rows, CLOCK)
+    order = torch.tensor([3, 0])
+    some = dataclasses.replace(rows, gold=rows.gold[order], sample=rows.sample[order])
+    torch.testing.assert_close(loss.values(student[order], teacher[order], some, CLOCK), values[order])
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "cross_entropy"])
+def test_distilling_losses_count_hidden_rows(name):
+    ids = torch.arange(12).reshape(2, 6)
+    labels = ids.clone()
+    labels[:, 0] = IGNORED
+    hidden = torch.zeros(2, 6, dtype=torch.bool)
+    hidden[0, 1] = hidden[1, 3] = hidden[1, 5] = True
+    batch = Batch(
+        sample_ids=torch.arange(2), epochs=torch.zeros(2), ids=ids, labels=labels, reply_bytes=torch.ones(2)
+    )
+    count = make(name).count(Noised(batch=batch, time=torch.ones(2), hidden=hidden))
+    assert count.item() == 3
+    assert count.dtype == torch.float64
+    assert count.shape == ()
