@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tide_megatron.platform  # noqa: F401 - before megatron
+
 import numpy
 from numpy.typing import NDArray
-
-import tide_megatron.platform  # noqa: F401 - before megatron
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
 
