@@ -2,7 +2,7 @@
 
 The target r is the softmax of a mixture of both logits, (1 - lambda) z_s + lambda z_t, detached. Early
 in the run and at high noise lambda is small, so the student is asked for little; late and at low noise
-it is asked for what the teacher knows (spec section 2; `taid` in the reference, whose "decay" of lambda
+it is asked for what the teacher knows (spec section 2; what the reference calls "decay" of lambda
 is this growth). Since r carries no gradient, the value's gradient is T w(t) (p_s - r) and a fused form
 needs three row statistics only.
 

@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import tide_megatron.platform  # noqa: F401 - before megatron
+
 from megatron.core import dist_checkpointing
 
 from tide_megatron.base.clock import Clock

@@ -12,6 +12,8 @@ import dataclasses
 import math
 from typing import Any
 
+import tide_megatron.platform  # noqa: F401 - before megatron
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides

@@ -1,0 +1,70 @@
+# Each target builds what it needs from nothing: the environment in $(VENV) when it is missing, or when
+# pyproject.toml or constraints.txt has changed, and then does its job.
+#
+#   make quickstart          distil a small student from an expert-parallel teacher on 4 CPU ranks (about 5 minutes)
+#   make test                all tests but the slow ones
+#   make check               format, lint, strict types, layer contract, house rules
+#
+# Variables: PYTHON (interpreter to build with), VENV, TORCH (what to install as torch), TORCH_INDEX (where the CPU
+# build of torch is looked for when the configured index does not offer it).
+
+PYTHON ?= python3
+PYTHON312 ?= python3.12
+VENV ?= .venv
+TORCH ?= torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+BUILT = $(VENV)/.built
+SOURCES = tide_megatron tools examples tests
+
+.PHONY: help quickstart quickstart-full quickstart-models test test-all test-312 check format environment clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+environment: $(BUILT)
+
+$(BUILT): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'PYTHON must be 3.10 or newer')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt "$(TORCH)" || { \
+	  echo "the configured index has no $(TORCH); trying $(TORCH_INDEX)"; \
+	  $(PIP) install -q -c constraints.txt --extra-index-url $(TORCH_INDEX) "$(TORCH)"; }
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	touch $(BUILT)
+
+quickstart: $(BUILT)
+	$(BIN)/python examples/quickstart/run.py
+
+quickstart-full: $(BUILT)
+	$(BIN)/python examples/quickstart/run.py --full
+
+quickstart-models: $(BUILT)
+	$(BIN)/python examples/quickstart/make_models.py
+
+test: $(BUILT)
+	$(BIN)/python -m pytest -m "not slow and not slurm"
+
+test-all: $(BUILT)
+	$(BIN)/python -m pytest
+
+# The same tests on Python >= 3.12, where pip finds the newer megatron-core.
+test-312:
+	$(MAKE) --no-print-directory test PYTHON=$(PYTHON312) VENV=.venv-312
+
+check: $(BUILT)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/unit/test_house.py
+
+format: $(BUILT)
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-312 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
