@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 LOSS_TOLERANCE = 1e-6
-"""Largest error of a loss or gradient (fp32), relative to the larger of 1 and the largest golden value."""
+"""Largest error of a loss or gradient (fp32), relative to the larger of 1 and the value."""
 LOGIT_TOLERANCE = 1e-5
 """Largest error of logits and hidden states (fp32), in the same measure."""
 
@@ -48,13 +48,13 @@ class Row:
 
 
 def error_of(ours: Tensor, golden: Tensor) -> float:
-    """Return max |ours - golden| / max(1, max |golden|); infinite for unequal shapes and for NaN."""
+    """Return max |ours - golden| / max(1, |golden|), elementwise; infinite for unequal shapes and NaN."""
     if ours.shape != golden.shape:
         return float("inf")
     if golden.numel() == 0:
         return 0.0
     ours, golden = ours.detach().double(), golden.double()
-    error = ((ours - golden).abs().max() / golden.abs().max().clamp_min(1.0)).item()
+    error = ((ours - golden).abs() / golden.abs().clamp_min(1.0)).max().item()
     return float("inf") if math.isnan(error) else error
 
 
