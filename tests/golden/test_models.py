@@ -1,6 +1,7 @@
 """The recorded models: every key of their folders, through our loading, views and layers."""
 
 import pytest
+
 from goldens.models import replay_models
 
 FOLDERS = {

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from goldens.row import error_of
 from safetensors.torch import load_file
 
+from goldens.row import error_of
 from tests.unit.models.shapes import CPU, MIXTURE, architecture, view
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model

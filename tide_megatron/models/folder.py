@@ -119,6 +119,8 @@ def write_folder(
         _sync(folder.parent)
     except (OSError, SafetensorError) as fault:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         raise CheckpointError(
             f"{folder}: cannot be written ({fault}); check space and permissions"
         ) from fault

@@ -13,6 +13,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tide_megatron.platform import start_distributed, stop_distributed
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,7 +29,6 @@ from tide_megatron.models.convert import hf_tensors, load_model, read_architectu
 from tide_megatron.models.spec import Options
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.platform import start_distributed, stop_distributed
 
 EVERYBODY = Context(kind="bidirectional")
 CAUSAL = Context(kind="block_causal", block_size=1)

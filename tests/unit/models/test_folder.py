@@ -116,6 +116,22 @@ def test_a_failed_write_leaves_the_old_folder(single, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_failed_rename_puts_the_old_folder_back(single, monkeypatch):
+    before = (single / "model.safetensors").read_bytes()
+    rename = type(single).rename
+
+    def refuse(path, target):
+        if path.name == ".m.partial":
+            raise OSError("planted")
+        return rename(path, target)
+
+    monkeypatch.setattr(type(single), "rename", refuse)
+    with pytest.raises(CheckpointError, match="planted"):
+        write_folder(single, {"new": 1}, TENSORS)
+    assert (single / "model.safetensors").read_bytes() == before
+    assert [path.name for path in single.parent.iterdir()] == ["m"]
+
+
 def test_leftovers_of_a_killed_write_do_not_matter(single):
     shutil.copytree(single, single.with_name(".m.partial"))
     shutil.copytree(single, single.with_name(".m.old"))
