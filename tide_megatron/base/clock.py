@@ -21,7 +21,7 @@ class Clock:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is done, in [0, 1]: updates before this one over all updates (spec section 2)."""
+        """Share of the run that is done, in [0, 1]: updates before this one over all (spec section 2)."""
         return min(1.0, self.step / max(1, self.total_steps))
 
     def after_step(self, *, applied: bool, samples: int) -> Clock:

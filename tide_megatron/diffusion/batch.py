@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 IGNORED = -100
@@ -32,6 +33,17 @@ class Batch:
     def maskable(self) -> Tensor:
         """[samples, length] bool: positions that may be hidden."""
         return self.labels != IGNORED
+
+    @property
+    def lengths(self) -> Tensor:
+        """[samples] int64: tokens up to the last maskable one; behind it there are only pads."""
+        place = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
+        return (self.maskable * place).amax(dim=1)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        moved = {field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}
+        return Batch(**moved)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,3 +51,13 @@ def plain_view(noised: Noised, context: Context, mask_id: int, lengths: Tensor |
     sample, position = noised.row_index
     rows = sample * ids.shape[1] + position  # the noised part comes first in every context
     return View(ids=ids, positions=positions, context=context, length=length, lengths=lengths, rows=rows)
+
+
+def trimmed_view(noised: Noised, context: Context, mask_id: int) -> View:
+    """Build the plain view that does not depend on how far the batch was padded.
+
+    Under block contexts right-hand pads change nothing before them, so they stay ordinary tokens, as in the
+    reference. A bidirectional model would see them, and so depend on its neighbours: they are hidden from it.
+    """
+    lengths = noised.batch.lengths if context.kind == "bidirectional" else None
+    return plain_view(noised, context, mask_id, lengths)

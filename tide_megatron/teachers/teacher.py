@@ -12,7 +12,7 @@ import torch
 
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.diffusion.views import View, plain_view
+from tide_megatron.diffusion.views import View, trimmed_view
 from tide_megatron.head.plain import HeadInput
 from tide_megatron.models.build import TideModel
 
@@ -29,7 +29,7 @@ class Teacher:
 
     def view(self, noised: Noised) -> View:
         """Build what this teacher reads: the same hidden positions under its own mask token and context."""
-        return plain_view(noised, self.context, self.mask_id)
+        return trimmed_view(noised, self.context, self.mask_id)
 
     @torch.no_grad()
     def answer(self, noised: Noised) -> HeadInput:

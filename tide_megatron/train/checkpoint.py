@@ -52,7 +52,11 @@ def save_checkpoint(folder: Path, student: Student, clock: Clock, tree: Tree, ke
     dist_checkpointing.save(_state(student, is_loading=False), str(partial), content_metadata=dict(SHARDING))
     barrier()
     if is_first():
-        facts = {"clock": dataclasses.asdict(clock), "recipe": tree, "megatron_core": version("megatron-core")}
+        facts = {
+            "clock": dataclasses.asdict(clock),
+            "recipe": tree,
+            "megatron_core": version("megatron-core"),
+        }
         (partial / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         _make_durable(partial)
         if final.exists():
@@ -79,8 +83,8 @@ def find_checkpoint(folder: Path) -> Path | None:
     for name in ("state.json", "metadata.json"):
         if not (found / name).is_file():
             raise CheckpointError(
-                f"{latest} names {found.name}, but {found / name} is missing; put the name of a whole checkpoint "
-                f"into {latest}, or start a new run folder"
+                f"{latest} names {found.name}, but {found / name} is missing; write the name of a whole "
+                f"checkpoint into {latest}, or start a new run folder"
             )
     return found
 
@@ -99,7 +103,9 @@ def read_facts(found: Path, tree: Tree) -> Clock:
         facts = json.loads((found / "state.json").read_text(encoding="utf-8"))
         clock, old, wrote = Clock(**facts["clock"]), facts["recipe"], str(facts["megatron_core"])
     except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise CheckpointError(f"{found / 'state.json'}: not readable ({fault}); choose another checkpoint") from None
+        raise CheckpointError(
+            f"{found / 'state.json'}: not readable ({fault}); choose another checkpoint"
+        ) from None
     if digest(old) != digest(tree):
         changed = "\n  ".join(difference(old, tree))
         raise CheckpointError(
@@ -127,8 +133,8 @@ def load_checkpoint(found: Path, student: Student) -> None:
     except Exception as fault:
         # Whatever the library raises (it has no error class of its own) means: these bytes do not fit.
         raise CheckpointError(
-            f"{found}: cannot be loaded ({type(fault).__name__}: {fault}); it is damaged or of another model; "
-            f"point {found.parent / 'latest'} at an older checkpoint"
+            f"{found}: cannot be loaded ({type(fault).__name__}: {fault}); it is damaged or of another "
+            f"model; point {found.parent / 'latest'} at an older checkpoint"
         ) from fault
 
 
@@ -168,5 +174,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-

@@ -17,7 +17,6 @@ from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.losses import LOSSES
 from tide_megatron.losses.rows import Loss
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.metrics import MetricsOptions
@@ -44,7 +43,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Teacher(Model):
+class TeacherModel(Model):
     """A frozen model the student listens to."""
 
     sanity: Literal["refuse", "warn", "off"] = "refuse"
@@ -52,7 +51,7 @@ class Teacher(Model):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Student(Model):
+class StudentModel(Model):
     """The model that is trained."""
 
     router_bias_rate: float = Field(default=0.0, ge=0.0)
@@ -156,13 +155,13 @@ class Recipe:
 
     folder: str
     """Run folder: checkpoints, metrics, resolved recipe, exported model."""
-    student: Student
+    student: StudentModel
     data: Data
     losses: dict[str, Any]
     """Name of each term -> {kind: a row of LOSSES, its options...}; after validation, the loss objects."""
     steps: int = Field(ge=1)
     seed: int = 42
-    teachers: dict[str, Teacher] = Field(default_factory=dict)
+    teachers: dict[str, TeacherModel] = Field(default_factory=dict)
     batch: Batch = Field(default_factory=Batch)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     noise: Noise = Field(default_factory=Noise)

@@ -107,7 +107,9 @@ def _fragments(file: Path) -> list[Any]:
     for name in names:
         fragment = _read(file.parent / str(name))
         if "include" in fragment:
-            raise ConfigError(f"{file.parent / str(name)}: a fragment cannot include another; list both in {file}")
+            raise ConfigError(
+                f"{file.parent / str(name)}: a fragment cannot include another; list both in {file}"
+            )
         trees.append(OmegaConf.create(fragment))
     return [*trees, OmegaConf.create(own)]
 
@@ -117,11 +119,15 @@ def _read(file: Path) -> Tree:
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such recipe file; check the path (examples are under configs/runs/)") from None
+        raise ConfigError(
+            f"{file}: no such recipe file; check the path (examples are under configs/runs/)"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
         raise ConfigError(f"{file}: not readable as YAML: {fault}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: a recipe is a mapping of keys to values, this file holds {type(tree).__name__}")
+        raise ConfigError(
+            f"{file}: a recipe is a mapping of keys to values, this file holds {type(tree).__name__}"
+        )
     return tree
 
 
@@ -156,7 +162,9 @@ def _check_listeners(recipe: Recipe) -> None:
             raise ConfigError(f"losses.{name}.teacher: {teacher!r} is not under teachers; {known}")
     for teacher in recipe.teachers:
         if teacher not in wanted.values():
-            raise ConfigError(f"teachers.{teacher}: no loss listens to it; remove it or add a loss with teacher: {teacher}")
+            raise ConfigError(
+                f"teachers.{teacher}: no loss listens to it; remove it or add a loss with teacher: {teacher}"
+            )
 
 
 def _validate(kind: type[Any], values: Tree, prefix: str) -> Any:

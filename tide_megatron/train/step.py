@@ -8,6 +8,7 @@ losses and head never learn a teacher's layout.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,6 +35,7 @@ class Run:
     losses: Mapping[str, Loss]
     noiser: Noiser
     phases: Phases
+    device: torch.device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class StepResult:
     objective: float
     update: Update
     tokens: int
-    """Tokens of clean text that were read, pads included, over all ranks."""
+    """Tokens of clean text that were read, without pads, over all ranks."""
     hidden: int
     """Rows that were predicted, over all ranks."""
 
@@ -60,7 +62,7 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         clock: where the run stands; the caller advances it.
     """
     with run.phases("data"):
-        noised = [run.noiser(batch) for batch in batches]
+        noised = [run.noiser(batch.to(run.device)) for batch in batches]
         counts, tokens, hidden = count(run, noised)
     run.student.clear()
     sums: dict[str, Tensor] = {}
@@ -78,7 +80,7 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
     with run.phases("optimizer"):
         terms = total(run, sums)
         objective = sum(run.losses[name].weight * value for name, value in terms.items())
-        update = run.student.update(clock, finite=bool(torch.isfinite(torch.tensor(objective))))
+        update = run.student.update(clock, finite=math.isfinite(objective))
     return StepResult(terms=terms, objective=objective, update=update, tokens=tokens, hidden=hidden)
 
 
@@ -104,10 +106,9 @@ def count(run: Run, noised: Sequence[Noised]) -> tuple[dict[str, Tensor], int, i
     """
     names = list(run.losses)
     mine = [[run.losses[name].count(example).double() for example in noised] for name in names]
-    mine.append([torch.tensor(float(example.batch.ids.numel()), dtype=torch.float64) for example in noised])
+    mine.append([example.batch.lengths.sum().double() for example in noised])
     mine.append([example.hidden.sum().double() for example in noised])
-    device = noised[0].hidden.device
-    packed = torch.stack([torch.stack([value.to(device) for value in row]).sum() for row in mine])
+    packed = torch.stack([torch.stack([value.to(run.device) for value in row]).sum() for row in mine])
     sum_over(packed, run.student.groups.dp)
     *counts, tokens, hidden = packed.unbind()
     return dict(zip(names, counts, strict=True)), int(tokens), int(hidden)
@@ -116,8 +117,7 @@ def count(run: Run, noised: Sequence[Noised]) -> tuple[dict[str, Tensor], int, i
 def total(run: Run, sums: Mapping[str, Tensor]) -> dict[str, float]:
     """Add up the ranks' shares of each term; a term nobody had is absent. All ranks call it together."""
     names = list(run.losses)
-    device = run.student.model.head_weight.device
-    packed = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+    packed = torch.zeros(2, len(names), dtype=torch.float64, device=run.device)
     for index, name in enumerate(names):
         if name in sums:
             packed[:, index] = torch.stack([sums[name].double(), torch.ones_like(sums[name]).double()])

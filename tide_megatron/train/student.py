@@ -13,13 +13,12 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.diffusion.views import View, plain_view
+from tide_megatron.diffusion.views import View, trimmed_view
 from tide_megatron.head.plain import HeadInput
 from tide_megatron.models.build import TideModel
 from tide_megatron.train.optimizer import Update, build_optimizer, is_sharded, update
@@ -32,14 +31,13 @@ class Student:
     def __init__(
         self,
         model: TideModel,
-        groups: ProcessGroupCollection,
         context: Context,
         mask_id: int,
         options: Optimizer,
     ) -> None:
-        """Wrap the model and build its optimizer. All ranks construct it together."""
+        """Wrap the model, whose weights are in place, and build its optimizer. All ranks do so together."""
         self.model = model
-        self.groups = groups
+        self.groups = groups = model.groups
         self.context = context
         self.mask_id = mask_id
         self.options = options
@@ -58,7 +56,7 @@ class Student:
 
     def view(self, noised: Noised) -> View:
         """Build what the student reads: its own mask token, its own context."""
-        return plain_view(noised, self.context, self.mask_id)
+        return trimmed_view(noised, self.context, self.mask_id)
 
     def rows(self, view: View) -> HeadInput:
         """Run the body; return the hidden rows [rows, hidden] with the head's weight [vocabulary, hidden].

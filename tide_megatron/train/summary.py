@@ -10,10 +10,8 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from tide_megatron.base.errors import ConfigError
-from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.convert import read_architecture
-from tide_megatron.parallel.layout import Layout
+from tide_megatron.train.assemble import check_layout
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, digest
 
@@ -40,7 +38,7 @@ def print_summary(recipe: Recipe, tree: Tree, world: int) -> None:
         architecture = read_architecture(Path(model.folder))
         layout = model.layout
         where = "student" if model is recipe.student else f"teachers.{name}"
-        _check_layout(layout, architecture, world, where)
+        check_layout(model, architecture, world, where)
         cuts = [
             f"{axis} {getattr(layout, axis)}" for axis in ("tensor", "pipeline", "expert", "expert_tensor")
         ]
@@ -54,17 +52,3 @@ def print_summary(recipe: Recipe, tree: Tree, world: int) -> None:
     split = f"{world} rank(s) x {microbatches} microbatch(es) x {samples}"
     console.print(f"{recipe.batch.samples} samples an update = {split}", highlight=False)
     console.print(table)
-
-
-def _check_layout(layout: Layout, architecture: Architecture, world: int, where: str) -> None:
-    """Refuse a layout that cannot be, naming the key of the model it belongs to."""
-    try:
-        layout.check(
-            world,
-            heads=architecture.heads,
-            groups=architecture.query_groups,
-            experts=architecture.num_experts,
-            layers=architecture.layers,
-        )
-    except ConfigError as fault:
-        raise ConfigError(f"{where}.{fault}") from None

@@ -1,0 +1,157 @@
+"""Held-out scores at fixed noises: NLL per byte of reply and masked accuracy, by noise level.
+
+For every sample and every noise level t the same tokens are hidden in every evaluation of every run (the
+noise is keyed by the evaluation seed, not by the run's), so two runs can be compared sample by sample. The
+NLL at level t is the sum over hidden tokens divided by t, the integrand of the diffusion bound with linear
+schedule (spec section 1 item 7); its mean over the levels is a five-point estimate of the bound. The bound
+depends on what a hidden token may attend to, so it is labelled by the model's context kind.
+
+Left out: sampling-based scores (`generate.py` makes text; benchmarks come later).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tide_megatron.data.loader import Loader
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.noise import Noiser
+from tide_megatron.diffusion.views import trimmed_view
+from tide_megatron.models.build import TideModel
+from tide_megatron.parallel.collectives import sum_over
+
+EVALUATION_SEED = 20260426
+"""Seed of all evaluation noise; fixed so that figures of different runs are paired."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Sums per sample and noise level; everything else is derived from them."""
+
+    context: str
+    """Context kind that labels the bound."""
+    times: tuple[float, ...]
+    nll: Tensor
+    """[samples, times] fp64: summed NLL of hidden tokens, in nats."""
+    correct: Tensor
+    """[samples, times] fp64: hidden tokens whose most likely token is the gold one."""
+    hidden: Tensor
+    """[samples, times] fp64: hidden tokens."""
+    reply_bytes: Tensor
+    """[samples] fp64."""
+
+    @property
+    def sample_nll(self) -> Tensor:
+        """[samples] fp64: bound of each sample in nats, the mean over levels of NLL / t."""
+        return (self.nll / torch.tensor(self.times, dtype=torch.float64)).mean(dim=1)
+
+    @property
+    def nll_per_byte(self) -> float:
+        """Nats per byte of reply text."""
+        return float(self.sample_nll.sum() / self.reply_bytes.sum())
+
+    @property
+    def masked_accuracy(self) -> float:
+        """Share of hidden tokens predicted right, over all levels."""
+        return float(self.correct.sum() / self.hidden.sum().clamp_min(1))
+
+    def by_time(self) -> list[dict[str, float]]:
+        """List NLL per byte, NLL per hidden token and accuracy at each noise level."""
+        total_bytes = float(self.reply_bytes.sum())
+        return [
+            {
+                "time": time,
+                "nll_per_byte": float(self.nll[:, index].sum()) / time / total_bytes,
+                "nll_per_token": float(self.nll[:, index].sum() / self.hidden[:, index].sum().clamp_min(1)),
+                "masked_accuracy": float(
+                    self.correct[:, index].sum() / self.hidden[:, index].sum().clamp_min(1)
+                ),
+            }
+            for index, time in enumerate(self.times)
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Return plain values for a result file; `sample_nll_per_byte` is what pairs two runs."""
+        share = self.sample_nll / self.reply_bytes.mean()
+        return {
+            "context": self.context,
+            "samples": len(self.reply_bytes),
+            "nll_per_byte": self.nll_per_byte,
+            "masked_accuracy": self.masked_accuracy,
+            "by_time": self.by_time(),
+            "sample_nll_per_byte": [float(value) for value in share],
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: TideModel,
+    context: Context,
+    mask_id: int,
+    loader: Loader,
+    *,
+    times: Sequence[float],
+    samples: int,
+    microbatch: int,
+) -> Likelihood:
+    """Score a model on the first `samples` held-out samples. All ranks call it together.
+
+    Every rank forwards equally many microbatches (an expert-parallel model needs that); a rank that runs out
+    of samples forwards its first one again and leaves it out of the sums.
+
+    Args:
+        model: the model, student or teacher; its mode is restored afterwards.
+        context: what its tokens may attend to.
+        mask_id: its mask token.
+        loader: held-out data; it knows rank and world.
+        times: noise levels in (0, 1].
+        samples: how many samples, at most the data set.
+        microbatch: samples per forward pass.
+    """
+    samples = min(samples, loader.num_samples)
+    rank, world = loader.ranks
+    rounds = math.ceil(samples / (microbatch * world))
+    sums = torch.zeros(4, samples, len(times), dtype=torch.float64, device=model.head_weight.device)
+    was_training = model.training
+    model.eval()
+    for step in range(rounds):
+        first = (step * world + rank) * microbatch
+        mine = [index for index in range(first, first + microbatch) if index < samples]
+        batch = loader.batch_of(mine or [0]).to(sums.device)
+        for column, time in enumerate(times):
+            noised = Noiser(seed=EVALUATION_SEED, stream_suffix=f"@{time}").at(batch, time)
+            logits = _logits(model, trimmed_view(noised, context, mask_id))
+            sample, position = noised.row_index
+            gold = batch.ids[sample, position]
+            values = torch.zeros(3, len(batch.sample_ids), dtype=torch.float64, device=logits.device)
+            values[0].index_add_(
+                0, sample, torch.nn.functional.cross_entropy(logits, gold, reduction="none").double()
+            )
+            values[1].index_add_(0, sample, (logits.argmax(dim=-1) == gold).double())
+            values[2] += noised.hidden.sum(dim=1)
+            if mine:
+                sums[:3, mine, column] = values
+        if mine:
+            sums[3, mine, :] = batch.reply_bytes.double()[:, None]
+    model.train(was_training)
+    sum_over(sums, None)
+    sums = sums.cpu()
+    return Likelihood(
+        context=context.kind,
+        times=tuple(times),
+        nll=sums[0],
+        correct=sums[1],
+        hidden=sums[2],
+        reply_bytes=sums[3, :, 0],
+    )
+
+
+def _logits(model: TideModel, view: Any) -> Tensor:
+    """Return fp32 logits [rows, vocabulary] of a view's hidden rows."""
+    return (model.rows(view) @ model.head_weight.T).float()

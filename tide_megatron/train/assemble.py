@@ -1,0 +1,199 @@
+"""From a recipe to the parts of a run on this rank: data, tokenizers, student, teachers.
+
+Files are read inside `fail_together`, so a fault that one rank sees ends all of them with one message.
+What cannot work (layouts, vocabularies, schedules) is refused before any weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+import torch.distributed as dist
+
+from tide_megatron.base.device import Device
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.data.columns import Columns
+from tide_megatron.data.loader import Loader
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.noise import Noiser
+from tide_megatron.diffusion.schedule import SCHEDULES
+from tide_megatron.losses.cross_entropy import CrossEntropy
+from tide_megatron.losses.shared_vocabulary import SharedVocabulary
+from tide_megatron.models.architecture import Architecture
+from tide_megatron.models.build import TideModel, build_model
+from tide_megatron.models.convert import draw_weights, load_model, read_architecture
+from tide_megatron.models.precision import Precision
+from tide_megatron.models.spec import Options
+from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.parallel.groups import make_groups
+from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.text.vocabulary import require_shared
+from tide_megatron.train.metrics import Phases
+from tide_megatron.train.recipe import Model, Recipe, StudentModel
+from tide_megatron.train.step import Run
+from tide_megatron.train.student import Student
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything a run needs on this rank."""
+
+    run: Run
+    loader: Loader
+    held_out: Loader | None
+    tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A model of the recipe, read but not built."""
+
+    key: str
+    choice: Model
+    architecture: Architecture
+    tokenizer: Tokenizer
+
+
+def assemble(recipe: Recipe, device: Device) -> Parts:
+    """Build data, student and teachers on this rank. All ranks call it together.
+
+    Raises:
+        TideError: on every rank alike, naming the key or file and what to do.
+    """
+    world = dist.get_world_size()
+    with fail_together():
+        plans = {"student": _read(recipe.student, "student")}
+        plans |= {name: _read(model, f"teachers.{name}") for name, model in recipe.teachers.items()}
+        for plan in plans.values():
+            check_layout(plan.choice, plan.architecture, world, plan.key)
+        _check_terms(recipe, plans)
+        tokenizer = plans["student"].tokenizer
+        loader = open_loader(recipe, recipe.data.train, tokenizer)
+        held_out = open_loader(recipe, recipe.data.held_out, tokenizer) if recipe.data.held_out else None
+    student = plans.pop("student")
+    trained = Student(
+        _build(recipe, student, device),
+        recipe.student.context,
+        student.tokenizer.mask_id,
+        recipe.optimizer,
+    )
+    teachers = {
+        name: Teacher(name, _build(recipe, plan, device), plan.choice.context, plan.tokenizer.mask_id)
+        for name, plan in plans.items()
+    }
+    run = Run(
+        student=trained,
+        teachers=teachers,
+        losses=recipe.terms,
+        noiser=Noiser(
+            seed=recipe.seed,
+            schedule=SCHEDULES[recipe.noise.schedule],
+            time_epsilon=recipe.noise.time_epsilon,
+        ),
+        phases=Phases(device.torch_device),
+        device=device.torch_device,
+    )
+    return Parts(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer)
+
+
+def open_loader(recipe: Recipe, folder: str, tokenizer: Tokenizer) -> Loader:
+    """Open a prepared data folder for this rank; refuse one that was made with another tokenizer."""
+    samples, accumulate = recipe.batch.accumulation(dist.get_world_size())
+    context: Context = recipe.student.context
+    return Loader(
+        columns=Columns(Path(folder), tokenizer_digest=tokenizer.digest),
+        samples=samples,
+        accumulate=accumulate,
+        ranks=(dist.get_rank(), dist.get_world_size()),
+        seed=recipe.seed,
+        block_size=1 if context.kind == "bidirectional" else context.block_size,
+        fixed_length=recipe.data.fixed_length,
+    )
+
+
+def check_layout(choice: Model, architecture: Architecture, world: int, key: str) -> None:
+    """Refuse a layout that cannot be, naming the key of the model it belongs to."""
+    try:
+        choice.layout.check(
+            world,
+            heads=architecture.heads,
+            groups=architecture.query_groups,
+            experts=architecture.num_experts,
+            layers=architecture.layers,
+        )
+    except ConfigError as fault:
+        raise ConfigError(f"{key}.{fault}") from None
+
+
+def _read(choice: Model, key: str) -> _Plan:
+    """Read a model's config and tokenizer, and check that the vocabulary has a row for every id."""
+    folder = Path(choice.folder)
+    architecture = read_architecture(folder)
+    tokenizer = Tokenizer.load(folder, mask=choice.mask)
+    if tokenizer.vocabulary_size > architecture.vocabulary:
+        raise ConfigError(
+            f"{key}.folder: the tokenizer in {folder} has {tokenizer.vocabulary_size} ids (mask token "
+            f"{choice.mask!r} is id {tokenizer.mask_id}), the model only {architecture.vocabulary} rows; "
+            f"set {key}.mask to a token the model knows"
+        )
+    return _Plan(key=key, choice=choice, architecture=architecture, tokenizer=tokenizer)
+
+
+def _check_terms(recipe: Recipe, plans: dict[str, _Plan]) -> None:
+    """Refuse losses that do not fit the noise schedule or the vocabularies."""
+    student = plans["student"]
+    for name, loss in recipe.terms.items():
+        if isinstance(loss, CrossEntropy) and loss.schedule != recipe.noise.schedule:
+            raise ConfigError(
+                f"losses.{name}.schedule: {loss.schedule!r} weighs another schedule than noise.schedule "
+                f"{recipe.noise.schedule!r} hides by; set both alike"
+            )
+        if loss.teacher is None:
+            continue
+        teacher = plans[loss.teacher]
+        limit = min(student.architecture.vocabulary, teacher.architecture.vocabulary)
+        if isinstance(loss, SharedVocabulary):
+            try:
+                limit = loss.columns(student.architecture.vocabulary, teacher.architecture.vocabulary)
+            except ConfigError as fault:
+                raise ConfigError(f"losses.{name}.{fault}") from None
+        limit = min(limit, max(student.tokenizer.vocabulary_size, teacher.tokenizer.vocabulary_size))
+        require_shared(student.tokenizer, teacher.tokenizer, limit, f"losses.{name}")
+
+
+def _build(recipe: Recipe, plan: _Plan, device: Device) -> TideModel:
+    """Build one model and fill it from its folder or from the seed. All ranks call it together."""
+    choice = plan.choice
+    is_student = isinstance(choice, StudentModel)
+    options = Options(
+        device=device,
+        layout=choice.layout,
+        precision=Precision.choose(choice.precision, device.type),
+        trainable=is_student,
+        attention=recipe.attention,
+        router_bias_rate=choice.router_bias_rate if isinstance(choice, StudentModel) else 0.0,
+    )
+    model = build_model(plan.architecture, make_groups(choice.layout), options)
+    with fail_together():
+        if choice.initial == "random":
+            report = draw_weights(model, recipe.seed)
+        else:
+            report = load_model(model, Path(choice.folder))
+    log.info(
+        "%s: %s, %s, layout %s, context %s, %d parameters on this rank, %d bytes read",
+        plan.key,
+        plan.architecture.model_type,
+        options.precision.name,
+        choice.layout,
+        choice.context.kind,
+        report.parameters,
+        report.bytes_read,
+    )
+    return model

@@ -1,0 +1,198 @@
+"""The loop owns time: it reads, steps, reports, evaluates, saves and stops; `step.py` owns tensors.
+
+Every decision that changes what the ranks do next (a skipped update, a stop) is taken by all of them
+together, after the same step. Left out: anything that chooses parts (`assemble.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.base.device import Device
+from tide_megatron.base.errors import TideError
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.evaluate.likelihood import Likelihood, evaluate
+from tide_megatron.losses.tidal import Tidal
+from tide_megatron.models.convert import save_model
+from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
+from tide_megatron.train.assemble import Parts, assemble
+from tide_megatron.train.checkpoint import find_checkpoint, load_checkpoint, read_facts, save_checkpoint
+from tide_megatron.train.folder import CHECKPOINTS, MODEL, claim_folder, write_result
+from tide_megatron.train.metrics import Metrics
+from tide_megatron.train.recipe import Recipe
+from tide_megatron.train.resolve import Tree
+from tide_megatron.train.sanity import check_teachers
+from tide_megatron.train.step import StepResult, train_step
+
+log = logging.getLogger(__name__)
+
+MOST_SKIPPED = 10
+"""So many updates in a row that are not finite end the run: it will not recover by itself."""
+
+
+def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: StopFlag) -> dict[str, Any]:
+    """Run a recipe to its end on this rank; a rank function for `launch.run_ranks`. All ranks call it.
+
+    Args:
+        recipe: the validated recipe.
+        tree: its resolved values.
+        resume: go on from the run folder's latest checkpoint; False discards it.
+        device: where to compute.
+        stop: when it is raised, the run saves after the step it is in and returns.
+
+    Returns:
+        Held-out scores and costs (also in result.json); the same on every rank.
+    """
+    folder = Path(recipe.folder)
+    with fail_together():
+        if is_first():
+            claim_folder(folder, tree, resume=resume)
+    log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
+    parts = assemble(recipe, device)
+    clock = _start_or_resume(recipe, tree, parts, folder / CHECKPOINTS)
+    sanity = check_teachers(recipe, parts)
+    options = recipe.metrics
+    started, cpu = time.monotonic(), time.process_time()
+    with Metrics(
+        options, folder, clock, phases=parts.run.phases, recipe=tree, is_first=is_first()
+    ) as metrics:
+        clock, stopped = _loop(recipe, tree, parts, clock, metrics, stop)
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
+        result = {
+            "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
+            "seconds": seconds,
+            "cpu_seconds": float(sum_over(torch.tensor(cpu_seconds, dtype=torch.float64))),
+            "teachers": sanity,
+            "finished": not stopped,
+        }
+        if stopped:
+            return result
+        scores = _evaluate(recipe, parts, clock, metrics)
+    if scores is not None:
+        result |= scores.summary()
+    tokenizer = folder / MODEL
+    save_model(parts.run.student.model, tokenizer)
+    barrier()
+    if is_first():
+        parts.tokenizer.save(folder / MODEL)
+        write_result(folder, result)
+        log.info("the student is in %s", folder / MODEL)
+    return result
+
+
+def _start_or_resume(recipe: Recipe, tree: Tree, parts: Parts, checkpoints: Path) -> Clock:
+    """Return the latest checkpoint's clock, with the student loaded, or a fresh one. All ranks call it."""
+    with fail_together():
+        found = find_checkpoint(checkpoints)
+        clock = read_facts(found, tree) if found else Clock(total_steps=recipe.steps)
+    if found:
+        load_checkpoint(found, parts.run.student)
+        log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)
+    return clock
+
+
+def _loop(
+    recipe: Recipe, tree: Tree, parts: Parts, clock: Clock, metrics: Metrics, stop: StopFlag
+) -> tuple[Clock, bool]:
+    """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
+    run, every, skipped = parts.run, recipe.checkpoints.every, 0
+    folder = Path(recipe.folder) / CHECKPOINTS
+    saved = clock.consumed if clock.consumed else -1
+    stopped = False
+    while clock.step < clock.total_steps and not stopped:
+        before = clock
+        with run.phases("data"):
+            batches = parts.loader.update(clock.consumed)
+        result = train_step(run, batches, clock)
+        clock = clock.after_step(applied=result.update.applied, samples=parts.loader.update_samples)
+        skipped = 0 if result.update.applied else skipped + 1
+        _report(metrics, recipe, result, before, clock)
+        if skipped >= MOST_SKIPPED:
+            raise TideError(
+                f"{skipped} updates in a row were not finite (step {clock.step}); lower "
+                "optimizer.learning_rate or a loss weight; the last checkpoint is whole"
+            )
+        stopped = not all_agree(not stop.requested)
+        if result.update.applied and not stopped:
+            if (
+                recipe.evaluation.every
+                and clock.step % recipe.evaluation.every == 0 < clock.total_steps - clock.step
+            ):
+                _evaluate(recipe, parts, clock, metrics)
+            if every and clock.step % every == 0:
+                saved = _save(folder, parts, clock, tree, recipe)
+    if saved != clock.consumed:
+        _save(folder, parts, clock, tree, recipe)
+    if stopped:
+        log.warning(
+            "stopped by %s at step %d; the same command goes on", stop.reason or "another rank", clock.step
+        )
+    return clock, stopped
+
+
+def _save(folder: Path, parts: Parts, clock: Clock, tree: Tree, recipe: Recipe) -> int:
+    """Save a checkpoint; return the position it stands at. All ranks call it."""
+    with parts.run.phases("checkpoint"):
+        save_checkpoint(folder, parts.run.student, clock, tree, recipe.checkpoints.keep)
+    return clock.consumed
+
+
+def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock, after: Clock) -> None:
+    """Hand one step's values to the metrics."""
+    if not result.update.applied:
+        log.warning(
+            "step %d was skipped: gradient norm %s, terms %s (%d skipped so far)",
+            after.step,
+            result.update.grad_norm,
+            {name: round(value, 4) for name, value in result.terms.items()},
+            after.skipped,
+        )
+    start = torch.zeros(1)
+    shares: dict[str, Tensor] = {
+        name: loss.teacher_share(start, before)
+        for name, loss in recipe.terms.items()
+        if isinstance(loss, Tidal)
+    }
+    metrics.step(
+        after,
+        averaged={
+            "loss": result.objective,
+            **{f"loss/{name}": value for name, value in result.terms.items()},
+            "grad_norm": result.update.grad_norm,
+            "hidden_share": result.hidden / max(1, result.tokens),
+        },
+        latest={
+            "learning_rate": result.update.learning_rate,
+            **{f"lambda/{name}": float(share) for name, share in shares.items()},
+        },
+        tokens=result.tokens,
+    )
+
+
+def _evaluate(recipe: Recipe, parts: Parts, clock: Clock, metrics: Metrics) -> Likelihood | None:
+    """Score the student on held-out data, if there is any. All ranks call it."""
+    if parts.held_out is None:
+        return None
+    student, options = parts.run.student, recipe.evaluation
+    with parts.run.phases("evaluate"):
+        scores = evaluate(
+            student.model,
+            student.context,
+            student.mask_id,
+            parts.held_out,
+            times=options.times,
+            samples=options.samples,
+            microbatch=options.microbatch,
+        )
+    values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
+    assert all(map(math.isfinite, values.values())), "a score is a finite number"
+    metrics.evaluated(clock, values)
+    return scores
