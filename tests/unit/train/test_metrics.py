@@ -121,6 +121,18 @@ def test_a_resumed_file_reads_as_if_the_run_had_never_stopped(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "cut", ['{"kind": "tr', '{"kind": "train", "step": 2, "consumed": 16}', "[]\n", "7\n"]
+)
+def test_a_line_that_a_kill_cut_short_goes(tmp_path, cut):
+    with opened(tmp_path) as metrics:
+        run_steps(metrics, 1, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(cut)  # the second one lacks nothing but its line end
+    opened(tmp_path, clock=clock_at(2)).close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
+
+
 def test_tensorboard_holds_the_same_values(tmp_path):
     with opened(tmp_path, MetricsOptions(every=1)) as metrics:
         run_steps(metrics, 1, 2)
@@ -137,6 +149,7 @@ def test_wandb_works_offline_and_goes_on_in_the_same_run(tmp_path):
         run_steps(metrics, 1, 1)
         assert signal.getsignal(signal.SIGINT) is before
     identity = (tmp_path / "wandb-id").read_text()
+    time.sleep(1.1)  # wandb names folders by the second
     with opened(tmp_path, options, clock=clock_at(1)) as metrics:
         run_steps(metrics, 2, 2)
     assert (tmp_path / "wandb-id").read_text() == identity
