@@ -1,0 +1,55 @@
+"""The quickstart's data: docstring -> function pairs from installed sources, with the shipped tokenizer.
+
+    python examples/quickstart/data.py runs/quickstart-data
+
+Made once; a second call finds it and returns. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from corpus import write_corpus
+
+from tide_megatron.data.columns import Columns
+from tide_megatron.data.prepare import OnLong, prepare
+from tide_megatron.text.tokenizer import Tokenizer
+
+TOKENIZER = Path("examples/quickstart/models/student")
+SPLITS = ("train", "dev", "test")
+MAX_LENGTH = 96
+
+
+def ensure_data(out: Path) -> Path:
+    """Build corpus and columns below `out` unless they are there and whole; return `out`."""
+    tokenizer = Tokenizer.load(TOKENIZER)
+    missing = [name for name in SPLITS if not _is_whole(out / name, tokenizer)]
+    if missing:
+        print("reading docstrings and functions from the installed sources ...", flush=True)
+        write_corpus(out / "text")
+        for name in missing:
+            prepare(
+                [out / "text" / f"{name}.jsonl"],
+                tokenizer,
+                out / name,
+                max_length=MAX_LENGTH,
+                on_long=OnLong.TRUNCATE,
+                replace=True,
+            )
+    return out
+
+
+def _is_whole(folder: Path, tokenizer: Tokenizer) -> bool:
+    if not (folder / "manifest.json").is_file():
+        return False
+    return len(Columns(folder, tokenizer_digest=tokenizer.digest)) > 0
+
+
+def main(out: Path = Path("runs/quickstart-data")) -> None:
+    """Build the quickstart's data below OUT."""
+    ensure_data(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

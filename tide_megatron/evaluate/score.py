@@ -1,0 +1,62 @@
+"""Score a model folder on a prepared data folder: a result table's line for a teacher or a shipped model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tide_megatron.base.device import Device
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.data.columns import Columns
+from tide_megatron.data.loader import Loader
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.evaluate.likelihood import evaluate
+from tide_megatron.evaluate.replies import open_model
+from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """What to score a model on."""
+
+    data: Path
+    context: Context
+    samples: int = 256
+    times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    microbatch: int = 16
+
+
+def score_folder(folder: Path, question: Question, *, device: Device, stop: StopFlag) -> dict[str, Any]:
+    """Load a model on every rank and score it; a rank function for `launch.run_ranks`. All ranks call it.
+
+    Returns:
+        `Likelihood.summary()`.
+
+    Raises:
+        TideError: a folder is missing or damaged, or the data was made with another tokenizer.
+    """
+    context = question.context
+    with fail_together():
+        tokenizer = Tokenizer.load(folder)
+        loader = Loader(
+            columns=Columns(question.data, tokenizer_digest=tokenizer.digest),
+            samples=question.microbatch,
+            ranks=(dist.get_rank(), dist.get_world_size()),
+            block_size=1 if context.kind == "bidirectional" else context.block_size,
+        )
+    model = open_model(folder, device)
+    scores = evaluate(
+        model,
+        context,
+        tokenizer.mask_id,
+        loader,
+        times=question.times,
+        samples=question.samples,
+        microbatch=question.microbatch,
+    )
+    return scores.summary()
