@@ -157,6 +157,9 @@ class AttentionPlan:
     cosine: Tensor
     """[tokens, samples or 1, 1, rotated / 2] in the model's dtype."""
     sine: Tensor
+    rows: Tensor
+    """[rows or 1] int64: the view's rows in megatron-core's order, position before sample. One row stands in
+    where the view asks for none: megatron-core's router cannot reshape nothing."""
 
     @classmethod
     def of(cls, view: View, make: KernelMaker, frequencies: Tensor, dtype: torch.dtype) -> AttentionPlan:
@@ -171,12 +174,19 @@ class AttentionPlan:
         # A plain view repeats one row of positions without storing it; one row of angles is enough then.
         shared = view.positions.stride(0) == 0
         positions = view.positions[:1] if shared else view.positions
+        samples, tokens = view.ids.shape
+        rows = view.rows if len(view.rows) else view.rows.new_zeros(1)
         angles = positions.T[:, :, None, None].to(frequencies.dtype) * frequencies
         return cls(
             kernel=make(view.context, view.length, view.lengths, view.ids.device),
             cosine=angles.cos().to(dtype),
             sine=angles.sin().to(dtype),
+            rows=rows % tokens * samples + rows // tokens,
         )
+
+    def pick(self, states: Tensor) -> Tensor:
+        """Return the states the view asks for: [tokens, samples, hidden] -> [rows, 1, hidden]."""
+        return states.flatten(0, 1).index_select(0, self.rows)[:, None]
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate the first dimensions of each head, halves style: [tokens, samples, heads, head_dim]."""

@@ -1,7 +1,8 @@
 """Build a model: megatron-core's GPTModel that reads a `View` and answers with hidden rows.
 
-`TideModel.rows` runs embedding and decoder and returns the final-norm hidden states at the view's rows only:
-logits of all positions never exist, the head is applied elsewhere to picked rows (design section 2). Groups
+`TideModel.rows` runs embedding and decoder and returns the final-norm hidden states at the view's rows only
+(the last layer drops the others as soon as attention is done with them): logits of all positions never exist,
+the head is applied elsewhere to picked rows (design section 2). Groups
 are explicit, so models of several layouts live in one process. Weights are uninitialised after `build_model`;
 `convert.load_weights` or `convert.draw_weights` fills them. Left out: pipeline stages (the schedule comes
 with the teachers that need it) and tensor-parallel cuts.
@@ -12,10 +13,9 @@ from __future__ import annotations
 import tide_megatron.platform  # noqa: F401 - before megatron
 
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-
-from megatron.core.models.gpt import GPTModel  # isort: skip
-from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
@@ -63,9 +63,8 @@ class TideModel(GPTModel):  # type: ignore[misc]
         plan = AttentionPlan.of(view, self._make_kernel, self._frequencies, self.config.params_dtype)
         embedded = self.embedding(input_ids=view.ids, position_ids=view.positions)
         hidden = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=plan)
-        samples, tokens = view.ids.shape
-        flat: Tensor = hidden.view(tokens * samples, -1)  # megatron-core keeps [tokens, samples, hidden]
-        return flat.index_select(0, view.rows % tokens * samples + view.rows // tokens)
+        answer: Tensor = hidden[: len(view.rows), 0]  # [rows or 1, 1, hidden]: the last layer picked
+        return answer
 
     def rows(self, view: View) -> Tensor:
         """Return the hidden states a view asks for; see `forward`."""

@@ -7,15 +7,17 @@ supported megatron-core lines know are passed (0.16 and 0.19), and every own mod
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import tide_megatron.platform  # noqa: F401 - before megatron
 
 import torch
-
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # isort: skip
-from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
 
 from tide_megatron.base.device import Device
 from tide_megatron.models.architecture import Architecture
@@ -38,6 +40,18 @@ class Options:
     """`auto` or a key of `attention.KERNELS`."""
     router_bias_rate: float = 0.0
     """Step of the load-balancing router bias after each update; 0 leaves the bias as it is."""
+
+
+class LastLayer(TransformerLayer):  # type: ignore[misc]
+    """The last layer: after its attention only the rows the view asks for go on.
+
+    Nobody reads the others' feed-forward output, and at a few layers that is a good part of the whole model.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Return ([rows, 1, hidden], None); the plan of the pass comes as `attention_bias`."""
+        hidden, context = self._forward_attention(*args, **kwargs)
+        return self._forward_mlp(kwargs["attention_bias"].pick(hidden)), context
 
 
 def transformer_config(architecture: Architecture, options: Options) -> TransformerConfig:
@@ -113,12 +127,15 @@ def _mixture_config(architecture: Architecture, options: Options) -> dict[str, A
 
 
 def block_spec(config: TransformerConfig, pipeline_rank: int) -> Any:
-    """Return megatron-core's local layers for one pipeline stage, with our core attention in its slot."""
+    """Return megatron-core's local layers for one pipeline stage, with our core attention and last layer."""
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pipeline_rank
     )
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = PlannedAttention
+    last = copy.copy(spec.layer_specs[-1])  # megatron-core lists one object several times
+    last.module = LastLayer
+    spec.layer_specs[-1] = last
     # With Apex present the final norm would be Apex's, which has no RMS form; the layers' own norm does.
     spec.layer_norm = spec.layer_specs[0].submodules.input_layernorm
     return spec

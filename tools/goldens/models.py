@@ -212,13 +212,12 @@ class Replayed:
                 router = model.decoder.layers[index].mlp.router
                 hooks.callback(router.register_forward_hook(_keep_choice(seen, index)).remove)
             self.logits(view_of(ids, EVERYBODY))
-        states = [(key, seen[key].transpose(0, 1)) for key in golden.keys(r"hidden_\d+")]
+        states = [(key, _by_sample(seen[key], ids)) for key in golden.keys(r"hidden_\d+")]
         golden.compare("hidden_*", states, LOGIT_TOLERANCE)
-        scores = [(f"router_logits_{i}", seen[f"logits_{i}"].transpose(0, 1)) for i in mixtures]
+        scores = [(f"router_logits_{i}", _by_sample(seen[f"logits_{i}"], ids)) for i in mixtures]
         golden.compare("router_logits_*", scores, LOGIT_TOLERANCE)
         for index in mixtures:
-            choice = seen[f"choice_{index}"].unflatten(0, ids.T.shape).transpose(0, 1)
-            self._compare_choice(f"topk_idx_{index}", choice)
+            self._compare_choice(f"topk_idx_{index}", _by_sample(seen[f"choice_{index}"], ids))
 
     @torch.no_grad()
     def mixture_block(self) -> None:
@@ -253,6 +252,11 @@ def _swap_tokens(value: Tensor) -> Tensor:
     return value.roll(value.shape[1] // 2, dims=1)
 
 
+def _by_sample(value: Tensor, ids: Tensor) -> Tensor:
+    """Put samples first: [tokens, samples, ...] turns, the last layer's [samples * tokens, 1, ...] unfolds."""
+    return value.view(*ids.shape, -1) if len(value) == ids.numel() else value.transpose(0, 1)
+
+
 def _padding(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return (real tokens [samples, tokens] bool, lengths [samples]) of a right-padded mask."""
     real = mask.bool()
@@ -270,6 +274,7 @@ def _keep(seen: dict[str, Tensor], key: str) -> Callable[..., None]:
 
 def _keep_choice(seen: dict[str, Tensor], index: int) -> Callable[..., None]:
     def hook(module: torch.nn.Module, given: tuple[Tensor, ...], answer: tuple[Tensor, Tensor]) -> None:
-        seen[f"logits_{index}"], seen[f"choice_{index}"] = module.gating(given[0]), answer[1]
+        logits = module.gating(given[0])
+        seen[f"logits_{index}"], seen[f"choice_{index}"] = logits, answer[1].view(logits.shape)
 
     return hook
