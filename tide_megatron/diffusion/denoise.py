@@ -66,10 +66,8 @@ def commit_most_confident(
         (new ids, new hidden), same shapes; the inputs are left alone.
     """
     confidence, token = torch.softmax(logits, dim=-1).max(dim=-1)  # [samples, length]
-    order = confidence.masked_fill(~hidden, -1.0).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
+    surest_first = confidence.masked_fill(~hidden, -1.0).argsort(dim=-1, descending=True, stable=True)
+    rank = surest_first.argsort(dim=-1)  # a permutation sorted is its inverse: the rank of each position
     commit = hidden & (rank < counts[:, None])
     return torch.where(commit, token, ids), hidden & ~commit
 

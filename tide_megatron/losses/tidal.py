@@ -64,9 +64,8 @@ class Tidal(SharedVocabulary):
         softened_student, softened_teacher = self.softened(student, teacher)
         with torch.no_grad():
             share = self.teacher_share(rows.row_time, clock)[:, None]  # [rows, 1]
-            target = ((1 - share) * softened_student + share * softened_teacher).softmax(
-                -1
-            )  # [rows, columns]
+            mixed = (1 - share) * softened_student + share * softened_teacher  # [rows, columns]
+            target = mixed.softmax(-1)
             log_target = target.clamp_min(SMALLEST_TARGET).log()
         log_student = softened_student.log_softmax(-1)
         return self.temperature**2 * (target * (log_target - log_student)).sum(-1)
