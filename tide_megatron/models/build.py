@@ -95,9 +95,11 @@ def build_model(architecture: Architecture, groups: ProcessGroupCollection, opti
     model.to(options.device.torch_device)
     for name, parameter in model.named_parameters():
         # Router scores decide which experts run: bf16 weights would send tokens elsewhere (spec section 6.5).
+        # A trained one has its fp32 form in the optimizer instead: megatron-core's sharded optimizer mixes up
+        # the states of fp32 and bf16 parameters of one group when it saves them.
         # Norms are allocated in fp32 whatever the model; their fused kernels want the activations' dtype.
-        dtype = torch.float32 if name.endswith("router.weight") else options.precision.dtype
-        parameter.data = parameter.data.to(dtype)
+        is_exact = name.endswith("router.weight") and not options.trainable
+        parameter.data = parameter.data.to(torch.float32 if is_exact else options.precision.dtype)
     if not options.trainable:
         model.requires_grad_(False)
     model.train(options.trainable)
