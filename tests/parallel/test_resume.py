@@ -1,0 +1,82 @@
+"""A run that was stopped and started anew goes on bit for bit, across the end of an epoch."""
+
+import json
+
+from tide_megatron.platform.distributed import seed_all
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_run import write_tiny_run
+from tide_megatron.base.device import choose_device
+from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.train.loop import train
+from tide_megatron.train.resolve import load_recipe
+
+STEPS = 8  # of 8 samples over a data set of 40: the fifth update ends the epoch
+
+
+class StopAfter(StopFlag):
+    """A stop flag that is raised by the clock's own test: after so many polls."""
+
+    def __init__(self, polls):
+        super().__init__()
+        self.polls = polls
+
+    @property
+    def requested(self):
+        self.polls -= 1
+        if self.polls < 0:
+            self.request("the test")
+        return self.reason is not None
+
+
+def run(recipe_file, folder, expert, stop_after, global_seed, words=()):
+    """Train on this rank until the end or the stop; return the result."""
+    overrides = [
+        f"folder={folder}",
+        f"teachers.moe.layout.expert={expert}",
+        f"steps={STEPS}",
+        "batch.samples=8",
+    ]
+    overrides += ["metrics.every=1", "metrics.tensorboard=false", *words]
+    recipe, tree = load_recipe(recipe_file, overrides)
+    seed_all(global_seed)
+    return train(recipe, tree, True, device=choose_device("cpu"), stop=StopAfter(stop_after))
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
+
+
+@pytest.mark.parametrize(("ranks", "words"), [(1, ()), (2, ()), (2, ("student.precision=bf16",))])
+def test_a_resumed_run_is_the_uninterrupted_one(pool, tmp_path, ranks, words):
+    tiny = write_tiny_run(tmp_path / "tiny")
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    pool(ranks).run(run, tiny, whole, ranks, 1000, 1, words)
+    first = pool(ranks).run(run, tiny, parted, ranks, 3, 1, words)[0]
+    assert not first["finished"]
+    assert first["clock"]["step"] == 4
+    second = pool(ranks).run(run, tiny, parted, ranks, 1000, 999, words)[0]
+    assert second["finished"]
+    assert losses(parted) == losses(whole)
+    assert len(losses(whole)) == STEPS
+    wanted, got = load_file(whole / "model/model.safetensors"), load_file(parted / "model/model.safetensors")
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_another_recipe_and_a_damaged_checkpoint_are_refused(pool, tmp_path):
+    tiny = write_tiny_run(tmp_path / "tiny")
+    folder = tmp_path / "run"
+    pool(1).run(run, tiny, folder, 1, 3, 1)
+    with pytest.raises(Exception, match=r"another recipe(.|\n)*seed: .* -> 5"):
+        pool(1).run(run, tiny, folder, 1, 1000, 1, ("seed=5",))
+    checkpoint = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    shard = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(Exception, match=f"{CheckpointError.__name__}(.|\n)*cannot be loaded"):
+        pool(1).run(run, tiny, folder, 1, 1000, 1)
