@@ -41,6 +41,8 @@ def test_every_hidden_token_is_committed_once(name, hidden, steps):
 
 def test_one_step_commits_everything():
     assert transfer_counts(Linear(), [9, 4], 1).tolist() == [[9], [4]]
+    with pytest.raises(AssertionError, match="at least one step, not 0"):
+        transfer_counts(Linear(), [9, 4], 0)
 
 
 def test_the_most_confident_hidden_positions_are_committed():
@@ -72,7 +74,7 @@ def test_rows_commit_their_own_number_and_never_more_than_is_hidden():
     assert torch.equal(new_ids[hidden & ~left], logits.argmax(-1)[hidden & ~left])
 
 
-@pytest.mark.parametrize("length", [12, 10])
+@pytest.mark.parametrize("length", [12, 10, 9])  # the last block: whole, half, a single token
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_plan_is_the_training_mask_of_a_block(length, block):
     """Cached plus own positions are what a block's queries see in [x_t ; x_0], noised and clean."""

@@ -101,6 +101,10 @@ def test_unknown_kind_and_empty_block_are_refused():
         Context(kind="block_causal", block_size=0)
 
 
+def test_blocks_are_the_papers_unless_said_otherwise():
+    assert Context(kind="block_diffusion").block_size == 32
+
+
 def test_number_of_parts():
     kinds = {"bidirectional": 1, "block_causal": 1, "block_diffusion": 2}
     assert {kind: Context(kind=kind).parts for kind in kinds} == kinds

@@ -174,6 +174,13 @@ def test_injected_uniforms_give_the_formula():
     assert noised.hidden.tolist() == [[False, True, False, False], [False, True, True, False]]
 
 
+def test_a_draw_equal_to_the_probability_stays_visible():
+    """Strictly below: a draw in [0, 1) is below p with probability p, and at p = 0 nothing may be hidden."""
+    draws = torch.tensor([0.5, 0.0]), torch.tensor([[0.0, 0.4999, 0.5, 0.5001], [0.0, 0.0, 0.0, 0.0]])
+    noised = Noiser(seed=1, time_epsilon=0.0)(batch_of([0, 1], length=4), draws)
+    assert noised.hidden.tolist() == [[True, True, False, False], [False] * 4]
+
+
 def test_share_of_hidden_tokens_follows_the_schedule():
     batch = batch_of(range(64), length=512)
     for schedule in (Noiser(seed=3), Noiser(seed=3, schedule=Cosine())):
@@ -196,6 +203,15 @@ def test_fixed_levels_share_their_noise_and_suffixes_part_it():
     other = Noiser(seed=1, stream_suffix="@0.6").at(batch, 0.6)
     assert not (other.hidden | ~low.hidden).all()
     assert (Noiser(seed=1, stream_suffix="x")(batch).time != Noiser(seed=1)(batch).time).all()
+
+
+def test_levels_of_an_evaluation_lie_in_the_unit_interval():
+    batch = batch_of(range(4))
+    assert not Noiser(seed=1).at(batch, 0.0).hidden.any()
+    assert Noiser(seed=1).at(batch, 1.0).hidden.all()
+    for outside in (-0.1, 1.1):
+        with pytest.raises(AssertionError, match=r"lies in \[0, 1\]"):
+            Noiser(seed=1).at(batch, outside)
 
 
 def test_time_epsilon_outside_its_range_is_refused():

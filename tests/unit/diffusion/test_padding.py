@@ -45,3 +45,5 @@ def test_an_over_long_example_is_refused():
 def test_ids_and_labels_that_disagree_are_our_bug():
     with pytest.raises(AssertionError, match="2 ids but 1 labels"):
         pad_to_blocks([1, 2], [1], 4, EOS)
+    with pytest.raises(AssertionError, match="2 ids but 1 labels"):
+        pad_to_length([1, 2], [1], 4, PAD)

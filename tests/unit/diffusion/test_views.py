@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.diffusion.views import plain_view
+from tide_megatron.diffusion.views import plain_view, trimmed_view
 
 MASK = 99
 
@@ -52,12 +54,28 @@ def test_lengths_travel_with_the_view():
     assert plain_view(noised(), Context(kind="bidirectional"), MASK).lengths is None
 
 
+def test_only_a_bidirectional_model_is_told_where_pads_begin():
+    """Pads follow the last maskable token; a prompt in front counts, a hole in the middle does too."""
+    example = noised()
+    labels = example.batch.labels.clone()
+    labels[0, 2:] = labels[1, 0] = labels[1, 2] = IGNORED
+    example = dataclasses.replace(example, batch=dataclasses.replace(example.batch, labels=labels))
+    assert example.batch.lengths.tolist() == [2, 4]
+    assert trimmed_view(example, Context(kind="bidirectional"), MASK).lengths.tolist() == [2, 4]
+    for kind in ("block_causal", "block_diffusion"):
+        assert trimmed_view(example, Context(kind=kind), MASK).lengths is None
+
+
 def test_nothing_hidden_gives_no_rows():
     example = noised()
     nothing = Noised(batch=example.batch, time=example.time, hidden=torch.zeros_like(example.hidden))
     view = plain_view(nothing, Context(kind="block_diffusion"), MASK)
     assert view.rows.shape == (0,)
     assert torch.equal(view.ids[:, :4], example.batch.ids)
+
+
+def test_ignored_labels_are_those_of_torch():
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED
 
 
 def test_maskable_is_what_labels_allow():

@@ -39,6 +39,8 @@ def test_gold_log_likelihood_by_hand():
     logits = torch.tensor([[0.0, math.log(2), math.log(5)], [3.0, 3.0, 3.0]])
     values = gold_log_likelihood(logits, torch.tensor([1, 2]))
     torch.testing.assert_close(values, torch.tensor([math.log(2 / 8), -math.log(3)]))
+    whole = gold_log_likelihood(logits[None].expand(3, 2, 3), torch.tensor([[1, 2]]).expand(3, 2))
+    torch.testing.assert_close(whole, values.expand(3, 2))
 
 
 def test_gold_log_likelihood_is_fp32_for_bf16_logits():

@@ -36,8 +36,17 @@ def test_a_loss_is_its_own_frozen_configuration(name):
         make(name, wieght=1.0)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_weight_and_temperature_unless_said_otherwise_are_the_papers(name):
+    loss = make(name)
+    assert loss.weight == 1.0
+    assert getattr(loss, "temperature", 2.0) == 2.0
+    assert make(name, weight=0).weight == 0.0
+
+
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "cross_entropy"])
 def test_distilling_losses_must_name_their_teacher(name):
+    assert make(name, temperature=0.5).temperature == 0.5
     with pytest.raises(ValidationError, match="teacher"):
         LOSSES[name]()
 
