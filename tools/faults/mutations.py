@@ -2,8 +2,8 @@
 
 The syntax tree says what is code, so docstrings, messages, annotations and `__repr__` are left alone. Which
 mutations are picked follows from the seed and from each mutation's own text, so an edit elsewhere in a file
-does not change the pick. A mutation that changes nothing that anybody could see is *equivalent*: it is named in
-`mutations.yaml` with the reason, and another one is picked in its place.
+does not change the pick. A mutation that changes nothing that anybody could see is *equivalent*: it is named
+in `mutations.yaml` with the reason, and another one is picked in its place.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _changes(node: ast.expr) -> Iterator[Change]:
 
 
 def _neighbours(value: float) -> list[float]:
-    """Return the constants that a slip of the pen would make of one: 0 <-> 1, one off, twice, the sign lost."""
+    """Return the constants that a slip of the pen would make of one: 0 for 1, one off, twice, no sign."""
     if value in (0, 1):
         return [type(value)(1 - value)]
     off = value + 1 if isinstance(value, int) else 2 * value

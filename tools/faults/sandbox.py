@@ -10,6 +10,7 @@ Left out: running several at once. Tests of several ranks use all cores as it is
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -37,6 +38,8 @@ class Outcome:
 
     tests: dict[str, str]
     """Test id -> "passed", "skipped", "failed", or "error" (also of a file that cannot be imported)."""
+    durations: dict[str, float]
+    """Test id -> seconds of its setup, call and teardown."""
     hung: bool
     seconds: float
     output: str
@@ -48,7 +51,23 @@ class Outcome:
 
     def is_red(self, test: str) -> bool:
         """Say whether a test, a case of it, or a test inside it (of a file) failed."""
-        return any(name == test or name.startswith((f"{test}[", f"{test}::")) for name in self.red)
+        return any(_belongs(name, test) for name in self.red)
+
+    def passes(self, test: str) -> bool:
+        """Say whether at least one test of this name ran and passed, and none failed."""
+        ran = any(word == "passed" and _belongs(name, test) for name, word in self.tests.items())
+        return ran and not self.is_red(test)
+
+    def seconds_of(self, tests: Sequence[str]) -> float:
+        """Return what a selection of these tests would take in a run of its own."""
+        own = sum(
+            seconds for name, seconds in self.durations.items() if any(_belongs(name, test) for test in tests)
+        )
+        return own + self.seconds - sum(self.durations.values())
+
+
+def _belongs(name: str, test: str) -> bool:
+    return name == test or name.startswith((f"{test}[", f"{test}::", f"{test}/"))
 
 
 class Sandbox:
@@ -103,10 +122,16 @@ class Sandbox:
             _be_pytest(self.path, tests, stop_at_first)
         hung = not _ends_within(child, limit_seconds)
         said = output.read_text(errors="replace") if output.exists() else ""
-        found = json.loads(report.read_text()) if report.exists() and not hung else {}
-        if not hung and not found:
+        found = json.loads(report.read_text()) if report.exists() and not hung else ({}, {})
+        if not hung and not found[0]:
             raise RuntimeError(f"no test ran of {list(tests)}:\n{said[-2000:]}")
-        return Outcome(tests=found, hung=hung, seconds=time.monotonic() - start, output=said)
+        return Outcome(
+            tests=found[0],
+            durations=found[1],
+            hung=hung,
+            seconds=time.monotonic() - start,
+            output=said,
+        )
 
 
 def _ends_within(child: int, limit_seconds: float) -> bool:
@@ -165,7 +190,7 @@ def _pytest(copy: Path, tests: Sequence[str], stop_at_first: bool) -> None:
         if name.split(".")[0] == "tide_megatron" and not str(module.__file__).startswith(str(copy))
     ]
     assert not strangers, f"imported from outside the copy: {strangers}"
-    (copy / "report.json").write_text(json.dumps(recorder.outcomes))
+    (copy / "report.json").write_text(json.dumps([recorder.outcomes, recorder.durations]))
 
 
 class _Recorder:
@@ -173,12 +198,14 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}
+        self.durations: collections.Counter[str] = collections.Counter()
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
             self.outcomes[report.nodeid] = "error"
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        self.durations[report.nodeid] += report.duration
         if report.failed:
             self.outcomes[report.nodeid] = "failed" if report.when == "call" else "error"
         elif report.when == "call" or report.skipped:
