@@ -60,8 +60,8 @@ def test_each_collective_over_the_world_and_over_pairs(pool):
         }
 
 
-def test_a_process_alone_needs_no_world():
-    assert not dist.is_initialized()
+def test_a_process_alone_needs_no_world(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # another test may have left one
     assert is_first()
     barrier()
     assert sum_over(torch.tensor(3)).item() == max_over(torch.tensor(3)).item() == 3

@@ -159,7 +159,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _bytes_sent(args: tuple[Any, ...]) -> int:
     """Return the size of a collective's input: the second argument where it holds tensors, else the first."""
-    for argument in (args[1], args[0]) if len(args) > 1 else args[:1]:
+    for argument in reversed(args[:2]):
         tensors = list(_tensors_in(argument))
         if tensors:
             return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -153,6 +153,8 @@ def test_a_seat_by_hand():
         (Layout(pipeline=2, expert=4), 4, {}, "= 4 ranks of one pipeline stage, which does", "{expert=4}"),
         (Layout(pipeline=2, expert=4), 4, {"experts": 2}, "2 experts cannot", "{pipeline=2, expert=2}"),
         (Layout(expert=2, expert_tensor=4), 4, {}, "does not divide the 4 ranks it has", "{expert_tensor=4}"),
+        # Two halvings of one axis rather than one of each: the other axis stays as wanted.
+        (Layout(expert=2, expert_tensor=8), 4, {}, "= 16 ranks of one", "{expert=2, expert_tensor=2}"),
         (Layout(tensor=0), 4, {}, "tensor=0 must be a whole number, at least 1", "{tensor=1}"),
         (Layout(expert=-2), 4, {}, "expert=-2 must be a whole number", "{tensor=1}"),
     ],
