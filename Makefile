@@ -4,6 +4,7 @@
 #   make quickstart          distil a small student from an expert-parallel teacher on 4 CPU ranks (about 5 minutes)
 #   make test                all tests but the slow ones
 #   make check               format, lint, strict types, layer contract, house rules
+#   make faults              spoil the code on purpose in a copy: do the tests notice? (about 10 minutes)
 #
 # Variables: PYTHON (interpreter to build with), VENV, TORCH (what to install as torch), TORCH_INDEX (where the CPU
 # build of torch is looked for when the configured index does not offer it).
@@ -19,7 +20,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 BUILT = $(VENV)/.built
 SOURCES = tide_megatron tools examples tests
 
-.PHONY: help quickstart quickstart-full quickstart-models test test-all test-312 check format environment clean
+.PHONY: help quickstart quickstart-full quickstart-models test test-all test-312 check faults format environment clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,6 +61,9 @@ check: $(BUILT)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/unit/test_house.py
+
+faults: $(BUILT)
+	$(BIN)/python tools/planted_faults.py --mutations 50 --seed 1
 
 format: $(BUILT)
 	$(BIN)/ruff check --fix --select I .

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -125,6 +126,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="which mutations (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all verdicts here")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running tests end too
     faults = [] if options.no_planted else select(read_faults(), options.only)
     plan, start = Plan.read(), time.monotonic()
     planted, mutated = [], []

@@ -11,9 +11,10 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import fnmatch
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Plan:
     tests: dict[str, list[str]]
     """File or folder -> tests to run, the likeliest first; the longest match counts."""
     equivalent: dict[str, str]
-    """Key of a mutation -> why nobody could tell."""
+    """Pattern of keys -> why nobody could tell."""
 
     @classmethod
     def read(cls) -> Plan:
@@ -104,9 +105,10 @@ def all_mutations(root: Path, folders: Sequence[str]) -> list[Mutation]:
     ]
 
 
-def pick(mutations: Sequence[Mutation], number: int, seed: int, equivalent: Any) -> list[Mutation]:
-    """Pick some mutations by seed, leaving out those known to be equivalent."""
-    candidates = [mutation for mutation in mutations if mutation.key not in equivalent]
+def pick(mutations: Sequence[Mutation], number: int, seed: int, equivalent: Iterable[str]) -> list[Mutation]:
+    """Pick some mutations by seed, leaving out those that match a pattern of equivalent ones."""
+    patterns = list(equivalent)
+    candidates = [m for m in mutations if not any(fnmatch.fnmatchcase(m.key, p) for p in patterns)]
     return sorted(candidates, key=lambda m: hashlib.sha256(f"{seed}:{m.key}".encode()).digest())[:number]
 
 

@@ -152,6 +152,7 @@ def _ends_within(child: int, limit_seconds: float) -> bool:
 def _be_pytest(copy: Path, tests: Sequence[str], stop_at_first: bool) -> None:
     """Turn this forked process into a test run of the copy; never returns."""
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         sink = os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(sink, 1)
