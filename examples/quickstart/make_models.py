@@ -5,7 +5,7 @@
 
 Both are trained by the committed recipes, on docstring -> function pairs from
 installed sources. The card beside the weights states data, licences, steps, seeds and figures. Held-out text
-follows the installed versions of the sources: on other versions a check compares within a tolerance, and says so.
+follows the installed versions of the sources: on other versions a check compares within a wider tolerance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import richimport typer
+import rich
+import typer
 from data import ensure_data
 from safetensors.torch import load_file, save_file
 

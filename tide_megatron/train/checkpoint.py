@@ -19,11 +19,12 @@ from typing import Any
 import tide_megatron.platform  # noqa: F401 - before megatron
 
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.parallel.collectives import barrier, is_first
-from tide_megatron.train.resolve import Tree, difference, digest
+from tide_megatron.train.resolve import Tree, difference, digest, mathematics
 from tide_megatron.train.student import Student
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -102,12 +103,13 @@ def read_facts(found: Path, tree: Tree) -> Clock:
     try:
         facts = json.loads((found / "state.json").read_text(encoding="utf-8"))
         clock, old, wrote = Clock(**facts["clock"]), facts["recipe"], str(facts["megatron_core"])
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+        is_same = digest(old) == digest(tree)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(
             f"{found / 'state.json'}: not readable ({fault}); choose another checkpoint"
         ) from None
-    if digest(old) != digest(tree):
-        changed = "\n  ".join(difference(old, tree))
+    if not is_same:
+        changed = "\n  ".join(difference(mathematics(old), mathematics(tree)))
         raise CheckpointError(
             f"{found} belongs to another recipe:\n  {changed}\n"
             "use another folder=, the old values, or --fresh to discard the old run"
@@ -130,10 +132,10 @@ def load_checkpoint(found: Path, student: Student) -> None:
         loaded = dist_checkpointing.load(_state(student, is_loading=True), str(found))
         student.model.load_state_dict(loaded["model"])
         student.optimizer.load_state_dict(loaded["optimizer"])
-    except Exception as fault:
-        # Whatever the library raises (it has no error class of its own) means: these bytes do not fit.
+    except (Exception, CheckpointException) as fault:
+        # Whatever the libraries raise means: these bytes do not fit. torch's class is no Exception.
         raise CheckpointError(
-            f"{found}: cannot be loaded ({type(fault).__name__}: {fault}); it is damaged or of another "
+            f"{found}: cannot be loaded ({_last_line(fault)}); it is damaged or of another "
             f"model; point {found.parent / 'latest'} at an older checkpoint"
         ) from fault
 
@@ -144,6 +146,12 @@ def _state(student: Student, *, is_loading: bool) -> dict[str, Any]:
     weights = student.model.sharded_state_dict(metadata=metadata)
     optimizer = student.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return {"model": weights, "optimizer": optimizer}
+
+
+def _last_line(fault: BaseException) -> str:
+    """Return the last words of a library's complaint, which may hold whole tracebacks of other ranks."""
+    lines = str(fault).strip().splitlines()
+    return f"{type(fault).__name__}: {lines[-1]}" if lines else type(fault).__name__
 
 
 def _line(name: str) -> tuple[int, ...]:
