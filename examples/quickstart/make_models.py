@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import rich
+import torch
 import typer
 from data import ensure_data
 from safetensors.torch import load_file, save_file
