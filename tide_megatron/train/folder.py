@@ -10,6 +10,7 @@ result.json     held-out scores and costs, written at the end
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,45 @@ from typing import Any
 import yaml
 
 from tide_megatron.base.errors import CheckpointError, ConfigError
-from tide_megatron.train.resolve import Tree, difference, digest
+from tide_megatron.train.resolve import Tree, difference, digest, mathematics
 
 RECIPE, CHECKPOINTS, MODEL, RESULT = "recipe.yaml", "checkpoints", "model", "result.json"
-_OURS = (RECIPE, CHECKPOINTS, MODEL, RESULT, "metrics.jsonl", "tensorboard", "wandb")
+_OURS = (CHECKPOINTS, MODEL, RESULT, "metrics.jsonl", "tensorboard", "wandb", RECIPE)
+_OTHER = "choose another folder="
+
+
+def check_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
+    """Refuse a folder this run may not use, before anything is read or written (only rank 0 calls it).
+
+    Args:
+        folder: the run folder; it need not exist.
+        tree: the resolved recipe.
+        resume: go on from what is there; False will discard what earlier runs of ours left in it.
+
+    Raises:
+        CheckpointError: the folder belongs to another recipe.
+        ConfigError: it cannot be made, or holds files of somebody else under our names.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"folder: {folder} cannot be used: {there} cannot be written to as a folder; {_OTHER}"
+        )
+    written = folder / RECIPE
+    if written.is_file():
+        if resume:
+            _check_recipe(written, tree)
+        return
+    foreign = [name for name in _OURS if (folder / name).exists()]
+    if foreign:
+        raise ConfigError(
+            f"folder: {folder} holds {', '.join(foreign)} but no {RECIPE}, so it is not a run's and would be "
+            f"overwritten; {_OTHER}"
+        )
 
 
 def claim_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
-    """Make or take a run folder on rank 0 (only rank 0 calls it).
+    """Make or take a checked run folder (only rank 0 calls it, once everything else is known to work).
 
     Args:
         folder: the run folder.
@@ -32,42 +64,43 @@ def claim_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
         resume: go on from what is there; False discards what earlier runs of ours left in it.
 
     Raises:
-        CheckpointError: the folder belongs to another recipe.
         ConfigError: the folder cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for name in _OURS:
+            for name in _OURS:  # the recipe last: it marks the rest as ours
                 _remove(folder / name)
-        written = folder / RECIPE
-        if written.is_file():
-            old = yaml.safe_load(written.read_text(encoding="utf-8"))
-            if not isinstance(old, dict) or not _is_same(old, tree):
-                changed = (
-                    "\n  ".join(difference(old, tree)) if isinstance(old, dict) else f"{RECIPE} is damaged"
-                )
-                raise CheckpointError(
-                    f"folder: {folder} holds the run of another recipe:\n  {changed}\n"
-                    "use another folder=, the old values, or --fresh to discard the old run"
-                )
-        written.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        _write(folder / RECIPE, yaml.safe_dump(tree, sort_keys=False))
     except OSError as fault:
-        raise ConfigError(f"folder: {folder} cannot be used: {fault}; choose another folder=") from None
+        raise ConfigError(f"folder: {folder} cannot be used: {fault}; {_OTHER}") from None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write result.json in one rename (only rank 0 calls it)."""
-    partial = folder / f"{RESULT}.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.rename(folder / RESULT)
+    _write(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
-def _is_same(old: Tree, new: Tree) -> bool:
+def _check_recipe(written: Path, tree: Tree) -> None:
+    """Compare the recipe a folder was claimed for with the one that asks for it now."""
     try:
-        return digest(old) == digest(new)
-    except (KeyError, TypeError, AttributeError):
-        return False
+        old = yaml.safe_load(written.read_text(encoding="utf-8"))
+        if digest(old) == digest(tree):
+            return
+        changed = "\n  ".join(difference(mathematics(old), mathematics(tree)))
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        changed = f"{RECIPE} cannot be read as one"
+    raise CheckpointError(
+        f"folder: {written.parent} holds the run of another recipe:\n  {changed}\n"
+        "use another folder=, the old values, or --fresh to discard the old run"
+    )
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file in one rename."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(file)
 
 
 def _remove(path: Path) -> None:

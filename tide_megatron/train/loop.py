@@ -25,7 +25,7 @@ from tide_megatron.models.convert import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.assemble import Parts, assemble
 from tide_megatron.train.checkpoint import find_checkpoint, load_checkpoint, read_facts, save_checkpoint
-from tide_megatron.train.folder import CHECKPOINTS, MODEL, claim_folder, write_result
+from tide_megatron.train.folder import CHECKPOINTS, MODEL, check_folder, claim_folder, write_result
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
@@ -54,11 +54,14 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     folder = Path(recipe.folder)
     with fail_together():
         if is_first():
-            claim_folder(folder, tree, resume=resume)
+            check_folder(folder, tree, resume=resume)
     log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
     parts = assemble(recipe, device)
-    clock = _start_or_resume(recipe, tree, parts, folder / CHECKPOINTS)
     sanity = check_teachers(recipe, parts)
+    with fail_together():  # only now: a start that fails leaves nothing behind and discards nothing
+        if is_first():
+            claim_folder(folder, tree, resume=resume)
+    clock = _start_or_resume(recipe, tree, parts, folder / CHECKPOINTS)
     options = recipe.metrics
     started, cpu = time.monotonic(), time.process_time()
     with Metrics(

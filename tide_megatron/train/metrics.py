@@ -20,10 +20,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.clock import Clock
@@ -32,6 +32,8 @@ from tide_megatron.train.sinks import JsonLines, Record, Sink, TensorBoard, Weig
 
 PAUSES = ("evaluate", "checkpoint")
 """Phases that are not training: tokens per second leave them out."""
+Off = BeforeValidator(lambda value: "off" if value is False else value)
+"""For choices that have an `off`: YAML reads the bare word as False."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -42,7 +44,7 @@ class MetricsOptions:
     """Attempted updates per record; the first and the last update always make one."""
     tensorboard: bool = True
     """Write event files to `tensorboard/` in the run folder."""
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], Off] = "off"
     """Weights & Biases; its failures are logged once and never end a run."""
     project: str = "tide-megatron"
     """wandb project."""

@@ -10,7 +10,7 @@ run folder is compared with on resume; fields that change the mathematics do.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -19,22 +19,28 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.losses.rows import Loss
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.train.metrics import MetricsOptions
+from tide_megatron.train.metrics import MetricsOptions, Off
 
-STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+Folder = Annotated[str, Field(min_length=1)]
+"""A folder; the empty string would silently be the current one."""
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Time = Annotated[float, Field(gt=0.0, le=1.0)]
+"""A noise level; at 0 nothing is hidden."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Model:
     """A model folder in Hugging Face form (config.json, tokenizer, safetensors) and how it is read."""
 
-    folder: str
+    folder: Folder
     """Local path. Weights are needed unless `initial` is `random`."""
     context: Context
     """What a token may attend to, with the block size."""
     initial: Literal["folder", "random"] = "folder"
     """Take weights from the folder, or draw them from the run's seed (then config.json alone is enough)."""
-    mask: str = "<|mask|>"
+    mask: str = Field(default="<|mask|>", min_length=1)
     """The tokenizer's mask token; added to the tokenizer when it has none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 on CUDA, fp32 on CPU."""
@@ -46,7 +52,7 @@ class Model:
 class TeacherModel(Model):
     """A frozen model the student listens to."""
 
-    sanity: Literal["refuse", "warn", "off"] = "refuse"
+    sanity: Annotated[Literal["refuse", "warn", "off"], Off] = "refuse"
     """What to do when the teacher predicts held-out tokens no better than their frequencies would."""
 
 
@@ -62,8 +68,8 @@ class StudentModel(Model):
 class Data:
     """Prepared data folders (`tide prepare`)."""
 
-    train: str
-    held_out: str | None = None
+    train: Folder
+    held_out: Folder | None = None
     fixed_length: int | None = Field(default=None, ge=1)
     """Pad every sample to this many tokens (spec section 1 item 10); None: to the microbatch's longest."""
 
@@ -111,7 +117,7 @@ class Optimizer:
     """Share of the run with a linearly growing rate (reference: 0.1)."""
     minimum: float = Field(default=0.0, ge=0.0, le=1.0)
     """Where the cosine ends, as a share of `learning_rate`."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     epsilon: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
     clip_norm: float | None = Field(default=1.0, gt=0.0)
@@ -135,7 +141,7 @@ class Evaluation:
     every: int = Field(default=0, ge=0)
     """Updates between evaluations; 0: only at the end."""
     samples: int = Field(default=256, ge=1)
-    times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    times: tuple[Time, ...] = Field(default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
     microbatch: int = Field(default=16, ge=1)
 
 
@@ -153,14 +159,14 @@ class Checkpoints:
 class Recipe:
     """One run."""
 
-    folder: str
+    folder: Folder
     """Run folder: checkpoints, metrics, resolved recipe, exported model."""
     student: StudentModel
     data: Data
     losses: dict[str, Any]
     """Name of each term -> {kind: a row of LOSSES, its options...}; after validation, the loss objects."""
     steps: int = Field(ge=1)
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**63)
     teachers: dict[str, TeacherModel] = Field(default_factory=dict)
     batch: Batch = Field(default_factory=Batch)
     optimizer: Optimizer = Field(default_factory=Optimizer)

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import omegaconf
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from tide_megatron.base.errors import ConfigError, nearest
@@ -40,22 +40,22 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree
     Raises:
         ConfigError: naming file, key, value and remedy.
     """
-    tree = OmegaConf.merge(*_fragments(file), _overrides(overrides))
+    fragments = [*_fragments(file), _overrides(overrides)]
     try:
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except omegaconf.errors.OmegaConfBaseException as fault:
-        raise ConfigError(f"{file}: {fault}") from None
+        plain = OmegaConf.to_container(OmegaConf.merge(*fragments), resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, TypeError) as fault:  # TypeError: a list merged with a mapping
+        raise ConfigError(f"{file}: {_told(fault)}; mend it there, or in the overrides") from None
     assert isinstance(plain, dict), "a merge of mappings is a mapping"
     return build_recipe({str(key): value for key, value in plain.items()})
 
 
 def build_recipe(tree: Tree) -> tuple[Recipe, Tree]:
     """Validate a tree of plain values; return the recipe and the tree with every default filled in."""
-    losses = tree.get("losses")
-    if not isinstance(losses, dict) or not losses:
+    recipe: Recipe = _validate(Recipe, tree, prefix="")
+    if not recipe.losses:
         raise ConfigError("losses: name at least one term, for example {ce: {kind: cross_entropy}}")
-    built = {name: _build_loss(name, options) for name, options in losses.items()}
-    recipe: Recipe = _validate(Recipe, {**tree, "losses": built}, prefix="")
+    built = {name: _build_loss(name, options) for name, options in recipe.losses.items()}
+    recipe = dataclasses.replace(recipe, losses=built)
     _check_listeners(recipe)
     return recipe, resolved_tree(recipe)
 
@@ -72,13 +72,18 @@ def resolved_tree(recipe: Recipe) -> Tree:
 
 
 def digest(tree: Tree) -> str:
-    """Hash the mathematics of a resolved tree: machine choices (layouts, folders, reports) are left out."""
+    """Hash the mathematics of a resolved tree."""
+    return hashlib.sha256(json.dumps(mathematics(tree), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def mathematics(tree: Tree) -> Tree:
+    """Return a resolved tree without its machine choices (layouts, run folder, reports, device)."""
     kept: Tree = _without(tree, *MACHINE_KEYS)
     kept["batch"] = _without(tree["batch"], "microbatch")
     kept["optimizer"] = _without(tree["optimizer"], "distributed")
     kept["student"] = _without(tree["student"], "layout")
     kept["teachers"] = {name: _without(model, "layout", "sanity") for name, model in tree["teachers"].items()}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return kept
 
 
 def _without(tree: Tree, *keys: str) -> Tree:
@@ -86,7 +91,7 @@ def _without(tree: Tree, *keys: str) -> Tree:
 
 
 def difference(old: Tree, new: Tree, prefix: str = "") -> list[str]:
-    """List the keys in which two resolved trees differ, as `key: old -> new`."""
+    """List the keys in which two trees differ, as `key: old -> new`."""
     lines = []
     for key in sorted({*old, *new}):
         left, right = old.get(key), new.get(key)
@@ -101,7 +106,7 @@ def _fragments(file: Path) -> list[Any]:
     """Return the included fragments' trees and then the file's own, ready to merge."""
     own = _read(file)
     names = own.pop("include", [])
-    if not isinstance(names, list):
+    if not isinstance(names, Sequence) or isinstance(names, str):
         raise ConfigError(f"{file}: include must be a list of YAML files, not {names!r}")
     trees = []
     for name in names:
@@ -110,24 +115,24 @@ def _fragments(file: Path) -> list[Any]:
             raise ConfigError(
                 f"{file.parent / str(name)}: a fragment cannot include another; list both in {file}"
             )
-        trees.append(OmegaConf.create(fragment))
-    return [*trees, OmegaConf.create(own)]
+        trees.append(fragment)
+    return [*trees, own]
 
 
-def _read(file: Path) -> Tree:
-    """Read one YAML mapping."""
+def _read(file: Path) -> DictConfig:
+    """Read one YAML mapping; OmegaConf's reader refuses keys that are written twice."""
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = OmegaConf.create(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{file}: no such recipe file; check the path (examples are under configs/runs/)"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
-        raise ConfigError(f"{file}: not readable as YAML: {fault}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{file}: a recipe is a mapping of keys to values, this file holds {type(tree).__name__}"
-        )
+    except AssertionError:  # OmegaConf's answer to a lone number
+        tree = None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as fault:
+        raise ConfigError(f"{file}: not readable as YAML: {_told(fault)}; mend the file") from None
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{file}: a recipe is a mapping; write one `key: value` a line")
     return tree
 
 
@@ -138,8 +143,16 @@ def _overrides(pairs: Sequence[str]) -> Any:
             raise ConfigError(f"override {pair!r}: write key=value, for example optimizer.learning_rate=1e-4")
     try:
         return OmegaConf.from_dotlist(list(pairs))
-    except (omegaconf.errors.OmegaConfBaseException, yaml.YAMLError) as fault:
-        raise ConfigError(f"overrides {' '.join(pairs)!r}: {fault}") from None
+    except (OmegaConfBaseException, yaml.YAMLError) as fault:
+        raise ConfigError(f"overrides {' '.join(pairs)!r}: {_told(fault)}; mend or quote the value") from None
+
+
+def _told(fault: Exception) -> str:
+    """Say a library's complaint in one line, with its line number or key."""
+    if isinstance(fault, yaml.MarkedYAMLError) and fault.problem_mark:
+        return f"line {fault.problem_mark.line + 1}: {fault.problem}"
+    key = getattr(fault, "full_key", None)
+    return f"{key}: " * bool(key) + str(fault).partition("\n")[0]
 
 
 def _build_loss(name: str, options: Any) -> Any:
@@ -147,7 +160,7 @@ def _build_loss(name: str, options: Any) -> Any:
     if not isinstance(options, dict) or "kind" not in options:
         raise ConfigError(f"losses.{name}: needs a kind; {nearest(name, LOSSES)}")
     kind = options["kind"]
-    if kind not in LOSSES:
+    if not isinstance(kind, str) or kind not in LOSSES:
         raise ConfigError(f"losses.{name}.kind: {kind!r} is unknown; {nearest(str(kind), LOSSES)}")
     rest = {key: value for key, value in options.items() if key != "kind"}
     return _validate(LOSSES[kind], rest, prefix=f"losses.{name}.")
@@ -168,12 +181,20 @@ def _check_listeners(recipe: Recipe) -> None:
 
 
 def _validate(kind: type[Any], values: Tree, prefix: str) -> Any:
-    """Run pydantic over plain values and restate its first complaints as a ConfigError."""
+    """Run pydantic over plain values and restate its first complaints as a ConfigError.
+
+    Strict, so that `steps: "4"` or `steps: true` is a wrong type; as JSON, where a list may be a tuple.
+    """
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as fault:
-        lines = [_complaint(kind, error, prefix) for error in fault.errors()[:5]]
+        errors = sorted(fault.errors(), key=_is_missing)  # a misspelt key first, then what it leaves out
+        lines = [_complaint(kind, error, prefix) for error in errors[:5]]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _is_missing(error: Any) -> bool:
+    return error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument")
 
 
 def _complaint(kind: type[Any], error: Any, prefix: str) -> str:
@@ -182,8 +203,8 @@ def _complaint(kind: type[Any], error: Any, prefix: str) -> str:
     key = prefix + ".".join(path)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: unknown key; {nearest(path[-1], _fields_at(kind, path[:-1]))}"
-    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{key}: is required"
+    if _is_missing(error):
+        return f"{key}: is required; set it in the recipe"
     return f"{key}: {error['input']!r} is not valid: {error['msg']}"
 
 
