@@ -22,6 +22,8 @@ from tide_megatron.launch.failure import Failure, RanksFailed, first_failure
 from tide_megatron.launch.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(200)  # a fault in this layer is a hang
+
 COMMAND = [sys.executable, "-m", "tests.parallel.launch_cases"]
 
 
@@ -54,7 +56,7 @@ def signal_when_running(folder, numbers, pause_seconds=0.3):
     """Send signals to this process, as a terminal would, once both ranks run."""
 
     def send():
-        within(60, lambda: all((folder / f"running-{rank}").exists() for rank in (0, 1)), "ranks run")
+        within(120, lambda: all((folder / f"running-{rank}").exists() for rank in (0, 1)), "ranks run")
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(pause_seconds)
@@ -84,14 +86,14 @@ def test_a_fault_of_one_rank_ends_all_that_wait_for_it(tmp_path):
     start = time.monotonic()
     with pytest.raises(DataError, match=r"^data/train\.jsonl line 7: .*record \(seen by rank 1 of 2\)$"):
         run(cases.one_bad_file, tmp_path)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 30  # it would be 60
 
 
 def test_a_fault_of_one_rank_ends_ranks_that_do_not_notice(tmp_path):
     start = time.monotonic()
     with pytest.raises(DataError, match=r"\(seen by rank 1 of 2\)$"):
         run(cases.one_bad_file_others_deaf, tmp_path)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 30  # it would be 60
 
 
 def test_a_fault_that_all_ranks_see_is_told_once_and_without_a_rank(tmp_path):
@@ -151,7 +153,7 @@ def test_a_second_signal_ends_at_once_with_all_that_ranks_started(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(cases.ignore_the_flag, tmp_path)
     thread.join()
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 30  # it would be 60
     files = [tmp_path / f"{kind}-{rank}" for kind in ("pid", "child") for rank in (0, 1)]
     within(5, lambda: not any(map(is_alive, files)), "everything has ended")
 
@@ -167,7 +169,7 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path):
     parent = subprocess.Popen([*COMMAND, "ignore_the_flag", "2", str(tmp_path)], cwd=ROOT)
     files = [tmp_path / f"{kind}-{rank}" for kind in ("pid", "child") for rank in (0, 1)]
     running = [tmp_path / f"running-{rank}" for rank in (0, 1)]
-    within(60, lambda: all(file.exists() for file in running), "ranks run")
+    within(120, lambda: all(file.exists() for file in running), "ranks run")
     assert all(map(is_alive, files))
     parent.kill()
     parent.wait()

@@ -108,7 +108,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One wandb run per run folder; `wandb-id` in the folder lets a resumed run go on in the same one."""
+    """One wandb run per run folder; `wandb/run-id` in it lets a resumed run go on in the same one."""
 
     def __init__(
         self, folder: Path, mode: Literal["offline", "online"], project: str, recipe: Mapping[str, Any]
@@ -116,7 +116,8 @@ class WeightsAndBiases:
         """Start or resume the wandb run."""
         import wandb
 
-        identity = folder / "wandb-id"
+        identity = folder / "wandb" / "run-id"
+        identity.parent.mkdir(exist_ok=True)
         if not identity.exists():
             identity.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
         self._run = wandb.init(

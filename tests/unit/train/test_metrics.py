@@ -148,11 +148,11 @@ def test_wandb_works_offline_and_goes_on_in_the_same_run(tmp_path):
     with opened(tmp_path, options) as metrics:
         run_steps(metrics, 1, 1)
         assert signal.getsignal(signal.SIGINT) is before
-    identity = (tmp_path / "wandb-id").read_text()
+    identity = (tmp_path / "wandb" / "run-id").read_text()
     time.sleep(1.1)  # wandb names folders by the second
     with opened(tmp_path, options, clock=clock_at(1)) as metrics:
         run_steps(metrics, 2, 2)
-    assert (tmp_path / "wandb-id").read_text() == identity
+    assert (tmp_path / "wandb" / "run-id").read_text() == identity
     files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{identity.strip()}.wandb"))
     assert len(files) == 2
     assert all(b"grad_norm" in file.read_bytes() for file in files)
