@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from tests.parallel.pool import Pools
 
+# A busy machine is no fault of an example: time is held by pytest's own limit.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)  # two cores are shared by up to four ranks; also makes sums repeat
 
 

@@ -15,6 +15,7 @@ ends: leave nothing.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import importlib.util
@@ -64,9 +65,8 @@ class Pool:
             pipe.close()  # a worker that waits for work ends at this
         for process in self._processes:
             process.join(GRACE_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            _end(process)
+            process.join()
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
@@ -114,7 +114,7 @@ class Pool:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)  # prints the rank's stack to stderr
         time.sleep(0.2 if hung else 0.0)
         for process in self._processes:
-            process.kill()
+            _end(process)
         self.close()
         told = [f"--- rank {rank} failed:\n{fault}" for rank, fault in sorted(faults.items())]
         if hung:
@@ -143,7 +143,7 @@ class Pools:
 
 def _work(pipe: Connection, rank: int, world_size: int, store_file: str) -> None:
     """Run what the parent sends until it closes the pipe: the body of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it then closes the pipe
+    os.setsid()  # Ctrl-C stays the parent's, and one kill ends the rank with all that it started
     faulthandler.register(signal.SIGUSR1)
     try:
         _join_world(rank, world_size, store_file)
@@ -164,7 +164,14 @@ def _work(pipe: Connection, rank: int, world_size: int, store_file: str) -> None
             pipe.send(answer)
         except Exception:  # the result does not pickle
             pipe.send((False, traceback.format_exc()))
-    os._exit(0)  # no orderly farewell: the other ranks may be gone, and gloo would wait for them
+    os.killpg(0, signal.SIGKILL)  # no orderly farewell: other ranks may be gone, and gloo would wait for them
+
+
+def _end(process: Any) -> None:
+    """Kill a worker and what it started: megatron-core's checkpoint writer leaves a server behind."""
+    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _join_world(rank: int, world_size: int, store_file: str) -> None:

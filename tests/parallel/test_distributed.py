@@ -2,6 +2,8 @@
 
 import random
 
+from tide_megatron.platform import seed_all, start_distributed, stop_distributed
+
 import numpy
 import torch
 import torch.distributed as dist
@@ -9,7 +11,6 @@ import torch.distributed as dist
 from tide_megatron.base.device import Device
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.platform import seed_all, start_distributed, stop_distributed
 
 CPU = Device(type="cpu", index=0, backend="gloo", threads=1)
 

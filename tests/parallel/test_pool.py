@@ -1,13 +1,14 @@
 """The pool itself: results in rank order, faults with their rank, an end to hangs, and a fresh start."""
 
 import os
+import subprocess
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.parallel.pool import RankFailure
+from tests.parallel.pool import Pool, RankFailure
 
 
 def add_ranks(start):
@@ -18,6 +19,10 @@ def add_ranks(start):
 
 def process_id():
     return os.getpid()
+
+
+def start_a_child():
+    return subprocess.Popen(["sleep", "600"]).pid
 
 
 def fail_on(rank):
@@ -56,3 +61,23 @@ def test_faults_name_their_rank_and_the_pool_recovers(pool):
     with pytest.raises(RankFailure, match=r"ranks \[1\] did not answer within 1 s"):
         pool(2).run(hang_on, 1, timeout_seconds=1.0)
     assert [total for _, total, _ in pool(2).run(add_ranks, 0)] == [1, 1]
+
+
+def is_running(process_id):
+    """Say whether it runs; an ended process that nobody has waited for does not."""
+    try:
+        with open(f"/proc/{process_id}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_nothing_is_left_behind():
+    pool = Pool(2)
+    left = pool.run(start_a_child) + pool.run(process_id)
+    assert all(map(is_running, left))
+    pool.close()
+    deadline = time.monotonic() + 10.0
+    while any(map(is_running, left)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, left))
