@@ -253,7 +253,7 @@ def _swap_tokens(value: Tensor) -> Tensor:
 
 
 def _by_sample(value: Tensor, ids: Tensor) -> Tensor:
-    """Put samples first: [tokens, samples, ...] turns, the last layer's [samples * tokens, 1, ...] unfolds."""
+    """Put samples first: [tokens, samples, ...] turns, the last layer's [rows, 1, ...] unfolds."""
     return value.view(*ids.shape, -1) if len(value) == ids.numel() else value.transpose(0, 1)
 
 
