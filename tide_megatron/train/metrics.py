@@ -203,6 +203,7 @@ class Metrics:
         phases = self.phases.take()
         training = max(seconds - sum(phases.get(name, 0.0) for name in PAUSES), 1e-9)
         return {
+            "seconds": seconds,
             "tokens_per_second": window.tokens / training,
             "seconds_per_step": training / window.steps,
             "peak_memory_bytes": peak_memory_bytes(),

@@ -5,16 +5,29 @@ from __future__ import annotations
 import datetime
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import rich
 from rich import progress
+from rich.console import RenderableType
+from rich.text import Text
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.train.sinks import Record
 
 REFRESHES_PER_SECOND = 4
 """Of the live bar: enough to look alive, little enough to cost nothing."""
+
+
+class _Bar(progress.Progress):
+    """A progress bar with a line of facts below it, cut at the terminal's edge."""
+
+    facts = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the bar's row and the facts."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.facts, no_wrap=True, overflow="ellipsis")
 
 
 class Progress:
@@ -25,20 +38,17 @@ class Progress:
         self._console = rich.get_console()
         self._start = (time.monotonic(), clock.step)
         self._phases: dict[str, float] = defaultdict(float)
-        self._bar: progress.Progress | None = None
+        self._bar: _Bar | None = None
         if self._console.is_terminal:
-            self._bar = progress.Progress(
+            self._bar = _Bar(
                 progress.TextColumn("[bold]step"),
                 progress.MofNCompleteColumn(),
                 progress.BarColumn(bar_width=24),
                 progress.TextColumn("{task.fields[eta]}"),
-                progress.TextColumn("{task.fields[facts]}"),
                 console=self._console,
                 refresh_per_second=REFRESHES_PER_SECOND,
             )
-            self._task = self._bar.add_task(
-                "", total=clock.total_steps, completed=clock.step, eta="", facts=""
-            )
+            self._task = self._bar.add_task("", total=clock.total_steps, completed=clock.step, eta="")
             self._bar.start()
 
     def advance(self, clock: Clock) -> None:
@@ -50,11 +60,11 @@ class Progress:
         """Show a record: training values in the bar or as a line, scores always as a line."""
         values = record.values
         for name, share in _phases(values).items():
-            self._phases[name] += share * values["seconds_per_step"]
+            self._phases[name] += share * values["seconds"]
         if record.kind == "evaluate":
             self._print(f"step {record.clock.step}: held out  {describe_scores(values)}")
         elif self._bar is not None:
-            self._bar.update(self._task, facts=describe_step(values))
+            self._bar.facts = describe_step(values)
         else:
             clock = record.clock
             self._print(f"step {clock.step}/{clock.total_steps}  {self._eta(clock)}  {describe_step(values)}")

@@ -227,13 +227,27 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, screen):
     assert "where the time went: student 100.0%" in text
 
 
+def test_long_records_weigh_more_in_where_the_time_went(tmp_path, screen, monkeypatch):
+    console = screen(force_terminal=False)
+    now, phases = [100.0], Phases()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with opened(tmp_path, phases=phases) as metrics:
+        for step, (seconds, spent) in enumerate([(1.0, {"head": 1.0}), (3.0, {"student": 3.0})], start=1):
+            now[0] += seconds
+            monkeypatch.setattr(phases, "take", lambda spent=spent: spent)
+            metrics.step(clock_at(step), averaged={"loss": 1.0}, latest={}, tokens=1)
+    assert "where the time went: student 75.0%  head 25.0%" in console.export_text()
+    assert [line["seconds"] for line in lines_of(tmp_path)] == [1.0, 3.0]
+
+
 def test_a_bar_in_a_terminal(tmp_path, screen):
     console = screen(force_terminal=True)
+    console.width = 60
     with opened(tmp_path) as metrics:
         run_steps(metrics, 1, 6)
-    text = console.export_text()
-    assert "6/6" in text
-    assert "loss 5.5000" in text
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert any(line.startswith("step 6/6 ") and "eta 0:00:00" in line for line in lines)
+    assert any(line.startswith("loss 5.5000  grad 11  lr 6.00e-01") and len(line) <= 60 for line in lines)
 
 
 def test_phases_are_exclusive_and_fill_the_wall_clock():
