@@ -52,11 +52,11 @@ def recipe_tree(folder: Path) -> dict:
         "steps": 4,
         "seed": 3,
         "device": "cpu",
-        "student": {"folder": str(folder / "student"), "context": context, "precision": "fp32"},
+        "student": {"folder": str(folder / "student"), "context": dict(context), "precision": "fp32"},
         "teachers": {
             "moe": {
                 "folder": str(folder / "teacher"),
-                "context": context,
+                "context": dict(context),
                 "precision": "fp32",
                 "sanity": "off",  # random weights know nothing
             }

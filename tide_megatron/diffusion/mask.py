@@ -8,9 +8,10 @@ The predicate is elementwise arithmetic on positions, so it also runs under the 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, nearest
@@ -23,7 +24,7 @@ class Context:
     """A context kind with its block size in tokens (ignored by `bidirectional`)."""
 
     kind: ContextKind
-    block_size: int = 32
+    block_size: Annotated[int, Field(ge=1)] = 32  # said again for recipes, whose message names the whole key
 
     def __post_init__(self) -> None:
         """Refuse unknown kinds and empty blocks."""

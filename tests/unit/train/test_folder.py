@@ -1,0 +1,119 @@
+"""The run folder: whose it is, when it is taken, and that nothing of somebody else's is touched."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.tiny_run import recipe_tree
+from tide_megatron.base.errors import CheckpointError, ConfigError
+from tide_megatron.train.folder import check_folder, claim_folder, write_result
+from tide_megatron.train.resolve import build_recipe
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return build_recipe(recipe_tree(tmp_path))[1]
+
+
+def everything(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def take(folder, tree, *, resume=True):
+    check_folder(folder, tree, resume=resume)
+    claim_folder(folder, tree, resume=resume)
+
+
+def test_looking_at_a_new_folder_makes_nothing_and_taking_it_writes_the_recipe(tmp_path, tree):
+    folder = tmp_path / "runs/one"
+    check_folder(folder, tree, resume=True)
+    assert not (tmp_path / "runs").exists()
+    claim_folder(folder, tree, resume=True)
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == tree
+    assert list(everything(tmp_path / "runs")) == [(folder / "recipe.yaml").relative_to(tmp_path / "runs")]
+
+
+def test_the_same_recipe_goes_on_and_may_choose_machines_anew(tmp_path, tree):
+    take(tmp_path / "run", tree)
+    (tmp_path / "run/checkpoints").mkdir()
+    (tmp_path / "run/checkpoints/latest").write_text("step-1")
+    again = {**tree, "device": "auto", "batch": {**tree["batch"], "microbatch": 1}}
+    take(tmp_path / "run", again)
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-1"
+    assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text()) == again
+
+
+def test_the_run_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_path, tree):
+    take(tmp_path / "run", tree)
+    before = everything(tmp_path)
+    other = {**tree, "seed": 5, "device": "auto", "data": {**tree["data"], "train": "elsewhere"}}
+    with pytest.raises(CheckpointError) as caught:
+        check_folder(tmp_path / "run", other, resume=True)
+    assert str(caught.value).splitlines() == [
+        f"folder: {tmp_path / 'run'} holds the run of another recipe:",
+        f"  data.train: {tree['data']['train']!r} -> 'elsewhere'",
+        "  seed: 3 -> 5",
+        "use another folder=, the old values, or --fresh to discard the old run",
+    ]
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "seed: 3", "a: [", "student: 3\nteachers: 4\nbatch: 5"])
+def test_a_damaged_recipe_in_the_folder_is_refused(tmp_path, tree, content):
+    take(tmp_path / "run", tree)
+    (tmp_path / "run/recipe.yaml").write_text(content)
+    with pytest.raises(
+        CheckpointError, match=r"another recipe:\n  recipe.yaml cannot be read as one\n.*--fresh"
+    ):
+        check_folder(tmp_path / "run", tree, resume=True)
+
+
+def test_fresh_discards_what_runs_leave_and_nothing_else(tmp_path, tree):
+    take(tmp_path / "run", tree)
+    for name in (
+        "checkpoints/step-1/x",
+        "model/config.json",
+        "tensorboard/events",
+        "wandb/run/x",
+        "mine/notes",
+    ):
+        (tmp_path / "run" / name).parent.mkdir(parents=True)
+        (tmp_path / "run" / name).write_text("x")
+    for name in ("metrics.jsonl", "result.json", "notes.txt"):
+        (tmp_path / "run" / name).write_text("x")
+    other = {**tree, "seed": 5}
+    check_folder(tmp_path / "run", other, resume=False)
+    assert len(everything(tmp_path / "run")) == 9, "looking discards nothing"
+    claim_folder(tmp_path / "run", other, resume=False)
+    assert sorted(map(str, everything(tmp_path / "run"))) == ["mine/notes", "notes.txt", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("name", ["model", "checkpoints", "result.json"])
+def test_files_under_our_names_that_no_run_wrote_are_not_touched(tmp_path, tree, name, resume):
+    (tmp_path / "mine" / name).mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=rf"^folder: .*mine holds {name} but no recipe\.yaml.*; choose another"
+    ):
+        check_folder(tmp_path / "mine", tree, resume=resume)
+    assert (tmp_path / "mine" / name).is_dir()
+
+
+def test_places_where_no_folder_can_be_are_refused(tmp_path, tree):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file/run/one"):
+        with pytest.raises(
+            ConfigError, match=rf"^folder: {folder} cannot be used: .*file .*; choose another"
+        ):
+            check_folder(folder, tree, resume=True)
+        with pytest.raises(ConfigError, match=rf"^folder: {folder} cannot be used: .*; choose another"):
+            claim_folder(folder, tree, resume=True)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_result_replaces_the_old_one_whole(tmp_path):
+    write_result(tmp_path, {"seconds": 1.0})
+    write_result(tmp_path, {"seconds": 2.0})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"seconds": 2.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
