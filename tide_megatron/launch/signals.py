@@ -73,9 +73,11 @@ def heard_by(hear: Callable[[int], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Keep stop signals pending while the block runs; processes started inside inherit the hold.
+    """Keep stop signals from this thread while the block runs; processes started inside inherit the hold.
 
-    So a Ctrl-C during start-up neither prints a traceback from a half-imported rank nor gets lost.
+    So a Ctrl-C during start-up neither prints a traceback from a half-imported rank nor gets lost. Threads
+    that libraries started in this process may still take one; whoever starts ranks passes on what came
+    meanwhile.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

@@ -75,11 +75,11 @@ def test_another_thread_hears_nothing_and_breaks_nothing():
 def test_held_signals_come_later_and_are_not_lost():
     with watch_signals() as stop:
         with signals_held():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
             assert not stop.requested
         assert stop.reason == "SIGTERM"
     with watch_signals() as stop, signals_held():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
         release_signals()
         assert stop.reason == "SIGTERM"
 
