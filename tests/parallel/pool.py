@@ -31,7 +31,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-START_SECONDS, GRACE_SECONDS = 120.0, 2.0
+START_SECONDS, GRACE_SECONDS = 180.0, 2.0
 
 
 class RankFailure(AssertionError):
@@ -46,7 +46,7 @@ class Pool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_seconds: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
         """Call `function(*args)` on every rank and return the results in rank order.
 
         Raises:
