@@ -4,6 +4,7 @@ The models have two layers and random weights that are large enough for logits t
 share one tokenizer; the teacher is called `moe`. Nothing here needs torch.distributed.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -39,9 +40,13 @@ def write_tiny_run(
     for name, first, number in (("train", 0, samples), ("held_out", samples, held_out)):
         chats = write_chats(folder / f"{name}.jsonl", [_pair(n) for n in range(first, first + number)])
         prepare([chats], tokenizer, folder / "data" / name, max_length=128, show_progress=False)
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(recipe_tree(folder), sort_keys=False), encoding="utf-8")
-    return file
+    return _write_recipe(folder)
+
+
+def copy_tiny_run(file: Path, folder: Path) -> Path:
+    """Copy the run of a recipe's file into another folder, to be broken there; return its recipe's file."""
+    shutil.copytree(file.parent, folder)
+    return _write_recipe(folder)
 
 
 def recipe_tree(folder: Path) -> dict:
@@ -122,6 +127,12 @@ def write_model(folder: Path, config: dict, *, seed: int) -> Path:
     write_folder(folder, config, tensors)
     write_tokenizer(folder)
     return folder
+
+
+def _write_recipe(folder: Path) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(recipe_tree(folder), sort_keys=False), encoding="utf-8")
+    return file
 
 
 def _pair(number: int) -> tuple[str, str]:

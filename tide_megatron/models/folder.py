@@ -150,7 +150,9 @@ def _weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(set(places.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(missing)}")
+        raise CheckpointError(
+            f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(missing)}; download it whole"
+        )
     return files
 
 
