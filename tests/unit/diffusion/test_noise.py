@@ -181,6 +181,13 @@ def test_a_draw_equal_to_the_probability_stays_visible():
     assert noised.hidden.tolist() == [[True, True, False, False], [False] * 4]
 
 
+def test_a_draw_equal_to_the_probability_leaves_the_token_visible():
+    """Draws lie in [0, 1), so `<` hides with exactly the probability; at t = 0 nothing may be hidden."""
+    draws = torch.tensor([0.5, 0.0]), torch.tensor([[0.5, 0.5 - 2**-24], [0.0, 0.0]])
+    noised = Noiser(seed=1, time_epsilon=0.0)(batch_of([0, 1], length=2), draws)
+    assert noised.hidden.tolist() == [[False, True], [False, False]]
+
+
 def test_share_of_hidden_tokens_follows_the_schedule():
     batch = batch_of(range(64), length=512)
     for schedule in (Noiser(seed=3), Noiser(seed=3, schedule=Cosine())):

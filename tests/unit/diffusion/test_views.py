@@ -90,3 +90,12 @@ def test_maskable_is_what_labels_allow():
         reply_bytes=example.reply_bytes,
     )
     assert other.maskable.tolist() == [[False, True, True, True], [True] * 4]
+
+
+def test_lengths_reach_to_the_last_maskable_token():
+    batch = noised().batch
+    labels = torch.tensor([[IGNORED, 11, IGNORED, IGNORED], [20, IGNORED, IGNORED, 23]])
+    fields = {**vars(batch), "labels": labels}
+    assert Batch(**fields).lengths.tolist() == [2, 4]
+    nothing = Batch(**{**fields, "labels": torch.full_like(labels, IGNORED)})
+    assert nothing.lengths.tolist() == [0, 0]
