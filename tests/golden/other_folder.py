@@ -92,6 +92,55 @@ def midrange(time: Tensor) -> Tensor:
     return torch.exp(-((time - 0.5) ** 2) / (2 * 0.15**2))
 
 
+_COMMON = {
+    "temperature": 3.0,
+    "shared_vocab_size": 8,
+    "lambda_init": 0.2,
+    "lambda_max": 0.7,
+    "max_steps": 11,
+}
+_VARIED = [
+    {
+        "axis_mode": axis,
+        "lambda_decay": growth,
+        "timestep_weight": weight,
+        "step": step,
+        "entropy_weights": dead,
+    }
+    for axis, growth, weight, step, dead in (
+        ("both", "cosine", "uniform", 4, False),
+        ("training_only", "linear", "midrange", 9, False),
+        ("timestep_only", "cosine", "midrange", 0, True),
+    )
+]
+TIDAL_CASES: list[dict[str, Any]] = [{"id": number, **_COMMON, **case} for number, case in enumerate(_VARIED)]
+TIDAL_DEFAULTS = {
+    "temperature": 2.0,
+    "shared_vocab_size": 13,
+    "lambda_decay": "cosine",
+    "lambda_init": 0.1,
+    "lambda_max": 0.9,
+}
+TIDAL_NAMED = {
+    "lam0": {
+        "axis_mode": "training_only",
+        "lambda_init": 0.0,
+        "lambda_max": 0.0,
+        "step": 5,
+        "max_steps": 10,
+    },
+    "lam1": {
+        "axis_mode": "training_only",
+        "lambda_init": 1.0,
+        "lambda_max": 1.0,
+        "step": 5,
+        "max_steps": 10,
+    },
+    "bf16": {"axis_mode": "both", "timestep_weight": "midrange", "step": 37, "max_steps": 100},
+    "mixed": {"axis_mode": "both", "timestep_weight": "midrange", "step": 37, "max_steps": 100},
+}
+
+
 def write_tidal(path: Path, generator: torch.Generator) -> None:
     """Two samples of seven positions over 13 ids; T = 3, steps of 11."""
     student, teacher = draw(generator, 2, 7, 13), draw(generator, 2, 7, 13)
@@ -105,58 +154,11 @@ def write_tidal(path: Path, generator: torch.Generator) -> None:
         "entropy_weights": entropy,
         "emptymask_loss": 0.0,
     }
-    common = {
-        "temperature": 3.0,
-        "shared_vocab_size": 8,
-        "lambda_init": 0.2,
-        "lambda_max": 0.7,
-        "max_steps": 11,
-    }
-    varied = [
-        {
-            "axis_mode": axis,
-            "lambda_decay": growth,
-            "timestep_weight": weight,
-            "step": step,
-            "entropy_weights": dead,
-        }
-        for axis, growth, weight, step, dead in (
-            ("both", "cosine", "uniform", 4, False),
-            ("training_only", "linear", "midrange", 9, False),
-            ("timestep_only", "cosine", "midrange", 0, True),
-        )
-    ]
-    cases: list[dict[str, Any]] = [{"id": number, **common, **case} for number, case in enumerate(varied)]
-    defaults = {
-        "temperature": 2.0,
-        "shared_vocab_size": 13,
-        "lambda_decay": "cosine",
-        "lambda_init": 0.1,
-        "lambda_max": 0.9,
-    }
-    named = {
-        "lam0": {
-            "axis_mode": "training_only",
-            "lambda_init": 0.0,
-            "lambda_max": 0.0,
-            "step": 5,
-            "max_steps": 10,
-        },
-        "lam1": {
-            "axis_mode": "training_only",
-            "lambda_init": 1.0,
-            "lambda_max": 1.0,
-            "step": 5,
-            "max_steps": 10,
-        },
-        "bf16": {"axis_mode": "both", "timestep_weight": "midrange", "step": 37, "max_steps": 100},
-        "mixed": {"axis_mode": "both", "timestep_weight": "midrange", "step": 37, "max_steps": 100},
-    }
     rounded = student.bfloat16().double(), teacher.bfloat16().double()
     arrays |= {"bf16_student_logits": rounded[0], "bf16_teacher_logits": rounded[1]}
     inputs = {"bf16": rounded, "mixed": (student, rounded[1])}
-    for tag, case in [(f"case{case['id']}", case) for case in cases] + list(named.items()):
-        whole = {**defaults, **case}
+    for tag, case in [(f"case{case['id']}", case) for case in TIDAL_CASES] + list(TIDAL_NAMED.items()):
+        whole = {**TIDAL_DEFAULTS, **case}
         ours, theirs = inputs.get(tag, (student, teacher))
         leaf = ours.clone().requires_grad_(True)
         share = share_of(whole, time.double())
@@ -167,7 +169,7 @@ def write_tidal(path: Path, generator: torch.Generator) -> None:
         loss.backward()
         grad = leaf.grad.bfloat16().double() if tag == "bf16" else leaf.grad
         arrays |= {f"{tag}_loss": loss, f"{tag}_grad": grad}
-    save(path, {**arrays, "cases_json": cases})
+    save(path, {**arrays, "cases_json": TIDAL_CASES})
 
 
 def write_calm(path: Path, generator: torch.Generator) -> None:

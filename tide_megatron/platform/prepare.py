@@ -27,7 +27,9 @@ def prepare_platform() -> Platform:
     Must come before the first import of megatron-core: importing `tide_megatron.platform` calls it.
     """
     # megatron-core repeats this in every module that it imports; `torch_adam_repaired` says it once.
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).* not installed")
+    warnings.filterwarnings(
+        "ignore", message=".*(Apex|Transformer Engine|transformer_engine).* not installed"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each other missing accelerator warns at import as well
         redirected = redirect_cuda()
