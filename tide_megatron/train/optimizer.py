@@ -108,7 +108,8 @@ def update(optimizer: Any, options: Optimizer, clock: Clock, *, finite: bool) ->
                 parameters = part.get_parameters()
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, options.clip_norm, norm)
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:  # megatron leaves the multipliers to whoever sets the rate
             group["lr"] = rate * group.get("lr_mult", 1.0)
+            group["weight_decay"] = options.weight_decay * group.get("wd_mult", 1.0)
         optimizer.step_with_ready_grads()
     return Update(applied=applied, grad_norm=norm, learning_rate=rate)
