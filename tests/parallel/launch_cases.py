@@ -32,7 +32,8 @@ def one_bad_file(folder, *, device, stop):
 
 
 def add_then_fail(folder, *, device, stop):
-    print("together", add_ranks(folder, device=device, stop=stop), flush=True)
+    # One write: torchrun's ranks share an unbuffered stdout, and pieces would mix.
+    print(f"together {add_ranks(folder, device=device, stop=stop)}\n", end="", flush=True)
     one_bad_file(folder, device=device, stop=stop)
 
 

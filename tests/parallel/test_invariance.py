@@ -49,7 +49,7 @@ def run_steps(recipe_file, folder, expert, microbatch, words, steps):
     for _ in range(steps):
         result = train_step(parts.run, parts.loader.update(clock.consumed), clock)
         seen.append([result.objective, result.update.grad_norm, *result.terms.values(), result.hidden])
-        assert result.objective > 1 < result.update.grad_norm, (
+        assert min(result.objective, result.update.grad_norm) > 0.05, (
             "the absolute tolerance must not matter for these"
         )
         clock = clock.after_step(applied=result.update.applied, samples=parts.loader.update_samples)

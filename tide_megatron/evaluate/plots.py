@@ -61,7 +61,9 @@ def plot_noise_levels(scores: Scores, reference: str, path: Path, *, compared: S
     _save(figure, path)
 
 
-def plot_training(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+def plot_training(
+    records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, order: Sequence[str] = ()
+) -> None:
     """Draw what happened while training: a loss on the left, held-out NLL per byte on the right, into a PNG.
 
     The loss is the first term that all runs have, for objectives of different runs are not comparable;
@@ -70,11 +72,14 @@ def plot_training(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     Args:
         records: run name -> `read_records`.
         path: file to write.
+        order: all names of the report, whose places give the colours; default: the records'.
     """
+    order = order or list(records)
     name = _common_term(records)
     has_scores = any(record["kind"] == "evaluate" for run in records.values() for record in run)
     figure, axes = _figure(10.0 if has_scores else 5.5, 4.0, 2 if has_scores else 1)
-    for index, run in enumerate(records.values()):
+    for who, run in records.items():
+        index = order.index(who)
         points = [
             (record["step"], record[name]) for record in run if record["kind"] == "train" and record.get(name)
         ]
@@ -95,12 +100,12 @@ def plot_training(records: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if has_scores:
         _label(axes[1], "updates", "held-out NLL, nats per byte")
-    _legend(figure, list(records))
+    _legend(figure, list(records), order)
     _save(figure, path)
 
 
 def plot_differences(
-    differences: Mapping[str, Difference], reference: str, path: Path, *, first_index: int = 1
+    differences: Mapping[str, Difference], reference: str, path: Path, *, order: Sequence[str] = ()
 ) -> None:
     """Draw each run's paired difference to the reference with its 95 % interval, into a PNG.
 
@@ -108,14 +113,14 @@ def plot_differences(
         differences: run name -> difference in nats per byte, negative is better.
         reference: name of the run they are differences to.
         path: file to write.
-        first_index: place of the first run among all runs, for its colour.
+        order: all names of the report, whose places give the colours; default: the differences'.
     """
+    order = order or list(differences)
     figure, (axis,) = _figure(7.0, 1.3 + 0.5 * len(differences), 1)
     axis.axvline(0.0, color="#666666", linewidth=1.0)
-    for row, difference in enumerate(differences.values()):
+    for row, (who, difference) in enumerate(differences.items()):
         low, high = difference.ci95
-        index = row + first_index
-        style = _style(index)
+        style = _style(order.index(who))
         axis.errorbar(
             difference.mean,
             row,
@@ -136,7 +141,8 @@ def plot_differences(
     axis.set_yticks(range(len(differences)), list(differences))
     axis.set_ylim(len(differences) - 0.5, -0.7)
     axis.margins(x=0.15)
-    _label(axis, f"difference to {reference}, nats per byte (left is better; bars: 95 % interval)", "")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    _label(axis, f"difference to {reference}, nats/byte (left is better)", "")
     axis.grid(axis="y", visible=False)
     _save(figure, path)
 
@@ -203,9 +209,10 @@ def _label(axis: Axes, horizontal: str, vertical: str) -> None:
     axis.set_ylabel(vertical)
 
 
-def _legend(figure: Figure, names: Sequence[str]) -> None:
+def _legend(figure: Figure, names: Sequence[str], order: Sequence[str] = ()) -> None:
     """Name the runs once for all panels, below them."""
-    handles = [Line2D([], [], label=name, **_style(index)) for index, name in enumerate(names)]
+    order = order or names
+    handles = [Line2D([], [], label=name, **_style(order.index(name))) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
 
 

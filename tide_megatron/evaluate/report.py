@@ -82,6 +82,7 @@ class Report:
         """Write `report.md` and its PNG files into a folder and return the path of `report.md`."""
         folder.mkdir(parents=True, exist_ok=True)
         differences = differences_to(self.scores, self.reference)
+        order = [*self.scores, *self.teachers]
         table = comparison_table(self.scores, self.reference, teachers=self.teachers)
         parts = [f"# {self.title}", f"## {table.title}", table.markdown()]
         parts += list(self.notes)
@@ -94,7 +95,7 @@ class Report:
                 f"Differences to {self.reference} are paired over {pairs} samples, with 95 % t intervals: "
                 "they speak about other samples, not about other seeds or base models."
             )
-            plot_differences(differences, self.reference, folder / "differences.png")
+            plot_differences(differences, self.reference, folder / "differences.png", order=order)
             parts.append("![paired differences](differences.png)")
         by_time = {
             name: score for name, score in {**self.scores, **self.teachers}.items() if score.get("by_time")
@@ -106,7 +107,7 @@ class Report:
             parts.append("## By noise level\n\n![scores by noise level](noise_levels.png)")
         if self.run_folders:
             records = {name: read_records(path) for name, path in self.run_folders.items()}
-            plot_training(records, folder / "training.png")
+            plot_training(records, folder / "training.png", order=order)
             parts.append("## Training\n\n![training curves](training.png)")
         if self.samples:
             parts.append("## Samples")
