@@ -1,6 +1,7 @@
 """The run folder: whose it is, when it is taken, and that nothing of somebody else's is touched."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -110,6 +111,12 @@ def test_places_where_no_folder_can_be_are_refused(tmp_path, tree):
         with pytest.raises(ConfigError, match=rf"^folder: {folder} cannot be used: .*; choose another"):
             claim_folder(folder, tree, resume=True)
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, tree, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write everywhere
+    with pytest.raises(ConfigError, match=rf"^folder: .*run cannot be used: {tmp_path} cannot be written to"):
+        check_folder(tmp_path / "run", tree, resume=True)
 
 
 def test_a_result_replaces_the_old_one_whole(tmp_path):

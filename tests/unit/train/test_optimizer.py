@@ -177,7 +177,8 @@ def small_updates(options):
     return float(student.model.decoder.final_layernorm.weight.detach().float().mean())
 
 
-def test_bf16_weights_have_masters_that_keep_updates_below_their_resolution(pool):
-    options = {**ADAMW, "learning_rate": 0.001}
+@pytest.mark.parametrize("distributed", [True, False])
+def test_bf16_weights_have_masters_that_keep_updates_below_their_resolution(pool, distributed):
+    options = {**ADAMW, "learning_rate": 0.001, "distributed": distributed}
     (value,) = pool(1).run(small_updates, options)
     assert value == pytest.approx(1 - 0.016, abs=0.004)  # one update is a quarter of bf16's step below 1

@@ -56,7 +56,9 @@ def run_check(monkeypatch, samples, nll, choice, held_out=True):
         mask_id=3,
     )
     parts = SimpleNamespace(
-        held_out=samples if held_out else None, loader=samples, run=SimpleNamespace(teachers={"big": teacher})
+        held_out=samples if held_out else None,
+        loader=None if held_out else samples,
+        run=SimpleNamespace(teachers={"big": teacher}),
     )
     layout = Layout(expert=4)
     recipe = SimpleNamespace(teachers={"big": SimpleNamespace(sanity=choice, layout=layout)})
