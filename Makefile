@@ -4,7 +4,7 @@
 #   make quickstart          distil a small student from an expert-parallel teacher on 4 CPU ranks (about 5 minutes)
 #   make test                all tests but the slow ones
 #   make check               format, lint, strict types, layer contract, house rules
-#   make faults              spoil the code on purpose in a copy: do the tests notice? (about 10 minutes)
+#   make faults              spoil the code on purpose in a copy: do the tests notice? (about 5 minutes)
 #
 # Variables: PYTHON (interpreter to build with), VENV, TORCH (what to install as torch), TORCH_INDEX (where the CPU
 # build of torch is looked for when the configured index does not offer it).
