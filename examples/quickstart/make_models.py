@@ -11,6 +11,7 @@ follows the installed versions of the sources: on other versions a check compare
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -29,6 +30,9 @@ from tide_megatron.evaluate.score import Question, score_folder
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import digest, load_recipe
+
+# Read when a rank starts. Models this small lose more at the barriers of two threads than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MODELS = Path("examples/quickstart/models")
 CARD = MODELS / "card.json"

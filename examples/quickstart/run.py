@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from tide_megatron.evaluate.score import Question, score_folder
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import load_recipe
+
+# Read when a rank starts. Models this small lose more at the barriers of two threads than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 RECIPE = Path("configs/runs/quickstart.yaml")
 OUT = Path("runs/quickstart")
@@ -97,8 +101,8 @@ def main(full: bool = False) -> None:
     if any(not outcome.result["finished"] for outcome in outcomes):
         raise typer.Exit(1)
     question = Question(data=data / "test", context=CONTEXT, samples=512)
-    teacher = run_ranks(score_folder, (MODELS / "teacher", question), 1, "cpu")
-    base = run_ranks(score_folder, (MODELS / "student", question), 1, "cpu")
+    teacher = run_ranks(score_folder, (MODELS / "teacher", question), RANKS, "cpu")
+    base = run_ranks(score_folder, (MODELS / "student", question), RANKS, "cpu")
     summary = summarise(first, teacher, seeds, outcomes, time.monotonic() - began)
     (OUT / "result.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     scores = {"base student": base, **first}
