@@ -30,6 +30,8 @@ def prepare_platform() -> Platform:
     warnings.filterwarnings(
         "ignore", message=".*(Apex|Transformer Engine|transformer_engine).* not installed"
     )
+    # Said of megatron-core's own default; nothing of ours can heed it.
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each other missing accelerator warns at import as well
         redirected = redirect_cuda()
