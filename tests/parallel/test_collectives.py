@@ -104,15 +104,16 @@ def count_traffic():
         gathered = [torch.empty(3) for _ in range(2)]
         dist.all_gather(gathered, ours[:3])
         dist.all_to_all_single(torch.empty(4), ours[:4])
+        dist.monitored_barrier()
         _ = ours * 2
     sum_over(ours)
     return dict(traffic.bytes), dict(traffic.calls)
 
 
 def test_traffic_counts_what_is_handed_over_inside_the_block(pool):
-    # Two sums of 6 numbers in 4 and 2 bytes; a gather of 3 and an exchange of 4 numbers in 4 bytes.
+    # Sums of 6 numbers in 4 and 2 bytes; a gather of 3, an exchange of 4 numbers in 4 bytes; a call of nothing.
     expected = (
-        {"allreduce": 36, "allgather": 12, "alltoall_base": 16},
-        {"allreduce": 2, "allgather": 1, "alltoall_base": 1},
+        {"allreduce": 36, "allgather": 12, "alltoall_base": 16, "monitored_barrier": 0},
+        {"allreduce": 2, "allgather": 1, "alltoall_base": 1, "monitored_barrier": 1},
     )
     assert pool(2).run(count_traffic) == [expected] * 2
