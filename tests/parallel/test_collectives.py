@@ -111,7 +111,7 @@ def count_traffic():
 
 
 def test_traffic_counts_what_is_handed_over_inside_the_block(pool):
-    # Sums of 6 numbers in 4 and 2 bytes; a gather of 3, an exchange of 4 numbers in 4 bytes; a call of nothing.
+    # Sums of 6 numbers in 4 and 2 bytes; a gather of 3, an exchange of 4 numbers of 4 bytes; one of nothing.
     expected = (
         {"allreduce": 36, "allgather": 12, "alltoall_base": 16, "monitored_barrier": 0},
         {"allreduce": 2, "allgather": 1, "alltoall_base": 1, "monitored_barrier": 1},
