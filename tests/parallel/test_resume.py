@@ -1,6 +1,7 @@
 """A run that was stopped and started anew goes on bit for bit, across the end of an epoch."""
 
 import json
+import shutil
 
 from tide_megatron.platform.distributed import seed_all
 
@@ -80,3 +81,15 @@ def test_another_recipe_and_a_damaged_checkpoint_are_refused(pool, tmp_path):
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     with pytest.raises(Exception, match=f"{CheckpointError.__name__}(.|\n)*cannot be loaded"):
         pool(1).run(run, tiny, folder, 1, 1000, 1)
+
+
+def test_a_disk_that_refuses_ends_all_ranks_with_one_message(pool, tmp_path):
+    tiny = write_tiny_run(tmp_path / "tiny")
+    folder = tmp_path / "run"
+    pool(2).run(run, tiny, folder, 2, 0, 1)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").write_text("in the way")
+    with pytest.raises(
+        Exception, match=r"rank 0(.|\n)*cannot be written \((.|\n)*rank 1(.|\n)*cannot be written \("
+    ):
+        pool(2).run(run, tiny, folder, 2, 1, 1)

@@ -23,6 +23,7 @@ from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import AttentionPlan, choose_kernel, rotary_frequencies
 from tide_megatron.models.spec import Options, block_spec, transformer_config
 from tide_megatron.models.weights import Shard
+from tide_megatron.parallel.layout import Layout
 
 
 class TideModel(GPTModel):  # type: ignore[misc]
@@ -83,14 +84,7 @@ def build_model(architecture: Architecture, groups: ProcessGroupCollection, opti
     Raises:
         ConfigError: for a layout axis that models do not have yet.
     """
-    layout = options.layout
-    for axis, size in (("tensor", layout.tensor), ("pipeline", layout.pipeline)):
-        if size > 1:
-            raise ConfigError(
-                f"layout.{axis}: {size} is not available yet; use {axis}=1 and expert parallelism"
-            )
-    if layout.expert_tensor > 1:
-        raise ConfigError(f"layout.expert_tensor: {layout.expert_tensor} is not available yet; use 1")
+    check_available(options.layout)
     model = TideModel(architecture, groups, options)
     model.to(options.device.torch_device)
     for name, parameter in model.named_parameters():
@@ -104,3 +98,17 @@ def build_model(architecture: Architecture, groups: ProcessGroupCollection, opti
         model.requires_grad_(False)
     model.train(options.trainable)
     return model
+
+
+def check_available(layout: Layout) -> None:
+    """Refuse the axes that models do not have yet.
+
+    Raises:
+        ConfigError: naming the axis.
+    """
+    for axis in ("tensor", "pipeline", "expert_tensor"):
+        size = getattr(layout, axis)
+        if size > 1:
+            raise ConfigError(
+                f"layout.{axis}: {size} is not available yet; use {axis}=1 and expert parallelism"
+            )

@@ -6,8 +6,10 @@ What cannot work (layouts, vocabularies, schedules) is refused before any weight
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import tide_megatron.platform  # noqa: F401 - before megatron
@@ -24,7 +26,7 @@ from tide_megatron.diffusion.schedule import SCHEDULES
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.shared_vocabulary import SharedVocabulary
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.build import TideModel, build_model
+from tide_megatron.models.build import TideModel, build_model, check_available
 from tide_megatron.models.convert import draw_weights, load_model, read_architecture
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import Options
@@ -107,20 +109,21 @@ def open_loader(recipe: Recipe, folder: str, tokenizer: Tokenizer) -> Loader:
     """Open a prepared data folder for this rank; refuse one that was made with another tokenizer."""
     samples, accumulate = recipe.batch.accumulation(dist.get_world_size())
     context: Context = recipe.student.context
-    return Loader(
-        columns=Columns(Path(folder), tokenizer_digest=tokenizer.digest),
-        samples=samples,
-        accumulate=accumulate,
-        ranks=(dist.get_rank(), dist.get_world_size()),
-        seed=recipe.seed,
-        block_size=1 if context.kind == "bidirectional" else context.block_size,
-        fixed_length=recipe.data.fixed_length,
-    )
+    with _under("data"):
+        return Loader(
+            columns=Columns(Path(folder), tokenizer_digest=tokenizer.digest),
+            samples=samples,
+            accumulate=accumulate,
+            ranks=(dist.get_rank(), dist.get_world_size()),
+            seed=recipe.seed,
+            block_size=1 if context.kind == "bidirectional" else context.block_size,
+            fixed_length=recipe.data.fixed_length,
+        )
 
 
 def check_layout(choice: Model, architecture: Architecture, world: int, key: str) -> None:
     """Refuse a layout that cannot be, naming the key of the model it belongs to."""
-    try:
+    with _under(key):
         choice.layout.check(
             world,
             heads=architecture.heads,
@@ -128,6 +131,14 @@ def check_layout(choice: Model, architecture: Architecture, world: int, key: str
             experts=architecture.num_experts,
             layers=architecture.layers,
         )
+        check_available(choice.layout)
+
+
+@contextlib.contextmanager
+def _under(key: str) -> Iterator[None]:
+    """Put the key of the recipe's part before what a lower layer says of its field."""
+    try:
+        yield
     except ConfigError as fault:
         raise ConfigError(f"{key}.{fault}") from None
 
@@ -160,10 +171,8 @@ def _check_terms(recipe: Recipe, plans: dict[str, _Plan]) -> None:
         teacher = plans[loss.teacher]
         limit = min(student.architecture.vocabulary, teacher.architecture.vocabulary)
         if isinstance(loss, SharedVocabulary):
-            try:
+            with _under(f"losses.{name}"):
                 limit = loss.columns(student.architecture.vocabulary, teacher.architecture.vocabulary)
-            except ConfigError as fault:
-                raise ConfigError(f"losses.{name}.{fault}") from None
         limit = min(limit, max(student.tokenizer.vocabulary_size, teacher.tokenizer.vocabulary_size))
         require_shared(student.tokenizer, teacher.tokenizer, limit, f"losses.{name}")
 

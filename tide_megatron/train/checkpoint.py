@@ -8,10 +8,12 @@ any moment leaves either the old state or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.parallel.collectives import barrier, is_first
+from tide_megatron.parallel.collectives import fail_together, is_first
 from tide_megatron.train.resolve import Tree, difference, digest, mathematics
 from tide_megatron.train.student import Student
 
@@ -31,44 +33,76 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The one optimizer format both supported megatron-core lines can save, load and reshard."""
 
 
-def save_checkpoint(folder: Path, student: Student, clock: Clock, tree: Tree, keep: int) -> Path:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a checkpoint belongs to."""
+
+    recipe: Tree
+    """The resolved recipe."""
+    data: str
+    """Digest of the training data's manifest."""
+
+
+def save_checkpoint(folder: Path, student: Student, clock: Clock, origin: Origin, keep: int) -> Path:
     """Write `folder/step-N`, then point `latest` at it. All ranks call it together.
 
     Args:
         folder: the run's checkpoint folder.
         student: model and optimizer.
         clock: where the run stands.
-        tree: the resolved recipe.
+        origin: recipe and data.
         keep: how many of the newest checkpoints stay.
 
     Returns:
         The finished checkpoint's folder.
+
+    Raises:
+        CheckpointError: on every rank, when the disk refuses; older checkpoints stay as they are.
     """
     final = folder / f"step-{clock.step:08d}-{clock.consumed:012d}"
     partial = folder / f"{final.name}.partial"
-    if is_first():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    dist_checkpointing.save(_state(student, is_loading=False), str(partial), content_metadata=dict(SHARDING))
-    barrier()
-    if is_first():
-        facts = {
-            "clock": dataclasses.asdict(clock),
-            "recipe": tree,
-            "megatron_core": version("megatron-core"),
-        }
-        (partial / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        _make_durable(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _point_latest(folder, final.name)
-        for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
-            if old != final:
-                shutil.rmtree(old, ignore_errors=True)
-    barrier()
+    with fail_together(), _disk(partial):
+        if is_first():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    with _disk(partial):
+        state = _state(student, is_loading=False)
+        dist_checkpointing.save(state, str(partial), content_metadata=dict(SHARDING))
+    with fail_together(), _disk(partial):
+        if is_first():
+            _finish(partial, final, clock, origin)
+            for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _finish(partial: Path, final: Path, clock: Clock, origin: Origin) -> None:
+    """Complete a checkpoint on rank 0: facts, durability, name, `latest`."""
+    facts = {
+        "clock": dataclasses.asdict(clock),
+        "recipe": origin.recipe,
+        "data": origin.data,
+        "megatron_core": version("megatron-core"),
+    }
+    (partial / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    _make_durable(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _point_latest(final.parent, final.name)
+
+
+@contextlib.contextmanager
+def _disk(partial: Path) -> Iterator[None]:
+    """Say in one line that writing failed, whatever a library raised."""
+    try:
+        yield
+    except (Exception, CheckpointException) as fault:
+        raise CheckpointError(
+            f"{partial}: cannot be written ({_last_line(fault)}); make room or choose another folder=, then "
+            "start again: the run goes on from its last whole checkpoint"
+        ) from fault
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -90,29 +124,36 @@ def find_checkpoint(folder: Path) -> Path | None:
     return found
 
 
-def read_facts(found: Path, tree: Tree) -> Clock:
+def read_facts(found: Path, origin: Origin) -> Clock:
     """Return the clock of a checkpoint after checking that it belongs to this recipe.
 
     Args:
         found: a checkpoint folder.
-        tree: the resolved recipe that wants to go on from it.
+        origin: recipe and data that want to go on from it.
 
     Raises:
-        CheckpointError: another recipe (all differing keys are named), or a newer megatron-core wrote it.
+        CheckpointError: another recipe (all differing keys are named) or other data, or a newer megatron-core
+            wrote it.
     """
     try:
         facts = json.loads((found / "state.json").read_text(encoding="utf-8"))
         clock, old, wrote = Clock(**facts["clock"]), facts["recipe"], str(facts["megatron_core"])
-        is_same = digest(old) == digest(tree)
+        data, is_same = facts["data"], digest(old) == digest(origin.recipe)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(
             f"{found / 'state.json'}: not readable ({fault}); choose another checkpoint"
         ) from None
     if not is_same:
-        changed = "\n  ".join(difference(mathematics(old), mathematics(tree)))
+        changed = "\n  ".join(difference(mathematics(old), mathematics(origin.recipe)))
         raise CheckpointError(
             f"{found} belongs to another recipe:\n  {changed}\n"
             "use another folder=, the old values, or --fresh to discard the old run"
+        )
+    if data != origin.data:
+        where = origin.recipe["data"]["train"]
+        raise CheckpointError(
+            f"{found}: data.train {where} was prepared anew since, so the position in it means "
+            "nothing; use the old data, or another folder= or --fresh to start over"
         )
     here = version("megatron-core")
     if _line(wrote) > _line(here):

@@ -24,7 +24,13 @@ from tide_megatron.losses.tidal import Tidal
 from tide_megatron.models.convert import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.assemble import Parts, assemble
-from tide_megatron.train.checkpoint import find_checkpoint, load_checkpoint, read_facts, save_checkpoint
+from tide_megatron.train.checkpoint import (
+    Origin,
+    find_checkpoint,
+    load_checkpoint,
+    read_facts,
+    save_checkpoint,
+)
 from tide_megatron.train.folder import CHECKPOINTS, MODEL, check_folder, claim_folder, write_result
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
@@ -81,8 +87,7 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         scores = _evaluate(recipe, parts, clock, metrics)
     if scores is not None:
         result |= scores.summary()
-    tokenizer = folder / MODEL
-    save_model(parts.run.student.model, tokenizer)
+    save_model(parts.run.student.model, folder / MODEL)
     barrier()
     if is_first():
         parts.tokenizer.save(folder / MODEL)
@@ -95,7 +100,7 @@ def _start_or_resume(recipe: Recipe, tree: Tree, parts: Parts, checkpoints: Path
     """Return the latest checkpoint's clock, with the student loaded, or a fresh one. All ranks call it."""
     with fail_together():
         found = find_checkpoint(checkpoints)
-        clock = read_facts(found, tree) if found else Clock(total_steps=recipe.steps)
+        clock = read_facts(found, _origin(tree, parts)) if found else Clock(total_steps=recipe.steps)
     if found:
         load_checkpoint(found, parts.run.student)
         log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)
@@ -121,7 +126,8 @@ def _loop(
         if skipped >= MOST_SKIPPED:
             raise TideError(
                 f"{skipped} updates in a row were not finite (step {clock.step}); lower "
-                "optimizer.learning_rate or a loss weight; the last checkpoint is whole"
+                "optimizer.learning_rate or a loss weight, or look for a teacher that answers NaN; "
+                "the run goes on from its last checkpoint"
             )
         stopped = not all_agree(not stop.requested)
         if result.update.applied and not stopped:
@@ -141,10 +147,15 @@ def _loop(
     return clock, stopped
 
 
+def _origin(tree: Tree, parts: Parts) -> Origin:
+    """Say what this run's checkpoints belong to."""
+    return Origin(recipe=tree, data=parts.loader.columns.manifest.digest)
+
+
 def _save(folder: Path, parts: Parts, clock: Clock, tree: Tree, recipe: Recipe) -> int:
     """Save a checkpoint; return the position it stands at. All ranks call it."""
     with parts.run.phases("checkpoint"):
-        save_checkpoint(folder, parts.run.student, clock, tree, recipe.checkpoints.keep)
+        save_checkpoint(folder, parts.run.student, clock, _origin(tree, parts), recipe.checkpoints.keep)
     return clock.consumed
 
 
