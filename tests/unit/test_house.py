@@ -30,7 +30,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 MIN_DOCSTRING_SHARE, MAX_REPEATED_SHARE, WINDOW = 0.90, 0.05, 6
 VAGUE_NAMES = {"utils", "helpers", "common", "misc", "manager"}
 # What megatron-core imports at run time without declaring it.
-MEGATRON_NEEDS = {"numpy", "einops", "absl-py", "psutil"}
+MEGATRON_NEEDS = {"numpy", "einops", "absl-py", "psutil", "triton"}
 # Modules in megatron-core's layer-spec slots take what newer releases pass; stand-ins take what torch's do.
 OPEN_SIGNATURES = {"models/attention.py", "models/spec.py", "platform/cpu.py"}
 # The one place that must name the golden files' keys.

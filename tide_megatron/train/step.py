@@ -18,7 +18,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Batch, Noised
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.plain import head_loss
-from tide_megatron.losses.rows import Loss, Rows
+from tide_megatron.losses.rows import Loss, rows_of
 from tide_megatron.parallel.collectives import sum_over
 from tide_megatron.teachers.teacher import Teacher
 from tide_megatron.train.metrics import Phases
@@ -85,17 +85,6 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
 
 
 # ---------------------------------------------------------------------------------------------------
-
-
-def rows_of(noised: Noised) -> Rows:
-    """Describe a microbatch's hidden rows to the losses."""
-    sample, position = noised.row_index
-    return Rows(
-        gold=noised.batch.ids[sample, position],
-        sample=sample,
-        time=noised.time,
-        maskable=noised.batch.maskable.sum(dim=1),
-    )
 
 
 def count(run: Run, noised: Sequence[Noised]) -> tuple[dict[str, Tensor], int, int]:

@@ -53,6 +53,9 @@ class Student:
             pg_collection=groups,
         )
         self.optimizer = build_optimizer(options, self.wrapped, groups, model.config.params_dtype)
+        self._router_biases = [
+            buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")
+        ]
 
     def view(self, noised: Noised) -> View:
         """Build what the student reads: its own mask token, its own context."""
@@ -76,5 +79,10 @@ class Student:
 
     def update(self, clock: Clock, *, finite: bool) -> Update:
         """Sum gradients over ranks, then apply or skip them together. All ranks call it together."""
+        before = [bias.clone() for bias in self._router_biases]
         finalize_model_grads([self.wrapped], pg_collection=self.groups)
-        return update(self.optimizer, self.options, clock, finite=finite)
+        result = update(self.optimizer, self.options, clock, finite=finite)
+        if not result.applied:  # megatron has moved the biases already; a skipped step changes nothing
+            for bias, old in zip(self._router_biases, before, strict=True):
+                bias.copy_(old)
+        return result

@@ -61,9 +61,15 @@ def test_the_rate_counts_applied_updates_only():
 # --- on ranks --------------------------------------------------------------------------------------
 
 
-def student_of(config, options, *, expert=1, precision="fp32"):
+def student_of(config, options, *, expert=1, precision="fp32", router_bias_rate=0.0):
     layout = Layout(expert=expert)
-    chosen = Options(device=CPU, layout=layout, precision=Precision(precision), trainable=True)
+    chosen = Options(
+        device=CPU,
+        layout=layout,
+        precision=Precision(precision),
+        trainable=True,
+        router_bias_rate=router_bias_rate,
+    )
     model = build_model(architecture(config), make_groups(layout), chosen)
     draw_weights(model, 1)
     return Student(model, Context(kind="bidirectional"), 0, Optimizer(**options))
@@ -182,3 +188,20 @@ def test_bf16_weights_have_masters_that_keep_updates_below_their_resolution(pool
     options = {**ADAMW, "learning_rate": 0.001, "distributed": distributed}
     (value,) = pool(1).run(small_updates, options)
     assert value == pytest.approx(1 - 0.016, abs=0.004)  # one update is a quarter of bf16's step below 1
+
+
+def moved_router_biases(finite):
+    """Return how far an attempted update moved the router biases when expert 0 had all the tokens."""
+    student = student_of(MIXTURE, SGD, router_bias_rate=0.125)
+    buffers = dict(student.model.named_buffers())
+    biases = [name for name in buffers if name.endswith("expert_bias")]
+    before = [buffers[name].clone() for name in biases]
+    for name in biases:
+        buffers[name.replace("expert_bias", "local_tokens_per_expert")][0] = 100
+    push(student, 1.0, finite=finite)
+    return [float((buffers[name] - old).abs().max()) for name, old in zip(biases, before, strict=True)]
+
+
+def test_a_skipped_update_leaves_the_router_biases_where_they_were(pool):
+    assert pool(1).run(moved_router_biases, True)[0] == pytest.approx([0.125, 0.125])
+    assert pool(1).run(moved_router_biases, False)[0] == [0.0, 0.0]
