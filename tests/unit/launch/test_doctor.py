@@ -1,5 +1,6 @@
 """The doctor's judgement: what is a fault, what is only worth a note."""
 
+import importlib.metadata
 import importlib.util
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ def test_packages_and_engines_are_found_or_not(monkeypatch):
     monkeypatch.setattr(doctor, "check_ranks", lambda device: [])
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     findings = {finding.topic: finding for finding in examine("cpu")}
-    assert findings["torch"].value == torch.__version__
+    assert findings["torch"].value == importlib.metadata.version("torch")
     assert (findings["no-such-package"].value, findings["no-such-package"].verdict) == ("missing", "fault")
     assert findings["device"].value == "cpu"
     assert findings["attention"].value.startswith("structured")

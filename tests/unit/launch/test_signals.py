@@ -23,6 +23,15 @@ with signals.watch_signals() as stop:
 """
 
 
+@pytest.fixture
+def heard_hangups():
+    """Have SIGHUP heard even where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard_hangups")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_raises_the_flag_and_handlers_are_put_back(number):
     before = {each: signal.getsignal(each) for each in STOP_SIGNALS}
