@@ -20,7 +20,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 BUILT = $(VENV)/.built
 SOURCES = tide_megatron tools examples tests
 
-.PHONY: help quickstart quickstart-full quickstart-models test test-all test-312 check faults format environment clean
+.PHONY: help quickstart quickstart-full quickstart-models cross-models test test-all test-312 check faults format environment clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,6 +44,9 @@ quickstart-full: $(BUILT)
 
 quickstart-models: $(BUILT)
 	$(BIN)/python examples/quickstart/make_models.py
+
+cross-models: $(BUILT)
+	$(BIN)/python examples/cross_tokenizer/make_models.py
 
 test: $(BUILT)
 	$(BIN)/python -m pytest -m "not slow and not slurm"

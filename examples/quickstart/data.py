@@ -23,20 +23,24 @@ MAX_LENGTH = 96
 
 def ensure_data(out: Path) -> Path:
     """Build corpus and columns below `out` unless they are there and whole; return `out`."""
-    tokenizer = Tokenizer.load(TOKENIZER)
+    return ensure_columns(out, Tokenizer.load(TOKENIZER), MAX_LENGTH, text=out / "text")
+
+
+def ensure_columns(out: Path, tokenizer: Tokenizer, max_length: int, *, text: Path) -> Path:
+    """Prepare all splits below `out` from chats below `text`, which are made where they are missing."""
     missing = [name for name in SPLITS if not _is_whole(out / name, tokenizer)]
-    if missing:
+    if missing and not all((text / f"{name}.jsonl").is_file() for name in SPLITS):
         print("reading docstrings and functions from the installed sources ...", flush=True)
-        write_corpus(out / "text")
-        for name in missing:
-            prepare(
-                [out / "text" / f"{name}.jsonl"],
-                tokenizer,
-                out / name,
-                max_length=MAX_LENGTH,
-                on_long=OnLong.TRUNCATE,
-                replace=True,
-            )
+        write_corpus(text)
+    for name in missing:
+        prepare(
+            [text / f"{name}.jsonl"],
+            tokenizer,
+            out / name,
+            max_length=max_length,
+            on_long=OnLong.TRUNCATE,
+            replace=True,
+        )
     return out
 
 

@@ -12,7 +12,7 @@ Training is deterministic: one corpus gives one file, byte for byte.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -37,36 +37,50 @@ CONFIG = {
 }
 
 
-def read_turns(file: Path) -> Iterator[str]:
-    """Yield every turn of a chat file as the template shows it: role, newline, content."""
+def read_messages(file: Path) -> Iterator[dict[str, str]]:
+    """Yield every message of a chat file."""
     with file.open(encoding="utf-8") as lines:
         for line in lines:
-            for message in json.loads(line)["messages"]:
-                yield f"{message['role']}\n{message['content']}"
+            yield from json.loads(line)["messages"]
 
 
-def train_tokenizer(corpus: Path) -> tokenizers.Tokenizer:
-    """Return a byte-level BPE trained on `corpus / "train.jsonl"`."""
+def train_bpe(
+    texts: Iterable[str],
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+    *,
+    size: int,
+    special_tokens: Sequence[str] = (),
+) -> tokenizers.Tokenizer:
+    """Return a byte-level BPE of `size` entries, the special tokens first, learnt from texts."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
+        vocab_size=size,
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(read_turns(corpus / "train.jsonl"), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def write_tokenizer(tokenizer: tokenizers.Tokenizer, config: Mapping[str, object], out: Path) -> None:
+    """Write a tokenizer folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    typer.echo(f"{out}: {tokenizer.get_vocab_size()} entries")
 
 
 def main(corpus: Path, out: Path) -> None:
     """Train on CORPUS/train.jsonl and write the tokenizer folder OUT."""
-    tokenizer = train_tokenizer(corpus)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
-    (out / "tokenizer_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
-    typer.echo(f"{out}: {tokenizer.get_vocab_size()} entries")
+    # Every turn as the template shows it.
+    turns = (f"{turn['role']}\n{turn['content']}" for turn in read_messages(corpus / "train.jsonl"))
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    write_tokenizer(
+        train_bpe(turns, splitter, size=VOCABULARY_SIZE, special_tokens=SPECIAL_TOKENS), CONFIG, out
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,126 @@
+"""Make the small models that the examples ship: train, store in bf16, score, keep a card to check against.
+
+The card beside the weights states data, licences, steps, seeds and figures. Held-out text follows the
+installed versions of the sources: on other versions a check compares within a wider tolerance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import rich
+import torch
+from safetensors.torch import load_file, save_file
+
+from tide_megatron import __version__
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.evaluate.score import Question, score_folder
+from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.train.loop import train
+from tide_megatron.train.resolve import digest, load_recipe
+
+# Read when a rank starts. Models this small lose more at the barriers of two threads than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SAMPLES = 512
+TOLERANCE = 1e-3
+"""Nats per byte on the very same held-out data (other processors add up in another order)."""
+TOLERANCE_OTHER_DATA = 0.05
+"""On held-out text of other source versions."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """One model: where it lies, the recipe that makes it, and how it is scored."""
+
+    folder: Path
+    recipe: Path
+    context: Context
+    data: Path
+    """Held-out data in the model's own tokens."""
+
+    def score(self) -> dict[str, float]:
+        """Score the shipped weights."""
+        question = Question(data=self.data, context=self.context, samples=SAMPLES)
+        scores = run_ranks(score_folder, (self.folder, question), 1, "cpu")
+        return {key: scores[key] for key in ("nll_per_byte", "masked_accuracy")}
+
+    def make(self, run: Path | None) -> dict[str, Any]:
+        """Train the model (or take a finished run), ship its weights, and return its part of the card."""
+        recipe, tree = load_recipe(self.recipe, [])
+        began = time.monotonic()
+        if run is None:
+            run = Path(recipe.folder)
+            run_ranks(train, (recipe, tree, True), 1, "cpu")
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        tensors = load_file(run / "model" / "model.safetensors")
+        # A router bias stays fp32, as in the architecture's own checkpoints.
+        stored = {
+            key: value if key.endswith("expert_bias") else value.to(torch.bfloat16)
+            for key, value in tensors.items()
+        }
+        save_file(stored, self.folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copy(run / "model" / "config.json", self.folder / "config.json")
+        return {
+            "recipe": str(self.recipe),
+            "digest": digest(tree),
+            "steps": recipe.steps,
+            "samples_per_step": recipe.batch.samples,
+            "seed": recipe.seed,
+            "parameters": sum(value.numel() for value in tensors.values()),
+            "cpu_seconds": result["cpu_seconds"],
+            "made_seconds": round(time.monotonic() - began, 1),
+            **self.score(),
+        }
+
+
+def write_card(file: Path, what: str, text: Path, models: Mapping[str, Shipped], runs: Path | None) -> None:
+    """Make all models of a card (or take finished runs of their names below `runs`) and write the card."""
+    context = next(iter(models.values())).context
+    block = "" if context.kind == "bidirectional" else f", block {context.block_size}"
+    card = {
+        "what": what,
+        "licence": "Apache-2.0 (weights); training text under the licences listed with it",
+        "version": __version__,
+        "data": {
+            "sources": json.loads((text / "corpus.json").read_text(encoding="utf-8")),
+            "test_digest": _data_digest(models),
+            "scored_samples": SAMPLES,
+        },
+        "context": f"{context.kind}{block}",
+        "models": {name: model.make(runs / name if runs else None) for name, model in models.items()},
+    }
+    file.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    rich.print(f"card: {file}")
+
+
+def agrees_with_card(file: Path, models: Mapping[str, Shipped]) -> bool:
+    """Score the shipped weights and say whether they are within the tolerance of their card."""
+    card = json.loads(file.read_text(encoding="utf-8"))
+    same = _data_digest(models) == card["data"]["test_digest"]
+    limit = TOLERANCE if same else TOLERANCE_OTHER_DATA
+    rich.print(f"held-out data {'as on the card' if same else 'of other source versions'}: tolerance {limit}")
+    agrees = True
+    for name, model in models.items():
+        now, then = model.score(), card["models"][name]
+        agrees &= abs(now["nll_per_byte"] - then["nll_per_byte"]) <= limit
+        rich.print(f"{name}: {now['nll_per_byte']:.4f} nats/byte, card {then['nll_per_byte']:.4f}")
+    return agrees
+
+
+def card_score(file: Path, name: str) -> float:
+    """Return a model's nats per byte as its card has it."""
+    return float(json.loads(file.read_text(encoding="utf-8"))["models"][name]["nll_per_byte"])
+
+
+def _data_digest(models: Mapping[str, Shipped]) -> str:
+    """Return what names the held-out data (one for all models of a card)."""
+    folder = next(iter(models.values())).data
+    return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["digest"])
