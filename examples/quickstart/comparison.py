@@ -1,0 +1,228 @@
+"""Variants of one recipe beside each other: the same base student, steps, tokens, seed and learning rate.
+
+What the examples' `run.py` share: train every variant on 4 CPU ranks, score base student and teacher on the
+same held-out samples, and write result.json, report.md and plots. With several seeds a second table
+follows; intervals of the first one are over held-out samples of the first seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich
+import typer
+
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.evaluate.compare import paired_difference
+from tide_megatron.evaluate.generate import Sampler
+from tide_megatron.evaluate.replies import answer_prompts
+from tide_megatron.evaluate.report import Report, Sample, Table, comparison_table
+from tide_megatron.evaluate.score import Question, score_folder
+from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.train.loop import train
+from tide_megatron.train.resolve import load_recipe
+
+# Read when a rank starts. Models this small lose more at the barriers of two threads than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+STUDENT = Path("examples/quickstart/models/student")
+RANKS = 4
+CONTEXT = Context(kind="block_diffusion", block_size=16)
+SAMPLES = 512
+SEEDS = (11, 12, 13)
+KEPT = ("nll_per_byte", "masked_accuracy", "cpu_seconds")
+
+Results = Mapping[str, dict[str, Any]]
+"""Variant -> what training it returned."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A teacher as the tables name it, and how its line is scored."""
+
+    folder: Path
+    data: Path
+    """Held-out data in the teacher's own tokens."""
+    context: Context = CONTEXT
+    name: str = "moe"
+
+    def words(self) -> list[str]:
+        """Return what adds the teacher to a recipe, its experts spread over the ranks."""
+        key = f"teachers.{self.name}"
+        return [
+            f"{key}.folder={self.folder}",
+            f"{key}.context.kind={self.context.kind}",
+            f"{key}.context.block_size={self.context.block_size}",
+            f"{key}.layout.expert={RANKS}",
+        ]
+
+    def listen(self, kind: str, weight: float, *options: str) -> list[str]:
+        """Return what adds the teacher and one loss that listens to it; options as `key=value`."""
+        words = [f"kind={kind}", f"teacher={self.name}", f"weight={weight}", *options]
+        return [*self.words(), *(f"losses.{kind}.{word}" for word in words)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared, and where it is written."""
+
+    title: str
+    recipe: Path
+    out: Path
+    held_out: Path
+    """Held-out data in the student's tokens."""
+    teacher: Teacher
+    variants: Mapping[str, Sequence[str]]
+    """Name -> words that change the recipe, in the order of the tables."""
+    references: Sequence[str] = ("undistilled", "hard_twin")
+    """Variants without a teacher that differences are taken to; the first one is the report's."""
+    shown: Sequence[str] = ()
+    """Variants that answer a few held-out requests in the report."""
+
+    def run(self, seeds: Sequence[int]) -> list[Results]:
+        """Train all variants with every seed; return their results by seed."""
+        return [
+            {
+                name: self._train(name, words, seed, first=seed == seeds[0])
+                for name, words in self.variants.items()
+            }
+            for seed in seeds
+        ]
+
+    def _train(self, name: str, words: Sequence[str], seed: int, *, first: bool) -> dict[str, Any]:
+        """Train one variant on fresh ranks."""
+        folder = self.out / (name if first else f"{name}-seed{seed}")
+        recipe, tree = load_recipe(self.recipe, [f"folder={folder}", f"seed={seed}", *words])
+        rich.print(f"\n[bold]{name}[/] (seed {seed}): {recipe.steps} steps of {recipe.batch.samples} samples")
+        result: dict[str, Any] = run_ranks(train, (recipe, tree, False), RANKS, "cpu")
+        if not result["finished"]:
+            raise typer.Exit(1)
+        return result
+
+    def summarise(self, results: Sequence[Results], seeds: Sequence[int]) -> dict[str, Any]:
+        """Return what result.json holds of the variants: figures, paired differences, figures by seed."""
+        first = results[0]
+        summary: dict[str, Any] = {}
+        for name, result in first.items():
+            summary[name] = {key: result[key] for key in KEPT} | {"words": list(self.variants[name])}
+            pairs = {
+                reference: paired_difference(
+                    result["sample_nll_per_byte"], first[reference]["sample_nll_per_byte"]
+                )
+                for reference in self.references
+                if name not in self.references
+            }
+            summary[name]["differences"] = {
+                reference: {"mean": pair.mean, "ci95": list(pair.ci95)} for reference, pair in pairs.items()
+            }
+        if len(seeds) > 1:
+            summary["seeds"] = [
+                {"name": name, "seed": seed, **{key: result[key] for key in KEPT}}
+                for seed, by_name in zip(seeds, results, strict=True)
+                for name, result in by_name.items()
+            ]
+        return summary
+
+    def write(
+        self, results: Sequence[Results], summary: dict[str, Any], notes: Sequence[str], began: float
+    ) -> None:
+        """Score base student and teacher, write result.json, report and plots, and print table and notes."""
+        first, teacher = results[0], self.teacher
+        base = _score(STUDENT, self.held_out, CONTEXT)
+        answer = _score(teacher.folder, teacher.data, teacher.context)
+        line = {"name": teacher.name, "layout": f"{{expert={RANKS}}}", "context": answer["context"]}
+        summary = summary | {
+            "base_student": {"nll_per_byte": base["nll_per_byte"]},
+            "teachers": [line | {"nll_per_byte": answer["nll_per_byte"]}],
+            "ranks": RANKS,
+            "seconds": time.monotonic() - began,
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        file = self.out / "result.json"
+        file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        scores, teachers = {"base student": base, **first}, {f"teacher ({teacher.name})": answer}
+        reference = self.references[0]
+        rich.print(comparison_table(scores, reference, teachers=teachers).rich())
+        seeds = [seed_table(results, reference)] if len(results) > 1 else []
+        report = Report(
+            title=self.title,
+            scores=scores,
+            reference=reference,
+            teachers=teachers,
+            run_folders={name: self.out / name for name in first},
+            samples=self._samples() if self.shown else (),
+            notes=[*notes, *(f"## {table.title}\n\n{table.markdown()}" for table in seeds)],
+        ).write(self.out)
+        for table in seeds:
+            rich.print(table.rich())
+        for sentence in notes:
+            rich.print(sentence)
+        rich.print(f"report: {report}, figures: {file} ({summary['seconds']:.0f} s in all)")
+
+    def _samples(self) -> list[Sample]:
+        """Let the shown students answer a few held-out requests."""
+        text = Path("runs/quickstart-data/text/test.jsonl")
+        lines = text.read_text(encoding="utf-8").splitlines()[:400:150]
+        chats = [json.loads(line)["messages"] for line in lines]
+        prompts = [chat[0]["content"] for chat in chats]
+        sampler = Sampler(new_tokens=64, steps=64)
+        replies = {
+            name: run_ranks(answer_prompts, (self.out / name / "model", prompts, CONTEXT, sampler), 1, "cpu")
+            for name in self.shown
+        }
+        return [
+            Sample(
+                prompt=prompt,
+                replies={
+                    "reference": chat[1]["content"],
+                    **{name: texts[index] for name, texts in replies.items()},
+                },
+            )
+            for index, (prompt, chat) in enumerate(zip(prompts, chats, strict=True))
+        ]
+
+
+def hard_twin(weight: float) -> list[str]:
+    """Return what gives gold tokens a distilled run's extra weight without a teacher."""
+    words = ["kind=cross_entropy", "timestep_weight=uniform", "normalization=hidden", f"weight={weight}"]
+    return [f"losses.twin.{word}" for word in words]
+
+
+def seed_table(results: Sequence[Results], reference: str) -> Table:
+    """Compare variants over seeds: mean and standard deviation, paired difference over seeds, cost."""
+    rows = []
+    for name in results[0]:
+        runs = [by_name[name] for by_name in results]
+        scores = [run["nll_per_byte"] for run in runs]
+        words = "reference"
+        if name != reference:
+            pair = paired_difference(scores, [by_name[reference]["nll_per_byte"] for by_name in results])
+            words = f"{pair.mean:+.4f} ± {(pair.ci95[1] - pair.ci95[0]) / 2:.4f}"
+        accuracy = statistics.mean(run["masked_accuracy"] for run in runs)
+        cost = statistics.mean(run["cpu_seconds"] for run in runs)
+        bound = f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}"
+        rows.append((name, bound, words, f"{accuracy:.1%}", f"{cost:.0f}"))
+    return Table(
+        title=f"Over {len(results)} seeds (one base student, one teacher)",
+        columns=("run", "nats/byte, sd", "difference, 95 % over seeds", "accuracy", "CPU s"),
+        rows=tuple(rows),
+    )
+
+
+def in_words(pair: Mapping[str, Any]) -> str:
+    """Return a paired difference's interval as a sentence takes it."""
+    low, high = pair["ci95"]
+    return f"95 % interval {low:+.4f} to {high:+.4f}"
+
+
+def _score(folder: Path, data: Path, context: Context) -> dict[str, Any]:
+    question = Question(data=data, context=context, samples=SAMPLES)
+    scores: dict[str, Any] = run_ranks(score_folder, (folder, question), RANKS, "cpu")
+    return scores
