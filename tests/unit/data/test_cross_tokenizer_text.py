@@ -10,6 +10,7 @@ import tokenizers
 
 from tide_megatron.text.chat import encode_chat
 from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.train.resolve import load_recipe
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 CHAT = [
@@ -81,3 +82,19 @@ def test_the_shipped_tokenizers_are_those_their_models_were_trained_with(side):
     assert tokenizer.vocabulary_size == rows == {"student": 512, "teacher": 1024}[side]
     ids = tokenizer.encode(CHAT[1]["content"])
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == CHAT[1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("example", "name"),
+    [("quickstart", "student"), ("quickstart", "teacher"), ("cross_tokenizer", "teacher")],
+)
+def test_a_card_tells_of_the_committed_recipe_and_of_small_weights(example, name, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    models = EXAMPLES / example / "models"
+    line = json.loads((models / "card.json").read_text())["models"][name]
+    recipe, _ = load_recipe(Path(line["recipe"]), [])
+    made = (line["steps"], line["seed"], line["samples_per_step"])
+    assert made == (recipe.steps, recipe.seed, recipe.batch.samples)
+    assert (models / name / "model.safetensors").stat().st_size <= 5_000_000
+    config = json.loads((models / name / "config.json").read_text())
+    assert config.get("num_experts", 4) % 4 == 0
