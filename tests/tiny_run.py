@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from tests.small_tokenizer import write_chats, write_tokenizer
+from tests.small_tokenizer import write_chats, write_other, write_tokenizer
 from tide_megatron.data.prepare import prepare
+from tide_megatron.data.sample import SideChoice
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.folder import write_folder
 from tide_megatron.text.tokenizer import Tokenizer
@@ -39,8 +40,41 @@ def write_tiny_run(
     tokenizer = Tokenizer.load(folder / "student")
     for name, first, number in (("train", 0, samples), ("held_out", samples, held_out)):
         chats = write_chats(folder / f"{name}.jsonl", [_pair(n) for n in range(first, first + number)])
-        prepare([chats], tokenizer, folder / "data" / name, max_length=128, show_progress=False)
+        prepare([chats], tokenizer, folder / "data" / name, max_length=128)
     return _write_recipe(folder)
+
+
+def write_cross_run(folder: Path, **options: int) -> Path:
+    """Write the same run with a second teacher, `own`, that has a tokenizer and a template of its own.
+
+    Both have complementary views: `moe` under block diffusion by token, `own` bidirectional by chunk.
+    """
+    write_tiny_run(folder, **options)
+    write_model(folder / "own", teacher_config(320, options.get("experts", 4)), seed=5)
+    write_other(folder / "own")
+    tokenizer, own = (Tokenizer.load(folder / name) for name in ("student", "own"))
+    for name in ("train", "held_out"):
+        prepare(
+            [folder / f"{name}.jsonl"],
+            tokenizer,
+            folder / "data" / name,
+            max_length=128,
+            sides={"other": SideChoice(tokenizer=own)},
+            replace=True,
+        )
+    tree = recipe_tree(folder)
+    tree["teachers"]["moe"]["view"] = "complementary"
+    tree["teachers"]["own"] = tree["teachers"]["moe"] | {
+        "folder": str(folder / "own"),
+        "context": {"kind": "bidirectional"},
+    }
+    tree["losses"] |= {
+        "reverse": {"kind": "reverse_calm", "teacher": "own"},
+        "mixed": {"kind": "calm_tidal", "teacher": "own", "temperature": 5.0},
+    }
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return file
 
 
 def copy_tiny_run(file: Path, folder: Path) -> Path:

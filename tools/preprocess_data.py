@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from tide_megatron.base.errors import TideError
-from tide_megatron.data.prepare import OnLong, prepare
-from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.data.prepare import prepare
+from tide_megatron.data.sample import OnLong, SideChoice
 
 
 def main() -> int:
@@ -23,11 +23,14 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("sources", type=Path, nargs="+")
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="folder with tokenizer.json, or that file"
+        "--tokenizer",
+        required=True,
+        metavar="FOLDER[,mask=TOKEN]",
+        help="folder with tokenizer.json, or that file",
     )
-    parser.add_argument("--mask", default="<|mask|>", help="mask token; added where the tokenizer lacks it")
     parser.add_argument("--max-length", type=int, required=True)
     parser.add_argument("--on-long", choices=[word.value for word in OnLong], default=OnLong.ERROR.value)
+    parser.add_argument("--teacher", action="append", default=[], metavar="NAME=FOLDER[,mask=TOKEN]")
     parser.add_argument("--replace", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -35,10 +38,11 @@ def main() -> int:
     try:
         prepare(
             options.sources,
-            Tokenizer.load(options.tokenizer, mask=options.mask),
+            SideChoice.read(options.tokenizer).tokenizer,
             options.out,
             max_length=options.max_length,
             on_long=options.on_long,
+            sides=dict(SideChoice.parse(word) for word in options.teacher),
             replace=options.replace,
         )
     except TideError as error:

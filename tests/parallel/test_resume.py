@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_run import write_tiny_run
+from tests.tiny_run import write_cross_run, write_tiny_run
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
@@ -53,9 +53,17 @@ def losses(folder):
     return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
 
 
-@pytest.mark.parametrize(("ranks", "words"), [(1, ()), (2, ()), (2, ("student.precision=bf16",))])
-def test_a_resumed_run_is_the_uninterrupted_one(pool, tmp_path, ranks, words):
-    tiny = write_tiny_run(tmp_path / "tiny")
+@pytest.mark.parametrize(
+    ("ranks", "words", "write"),
+    [
+        (1, (), write_tiny_run),
+        (2, (), write_tiny_run),
+        (2, ("student.precision=bf16",), write_tiny_run),
+        (2, ("teachers.own.layout.expert=2",), write_cross_run),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(pool, tmp_path, ranks, words, write):
+    tiny = write(tmp_path / "tiny")
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     pool(ranks).run(run, tiny, whole, ranks, 1000, 1, words)
     first = pool(ranks).run(run, tiny, parted, ranks, 3, 1, words)[0]

@@ -11,29 +11,47 @@ import typer
 def prepare(
     out: Annotated[Path, typer.Argument(help="Data folder to make.")],
     sources: Annotated[list[Path], typer.Argument(help="JSONL files of chats, read in this order.")],
-    tokenizer: Annotated[Path, typer.Option(help="The student's tokenizer: folder, or tokenizer.json.")],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER[,mask=TOKEN]",
+            help="The student's tokenizer: folder, or tokenizer.json. A mask token it lacks is added.",
+        ),
+    ],
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens a sample may have.")],
     on_long: Annotated[str, typer.Option(help="Longer samples: error, skip or truncate.")] = "error",
-    mask: Annotated[str, typer.Option(help="Mask token; added where the tokenizer has none.")] = "<|mask|>",
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER[,mask=TOKEN][,max_length=N]",
+            help="Also prepare for a teacher's own tokenizer and template; repeat for several. "
+            "Its samples may have twice --max-length tokens unless said otherwise.",
+        ),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")] = False,
 ) -> None:
     """Turn chats into tokens on disk, all or nothing.
 
     Each line is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is the reply to learn.
 
+    A teacher with another tokenizer or template than the student's reads its own tokens; the chunks of bytes
+    that both spell are found here, once.
+
     Example: tide prepare data/train chats.jsonl --tokenizer models/student --max-length 512
+    --teacher llada=models/llada2
     """
     import rich
 
     from tide_megatron.data.prepare import prepare as make
-    from tide_megatron.text.tokenizer import Tokenizer
+    from tide_megatron.data.sample import SideChoice
 
     manifest = make(
         sources,
-        Tokenizer.load(tokenizer, mask=mask),
+        SideChoice.read(tokenizer).tokenizer,
         out,
         max_length=max_length,
         on_long=on_long,
+        sides=dict(SideChoice.parse(word) for word in teacher or []),
         replace=replace,
     )
     counts = manifest.statistics
@@ -42,3 +60,9 @@ def prepare(
         f"{out}: {manifest.samples} samples, {counts.tokens} tokens, {counts.reply_tokens} of them to learn; "
         f"{counts.truncated} cut, {left_out} left out"
     )
+    for name, side in manifest.sides.items():
+        share = side.aligned_bytes / max(1, counts.reply_bytes)
+        rich.print(
+            f"teacher {name}: {side.tokens} tokens, {side.chunks} chunks ({side.pairs} of one equal token) "
+            f"over {share:.1%} of the reply bytes; {side.cut} cut, {side.without_chunks} without chunks"
+        )

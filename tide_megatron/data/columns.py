@@ -1,13 +1,18 @@
 """Columns on disk: one megatron-core IndexedDataset (`.bin` + `.idx`, int32) per column, and a manifest.
 
-A sample is one row of every column. Three columns today:
+A sample is one row of every column, and every column is ragged:
 
     ids          the tokens of the conversation, unpadded
     replies      half-open ranges of `ids` that may be hidden, flat: start, end, start, end, ...
     reply_bytes  one number: UTF-8 bytes of the reply's text
 
-Every column is ragged, so a second tokenizer's ids and the byte-aligned spans between two tokenizers are
-further columns of the same kind and need no new format. Labels are not stored: they follow from `ids` and
+and for every side, a teacher with its own tokenizer or template, under the side's name:
+
+    NAME.ids      its tokens of the same conversation
+    NAME.replies  as above, in these
+    NAME.chunks   aligned runs of the learnt reply, flat: student start, end, teacher start, end, ...
+
+Labels are not stored: they follow from `ids` and
 `replies`, which also leaves room for several replies in a conversation. Padding is not stored either; it
 depends on a run's block size and is the loader's.
 """
@@ -32,6 +37,7 @@ from tide_megatron.base.errors import DataError
 from tide_megatron.data.manifest import Manifest, read_manifest
 
 COLUMNS = ("ids", "replies", "reply_bytes")
+SIDE_COLUMNS = ("ids", "replies", "chunks")
 HASHED_AT_OPEN_BYTES = 64 * 2**20
 """Data sets up to this size are compared with their digests whenever they are opened (a fifth of a
 second)."""
@@ -106,7 +112,10 @@ class Columns:
         self._readers = {
             name: _open_column(self.folder, name, self.manifest) for name in self.manifest.columns
         }
-        self._check_spans()
+        self._check_spans("")
+        for name in self.manifest.sides:
+            self._check_spans(f"{name}.")
+            self._check_chunks(name)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -116,18 +125,42 @@ class Columns:
         """Return one sample's values in every column (copies: they outlive the memory map)."""
         return {name: numpy.array(reader[sample]) for name, reader in self._readers.items()}
 
-    def _check_spans(self) -> None:
+    def _check_spans(self, side: str) -> None:
         """Refuse columns whose rows cannot belong together: replies outside the tokens."""
-        lengths = self._readers["ids"].sequence_lengths
-        counts = self._readers["replies"].sequence_lengths
-        spans = numpy.memmap(self.folder / "replies.bin", dtype=numpy.int32, mode="r")
+        lengths, counts, spans = self._whole_column(f"{side}ids", f"{side}replies")
         ends = spans[numpy.cumsum(counts, dtype=numpy.int64) - 1]
         bad = numpy.flatnonzero((counts < 2) | (counts % 2 != 0) | (ends > lengths) | (ends < 1))
         if bad.size:
             raise DataError(
-                f"{self.folder}: columns ids and replies disagree at sample {bad[0]} "
+                f"{self.folder}: columns {side}ids and {side}replies disagree at sample {bad[0]} "
                 f"({lengths[bad[0]]} tokens, a reply that ends at {ends[bad[0]]}): prepare the data again"
             )
+
+    def _check_chunks(self, side: str) -> None:
+        """Refuse chunks that end outside either side's tokens."""
+        lengths, counts, places = self._whole_column(f"{side}.ids", f"{side}.chunks")
+        bad = numpy.flatnonzero(counts % 4)
+        if not bad.size:
+            sample = numpy.repeat(numpy.arange(len(counts)), counts // 4)
+            spans = places.reshape(-1, 4)
+            outside = (spans[:, 1] > self._readers["ids"].sequence_lengths[sample]) | (
+                spans[:, 3] > lengths[sample]
+            )
+            empty = (spans[:, 0] >= spans[:, 1]) | (spans[:, 2] >= spans[:, 3]) | (spans.min(axis=1) < 0)
+            bad = sample[outside | empty]
+        if bad.size:
+            raise DataError(
+                f"{self.folder}: column {side}.chunks of sample {bad[0]} points outside the tokens: "
+                "prepare the data again"
+            )
+
+    def _whole_column(self, ids: str, ragged: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return the token counts of a column of ids, and counts and values of another column."""
+        counts = self._readers[ragged].sequence_lengths
+        values: NDArray[Any] = numpy.empty(0, dtype=numpy.int32)
+        if counts.any():  # an empty file cannot be mapped
+            values = numpy.memmap(self.folder / f"{ragged}.bin", dtype=numpy.int32, mode="r")
+        return self._readers[ids].sequence_lengths, counts, values
 
 
 def digest_file(file: Path) -> str:

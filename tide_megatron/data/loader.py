@@ -20,17 +20,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.data.columns import Columns
 from tide_megatron.diffusion.batch import IGNORED, Batch
 from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
+from tide_megatron.diffusion.side import Side
 from tide_megatron.text.chat import labels_of
+
+Row = Mapping[str, NDArray[numpy.int32]]
+"""One sample's values in every column."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SideReading:
+    """A teacher that reads a side of the data instead of the student's tokens."""
+
+    side: str
+    """Name of the side in the data."""
+    block_size: int = 1
+    """Fill the teacher's last block with its end tokens up to a multiple of this; 1: add none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +68,10 @@ class Loader:
     """Fill the last block with end tokens up to a multiple of this; 1: add none."""
     fixed_length: int | None = None
     """Pad every microbatch to this many tokens; None: to its own longest sample."""
+    sides: Mapping[str, SideReading] = dataclasses.field(default_factory=dict)
+    """Teacher name -> the side it reads; every batch carries them."""
+    main: str | None = None
+    """Read this side in the student's place (`of_teacher`); None: the student's tokens."""
 
     def __post_init__(self) -> None:
         rank, world = self.ranks
@@ -74,7 +93,9 @@ class Loader:
     @property
     def longest(self) -> int:
         """Tokens of the longest sample after its last block is filled."""
-        return -(-self.columns.manifest.statistics.longest // self.block_size) * self.block_size
+        manifest = self.columns.manifest
+        longest = manifest.sides[self.main].longest if self.main else manifest.statistics.longest
+        return -(-longest // self.block_size) * self.block_size
 
     @property
     def update_samples(self) -> int:
@@ -104,21 +125,58 @@ class Loader:
             rows: sample numbers; what evaluation asks for.
             epochs: of each sample; default 0.
         """
-        facts = self.columns.manifest.tokenizer
         read = [self.columns.row(row) for row in rows]
-        examples = []
-        for row in read:
-            ids = row["ids"].tolist()
-            labels = labels_of(ids, row["replies"].tolist(), IGNORED)
-            examples.append(pad_to_blocks(ids, labels, self.block_size, facts.eos_id))
-        length = self.fixed_length or max(len(ids) for ids, _ in examples)
-        padded = [pad_to_length(ids, labels, length, facts.pad_id) for ids, labels in examples]
+        ids, labels = self._pad(read, self.main, self.block_size, self.fixed_length)
         return Batch(
             sample_ids=torch.tensor(rows, dtype=torch.int64),
             epochs=torch.tensor(epochs or [0] * len(rows), dtype=torch.int64),
-            ids=torch.tensor([ids for ids, _ in padded], dtype=torch.int64),  # [samples, length]
-            labels=torch.tensor([labels for _, labels in padded], dtype=torch.int64),  # [samples, length]
+            ids=ids,
+            labels=labels,
             reply_bytes=torch.tensor([int(row["reply_bytes"][0]) for row in read], dtype=torch.int64),
+            sides={name: self._side(read, reading) for name, reading in self.sides.items()},
+        )
+
+    def of_teacher(self, teacher: str, block_size: int) -> Loader:
+        """Return a loader of the tokens that one teacher reads, as if they were the student's.
+
+        Args:
+            teacher: its name; one without a side reads the student's tokens.
+            block_size: the teacher's; 1 for a bidirectional one.
+        """
+        reading = self.sides.get(teacher)
+        if reading is None:
+            return dataclasses.replace(self, sides={}, block_size=block_size)
+        return dataclasses.replace(
+            self, sides={}, main=reading.side, block_size=reading.block_size, fixed_length=None
+        )
+
+    def _pad(
+        self, read: Sequence[Row], side: str | None, block_size: int, fixed_length: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ids and labels of the student's tokens or of a side's, ([samples, length], the same)."""
+        manifest, prefix = self.columns.manifest, f"{side}." if side else ""
+        facts = manifest.sides[side].tokenizer if side else manifest.tokenizer
+        examples = []
+        for row in read:
+            ids = row[f"{prefix}ids"].tolist()
+            labels = labels_of(ids, row[f"{prefix}replies"].tolist(), IGNORED)
+            examples.append(pad_to_blocks(ids, labels, block_size, facts.eos_id))
+        length = fixed_length or max(len(ids) for ids, _ in examples)
+        padded = [pad_to_length(ids, labels, length, facts.pad_id) for ids, labels in examples]
+        return torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded])
+
+    def _side(self, read: Sequence[Row], reading: SideReading) -> Side:
+        """Return the same samples in a teacher's tokens, with their chunks."""
+        ids, _ = self._pad(read, reading.side, reading.block_size, None)
+        spans = [torch.from_numpy(row[f"{reading.side}.chunks"]).long().view(-1, 4) for row in read]
+        sizes = [len(row[f"{reading.side}.ids"]) for row in read]
+        block = reading.block_size
+        return Side(
+            ids=ids,
+            lengths=torch.tensor([-(-size // block) * block for size in sizes]),
+            spans=torch.cat(spans),
+            sample=torch.repeat_interleave(torch.tensor([len(span) for span in spans])),
+            number=torch.cat([torch.arange(len(span)) for span in spans]),
         )
 
 

@@ -51,6 +51,28 @@ class Statistics:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SideFacts:
+    """The same samples in a teacher's own tokens, and how well they align with the student's."""
+
+    tokenizer: TokenizerFacts
+    max_length: int
+    tokens: int = 0
+    longest: int = 0
+    """Teacher tokens of the longest sample."""
+    chunks: int = 0
+    """Runs of tokens of the learnt replies that spell the same bytes on both sides and cannot be cut
+    further."""
+    pairs: int = 0
+    """Chunks of one token on each side."""
+    aligned_bytes: int = 0
+    """Bytes of reply text inside chunks."""
+    cut: int = 0
+    """Samples whose teacher tokens were cut, because of `max_length` or because the student's were."""
+    without_chunks: int = 0
+    """Samples of which nothing is aligned; they teach the student nothing about this teacher."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything in `manifest.json` but its format line and its digest."""
 
@@ -65,15 +87,28 @@ class Manifest:
     sources: list[dict[str, Any]]
     """Per source file: name, bytes, sha256, records."""
     statistics: Statistics
+    sides: dict[str, SideFacts] = dataclasses.field(default_factory=dict)
+    """Side name -> a teacher's tokenizer that the samples were also prepared for."""
 
     @property
     def digest(self) -> str:
         """Name the data set by content (sha256, hexadecimal)."""
-        return _digest(dataclasses.asdict(self))
+        return _digest(self._content)
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        """Everything as plain values; data for one tokenizer says nothing about sides."""
+        content = dataclasses.asdict(self)
+        return content if self.sides else {key: value for key, value in content.items() if key != "sides"}
+
+    def side_of(self, tokenizer_digest: str) -> str | None:
+        """Return the side that was prepared with this tokenizer and template, if there is one."""
+        found = (name for name, side in self.sides.items() if side.tokenizer.digest == tokenizer_digest)
+        return next(found, None)
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""
-        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self), "digest": self.digest}
+        content = {"format": FORMAT, "version": VERSION, **self._content, "digest": self.digest}
         (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -106,6 +141,10 @@ def read_manifest(folder: Path) -> Manifest:
             **content,
             "tokenizer": TokenizerFacts(**content["tokenizer"]),
             "statistics": Statistics(**content["statistics"]),
+            "sides": {
+                name: SideFacts(**{**side, "tokenizer": TokenizerFacts(**side["tokenizer"])})
+                for name, side in content.get("sides", {}).items()
+            },
         }
     )
 

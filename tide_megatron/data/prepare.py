@@ -12,57 +12,24 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
-import enum
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import rich
 import rich.progress
 
-from tide_megatron.base.errors import ConfigError, DataError, nearest
+from tide_megatron.base.errors import DataError
 from tide_megatron.data.columns import ColumnWriter, digest_file, flush
-from tide_megatron.data.manifest import MANIFEST_FILE, Manifest, Statistics, TokenizerFacts
+from tide_megatron.data.manifest import MANIFEST_FILE, Manifest, SideFacts, Statistics, TokenizerFacts
 from tide_megatron.data.record import Record, read_records
-from tide_megatron.text.chat import Encoded, encode_chat
+from tide_megatron.data.sample import Encoder, OnLong, SideChoice, Window
 from tide_megatron.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-class OnLong(str, enum.Enum):
-    """What to do with a record of more than `max_length` tokens."""
-
-    ERROR = "error"
-    SKIP = "skip"
-    TRUNCATE = "truncate"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Window:
-    """How long a sample may be, and what happens to longer ones."""
-
-    max_length: int
-    on_long: OnLong = OnLong.ERROR
-
-    @classmethod
-    def of(cls, max_length: int, on_long: str) -> Window:
-        """Check the two options.
-
-        Raises:
-            ConfigError: an unknown word or a length below 2.
-        """
-        if max_length < 2:
-            raise ConfigError(
-                f"max_length: {max_length} leaves no room for a prompt and a reply; use at least 2"
-            )
-        words = [word.value for word in OnLong]
-        if on_long not in words:
-            raise ConfigError(f"on_long: {on_long!r} is unknown: {nearest(on_long, words)}")
-        return cls(max_length=max_length, on_long=OnLong(on_long))
 
 
 def prepare(
@@ -72,8 +39,8 @@ def prepare(
     *,
     max_length: int,
     on_long: str = OnLong.ERROR,
+    sides: Mapping[str, SideChoice] | None = None,
     replace: bool = False,
-    show_progress: bool = True,
 ) -> Manifest:
     """Prepare a data folder from chats.
 
@@ -83,25 +50,30 @@ def prepare(
         out: the folder to make.
         max_length: most tokens a sample may have.
         on_long: a word of `OnLong`.
+        sides: name -> tokenizer of a teacher that reads its own tokens; its columns carry the name.
         replace: put the new data in the place of a data folder that is already there.
-        show_progress: draw a progress bar.
 
     Raises:
         ConfigError: an option that cannot be.
         DataError: a bad record (with file and line), no records, or a target that may not be replaced.
     """
-    window = Window.of(max_length, on_long)
+    encoder = Encoder(tokenizer, Window.of(max_length, on_long), sides or {})
     out, sources = Path(out), [Path(source) for source in sources]
     _check_target(out, replace=replace)
     missing = [source for source in sources if not source.is_file()]
     if missing or not sources:
         raise DataError(f"{missing[0] if missing else 'sources'}: no such file: name at least one JSONL file")
     with _unfinished_folder(out) as folder:
-        manifest = _write(folder, sources, tokenizer, window, show_progress=show_progress)
+        manifest = _write(folder, sources, encoder)
         manifest.write(folder)
         flush(folder / MANIFEST_FILE)
         flush(folder)
         _move(folder, out)
+    for name, side in manifest.sides.items():
+        logger.info(
+            "%s: side %s: %d chunks (%d of one token on both sides) over %d tokens, %d cut, %d without any",
+            *(out, name, side.chunks, side.pairs, side.tokens, side.cut, side.without_chunks),
+        )
     kept = manifest.statistics
     logger.info(
         "%s: %d samples, %d tokens (%d to learn, %d bytes), %d cut, %d left out",
@@ -151,32 +123,28 @@ def _move(folder: Path, out: Path) -> None:
     flush(out.parent)
 
 
-def _write(
-    folder: Path, sources: Sequence[Path], tokenizer: Tokenizer, window: Window, *, show_progress: bool
-) -> Manifest:
+def _write(folder: Path, sources: Sequence[Path], encoder: Encoder) -> Manifest:
     """Fill `folder` with the columns of all records; return the manifest (not written yet)."""
-    writer = ColumnWriter(folder)
+    writer = ColumnWriter(folder, encoder.columns)
     counts: collections.Counter[str] = collections.Counter()
     skipped: collections.Counter[str] = collections.Counter()
+    side_counts = {name: collections.Counter[str]() for name in encoder.sides}
+    longest: collections.Counter[str] = collections.Counter()
     facts = []
     try:
         for source in sources:
             records = 0
-            for record in _followed(source, show_progress=show_progress):
+            for record in _followed(source):
                 records += 1
-                encoded = _encode(record, tokenizer)
-                reason = _reason_to_skip(record, encoded, window)
-                if reason:
-                    skipped[reason] += 1
+                sample = encoder.encode(record)
+                if isinstance(sample, str):
+                    skipped[sample] += 1
                     continue
-                if len(encoded.ids) > window.max_length:
-                    counts["truncated"] += 1
-                    encoded = encode_chat(tokenizer, record.messages, max_tokens=window.max_length)
-                writer.add(
-                    {"ids": encoded.ids, "replies": encoded.replies, "reply_bytes": [encoded.reply_bytes]}
-                )
-                counts.update(_counts(encoded))
-                counts["longest"] = max(counts["longest"], len(encoded.ids))
+                writer.add(sample.row)
+                counts.update(sample.counts)
+                longest |= sample.longest
+                for name, found in sample.side_counts.items():
+                    side_counts[name].update(found)
             facts.append(_source_facts(source, records))
         if not writer.samples:
             names = ", ".join(str(source) for source in sources)
@@ -188,56 +156,32 @@ def _write(
         samples=writer.samples,
         columns=columns,
         files=files,
-        tokenizer=_tokenizer_facts(tokenizer),
-        max_length=window.max_length,
-        on_long=window.on_long.value,
+        tokenizer=_tokenizer_facts(encoder.tokenizer),
+        max_length=encoder.window.max_length,
+        on_long=encoder.window.on_long.value,
         sources=facts,
-        statistics=Statistics(**counts, skipped=dict(skipped)),
+        statistics=Statistics(**counts, longest=longest[""], skipped=dict(skipped)),
+        sides={
+            name: SideFacts(
+                tokenizer=_tokenizer_facts(side.tokenizer),
+                max_length=encoder.side_length(name),
+                longest=longest[name],
+                **side_counts[name],
+            )
+            for name, side in encoder.sides.items()
+        },
     )
 
 
-def _followed(source: Path, *, show_progress: bool) -> Iterator[Record]:
-    """Yield a file's records under a progress bar over its bytes."""
+def _followed(source: Path) -> Iterator[Record]:
+    """Yield a file's records, on a terminal under a progress bar over its bytes."""
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
-    with rich.progress.Progress(*columns, transient=True, disable=not show_progress) as bar:
+    is_watched = rich.get_console().is_terminal
+    with rich.progress.Progress(*columns, transient=True, disable=not is_watched) as bar:
         task = bar.add_task(source.name, total=source.stat().st_size)
         for record in read_records(source):
             yield record
             bar.advance(task, record.size_bytes)
-
-
-def _encode(record: Record, tokenizer: Tokenizer) -> Encoded:
-    """Encode one record, with its place in front of any complaint."""
-    try:
-        return encode_chat(tokenizer, record.messages)
-    except DataError as error:
-        raise DataError(f"{record.place}: {error}") from None
-
-
-def _reason_to_skip(record: Record, encoded: Encoded, window: Window) -> str | None:
-    """Say why a record is left out (None: it is not), or refuse it."""
-    length = len(encoded.ids)
-    if length <= window.max_length:
-        return None
-    if window.on_long is OnLong.ERROR:
-        raise DataError(
-            f"{record.place}: {length} tokens, max_length is {window.max_length}: "
-            f"raise max_length to {length} or more, or leave such records out (skip) or cut them (truncate)"
-        )
-    if window.on_long is OnLong.SKIP:
-        return "longer than max_length"
-    return "prompt fills max_length" if encoded.prompt_tokens >= window.max_length else None
-
-
-def _counts(encoded: Encoded) -> dict[str, int]:
-    """Return what one sample adds to the statistics."""
-    reply_tokens = sum(encoded.replies[1::2]) - sum(encoded.replies[::2])
-    return {
-        "tokens": len(encoded.ids),
-        "prompt_tokens": len(encoded.ids) - reply_tokens,
-        "reply_tokens": reply_tokens,
-        "reply_bytes": encoded.reply_bytes,
-    }
 
 
 def _source_facts(source: Path, records: int) -> dict[str, object]:

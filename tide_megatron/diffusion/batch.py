@@ -6,9 +6,14 @@ They hold what every later stage needs and nothing about models, layouts or loss
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from tide_megatron.diffusion.link import Link, Reading, link_side, read_side, same_rows
+from tide_megatron.diffusion.side import Side
 
 IGNORED = -100
 """Label of a position that is never hidden: prompt and padding (spec section 1)."""
@@ -28,6 +33,9 @@ class Batch:
     """[samples, length] int64: equal to `ids` where a token may be hidden, else IGNORED."""
     reply_bytes: Tensor
     """[samples] int64: UTF-8 bytes of reply text (what NLL per byte divides by)."""
+    sides: Mapping[str, Side] = dataclasses.field(default_factory=dict)
+    """Teacher name -> the same samples in that teacher's own tokens; teachers that share the student's
+    tokens have none."""
 
     @property
     def maskable(self) -> Tensor:
@@ -42,8 +50,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        moved = {field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}
-        return Batch(**moved)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        sides = {name: side.to(device) for name, side in values.pop("sides").items()}
+        return Batch(**{name: value.to(device) for name, value in values.items()}, sides=sides)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,3 +70,38 @@ class Noised:
         """([rows], [rows]) int64: sample and position of each hidden row, in (sample, position) order."""
         sample, position = self.hidden.nonzero(as_tuple=True)
         return sample, position
+
+    def reading(self, teacher: str) -> Reading:
+        """Return what a teacher reads: its own side of the batch, or the student's tokens."""
+        if teacher in self._readings:
+            return self._readings[teacher]
+        place = torch.arange(self.hidden.shape[1], device=self.hidden.device).expand_as(self.hidden)
+        return Reading(
+            ids=self.batch.ids,
+            lengths=self.batch.lengths,
+            hidden=self.hidden,
+            asked=self.hidden,
+            unit=place,
+        )
+
+    def link(self, teacher: str) -> Link:
+        """Return how a teacher's rows join the student's."""
+        if teacher in self._links:
+            return self._links[teacher]
+        return self._shared_link
+
+    @functools.cached_property
+    def _readings(self) -> dict[str, Reading]:
+        return {name: read_side(side, self.hidden) for name, side in self.batch.sides.items()}
+
+    @functools.cached_property
+    def _links(self) -> dict[str, Link]:
+        return {
+            name: link_side(side, self.batch.ids, self.hidden, self._readings[name].asked)
+            for name, side in self.batch.sides.items()
+        }
+
+    @functools.cached_property
+    def _shared_link(self) -> Link:
+        sample, position = self.row_index
+        return same_rows(self.batch.ids[sample, position], sample)

@@ -36,9 +36,28 @@ class Context:
             raise ConfigError(f"context.block_size: {self.block_size} is not positive; the paper uses 32")
 
     @property
+    def noised_parts(self) -> int:
+        """How many noised copies of the sequence are read at once."""
+        return 1
+
+    @property
     def parts(self) -> int:
         """How many copies of the sequence the model reads: 2 for [x_t ; x_0], else 1."""
-        return 2 if self.kind == "block_diffusion" else 1
+        return self.noised_parts + (self.kind == "block_diffusion")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoViews(Context):
+    """Block diffusion over [x_tA ; x_tB ; x_0]: two noised copies that share one clean one.
+
+    Neither noised copy sees the other, so each answers as if it had been read alone (design section 4). A
+    user never asks for it; complementary views do.
+    """
+
+    @property
+    def noised_parts(self) -> int:
+        """Two."""
+        return 2
 
 
 def may_attend(context: Context, length: int, query: Tensor, key: Tensor) -> Tensor:
@@ -62,8 +81,9 @@ def may_attend(context: Context, length: int, query: Tensor, key: Tensor) -> Ten
     key_block = key % length // context.block_size
     if context.kind == "block_causal":
         return query_block >= key_block
-    query_clean, key_clean = query >= length, key >= length
-    own_noised_block = ~query_clean & ~key_clean & (query_block == key_block)
+    query_part, key_part = query // length, key // length
+    query_clean, key_clean = query_part == context.noised_parts, key_part == context.noised_parts
+    own_noised_block = ~query_clean & (query_part == key_part) & (query_block == key_block)
     clean_before = ~query_clean & key_clean & (query_block > key_block)
     clean_up_to_own = query_clean & key_clean & (query_block >= key_block)
     return own_noised_block | clean_before | clean_up_to_own

@@ -22,6 +22,7 @@ from torch import Tensor
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.batch import Batch, Noised
 from tide_megatron.diffusion.schedule import Linear, Schedule
+from tide_megatron.diffusion.side import hide_whole_chunks
 
 TIME_STREAM = "time"
 """Stream of the noise level: one draw per sample, index 0."""
@@ -89,6 +90,8 @@ class Noiser:
     """Smallest noise level."""
     stream_suffix: str = ""
     """Appended to stream names: tells uses of the same seed and samples apart (levels of an evaluation)."""
+    whole_chunks_of: tuple[str, ...] = ()
+    """Sides of the batch whose chunks are hidden whole or not at all; none: tokens are hidden as drawn."""
 
     def __post_init__(self) -> None:
         """Refuse a smallest noise level outside [0, 1)."""
@@ -132,4 +135,7 @@ class Noiser:
         """Hide each maskable token whose draw is below 1 - alpha(t); pads and prompts never are."""
         probability = 1 - self.schedule.alpha(time)  # [samples]
         hidden = (draws < probability[:, None]) & batch.maskable  # [samples, length]
+        if self.whole_chunks_of:
+            sides = [batch.sides[name] for name in self.whole_chunks_of]
+            hidden = hide_whole_chunks(hidden, batch.maskable, sides)
         return Noised(batch=batch, time=time, hidden=hidden)

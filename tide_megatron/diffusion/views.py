@@ -2,8 +2,12 @@
 
 Three context kinds (design section 4): `bidirectional` (one noised sequence, everybody sees everybody),
 `block_causal` (one noised sequence, a block sees itself and the blocks before it), `block_diffusion`
-([x_t ; x_0]: noised half then clean half, spec section 1). Complementary views (CompDemo) will be further
-functions here that return the same type.
+([x_t ; x_0]: noised half then clean half, spec section 1).
+
+Complementary views (CompDemo, spec section 3) show a teacher half of the hidden tokens at a time: the first
+view shows set A and answers for the rest, the second the other way round. They are one forward: under block
+diffusion [x_tA ; x_tB ; x_0], whose clean part is read once; else a batch of twice the size. Two forwards of
+one view each are kept as the oracle.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.link import Reading
+from tide_megatron.diffusion.mask import Context, TwoViews
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,14 +48,10 @@ def plain_view(noised: Noised, context: Context, mask_id: int, lengths: Tensor |
         mask_id: the mask token of THIS model (teacher and student may differ).
         lengths: [samples] real tokens where padding must not be attended to (teachers of the reference).
     """
-    samples, length = noised.hidden.shape
-    noisy = noised.batch.ids.masked_fill(noised.hidden, mask_id)
-    parts = [noisy, noised.batch.ids] if context.parts == 2 else [noisy]
-    ids = torch.cat(parts, dim=1)  # [samples, parts * length]
-    positions = torch.arange(length, device=ids.device).repeat(context.parts).expand(samples, -1)
+    ids, hidden = noised.batch.ids, noised.hidden
     sample, position = noised.row_index
-    rows = sample * ids.shape[1] + position  # the noised part comes first in every context
-    return View(ids=ids, positions=positions, context=context, length=length, lengths=lengths, rows=rows)
+    copies = [ids.masked_fill(hidden, mask_id), *[ids] * (context.parts - context.noised_parts)]
+    return _view(copies, context, lengths, sample * context.parts * ids.shape[1] + position)
 
 
 def trimmed_view(noised: Noised, context: Context, mask_id: int) -> View:
@@ -61,3 +62,88 @@ def trimmed_view(noised: Noised, context: Context, mask_id: int) -> View:
     """
     lengths = noised.batch.lengths if context.kind == "bidirectional" else None
     return plain_view(noised, context, mask_id, lengths)
+
+
+def teacher_view(reading: Reading, context: Context, mask_id: int) -> View:
+    """Build a teacher's plain view of its own tokens, without the padding that nobody needs.
+
+    Args:
+        reading: what this teacher reads; its rows are those it is asked about.
+        context: its context kind and block size.
+        mask_id: its mask token.
+    """
+    return complementary_passes(reading, torch.zeros_like(reading.hidden), context, mask_id)[0]
+
+
+def complementary_view(reading: Reading, shown: Tensor, context: Context, mask_id: int) -> View:
+    """Build both complementary views as one forward; rows are in (sample, position) order as ever.
+
+    Args:
+        reading: what this teacher reads.
+        shown: [samples, length] bool: set A, the hidden tokens that the first view shows.
+        context: the teacher's context kind and block size.
+        mask_id: the teacher's mask token.
+    """
+    reading, shown = _trim(reading, context), shown[:, : _needed(reading, context)]
+    first = reading.ids.masked_fill(reading.hidden & ~shown, mask_id)
+    second = reading.ids.masked_fill(reading.hidden & shown, mask_id)
+    samples, length = reading.ids.shape
+    lengths = _seen_lengths(reading, context)
+    sample, position = reading.asked.nonzero(as_tuple=True)
+    is_second = shown[sample, position].long()
+    if context.kind == "block_diffusion":
+        both = TwoViews(kind=context.kind, block_size=context.block_size)
+        rows = (sample * both.parts + is_second) * length + position
+        return _view([first, second, reading.ids], both, lengths, rows)
+    rows = (is_second * samples + sample) * length + position
+    doubled = None if lengths is None else lengths.repeat(2)
+    return _view([torch.cat([first, second])], context, doubled, rows)
+
+
+def complementary_passes(
+    reading: Reading, shown: Tensor, context: Context, mask_id: int
+) -> tuple[View, View]:
+    """Build the two complementary views apart: the first answers outside `shown`, the second inside it.
+
+    Args:
+        reading: what this teacher reads.
+        shown: [samples, length] bool: set A, the hidden tokens that the first view shows.
+        context: the teacher's context kind and block size.
+        mask_id: the teacher's mask token.
+    """
+    reading, shown = _trim(reading, context), shown[:, : _needed(reading, context)]
+    views = []
+    for visible, asked in ((shown, reading.asked & ~shown), (~shown, reading.asked & shown)):
+        noisy = reading.ids.masked_fill(reading.hidden & ~visible, mask_id)
+        copies = [noisy, *[reading.ids] * (context.parts - context.noised_parts)]
+        sample, position = asked.nonzero(as_tuple=True)
+        rows = sample * context.parts * reading.ids.shape[1] + position
+        views.append(_view(copies, context, _seen_lengths(reading, context), rows))
+    return views[0], views[1]
+
+
+def _view(copies: list[Tensor], context: Context, lengths: Tensor | None, rows: Tensor) -> View:
+    """Join the copies of the sequence; positions restart in each, and are stored once for all samples."""
+    samples, length = copies[0].shape
+    positions = torch.arange(length, device=rows.device).repeat(context.parts).expand(samples, -1)
+    ids = torch.cat(copies, dim=1)  # [samples, parts * length]
+    return View(ids=ids, positions=positions, context=context, length=length, lengths=lengths, rows=rows)
+
+
+def _seen_lengths(reading: Reading, context: Context) -> Tensor | None:
+    """Return real lengths where pads would be seen: see `trimmed_view`."""
+    return reading.lengths if context.kind == "bidirectional" else None
+
+
+def _needed(reading: Reading, context: Context) -> int:
+    """Return how many positions the longest sample has, in whole blocks where there are blocks."""
+    block = 1 if context.kind == "bidirectional" else context.block_size
+    longest = int(reading.lengths.max())
+    return min(-(-longest // block) * block, reading.ids.shape[1])
+
+
+def _trim(reading: Reading, context: Context) -> Reading:
+    """Cut the padding behind the longest sample; it may be long where the loader pads to a fixed length."""
+    length = _needed(reading, context)
+    cut = {name: getattr(reading, name)[:, :length] for name in ("ids", "hidden", "asked", "unit")}
+    return dataclasses.replace(reading, **cut)

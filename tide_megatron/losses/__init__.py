@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tide_megatron.losses.calm import Calm, ReverseCalm
+from tide_megatron.losses.calm import Calm, CalmTidal, ReverseCalm, ReverseCalmTidal
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.kl import Kl, ReverseKl
 from tide_megatron.losses.rows import Loss
@@ -15,5 +15,7 @@ LOSSES: dict[str, type[Loss]] = {
     "tidal": Tidal,
     "calm": Calm,
     "reverse_calm": ReverseCalm,
+    "calm_tidal": CalmTidal,
+    "reverse_calm_tidal": ReverseCalmTidal,
 }
 """Losses by the name a recipe gives under `losses.<term>.kind`."""

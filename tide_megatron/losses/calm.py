@@ -5,10 +5,9 @@ tokens' probabilities, softened by the temperature. The two likelihoods are comp
 variables, so the models need no common vocabulary. Clamping to [1e-7, 1 - 1e-7] happens in fp32, where
 the upper bound is 1 - 2^-23: a likelihood outside gets no gradient. There is no T^2 here.
 
-The pure functions serve any chunking. The losses of this file still know only equal tokenizers, where a
-chunk is a row and the gold ids are the teacher's too; chunks of several tokens enter with the second
-tokenizer (and with them the mixture of both ideas, whose target is `(1 - lambda) s + lambda t` in
-`bernoulli_cross_entropy`).
+Chunks come from `Rows.link`: of a teacher with its own tokens the wholly hidden ones, of a teacher that
+reads the student's tokens every row. The mixtures (CALM+TIDAL and its reverse) put (1 - lambda) s + lambda
+t, detached and clamped, in the teacher's place; the mixture is one of likelihoods, not of logits.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from torch import Tensor
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.losses.cross_entropy import gold_log_likelihood
-from tide_megatron.losses.rows import STRICT, Rows, Temperature, Weight, num_hidden, one_per_row
+from tide_megatron.losses.mixture import Mixture
+from tide_megatron.losses.rows import STRICT, Rows, Temperature, Weight
 
 LIKELIHOOD_EPSILON = 1e-7
 """Likelihoods stay this far from 0 and 1 (rounded to fp32: 1 - 2^-23 above)."""
@@ -47,7 +47,7 @@ def chunk_log_likelihoods(tokens: Tensor, member: Tensor, chunk: Tensor, num_chu
 def likelihood(log_likelihood: Tensor, temperature: float) -> Tensor:
     """Return exp(log-likelihood / T), clamped to [1e-7, 1 - 1e-7] in fp32; no gradient where it clamps."""
     softened = torch.exp(log_likelihood.float() / temperature)
-    return softened.clamp(LIKELIHOOD_EPSILON, 1 - LIKELIHOOD_EPSILON)
+    return clamped(softened)
 
 
 def bernoulli_cross_entropy(target: Tensor, prediction: Tensor) -> Tensor:
@@ -55,9 +55,14 @@ def bernoulli_cross_entropy(target: Tensor, prediction: Tensor) -> Tensor:
     return -(target * prediction.log() + (1 - target) * (1 - prediction).log())
 
 
+def clamped(share: Tensor) -> Tensor:
+    """Return likelihoods kept inside [1e-7, 1 - 1e-7]."""
+    return share.clamp(LIKELIHOOD_EPSILON, 1 - LIKELIHOOD_EPSILON)
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ChunkLikelihood(abc.ABC):
-    """Options and divisor of a loss that compares chunk likelihoods; a chunk is one hidden row here."""
+    """Options and divisor of a loss that compares chunk likelihoods."""
 
     teacher: str
     """Name of the teacher to listen to."""
@@ -71,19 +76,34 @@ class ChunkLikelihood(abc.ABC):
         """Return the value of each chunk from both likelihoods, [chunks] in (0, 1)."""
 
     def count(self, noised: Noised) -> Tensor:
-        """Return the number of chunks of this microbatch: its hidden rows."""
-        return num_hidden(noised)
+        """Return the number of chunks of this microbatch that enter the loss."""
+        return torch.tensor(noised.link(self.teacher).num_chunks, dtype=torch.float64)
 
     def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
         """Return 1 for every chunk."""
-        return one_per_row(rows)
+        return torch.ones_like(self.chunk_time(rows))
+
+    def chunk_time(self, rows: Rows) -> Tensor:
+        """Return the noise level of each chunk's sample, [chunks] fp32."""
+        return rows.time[rows.link(self.teacher).chunk_sample]
 
     def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
-        """Return `compare` of both models' likelihoods of each gold token."""
+        """Return `compare` of both models' likelihoods of each chunk."""
+        return self.compare(*self.likelihoods(student, teacher, rows))
+
+    def likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return the student's and the teacher's likelihood of each chunk, ([chunks], [chunks]) fp32."""
         assert teacher is not None, f"no answer of teacher {self.teacher!r} reached its loss"
-        theirs = likelihood(gold_log_likelihood(teacher, rows.gold), self.temperature)  # [rows]
-        ours = likelihood(gold_log_likelihood(student, rows.gold), self.temperature)
-        return self.compare(ours, theirs)
+        link = rows.link(self.teacher)
+        sides = ((student, rows.gold, link.student_rows), (teacher, link.gold, link.teacher_rows))
+        ours, theirs = (
+            likelihood(
+                chunk_log_likelihoods(gold_log_likelihood(logits, gold), *members, link.num_chunks),
+                self.temperature,
+            )
+            for logits, gold, members in sides
+        )
+        return ours, theirs
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -105,3 +125,34 @@ class ReverseCalm(ChunkLikelihood):
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return -[s log t + (1 - s) log(1 - t)]."""
         return bernoulli_cross_entropy(student, teacher)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class _Mixed(Mixture, ChunkLikelihood):
+    """A chunk loss whose target lies between student and teacher."""
+
+    def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
+        """Return the timestep weight of each chunk."""
+        return self.weight_at(self.chunk_time(rows))
+
+    def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
+        """Return `compare` of the student's likelihood with the mixture's."""
+        ours, theirs = self.likelihoods(student, teacher, rows)
+        with torch.no_grad():
+            share = self.teacher_share(self.chunk_time(rows), clock)
+            target = clamped((1 - share) * ours + share * theirs)
+        return self.compare(ours, target)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CalmTidal(_Mixed, Calm):
+    """CALM towards a target that moves from the student to the teacher."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReverseCalmTidal(_Mixed, ReverseCalm):
+    """Reverse CALM against a target that moves from the student to the teacher; the paper advises against it.
+
+    While lambda is small the target is the student itself, which pushes likelihoods to 0 or 1 (spec section
+    2).
+    """

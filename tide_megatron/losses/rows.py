@@ -8,6 +8,7 @@ where the count was summed over all ranks and microbatches before the forward pa
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Noised
+from tide_megatron.diffusion.link import Link, same_rows
 
 STRICT = ConfigDict(extra="forbid")
 """Every loss refuses options it does not have."""
@@ -38,11 +40,12 @@ class Rows:
     """[samples] fp32 noise level."""
     maskable: Tensor
     """[samples] int64: how many tokens of each sample may be hidden."""
+    links: Mapping[str, Link] = dataclasses.field(default_factory=dict)
+    """Teacher name -> how its rows join these; a teacher without an entry answers row by row."""
 
-    @property
-    def row_time(self) -> Tensor:
-        """[rows] fp32: the noise level of each row's sample."""
-        return self.time[self.sample]
+    def link(self, teacher: str) -> Link:
+        """Return how a teacher's rows join these."""
+        return self.links.get(teacher) or same_rows(self.gold, self.sample)
 
 
 def rows_of(noised: Noised) -> Rows:
@@ -53,6 +56,7 @@ def rows_of(noised: Noised) -> Rows:
         sample=sample,
         time=noised.time,
         maskable=noised.batch.maskable.sum(dim=1),
+        links={name: noised.link(name) for name in noised.batch.sides},
     )
 
 
@@ -70,7 +74,7 @@ def num_hidden(noised: Noised) -> Tensor:
 class Loss(Protocol):
     """One term of the objective; every implementation is a frozen keyword-only dataclass = its own options.
 
-    An *item* is what the loss averages over: a row, or for the CALM family a chunk.
+    An *item* is what the loss averages over: a row, a pair of rows, or for the CALM family a chunk.
     """
 
     needs_teacher: ClassVar[bool]
@@ -100,7 +104,8 @@ class Loss(Protocol):
 
         Args:
             student: [rows, student vocabulary] logits, any float dtype; computed on in fp32.
-            teacher: [rows, teacher vocabulary] logits without gradient, or None.
-            rows: gold ids, samples and times of the same rows.
+            teacher: [teacher rows, teacher vocabulary] logits without gradient, or None; `rows.link` says how
+                its rows join the student's.
+            rows: gold ids, samples and times of the student's rows.
             clock: where the run stands (TIDAL's lambda).
         """

@@ -1,15 +1,18 @@
 """What KL, reverse KL and TIDAL have in common: two softened distributions over the same columns.
 
-All three compare student and teacher token by token, so ids 0..SV-1 must mean the same bytes in both
-vocabularies (checked where the tokenizers are known). `shared_vocab_size` cuts both logits BEFORE the
-softmax: the distributions are renormalised on the slice (spec section 2). Vocabularies of different size
-need it; where no common range exists, the CALM family is the way.
+All three compare student and teacher at *pairs* of rows that predict the same id: every row where both read
+the same tokens, the aligned positions where one vocabulary is used under two chat templates (spec section
+4.2). Ids 0..SV-1 must mean the same bytes in both vocabularies (checked where the tokenizers are known).
+`shared_vocab_size` cuts both logits BEFORE the softmax: the distributions are renormalised on the slice
+(spec section 2). Vocabularies of different size need it; where no common range exists, the CALM family is
+the way.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -17,7 +20,7 @@ from torch import Tensor
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.losses.rows import STRICT, Rows, Temperature, Weight, num_hidden, one_per_row
+from tide_megatron.losses.rows import STRICT, Rows, Temperature, Weight
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -53,18 +56,24 @@ class SharedVocabulary:
             )
         return columns
 
-    def softened(self, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return both logits over T on the compared columns, ([rows, columns], [rows, columns]) fp32."""
+    def softened(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return both logits over T on the compared columns, ([pairs, columns], [pairs, columns]) fp32."""
         assert teacher is not None, f"no answer of teacher {self.teacher!r} reached its loss"
         columns = self.columns(student.shape[-1], teacher.shape[-1])
-        return student[:, :columns].float() / self.temperature, teacher[
-            :, :columns
-        ].float() / self.temperature
+        student, teacher = student[:, :columns], teacher[:, :columns]
+        pairs = rows.link(self.teacher).pairs
+        if pairs is not None:
+            student, teacher = student[pairs[0]], teacher[pairs[1]]
+        return student.float() / self.temperature, teacher.float() / self.temperature
+
+    def pair_time(self, rows: Rows) -> Tensor:
+        """Return the noise level of each pair's sample, [pairs] fp32."""
+        return rows.time[rows.link(self.teacher).pair_sample]
 
     def count(self, noised: Noised) -> Tensor:
-        """Return the number of hidden rows of this microbatch."""
-        return num_hidden(noised)
+        """Return the number of pairs of this microbatch."""
+        return torch.tensor(noised.link(self.teacher).num_pairs, dtype=torch.float64)
 
     def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
-        """Return 1 for every row."""
-        return one_per_row(rows)
+        """Return 1 for every pair."""
+        return torch.ones_like(self.pair_time(rows))

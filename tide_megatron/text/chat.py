@@ -27,6 +27,8 @@ import jinja2.ext
 import jinja2.sandbox
 
 from tide_megatron.base.errors import DataError
+from tide_megatron.text.skeleton import Content, find_contents
+from tide_megatron.text.spelling import spell
 
 if TYPE_CHECKING:
     from tide_megatron.text.tokenizer import Tokenizer
@@ -91,6 +93,10 @@ class Encoded:
     reply_bytes: int
     """UTF-8 bytes of the reply's text within `ids` (what NLL per byte divides by); template text is not
     counted."""
+    ends: list[int] = dataclasses.field(default_factory=list)
+    """Byte of the rendered text behind each token, never descending; empty unless asked for."""
+    contents: list[Content] = dataclasses.field(default_factory=list)
+    """Place of each message's content in the rendered text; empty unless asked for."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -99,7 +105,11 @@ class Encoded:
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, max_tokens: int | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    max_tokens: int | None = None,
+    aligned: bool = False,
 ) -> Encoded:
     """Encode a conversation whose last message is the reply to learn.
 
@@ -108,30 +118,19 @@ def encode_chat(
         messages: at least one message before the reply; see `data.record` for what a record may be.
         max_tokens: cut here; None: keep all. A prompt that leaves no room for the reply is the
             caller's to refuse.
+        aligned: also give `ends` and `contents`, which alignment with another tokenizer stands on.
 
     Raises:
-        DataError: no template, a template that fails or loses text, or text that holds the mask token. The
-            message does not know the file and line; the caller puts them in front.
+        DataError: no template, a template that fails or loses text, text that holds the mask token, or with
+            `aligned` tokens whose bytes do not spell the text. The message does not know the file and line;
+            the caller puts them in front.
     """
-    if tokenizer.chat is None:
-        raise DataError(
-            f"{tokenizer.name} has no chat template: add chat_template.jinja beside tokenizer.json"
-        )
-    prompt = tokenizer.chat.render(messages[:-1], add_generation_prompt=True)
-    whole = tokenizer.chat.render(messages, add_generation_prompt=False)
-    content = messages[-1]["content"]
-    if not whole.startswith(prompt):
-        raise DataError(
-            f"the chat template ({tokenizer.chat.origin}) renders the prompt differently once the reply is "
-            "there, so the two cannot be told apart: use a template whose generation prompt opens its replies"
-        )
-    # Templates may strip a message's ends; they may not touch what is between.
-    shown = content if content in whole[len(prompt) :] else content.strip()
-    place = whole.find(shown, len(prompt))
-    if place < 0:
-        raise DataError(
-            f"the chat template ({tokenizer.chat.origin}) loses or changes the reply {_short(shown)}"
-        )
+    prompt, whole = _render(tokenizer, messages)
+    assert tokenizer.chat is not None, "rendering needs a template and ran"
+    contents = find_contents(tokenizer.chat, messages, whole)
+    reply = contents[-1]
+    shown = whole.encode()[reply.start : reply.end].decode()
+    place = len(whole.encode()[: reply.start].decode())
     ids, offsets = tokenizer.encode_with_offsets(whole)
     prompt_ids = tokenizer.encode(prompt)
     start = len(prompt_ids)
@@ -151,16 +150,30 @@ def encode_chat(
         ids=ids[:end],
         replies=[min(start, end), end],
         reply_bytes=len(whole[place : max(place, min(covered, place + len(shown)))].encode()),
+        ends=spell(tokenizer, ids, whole)[:end] if aligned else [],
+        contents=contents if aligned else [],
     )
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str, str]:
+    """Return the prompt of the last message, and the whole conversation."""
+    if tokenizer.chat is None:
+        raise DataError(
+            f"{tokenizer.name} has no chat template: add chat_template.jinja beside tokenizer.json"
+        )
+    prompt = tokenizer.chat.render(messages[:-1], add_generation_prompt=True)
+    whole = tokenizer.chat.render(messages, add_generation_prompt=False)
+    if not whole.startswith(prompt):
+        raise DataError(
+            f"the chat template ({tokenizer.chat.origin}) renders the prompt differently once the reply is "
+            "there, so the two cannot be told apart: use a template whose generation prompt opens its replies"
+        )
+    return prompt, whole
 
 
 def _refuse(message: str) -> NoReturn:
     """Stand behind `raise_exception(...)` in templates."""
     raise DataError(f"the chat template refuses these messages: {message}")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 def labels_of(ids: Sequence[int], replies: Sequence[int], ignored: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import tide_megatron.platform  # noqa: F401 - before megatron
@@ -17,9 +17,10 @@ import tide_megatron.platform  # noqa: F401 - before megatron
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.data.columns import Columns
-from tide_megatron.data.loader import Loader
+from tide_megatron.data.loader import Loader, SideReading
+from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.schedule import SCHEDULES
@@ -32,9 +33,9 @@ from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import Options
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.parallel.groups import make_groups
-from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.teachers.teacher import Sight, Teacher
 from tide_megatron.text.tokenizer import Tokenizer
-from tide_megatron.text.vocabulary import require_shared
+from tide_megatron.text.vocabulary import differing_ids, require_shared
 from tide_megatron.train.metrics import Phases
 from tide_megatron.train.recipe import Model, Recipe, StudentModel
 from tide_megatron.train.step import Run
@@ -75,10 +76,13 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         plans |= {name: _read(model, f"teachers.{name}") for name, model in recipe.teachers.items()}
         for plan in plans.values():
             check_layout(plan.choice, plan.architecture, world, plan.key)
-        _check_terms(recipe, plans)
         tokenizer = plans["student"].tokenizer
-        loader = open_loader(recipe, recipe.data.train, tokenizer)
-        held_out = open_loader(recipe, recipe.data.held_out, tokenizer) if recipe.data.held_out else None
+        readers = {name: plan for name, plan in plans.items() if name != "student"}
+        loader = open_loader(recipe, recipe.data.train, tokenizer, readers)
+        held_out = None
+        if recipe.data.held_out:
+            held_out = open_loader(recipe, recipe.data.held_out, tokenizer, readers)
+        _check_terms(recipe, plans, loader)
     student = plans.pop("student")
     trained = Student(
         _build(recipe, student, device),
@@ -87,9 +91,18 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         recipe.optimizer,
     )
     teachers = {
-        name: Teacher(name, _build(recipe, plan, device), plan.choice.context, plan.tokenizer.mask_id)
+        name: Teacher(name, _build(recipe, plan, device), _sight(recipe, name, plan))
         for name, plan in plans.items()
     }
+    for name, teacher in teachers.items():
+        reading = loader.sides.get(name)
+        log.info(
+            "teachers.%s: reads %s; %s view%s",
+            name,
+            f"its own tokens (side {reading.side!r} of the data)" if reading else "the student's tokens",
+            recipe.teachers[name].view,
+            f", {teacher.sight.forwards} forward(s)" if teacher.sight.complementary else "",
+        )
     run = Run(
         student=trained,
         teachers=teachers,
@@ -98,6 +111,7 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
             seed=recipe.seed,
             schedule=SCHEDULES[recipe.noise.schedule],
             time_epsilon=recipe.noise.time_epsilon,
+            whole_chunks_of=_kept_whole(recipe, loader),
         ),
         phases=Phases(device.torch_device),
         device=device.torch_device,
@@ -105,20 +119,70 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
     return Parts(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer)
 
 
-def open_loader(recipe: Recipe, folder: str, tokenizer: Tokenizer) -> Loader:
-    """Open a prepared data folder for this rank; refuse one that was made with another tokenizer."""
+def open_loader(
+    recipe: Recipe, folder: str, tokenizer: Tokenizer, readers: Mapping[str, _Plan] | None = None
+) -> Loader:
+    """Open a prepared data folder for this rank; refuse one that was made with another tokenizer.
+
+    Args:
+        recipe: batch, seed, student.
+        folder: the data.
+        tokenizer: the student's.
+        readers: the teachers; each reads the side that was prepared for its tokenizer and template, if there
+            is one, else the student's tokens.
+    """
     samples, accumulate = recipe.batch.accumulation(dist.get_world_size())
-    context: Context = recipe.student.context
     with _under("data"):
+        columns = Columns(Path(folder), tokenizer_digest=tokenizer.digest)
+        sides = {}
+        for name, plan in (readers or {}).items():
+            side = columns.manifest.side_of(plan.tokenizer.digest)
+            if side is not None:
+                sides[name] = SideReading(side=side, block_size=_filled_blocks(plan.choice.context))
+        for side in recipe.noise.chunks_of or ():
+            if side not in columns.manifest.sides:
+                raise ConfigError(
+                    f"train: {folder} has no side {side!r}, which noise.chunks_of names; "
+                    f"{nearest(side, columns.manifest.sides)}"
+                )
+            sides.setdefault(f"{side} chunks", SideReading(side=side))
         return Loader(
-            columns=Columns(Path(folder), tokenizer_digest=tokenizer.digest),
+            columns=columns,
             samples=samples,
             accumulate=accumulate,
             ranks=(dist.get_rank(), dist.get_world_size()),
             seed=recipe.seed,
-            block_size=1 if context.kind == "bidirectional" else context.block_size,
+            block_size=_filled_blocks(recipe.student.context),
             fixed_length=recipe.data.fixed_length,
+            sides=sides,
         )
+
+
+def _filled_blocks(context: Context) -> int:
+    """Return the block size up to which samples are filled with end tokens."""
+    return 1 if context.kind == "bidirectional" else context.block_size
+
+
+def _kept_whole(recipe: Recipe, loader: Loader) -> tuple[str, ...]:
+    """Return the sides of a batch whose chunks are hidden whole."""
+    if recipe.noise.chunk_hiding == "as_drawn":
+        return ()
+    chosen = recipe.noise.chunks_of
+    if chosen is None:
+        return tuple(name for name in loader.sides if name in recipe.teachers)
+    return tuple(f"{side} chunks" for side in chosen)
+
+
+def _sight(recipe: Recipe, name: str, plan: _Plan) -> Sight:
+    """Say how a teacher sees a microbatch."""
+    choice = recipe.teachers[name]
+    is_split = choice.view == "complementary"
+    return Sight(
+        context=choice.context,
+        mask_id=plan.tokenizer.mask_id,
+        complementary=Complementary(seed=recipe.seed, share=choice.shown_share) if is_split else None,
+        forwards=2 if choice.forwards == "two" else 1,
+    )
 
 
 def check_layout(choice: Model, architecture: Architecture, world: int, key: str) -> None:
@@ -157,7 +221,7 @@ def _read(choice: Model, key: str) -> _Plan:
     return _Plan(key=key, choice=choice, architecture=architecture, tokenizer=tokenizer)
 
 
-def _check_terms(recipe: Recipe, plans: dict[str, _Plan]) -> None:
+def _check_terms(recipe: Recipe, plans: Mapping[str, _Plan], loader: Loader) -> None:
     """Refuse losses that do not fit the noise schedule or the vocabularies."""
     student = plans["student"]
     for name, loss in recipe.terms.items():
@@ -174,7 +238,20 @@ def _check_terms(recipe: Recipe, plans: dict[str, _Plan]) -> None:
             with _under(f"losses.{name}"):
                 limit = loss.columns(student.architecture.vocabulary, teacher.architecture.vocabulary)
         limit = min(limit, max(student.tokenizer.vocabulary_size, teacher.tokenizer.vocabulary_size))
-        require_shared(student.tokenizer, teacher.tokenizer, limit, f"losses.{name}")
+        if isinstance(loss, SharedVocabulary):
+            require_shared(student.tokenizer, teacher.tokenizer, limit, f"losses.{name}")
+        elif loss.teacher not in loader.sides:
+            _check_own_tokens(name, loss.teacher, student, teacher, limit)
+
+
+def _check_own_tokens(term: str, name: str, student: _Plan, teacher: _Plan, limit: int) -> None:
+    """Refuse a chunk loss whose teacher would read another tokenizer's ids."""
+    if differing_ids(student.tokenizer, teacher.tokenizer, limit):
+        raise ConfigError(
+            f"losses.{term}: teacher {name!r} has another vocabulary than the student, and data.train was "
+            "not prepared for it; run `tide prepare` again with "
+            f"--teacher {name}={teacher.choice.folder}"
+        )
 
 
 def _build(recipe: Recipe, plan: _Plan, device: Device) -> TideModel:

@@ -54,6 +54,12 @@ class TeacherModel(Model):
 
     sanity: Annotated[Literal["refuse", "warn", "off"], Off] = "refuse"
     """What to do when the teacher predicts held-out tokens no better than their frequencies would."""
+    view: Literal["plain", "complementary"] = "plain"
+    """`complementary` (CompDemo): show half of the hidden tokens at a time, in two views."""
+    shown_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of the hidden tokens that the first complementary view shows."""
+    forwards: Literal["one", "two"] = "one"
+    """How complementary views are run: as one forward, or as two (slower and equal; to compare)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -132,6 +138,12 @@ class Noise:
 
     schedule: Literal["linear", "cosine"] = "linear"
     time_epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)
+    chunk_hiding: Literal["whole", "as_drawn"] = "whole"
+    """Where a teacher has its own tokens: `whole` hides a chunk whole as soon as one of its tokens is drawn
+    (the paper's rule, which hides more than the noise level says); `as_drawn` hides what was drawn, and only
+    chunks that happen to be hidden whole enter a loss."""
+    chunks_of: tuple[str, ...] | None = None
+    """Sides of the data whose chunks `whole` keeps together; None: those that the teachers read."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

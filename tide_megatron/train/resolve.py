@@ -82,7 +82,8 @@ def mathematics(tree: Tree) -> Tree:
     kept["batch"] = _without(tree["batch"], "microbatch")
     kept["optimizer"] = _without(tree["optimizer"], "distributed")
     kept["student"] = _without(tree["student"], "layout")
-    kept["teachers"] = {name: _without(model, "layout", "sanity") for name, model in tree["teachers"].items()}
+    choices = ("layout", "sanity", "forwards")
+    kept["teachers"] = {name: _without(model, *choices) for name, model in tree["teachers"].items()}
     return kept
 
 

@@ -40,23 +40,25 @@ def check_teachers(recipe: Recipe, parts: Parts) -> list[dict[str, Any]]:
         choice = recipe.teachers[name]
         if choice.sanity == "off":
             continue
+        context = teacher.sight.context
+        own = loader.of_teacher(name, 1 if context.kind == "bidirectional" else context.block_size)
         scores = evaluate(
             teacher.model,
-            teacher.context,
-            teacher.mask_id,
-            loader,
+            context,
+            teacher.sight.mask_id,
+            own,
             times=(TIME,),
             samples=SAMPLES,
             microbatch=MICROBATCH,
         )
         nll = scores.by_time()[0]["nll_per_token"]
-        chance = frequency_nll(loader, teacher.model.architecture.vocabulary)
+        chance = frequency_nll(own, teacher.model.architecture.vocabulary)
         log.info(
             "teachers.%s: %.3f nats a hidden token at t=%.1f under %s (token frequencies alone: %.3f)",
             name,
             nll,
             TIME,
-            teacher.context.kind,
+            context.kind,
             chance,
         )
         if not nll < chance:

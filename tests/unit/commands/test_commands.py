@@ -16,7 +16,7 @@ from tide_megatron.launch.doctor import Finding
 from tide_megatron.launch.failure import RanksFailed
 
 SURFACE = {
-    "prepare": "out sources --tokenizer --max-length --on-long --mask --replace",
+    "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
     "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
     "sample": "model prompts --context --block-size --new-tokens --steps --device",
     "doctor": "--device",

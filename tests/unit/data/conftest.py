@@ -25,5 +25,5 @@ def chats(tmp_path_factory):
 @pytest.fixture
 def prepared(tmp_path, chats, tokenizer):
     """Return a fresh prepared folder of 23 samples, to read or to break."""
-    prepare([chats], tokenizer, tmp_path / "prepared", max_length=128, show_progress=False)
+    prepare([chats], tokenizer, tmp_path / "prepared", max_length=128)
     return tmp_path / "prepared"

@@ -100,7 +100,7 @@ def test_another_tokenizer_is_refused(prepared, tokenizer):
 
 def test_columns_with_different_samples_are_refused(prepared, tokenizer, tmp_path):
     other = write_chats(tmp_path / "other.jsonl", [("a", "b"), ("c", "d")])
-    prepare([other], tokenizer, tmp_path / "two", max_length=64, show_progress=False)
+    prepare([other], tokenizer, tmp_path / "two", max_length=64)
     facts = read_manifest(tmp_path / "two").files
     for file in ("replies.bin", "replies.idx"):
         shutil.copy(tmp_path / "two" / file, prepared / file)
@@ -140,7 +140,7 @@ def test_rows_outlive_the_columns(prepared):
 
 
 def test_the_data_set_has_one_name(prepared, chats, tokenizer, tmp_path):
-    prepare([chats], tokenizer, tmp_path / "other", max_length=127, show_progress=False)
+    prepare([chats], tokenizer, tmp_path / "other", max_length=127)
     first, second = Columns(prepared).manifest, Columns(tmp_path / "other").manifest
     assert first.digest == json.loads((prepared / "manifest.json").read_text())["digest"]
     assert first.digest != second.digest

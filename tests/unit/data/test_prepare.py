@@ -9,6 +9,7 @@ from tests.small_tokenizer import write_chats, write_tokenizer
 from tests.unit.data.conftest import PAIRS
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data import prepare as module
+from tide_megatron.data import sample as sampling
 from tide_megatron.data.columns import Columns
 from tide_megatron.data.prepare import prepare
 from tide_megatron.text.chat import encode_chat
@@ -20,7 +21,7 @@ def entries(folder):
 
 
 def run(sources, tokenizer, out, **options):
-    return prepare(sources, tokenizer, out, **({"max_length": 128, "show_progress": False} | options))
+    return prepare(sources, tokenizer, out, **({"max_length": 128} | options))
 
 
 def test_columns_hold_every_record_in_order(prepared, tokenizer):
@@ -140,7 +141,7 @@ def test_an_interrupt_leaves_nothing(monkeypatch, chats, tokenizer, tmp_path, wh
         raise KeyboardInterrupt
 
     target = {"encode": "encode_chat", "finish": "digest_file", "rename": "_move"}[where]
-    monkeypatch.setattr(module, target, interrupt)
+    monkeypatch.setattr(sampling if where == "encode" else module, target, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run([chats], tokenizer, tmp_path / "out")
     assert entries(tmp_path) == []

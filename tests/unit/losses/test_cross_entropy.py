@@ -55,7 +55,7 @@ def test_rows_of_lists_hidden_tokens_in_order():
     assert rows.gold.tolist() == [2, 4, 1, 2]
     assert rows.sample.tolist() == [0, 0, 1, 1]
     assert rows.maskable.tolist() == [4, 2, 0]
-    assert rows.row_time.tolist() == [0.5, 0.5, 0.25, 0.25]
+    assert rows.time[rows.sample].tolist() == [0.5, 0.5, 0.25, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,13 @@ def test_gradient_is_weight_times_p_minus_onehot():
     loss, rows = CrossEntropy(), rows_of(noised)
     (loss.coefficients(rows, CLOCK) * loss.values(logits, None, rows, CLOCK)).sum().backward()
     onehot = torch.nn.functional.one_hot(rows.gold, 7)
-    expected = (1 / (rows.row_time + 1e-6))[:, None] * (logits.detach().softmax(-1) - onehot)
+    expected = (1 / (rows.time[rows.sample] + 1e-6))[:, None] * (logits.detach().softmax(-1) - onehot)
     torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_cosine_schedule_brings_its_own_weight():
     rows = rows_of(example())
-    angle = math.pi / 2 * (1 - rows.row_time)
+    angle = math.pi / 2 * (1 - rows.time[rows.sample])
     expected = math.pi / 2 * angle.sin() / (angle.cos() + 1e-6)
     torch.testing.assert_close(CrossEntropy(schedule="cosine").coefficients(rows, CLOCK), expected)
 

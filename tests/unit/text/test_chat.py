@@ -140,7 +140,7 @@ def test_a_stripping_template_is_fine(tmp_path):
             "{% if add_generation_prompt %}A{% else %}B{{ messages[-1].content }}{% endif %}",
             "cannot be told apart",
         ),
-        (CHATML.replace("m['content']", "m['content'] | upper"), "loses or changes the reply 'two'"),
+        (CHATML.replace("m['content']", "m['content'] | upper"), "loses or changes message 1 (user): 'one'"),
     ],
 )
 def test_templates_that_cannot_work_are_refused(tmp_path, source, message):
