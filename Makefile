@@ -2,6 +2,8 @@
 # pyproject.toml or constraints.txt has changed, and then does its job.
 #
 #   make quickstart          distil a small student from an expert-parallel teacher on 4 CPU ranks (about 5 minutes)
+#   make cross-tokenizer     learn from a teacher with another tokenizer, in several ways (about 6 minutes)
+#   make shared-tokenizer    TIDAL along each of its axes, with and without CompDemo (about 6 minutes)
 #   make test                all tests but the slow ones
 #   make check               format, lint, strict types, layer contract, house rules
 #   make faults              spoil the code on purpose in a copy: do the tests notice? (about 5 minutes)
@@ -20,7 +22,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 BUILT = $(VENV)/.built
 SOURCES = tide_megatron tools examples tests
 
-.PHONY: help quickstart quickstart-full quickstart-models cross-models test test-all test-312 check faults format environment clean
+.PHONY: help quickstart quickstart-full quickstart-models \
+  cross-tokenizer cross-tokenizer-full cross-models shared-tokenizer shared-tokenizer-full \
+  test test-all test-312 check faults format environment clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,6 +48,18 @@ quickstart-full: $(BUILT)
 
 quickstart-models: $(BUILT)
 	$(BIN)/python examples/quickstart/make_models.py
+
+cross-tokenizer: $(BUILT)
+	$(BIN)/python examples/cross_tokenizer/run.py
+
+cross-tokenizer-full: $(BUILT)
+	$(BIN)/python examples/cross_tokenizer/run.py --full
+
+shared-tokenizer: $(BUILT)
+	$(BIN)/python examples/shared_tokenizer/run.py
+
+shared-tokenizer-full: $(BUILT)
+	$(BIN)/python examples/shared_tokenizer/run.py --full
 
 cross-models: $(BUILT)
 	$(BIN)/python examples/cross_tokenizer/make_models.py

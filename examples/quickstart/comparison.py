@@ -117,7 +117,7 @@ class Comparison:
                     result["sample_nll_per_byte"], first[reference]["sample_nll_per_byte"]
                 )
                 for reference in self.references
-                if name not in self.references
+                if reference != name
             }
             summary[name]["differences"] = {
                 reference: {"mean": pair.mean, "ci95": list(pair.ci95)} for reference, pair in pairs.items()

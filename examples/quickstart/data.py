@@ -7,13 +7,16 @@ Made once; a second call finds it and returns. Nothing is downloaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
 from corpus import write_corpus
 
 from tide_megatron.data.columns import Columns
-from tide_megatron.data.prepare import OnLong, prepare
+from tide_megatron.data.manifest import MANIFEST_FILE
+from tide_megatron.data.prepare import prepare
+from tide_megatron.data.sample import OnLong, SideChoice
 from tide_megatron.text.tokenizer import Tokenizer
 
 TOKENIZER = Path("examples/quickstart/models/student")
@@ -26,9 +29,18 @@ def ensure_data(out: Path) -> Path:
     return ensure_columns(out, Tokenizer.load(TOKENIZER), MAX_LENGTH, text=out / "text")
 
 
-def ensure_columns(out: Path, tokenizer: Tokenizer, max_length: int, *, text: Path) -> Path:
+def ensure_columns(
+    out: Path,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    text: Path,
+    sides: Mapping[str, SideChoice] | None = None,
+) -> Path:
     """Prepare all splits below `out` from chats below `text`, which are made where they are missing."""
-    missing = [name for name in SPLITS if not _is_whole(out / name, tokenizer)]
+    sides = sides or {}
+    digests = {name: side.tokenizer.digest for name, side in sides.items()}
+    missing = [name for name in SPLITS if not _is_whole(out / name, tokenizer, digests)]
     if missing and not all((text / f"{name}.jsonl").is_file() for name in SPLITS):
         print("reading docstrings and functions from the installed sources ...", flush=True)
         write_corpus(text)
@@ -40,14 +52,17 @@ def ensure_columns(out: Path, tokenizer: Tokenizer, max_length: int, *, text: Pa
             max_length=max_length,
             on_long=OnLong.TRUNCATE,
             replace=True,
+            sides=sides,
         )
     return out
 
 
-def _is_whole(folder: Path, tokenizer: Tokenizer) -> bool:
-    if not (folder / "manifest.json").is_file():
+def _is_whole(folder: Path, tokenizer: Tokenizer, side_digests: Mapping[str, str]) -> bool:
+    if not (folder / MANIFEST_FILE).is_file():
         return False
-    return len(Columns(folder, tokenizer_digest=tokenizer.digest)) > 0
+    columns = Columns(folder, tokenizer_digest=tokenizer.digest)
+    found = {name: side.tokenizer.digest for name, side in columns.manifest.sides.items()}
+    return len(columns) > 0 and found == side_digests
 
 
 def main(out: Path = Path("runs/quickstart-data")) -> None:
