@@ -57,7 +57,9 @@ def architecture(config, **changes):
 
 
 def build(config, groups, *, seed=1, **changes):
-    options = {key: changes.pop(key) for key in ("trainable", "attention", "precision") if key in changes}
+    options = {
+        key: changes.pop(key) for key in ("trainable", "attention", "precision", "layout") if key in changes
+    }
     model = build_model(architecture(config, **changes), groups, Options(device=CPU, **options))
     draw_weights(model, seed)
     return model
