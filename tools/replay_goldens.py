@@ -21,7 +21,9 @@ import rich.console
 import rich.table
 import torch
 
+from goldens.aligned import replay_aligned_steps
 from goldens.arithmetic import replay_masks, replay_sampler, replay_schedules
+from goldens.cross import replay_cross_steps
 from goldens.formulas import replay_calm, replay_tidal
 from goldens.row import Row
 from goldens.steps import replay_plain_steps, replay_shared_steps
@@ -43,6 +45,8 @@ REPLAYS: dict[str, Callable[[Path], list[Row]]] = {
     "alm.npz": replay_calm,
     "step_bd3lm.npz": replay_plain_steps,
     "step_shared.npz": replay_shared_steps,
+    "step_cross.npz": replay_cross_steps,
+    "step_aligned.npz": replay_aligned_steps,
     "tokenizers": replay_tokenizers,
     "student_a2d_qwen3": replay_model_folder,
     "teacher_llada2_moe": replay_model_folder,
@@ -56,8 +60,6 @@ LATER = {
     "collate_cross.npz": "second tokenizer",
     "collate_shared.npz": "second tokenizer",
     "tokenkit_align.json": "second tokenizer (its ids are replayed under tokenizers/)",
-    "step_cross.npz": "second tokenizer",
-    "step_aligned.npz": "second tokenizer",
     "teacher_llada": "further architectures",
     "teacher_llada_moe": "further architectures",
     "teacher_dream": "further architectures",
