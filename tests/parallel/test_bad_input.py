@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.parallel.bad_inputs import FAULTS, attempt, cut, one_rank_sees, plant
-from tests.small_tokenizer import write_chats, write_tokenizer
-from tests.tiny_run import copy_tiny_run, write_tiny_run
+from tests.small_tokenizer import write_chats, write_other, write_tokenizer
+from tests.tiny_run import copy_tiny_run, teacher_config, write_cross_run, write_model, write_tiny_run
 from tide_megatron import commands
 from tide_megatron.base.errors import TideError
+from tide_megatron.data.prepare import prepare
 from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.folder import claim_folder
 from tide_megatron.train.resolve import load_recipe
 
@@ -81,6 +83,49 @@ def test_every_loss_that_compares_by_id_needs_the_same_ids(pool, tiny, tmp_path,
     (answer,) = pool(1).run(attempt, file, [f"losses.kl.kind={kind}"])
     assert answer is not None, "the run went on"
     assert re.search(said, answer[1]), answer[1]
+
+
+CROSS_FAULTS = {
+    "data without the teacher's side": (
+        ["data.train={0}/data/plain"],
+        r"^losses\.reverse: teacher 'own' has another vocabulary .* --teacher own=",
+    ),
+    "kl between two vocabularies": (
+        ["losses.kl.teacher=own", "losses.tidal={{kind: tidal, teacher: moe}}"],
+        r"^losses\.kl: \d+ of the first 3\d\d ids are different bytes",
+    ),
+    "chunks of a side that is not there": (
+        ["noise.chunks_of=[othr]"],
+        r"^data\.train: .* has no side 'othr', which noise\.chunks_of names; did you mean 'other'",
+    ),
+    "a share that is none": (["teachers.own.shown_share=1.5"], r"^teachers\.own\.shown_share: "),
+    "an unknown view": (["teachers.own.view=complementry"], r"^teachers\.own\.view: .*complementary"),
+    "a mask token beyond the teacher's rows": (
+        ["teachers.own.folder={0}/small", "teachers.own.mask=<|veil|>"],
+        r"^teachers\.own\.folder: .*\(mask token '<\|veil\|>' is id 284\), the model only 284 rows",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def cross(tmp_path_factory):
+    """Return a run with two tokenizers, and beside it data without sides and a teacher with few rows."""
+    file = write_cross_run(tmp_path_factory.mktemp("cross"))
+    folder = file.parent
+    tokenizer = Tokenizer.load(folder / "student")
+    prepare([folder / "train.jsonl"], tokenizer, folder / "data/plain", max_length=128)
+    write_model(folder / "small", teacher_config(284, 4), seed=5)
+    write_other(folder / "small")
+    return file
+
+
+@pytest.mark.parametrize("name", CROSS_FAULTS)
+def test_faults_with_two_tokenizers_are_one_message(pool, cross, name):
+    words, said = CROSS_FAULTS[name]
+    (answer,) = pool(1).run(attempt, cross, [word.format(cross.parent) for word in words])
+    assert answer is not None, "the run went on"
+    assert re.search(said, answer[1]), answer[1]
+    assert not (cross.parent / "run").exists()
 
 
 def test_the_run_without_a_fault_goes_on(pool, tiny, tmp_path):

@@ -149,6 +149,12 @@ def _write(folder: Path, sources: Sequence[Path], encoder: Encoder) -> Manifest:
         if not writer.samples:
             names = ", ".join(str(source) for source in sources)
             raise DataError(f"{names}: no samples ({_told(skipped)}): give records, or raise max_length")
+        for name, found in side_counts.items():
+            if not found["chunks"]:
+                raise DataError(
+                    f"teacher {name}: no chunk of any reply is spelled by both sides within its window: "
+                    f"raise its max_length above {encoder.side_length(name)}, or look at both templates"
+                )
         columns, files = writer.finish()
     finally:
         writer.close()
