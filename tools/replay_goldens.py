@@ -22,6 +22,7 @@ import rich.table
 import torch
 
 from goldens.aligned import replay_aligned_steps
+from goldens.alignment import replay_alignments
 from goldens.arithmetic import replay_masks, replay_sampler, replay_schedules
 from goldens.cross import replay_cross_steps
 from goldens.formulas import replay_calm, replay_tidal
@@ -48,6 +49,7 @@ REPLAYS: dict[str, Callable[[Path], list[Row]]] = {
     "step_cross.npz": replay_cross_steps,
     "step_aligned.npz": replay_aligned_steps,
     "tokenizers": replay_tokenizers,
+    "tokenkit_align.json": replay_alignments,
     "student_a2d_qwen3": replay_model_folder,
     "teacher_llada2_moe": replay_model_folder,
     "teacher_llada2_moe_g4": replay_model_folder,
@@ -59,7 +61,6 @@ LATER = {
     "map_shared.json": "second tokenizer",
     "collate_cross.npz": "second tokenizer",
     "collate_shared.npz": "second tokenizer",
-    "tokenkit_align.json": "second tokenizer (its ids are replayed under tokenizers/)",
     "teacher_llada": "further architectures",
     "teacher_llada_moe": "further architectures",
     "teacher_dream": "further architectures",

@@ -114,6 +114,7 @@ def evaluate(
         samples: how many samples, at most the data set.
         microbatch: samples per forward pass.
     """
+    loader = dataclasses.replace(loader, sides={})  # one model is scored: nobody else's tokens are needed
     samples = min(samples, loader.num_samples)
     rank, world = loader.ranks
     rounds = math.ceil(samples / (microbatch * world))

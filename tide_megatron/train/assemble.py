@@ -78,10 +78,10 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
             check_layout(plan.choice, plan.architecture, world, plan.key)
         tokenizer = plans["student"].tokenizer
         readers = {name: plan for name, plan in plans.items() if name != "student"}
-        loader = open_loader(recipe, recipe.data.train, tokenizer, readers)
+        loader = open_loader(recipe, recipe.data.train, tokenizer, readers, is_trained_on=True)
         held_out = None
         if recipe.data.held_out:
-            held_out = open_loader(recipe, recipe.data.held_out, tokenizer, readers)
+            held_out = open_loader(recipe, recipe.data.held_out, tokenizer, readers, is_trained_on=False)
         _check_terms(recipe, plans, loader)
     student = plans.pop("student")
     trained = Student(
@@ -120,7 +120,12 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
 
 
 def open_loader(
-    recipe: Recipe, folder: str, tokenizer: Tokenizer, readers: Mapping[str, _Plan] | None = None
+    recipe: Recipe,
+    folder: str,
+    tokenizer: Tokenizer,
+    readers: Mapping[str, _Plan],
+    *,
+    is_trained_on: bool,
 ) -> Loader:
     """Open a prepared data folder for this rank; refuse one that was made with another tokenizer.
 
@@ -130,16 +135,17 @@ def open_loader(
         tokenizer: the student's.
         readers: the teachers; each reads the side that was prepared for its tokenizer and template, if there
             is one, else the student's tokens.
+        is_trained_on: whether chunks are kept whole in it; held-out tokens are hidden as drawn.
     """
     samples, accumulate = recipe.batch.accumulation(dist.get_world_size())
     with _under("data"):
         columns = Columns(Path(folder), tokenizer_digest=tokenizer.digest)
         sides = {}
-        for name, plan in (readers or {}).items():
+        for name, plan in readers.items():
             side = columns.manifest.side_of(plan.tokenizer.digest)
             if side is not None:
                 sides[name] = SideReading(side=side, block_size=_filled_blocks(plan.choice.context))
-        for side in recipe.noise.chunks_of or ():
+        for side in (recipe.noise.chunks_of or ()) if is_trained_on else ():
             if side not in columns.manifest.sides:
                 raise ConfigError(
                     f"train: {folder} has no side {side!r}, which noise.chunks_of names; "

@@ -34,13 +34,13 @@ def check_teachers(recipe: Recipe, parts: Parts) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a teacher is no better than token frequencies and its `sanity` is `refuse`.
     """
-    loader = parts.held_out or parts.loader
     report = []
     for name, teacher in parts.run.teachers.items():
         choice = recipe.teachers[name]
         if choice.sanity == "off":
             continue
         context = teacher.sight.context
+        loader = _loader_for(name, parts)
         own = loader.of_teacher(name, 1 if context.kind == "bidirectional" else context.block_size)
         scores = evaluate(
             teacher.model,
@@ -80,6 +80,13 @@ def check_teachers(recipe: Recipe, parts: Parts) -> list[dict[str, Any]]:
             }
         )
     return report
+
+
+def _loader_for(name: str, parts: Parts) -> Loader:
+    """Return held-out data, unless only the training data was prepared for this teacher's own tokens."""
+    held_out = parts.held_out
+    is_lacking = held_out is not None and name in parts.loader.sides and name not in held_out.sides
+    return parts.loader if held_out is None or is_lacking else held_out
 
 
 def frequency_nll(loader: Loader, vocabulary: int) -> float:

@@ -58,6 +58,25 @@ def error_of(ours: Tensor, golden: Tensor) -> float:
     return float("inf") if math.isnan(error) else error
 
 
+def judge(file: str, label: str, recorded: Any, ours: Any, by_bug: Any, bug: str) -> Row:
+    """Judge plain values (lists, numbers): what we make of an input against what was recorded.
+
+    Args:
+        file: the golden file.
+        label: key or case.
+        recorded: what the reference made of it.
+        ours: what we make of it.
+        by_bug: what the reference's rule makes of it, carried out with its bug; a difference is only excused
+            where this is what was recorded.
+        bug: the name of that bug; empty: there is no excuse.
+    """
+    if recorded == ours:
+        return Row(file=file, label=label, status="replayed", error=0.0)
+    if bug and recorded == by_bug:
+        return Row(file=file, label=label, status="differs", note=bug)
+    return Row(file=file, label=label, status="failed", note="neither ours nor what a named bug gives")
+
+
 class Golden:
     """One npz file whose keys are ticked off as they are used."""
 

@@ -1,11 +1,12 @@
 """Replays of tokenizers/: ids of plain texts and of rendered chats, with our tokenizer and templates.
 
-The ids stand in tokenkit_align.json and map_cross.json; what those files hold beyond ids (chunks, ranges)
-waits for the second tokenizer.
+The ids stand in tokenkit_align.json and map_cross.json; what those files hold beyond ids (chunks, ranges) is
+replayed by `alignment` and `mapped`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,20 @@ from tide_megatron.text.chat import ChatTemplate
 from tide_megatron.text.tokenizer import Tokenizer
 
 
+def golden_tokenizer(folder: Path, side: str, template: str | None = None) -> Tokenizer:
+    """Load `student` or `teacher` from tokenizers/, with its template of info.json or another one."""
+    info = _read(folder / "info.json")
+    special = info[f"{side}_special"]
+    tokenizer = Tokenizer.load(
+        folder / f"{side}.json", mask=special["mask"], eos=special["eos"], pad=special["pad"]
+    )
+    source = info[f"{side}_chat_template"] if template is None else template
+    chat = ChatTemplate(source=source, origin="info.json", variables={}, special_tokens={})
+    return dataclasses.replace(tokenizer, chat=chat)
+
+
 def replay_tokenizers(folder: Path) -> list[Row]:
     """Replay the tokenizers of a goldens folder on the texts and chats whose ids its other files hold."""
-    info = _read(folder / "info.json")
     texts = _read(folder.parent / "tokenkit_align.json")["cases"]
     chats = _read(folder.parent / "map_cross.json")
     rows = []
@@ -25,16 +37,12 @@ def replay_tokenizers(folder: Path) -> list[Row]:
         ("student", "input_ids", chats["max_length"]),
         ("teacher", "teacher_input_ids", None),  # the reference cuts the teacher's ids later
     ):
-        special = info[f"{side}_special"]
-        file = folder / f"{side}.json"
-        tokenizer = Tokenizer.load(file, mask=special["mask"], eos=special["eos"], pad=special["pad"])
+        tokenizer = golden_tokenizer(folder, side)
         right = [_same_text(tokenizer, case, side) for case in texts]
-        rows.append(_row(file.name, "ids of texts", right))
-        template = ChatTemplate(
-            source=info[f"{side}_chat_template"], origin="info.json", variables={}, special_tokens={}
-        )
+        rows.append(_row(f"{side}.json", "ids of texts", right))
+        assert tokenizer.chat is not None, "it was given one"
         right = [
-            tokenizer.encode(template.render(chat["messages"], add_generation_prompt=False))[:limit]
+            tokenizer.encode(tokenizer.chat.render(chat["messages"], add_generation_prompt=False))[:limit]
             == ids[column]
             for chat, ids in zip(chats["rows"], chats["mapped"], strict=True)
             if not ids["_discard"]

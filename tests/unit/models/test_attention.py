@@ -8,7 +8,7 @@ import torch
 
 from tests.unit.models.shapes import DENSE, build, view
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.diffusion.mask import Context, dense_mask
+from tide_megatron.diffusion.mask import Context, TwoViews, dense_mask
 from tide_megatron.models.attention import (
     KERNELS,
     AttentionPlan,
@@ -62,6 +62,22 @@ def test_dense_and_structured_agree_with_gradients(kind, length, block, shares):
         for ours, expected in zip(found[name], found["written out"], strict=True):
             assert torch.isfinite(ours).all(), "padded rows must stay finite"
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shares", [None, (1.0, 0.6, 0.02)])
+@pytest.mark.parametrize(("length", "block"), [(96, 16), (70, 4), (13, 32)])
+def test_all_kernels_render_two_views_beside_one_clean_part(length, block, shares):
+    context, lengths = TwoViews(kind="block_diffusion", block_size=block), lengths_of(shares, length)
+    parts = [part.detach() for part in heads(3 * length)]
+    expected = written_out(*parts, dense_mask(context, length, lengths))
+    for name in ("dense", "structured", "flex"):
+        found = KERNELS[name](context, length, lengths, CPU)(*parts)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+    alone = Context(kind="block_diffusion", block_size=block)
+    for first in (0, length):  # each noised part with the clean one is the ordinary context
+        own = torch.cat([torch.arange(first, first + length), torch.arange(2 * length, 3 * length)])
+        alike = written_out(*(part[:, :, own] for part in parts), dense_mask(alone, length, lengths))
+        torch.testing.assert_close(expected[:, :, own], alike, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(("kind", "length", "block", "shares"), CASES[1::3])

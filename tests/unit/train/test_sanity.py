@@ -18,6 +18,8 @@ from tide_megatron.train.sanity import check_teachers, frequency_nll
 class Samples:
     """Stands for a loader over a few samples of one batch."""
 
+    sides = ()
+
     def __init__(self, ids, maskable):
         self.batch = SimpleNamespace(ids=torch.tensor(ids), maskable=torch.tensor(maskable))
         self.num_samples = len(ids)
@@ -61,7 +63,7 @@ def run_check(monkeypatch, samples, nll, choice, held_out=True):
     )
     parts = SimpleNamespace(
         held_out=samples if held_out else None,
-        loader=None if held_out else samples,
+        loader=Samples([[9]], [[True]]) if held_out else samples,
         run=SimpleNamespace(teachers={"big": teacher}),
     )
     layout = Layout(expert=4)
