@@ -180,6 +180,7 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
         averaged={
             "loss": result.objective,
             **{f"loss/{name}": value for name, value in result.terms.items()},
+            **{f"items/{name}": value for name, value in result.items.items()},
             "grad_norm": result.update.grad_norm,
             "hidden_share": result.hidden / max(1, result.tokens),
         },

@@ -44,6 +44,8 @@ class StepResult:
 
     terms: dict[str, float]
     """Mean of each loss over its own count, before its weight."""
+    items: dict[str, float]
+    """What each loss averaged over: rows, pairs or chunks of all ranks; 0 where there was nothing to compare."""
     objective: float
     update: Update
     tokens: int
@@ -81,7 +83,10 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         terms = total(run, sums)
         objective = sum(run.losses[name].weight * value for name, value in terms.items())
         update = run.student.update(clock, finite=math.isfinite(objective))
-    return StepResult(terms=terms, objective=objective, update=update, tokens=tokens, hidden=hidden)
+    items = {name: float(value) for name, value in counts.items()}
+    return StepResult(
+        terms=terms, items=items, objective=objective, update=update, tokens=tokens, hidden=hidden
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
