@@ -24,8 +24,10 @@ import torch
 from goldens.aligned import replay_aligned_steps
 from goldens.alignment import replay_alignments
 from goldens.arithmetic import replay_masks, replay_sampler, replay_schedules
+from goldens.collated import replay_collate_cross, replay_collate_shared
 from goldens.cross import replay_cross_steps
 from goldens.formulas import replay_calm, replay_tidal
+from goldens.mapped import replay_find_text, replay_map_cross, replay_map_shared
 from goldens.row import Row
 from goldens.steps import replay_plain_steps, replay_shared_steps
 from goldens.text import replay_tokenizers
@@ -50,17 +52,17 @@ REPLAYS: dict[str, Callable[[Path], list[Row]]] = {
     "step_aligned.npz": replay_aligned_steps,
     "tokenizers": replay_tokenizers,
     "tokenkit_align.json": replay_alignments,
+    "map_cross.json": replay_map_cross,
+    "map_shared.json": replay_map_shared,
+    "find_text.json": replay_find_text,
+    "collate_cross.npz": replay_collate_cross,
+    "collate_shared.npz": replay_collate_shared,
     "student_a2d_qwen3": replay_model_folder,
     "teacher_llada2_moe": replay_model_folder,
     "teacher_llada2_moe_g4": replay_model_folder,
     "teacher_wedlm_like": replay_model_folder,
 }
 LATER = {
-    "find_text.json": "second tokenizer",
-    "map_cross.json": "second tokenizer",
-    "map_shared.json": "second tokenizer",
-    "collate_cross.npz": "second tokenizer",
-    "collate_shared.npz": "second tokenizer",
     "teacher_llada": "further architectures",
     "teacher_llada_moe": "further architectures",
     "teacher_dream": "further architectures",

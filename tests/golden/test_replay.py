@@ -226,7 +226,9 @@ def test_spoilt_tokenizers_fail(without_models):
     file.write_text(json.dumps(info))
     (without_models / "tokenizers" / "third.json").write_text("{}")
     failed = {row.file for row in replay(without_models) if not row.passed}
-    assert failed == {"tokenizers/info.json", "tokenizers/third.json"}
+    # Chats under that template have other ids; map_shared.json brings templates of its own.
+    chats = {"map_cross.json", "collate_cross.npz"}
+    assert failed == {"tokenizers/info.json", "tokenizers/third.json", *chats}
 
 
 def test_the_exit_code_says_it(tmp_path, monkeypatch, capsys):
@@ -239,18 +241,8 @@ def test_the_exit_code_says_it(tmp_path, monkeypatch, capsys):
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_later_families_are_those_of_the_issue():
-    assert set(LATER) == {
-        "find_text.json",
-        "map_cross.json",
-        "map_shared.json",
-        "collate_cross.npz",
-        "collate_shared.npz",
-        "tokenkit_align.json",
-        "teacher_llada",
-        "teacher_llada_moe",
-        "teacher_dream",
-    }
+def test_later_families_are_those_of_later_issues():
+    assert set(LATER) == {"teacher_llada", "teacher_llada_moe", "teacher_dream"}
 
 
 def test_a_reader_reports_what_nobody_touched(tmp_path):

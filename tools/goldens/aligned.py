@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from goldens.arithmetic import swap_halves
+from goldens.conversation import UNEQUAL
 from goldens.distilled import TEACHER, Step
 from goldens.row import Golden, Row
 from goldens.steps import SHARED_OPTIONS, logit_losses
@@ -21,7 +22,6 @@ from tide_megatron.diffusion.mask import dense_mask
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.side import Side
 
-UNEQUAL = "pairs of unequal ids, which the reference does not check (spec 4.2); ours are equal"
 SCATTER = "bug 11: padded slots unhide teacher position 0"
 
 

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from goldens.distilled import TEACHER, Step
+from goldens.matrices import Matrices
 from goldens.row import Golden, Row
 from goldens.table import TableModel, additive, checked, read_batch, read_context
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context, dense_mask
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.diffusion.side import Side
 from tide_megatron.losses.calm import Calm, CalmTidal, ReverseCalm, ReverseCalmTidal
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.mixture import Mixture
@@ -42,45 +41,6 @@ CROSS_OPTIONS = {
 }
 OVERLAP = "bug 2: duplicate or overlapping ranges (spec 4.1, 3); our chunks are disjoint"
 EVERYBODY = Context(kind="bidirectional")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Matrices:
-    """The reference's form of chunks."""
-
-    student: Tensor
-    """[samples, student length, columns] bool."""
-    teacher: Tensor
-    """[samples, teacher length, columns] bool."""
-
-    def side(self, ids: Tensor) -> Side:
-        """Turn columns into chunks over teacher tokens `ids`; a chunk's number is its column."""
-        sample, column = self.student.any(dim=1).nonzero(as_tuple=True)
-        spans = [
-            [*_run(self.student[s, :, c]), *_run(self.teacher[s, :, c])]
-            for s, c in zip(sample.tolist(), column.tolist(), strict=True)
-        ]
-        return Side(
-            ids=ids,
-            lengths=torch.full((len(ids),), ids.shape[1]),
-            spans=torch.tensor(spans, dtype=torch.int64).view(-1, 4),
-            sample=sample,
-            number=column,
-        )
-
-    def overlap_at_work(self, step: Step, case: dict[str, Any]) -> bool:
-        """Say whether this case's noise lets overlapping columns disturb each other."""
-        tag = case["tag"]
-        widened = step.noised(tag).hidden
-        drawn = dataclasses.replace(step, noiser=Noiser(seed=0)).noised(tag).hidden
-        touched, later = ((hidden[..., None] & self.student).any(dim=1) for hidden in (drawn, widened))
-        if not torch.equal(touched, later):
-            return True
-        if not case["demo"]:
-            return False
-        first = step.golden.read(f"{tag}_u2") < Complementary(seed=0).share
-        halves = [((touched & half)[:, None] & self.teacher).any(dim=-1) for half in (first, ~first)]
-        return bool((halves[0] & halves[1]).any())
 
 
 def replay_cross_steps(path: Path) -> list[Row]:
@@ -109,7 +69,7 @@ def replay_cross_steps(path: Path) -> list[Row]:
             clock = Clock(step=case["global_step"], total_steps=case["max_steps"])
             trained = Mixture(growth=loss.growth, initial=loss.initial, maximum=loss.maximum)
             more = [(f"{case['tag']}_log_lambda_train", trained.teacher_share(torch.zeros(()), clock))]
-        step.replay(case, losses, more, OVERLAP if matrices.overlap_at_work(step, case) else "")
+        step.replay(case, losses, more, OVERLAP if overlap_at_work(matrices, step, case) else "")
     return golden.rows()
 
 
@@ -144,12 +104,16 @@ def _losses(case: dict[str, Any]) -> dict[str, Loss]:
     return terms
 
 
-def _run(column: Tensor) -> tuple[int, int]:
-    """Return the half-open run of a column, (0, 0) of an empty one; a gap is an error."""
-    place = column.nonzero().flatten()
-    if not len(place):
-        return 0, 0
-    start, end = int(place[0]), int(place[-1]) + 1
-    if end - start != len(place):
-        raise ValueError(f"a chunk has a gap: {place.tolist()}")
-    return start, end
+def overlap_at_work(matrices: Matrices, step: Step, case: dict[str, Any]) -> bool:
+    """Say whether a case's noise lets overlapping columns disturb each other."""
+    tag = case["tag"]
+    widened = step.noised(tag).hidden
+    drawn = dataclasses.replace(step, noiser=Noiser(seed=0)).noised(tag).hidden
+    touched, later = ((hidden[..., None] & matrices.student).any(dim=1) for hidden in (drawn, widened))
+    if not torch.equal(touched, later):
+        return True
+    if not case["demo"]:
+        return False
+    first = step.golden.read(f"{tag}_u2") < Complementary(seed=0).share
+    halves = [((touched & half)[:, None] & matrices.teacher).any(dim=-1) for half in (first, ~first)]
+    return bool((halves[0] & halves[1]).any())

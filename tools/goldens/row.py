@@ -94,6 +94,11 @@ class Golden:
         """List the keys that match the whole of a regular expression, in the file's order; touches none."""
         return [key for key in self._arrays if re.fullmatch(pattern, key)]
 
+    def prefixes(self, pattern: str) -> list[str]:
+        """List what stands before `_input_ids` in the keys, where it matches the whole of `pattern`."""
+        found = (key.removesuffix("_input_ids") for key in self._arrays if key.endswith("_input_ids"))
+        return [prefix for prefix in found if re.fullmatch(pattern, prefix)]
+
     def read(self, key: str) -> Tensor:
         """Return an array as a tensor and tick it off; a KeyError names a key that is not there."""
         array = self._arrays[key]
