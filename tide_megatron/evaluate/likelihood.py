@@ -115,8 +115,7 @@ def evaluate(
         microbatch: samples per forward pass.
     """
     loader = dataclasses.replace(loader, sides={})  # one model is scored: nobody else's tokens are needed
-    samples = min(samples, loader.num_samples)
-    rank, world = loader.ranks
+    (rank, world), samples = loader.ranks, min(samples, loader.num_samples)
     rounds = math.ceil(samples / (microbatch * world))
     sums = torch.zeros(4, samples, len(times), dtype=torch.float64, device=model.head_weight.device)
     was_training = model.training

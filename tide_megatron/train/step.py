@@ -45,7 +45,7 @@ class StepResult:
     terms: dict[str, float]
     """Mean of each loss over its own count, before its weight."""
     items: dict[str, float]
-    """What each loss averaged over: rows, pairs or chunks of all ranks; 0 where there was nothing to compare."""
+    """What each loss averaged over: rows, pairs or chunks of all ranks; 0: there was nothing to compare."""
     objective: float
     update: Update
     tokens: int
