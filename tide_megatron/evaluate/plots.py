@@ -200,8 +200,15 @@ def _figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[
 
 
 def _style(index: int, marker: str | None = None) -> dict[str, Any]:
-    own = MARKERS[index % len(MARKERS)] if marker is None else marker
-    return {"color": COLOURS[index % len(COLOURS)], "marker": own, "linewidth": 1.8, "markersize": 5}
+    turn, place = divmod(index, len(COLOURS))  # a second turn has other markers and dashed lines
+    own = MARKERS[(place + turn) % len(MARKERS)] if marker is None else marker
+    return {
+        "color": COLOURS[place],
+        "marker": own,
+        "linestyle": ("-", "--", ":")[turn % 3],
+        "linewidth": 1.8,
+        "markersize": 5,
+    }
 
 
 def _label(axis: Axes, horizontal: str, vertical: str) -> None:
