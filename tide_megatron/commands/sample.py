@@ -15,29 +15,30 @@ def sample(
     model: Annotated[Path, typer.Argument(help="Model folder with config.json, weights and tokenizer.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: one a line from stdin.")] = None,
     context: Annotated[
-        ContextKind, typer.Option(help="The context kind that it was trained in.")
-    ] = "block_diffusion",
+        ContextKind | None,
+        typer.Option(help="The context kind that it was trained in; default: its folder's."),
+    ] = None,
     block_size: Annotated[
-        int, typer.Option(min=1, help="The block size it was trained with, in tokens.")
-    ] = 32,
+        int | None, typer.Option(min=1, help="The block size it was trained with; default: its folder's.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 256,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: one a token.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Answer prompts with a block sampler; each prompt is one user message in the model's chat template.
 
-    Example: tide sample runs/kl/model "Return the sum of two numbers." --new-tokens 64 --block-size 16
+    Example: tide sample runs/kl/model "Return the sum of two numbers." --new-tokens 64
     """
     import rich
     from rich.markup import escape
 
-    from tide_megatron.diffusion.mask import Context
     from tide_megatron.evaluate.generate import Sampler
     from tide_megatron.evaluate.replies import answer_prompts
+    from tide_megatron.evaluate.trained_context import trained_context
     from tide_megatron.launch.ranks import run_ranks
 
     asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    reading = Context(kind=context, block_size=block_size)
+    reading = trained_context(model, context, block_size)
     sampler = Sampler(new_tokens=new_tokens, steps=steps or new_tokens)
     replies = run_ranks(answer_prompts, (model, asked, reading, sampler), 1, device)
     for prompt, text in zip(asked, replies, strict=False):

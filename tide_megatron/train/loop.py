@@ -20,6 +20,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.evaluate.likelihood import Likelihood, evaluate
+from tide_megatron.evaluate.trained_context import write_context
 from tide_megatron.losses.tidal import Tidal
 from tide_megatron.models.convert import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
@@ -91,6 +92,7 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     barrier()
     if is_first():
         parts.tokenizer.save(folder / MODEL)
+        write_context(folder / MODEL, recipe.student.context)
         write_result(folder, result)
         log.info("the student is in %s", folder / MODEL)
     return result

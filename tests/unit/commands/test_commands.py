@@ -144,7 +144,8 @@ def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
         return ["a [b] c"] * len(args[1])
 
     monkeypatch.setattr(launch_ranks, "run_ranks", run_ranks)
-    words = ["sample", "models/x", "one", "two", "--block-size", "8", "--new-tokens", "12", "--device", "cpu"]
+    words = ["sample", "models/x", "one", "two", "--new-tokens", "12", "--device", "cpu"]
+    words += ["--context", "block_diffusion", "--block-size", "8"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert result.output == "one\na [b] c\n\ntwo\na [b] c\n\n"
@@ -158,5 +159,5 @@ def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
     )
     assert (context.kind, context.block_size) == ("block_diffusion", 8)
     assert (sampler.new_tokens, sampler.steps) == (12, 12)
-    CliRunner().invoke(app, ["sample", "models/x"], input="three\n\nfour\n")
+    CliRunner().invoke(app, ["sample", "models/x", *words[-4:]], input="three\n\nfour\n")
     assert calls[1][1][1] == ["three", "four"]

@@ -1,0 +1,40 @@
+"""A model folder says what context it was trained in, or the user must."""
+
+import pytest
+
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.evaluate.trained_context import CONTEXT_FILE, trained_context, write_context
+
+STORED = Context(kind="block_causal", block_size=16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "block_size", "wanted"),
+    [
+        (None, None, STORED),
+        ("block_diffusion", None, Context(kind="block_diffusion", block_size=16)),
+        (None, 8, Context(kind="block_causal", block_size=8)),
+        ("block_diffusion", 4, Context(kind="block_diffusion", block_size=4)),
+    ],
+)
+def test_what_is_asked_for_goes_before_what_is_stored(tmp_path, kind, block_size, wanted):
+    write_context(tmp_path, STORED)
+    assert trained_context(tmp_path, kind, block_size) == wanted
+
+
+@pytest.mark.parametrize(("kind", "block_size"), [(None, None), (None, 8), ("block_diffusion", None)])
+def test_what_nobody_says_is_not_guessed(tmp_path, kind, block_size):
+    with pytest.raises(ConfigError, match="give --context and --block-size"):
+        trained_context(tmp_path, kind, block_size)
+
+
+def test_a_bidirectional_model_needs_no_block_size(tmp_path):
+    assert trained_context(tmp_path, "bidirectional").kind == "bidirectional"
+
+
+@pytest.mark.parametrize("text", ["{", "3", '{"kind": "sideways", "block_size": 4}'])
+def test_a_broken_file_is_refused(tmp_path, text):
+    (tmp_path / CONTEXT_FILE).write_text(text)
+    with pytest.raises(ConfigError):
+        trained_context(tmp_path)
