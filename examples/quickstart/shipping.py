@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tide_megatron import __version__
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.score import Question, score_folder
+from tide_megatron.evaluate.trained_context import write_context
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import digest, load_recipe
@@ -68,6 +69,7 @@ class Shipped:
         }
         save_file(stored, self.folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copy(run / "model" / "config.json", self.folder / "config.json")
+        write_context(self.folder, self.context)
         return {
             "recipe": str(self.recipe),
             "digest": digest(tree),
