@@ -28,7 +28,7 @@ import jinja2.sandbox
 
 from tide_megatron.base.errors import DataError
 from tide_megatron.text.skeleton import Content, find_contents
-from tide_megatron.text.spelling import spell
+from tide_megatron.text.spelling import SpellingError
 
 if TYPE_CHECKING:
     from tide_megatron.text.tokenizer import Tokenizer
@@ -121,45 +121,51 @@ def encode_chat(
         aligned: also give `ends` and `contents`, which alignment with another tokenizer stands on.
 
     Raises:
-        DataError: no template, a template that fails or loses text, text that holds the mask token, or with
-            `aligned` tokens whose bytes do not spell the text. The message does not know the file and line;
-            the caller puts them in front.
+        DataError: no template, a template that fails or loses text, text that holds the mask token, or tokens
+            whose bytes do not spell the text. The message does not know the file and line; the caller puts
+            them in front.
     """
     prompt, whole = _render(tokenizer, messages)
     assert tokenizer.chat is not None, "rendering needs a template and ran"
     contents = find_contents(tokenizer.chat, messages, whole)
-    reply = contents[-1]
-    shown = whole.encode()[reply.start : reply.end].decode()
-    place = len(whole.encode()[: reply.start].decode())
-    ids, offsets = tokenizer.encode_with_offsets(whole)
-    prompt_ids = tokenizer.encode(prompt)
+    ids, prompt_ids = tokenizer.encode(whole), tokenizer.encode(prompt)
     start = len(prompt_ids)
     if ids[:start] != prompt_ids:
         # The tokenizer merges across the boundary. Generation starts from the prompt's own ids, and so
         # does training.
-        ids, offsets = tokenizer.encode_with_offsets(whole[len(prompt) :])
-        ids = prompt_ids + ids
-        offsets = [(0, 0)] * start + [(a + len(prompt), b + len(prompt)) for a, b in offsets]
+        ids = prompt_ids + tokenizer.encode(whole[len(prompt) :], opening=False)
     if tokenizer.mask_id in ids:
         raise DataError(
             "the text contains the mask token, which only hiding may write: remove it from the record"
         )
+    try:
+        ends = tokenizer.ends(ids, whole)
+    except SpellingError as error:
+        raise DataError(f"{_named(error.place, messages, contents)}: {error}") from None
     end = min(len(ids), max_tokens or len(ids))
-    covered = max((offset for _, offset in offsets[start:end]), default=0)
+    covered = min(ends[end - 1], contents[-1].end) - contents[-1].start
     return Encoded(
         ids=ids[:end],
         replies=[min(start, end), end],
-        reply_bytes=len(whole[place : max(place, min(covered, place + len(shown)))].encode()),
-        ends=spell(tokenizer, ids, whole)[:end] if aligned else [],
+        reply_bytes=max(0, covered),
+        ends=ends[:end] if aligned else [],
         contents=contents if aligned else [],
     )
+
+
+def _named(place: int, messages: Sequence[Message], contents: Sequence[Content]) -> str:
+    """Name the message that holds byte `place` of the rendering, or lies behind it."""
+    number = sum(content.end <= place for content in contents[:-1])
+    where = "" if contents[number].start <= place < contents[number].end else "template text before "
+    return f"{where}message {number + 1} ({messages[number]['role']})"
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str, str]:
     """Return the prompt of the last message, and the whole conversation."""
     if tokenizer.chat is None:
         raise DataError(
-            f"{tokenizer.name} has no chat template: add chat_template.jinja beside tokenizer.json"
+            f"{tokenizer.name} has no chat template: add chat_template.jinja beside it, or name one "
+            "of this package (template=...)"
         )
     prompt = tokenizer.chat.render(messages[:-1], add_generation_prompt=True)
     whole = tokenizer.chat.render(messages, add_generation_prompt=False)

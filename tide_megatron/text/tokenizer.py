@@ -1,14 +1,13 @@
 """A tokenizer as the rest of the package knows it: ids, bytes of tokens, special ids, a chat template.
 
-`Tokenizer.load` reads a local Hugging Face folder (`tokenizer.json`, and where they exist
-`tokenizer_config.json` and `chat_template.jinja`) or a bare `tokenizer.json`. Nothing is downloaded.
-Ordinary tokenizers have no mask token: it is added behind the last id, and the log says which id it got,
-because the model must have a row for it.
+`Tokenizer.load` reads a local folder (`tokenizer.json` of Hugging Face, tiktoken's ranks or a SentencePiece
+model, and where they exist `tokenizer_config.json` and `chat_template.jinja`) or one such file. Nothing is
+downloaded. Ordinary tokenizers have no mask token: it is added behind the last id, and the log says which id
+it got, because the model must have a row for it.
 
 `digest` names the tokenizer by content (entries, merges, pre-processing, special ids, template), so that a
 data set can refuse another one. `token_bytes` is the view that alignment between two tokenizers stands on:
-the bytes a token contributes to the text. Today it knows the byte-level alphabet of GPT-2, Qwen and LLaDA2;
-tiktoken and SentencePiece files will be further constructors of this class, with a byte table of their own.
+the bytes a token contributes to the text; `encode_with_ends` checks that view against the text itself.
 
 Left out: the `transformers` tokenizer classes. They add seconds of import and options that change ids
 behind one's back.
@@ -25,16 +24,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from tide_megatron.base.errors import DataError
+from tide_megatron.text.backends.backend import Backend
+from tide_megatron.text.backends.choice import open_backend
+from tide_megatron.text.backends.files import CONFIG_FILE, find_file, read_json
 from tide_megatron.text.chat import ChatTemplate
+from tide_megatron.text.spelling import ends_of
+from tide_megatron.text.templates import find_template, packaged_template
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class Tokenizer:
     `vocabulary_size` is the highest id plus one: a model needs at least that many rows.
     """
 
-    backend: Any
+    backend: Backend
     name: str
     """Where it came from, for messages."""
     vocabulary_size: int
@@ -67,28 +65,27 @@ class Tokenizer:
         eos: str | None = None,
         pad: str | None = None,
         variables: Mapping[str, object] | None = None,
+        template: str | None = None,
     ) -> Tokenizer:
         """Load a local tokenizer.
 
         Args:
-            path: a folder with `tokenizer.json`, or that file.
+            path: a folder with `tokenizer.json`, one `*.tiktoken` file or `tokenizer.model`, or that file.
             mask: the mask token; added behind the last id where the vocabulary lacks it.
             eos: the end token; default: the configuration's `eos_token`.
             pad: the padding token; default: the configuration's `pad_token`, else the end token.
             variables: extra variables of the chat template; default `enable_thinking=False` (spec section 5).
+            template: name of a chat template of this package, which then goes before the folder's own.
 
         Raises:
             DataError: a file is missing or broken, or a special token cannot be had.
         """
-        path = Path(path)
-        file = path / TOKENIZER_FILE if path.is_dir() else path
-        description = _read_json(file)
-        config = _read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}
-        backend = _parse(file, description)
-        mask_was_added = backend.token_to_id(_checked_mask(mask, file)) is None
+        file = find_file(Path(path))
+        config = read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}
+        backend = open_backend(file, config)
+        mask_was_added = backend.find(_checked_mask(mask, file)) is None
         if mask_was_added:
-            backend.add_special_tokens([mask])
-            logger.info("%s has no %s: added with id %d", path, mask, backend.token_to_id(mask))
+            logger.info("%s has no %s: added with id %d", path, mask, backend.add_special(mask))
         named = _named_tokens(config)
         eos = eos or named.get("eos_token")
         if eos is None:
@@ -106,13 +103,13 @@ class Tokenizer:
         return cls(
             backend=backend,
             name=str(path),
-            vocabulary_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+            vocabulary_size=backend.size,
             mask_id=ids["mask"],
             eos_id=ids["eos"],
             pad_id=ids["pad"],
             mask_was_added=mask_was_added,
             special_tokens=named,
-            chat=_read_template(file.parent, config, named, variables),
+            chat=_read_chat(file.parent, config, named, variables, template),
             vocabulary_digest=_digest_of(backend, ids),
         )
 
@@ -122,58 +119,62 @@ class Tokenizer:
         template = self.chat.digest if self.chat else ""
         return hashlib.sha256(f"{self.vocabulary_digest}{template}".encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; special tokens written in it are recognised, none are added."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return ids
+    def encode(self, text: str, *, opening: bool = True) -> list[int]:
+        """Return the ids of `text`; special tokens written in it are recognised, none are added.
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return ids and, for each, the half-open range of characters of `text` it stands for."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        Args:
+            text: any text.
+            opening: False: it goes on behind another text (no space in front for those that put one there).
+        """
+        return self.backend.encode(text, opening=opening)
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return ids and, for each, the byte of `text` behind it.
+
+        Raises:
+            SpellingError: the tokens spell something else.
+        """
+        ids = self.encode(text)
+        return ids, self.ends(ids, text)
+
+    def ends(self, ids: Sequence[int], text: str) -> list[int]:
+        """Return the byte of `text` behind each of the ids that stand for it, never descending.
+
+        Raises:
+            SpellingError: the tokens spell something else; says where, and what to do.
+        """
+        return ends_of(
+            pieces=[self._bytes[token] for token in ids],
+            is_special=[token in self.backend.special for token in ids],
+            text=text,
+            who=self.name,
+            advice=self.backend.advice,
+        )
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=not keep_special)
-        return text
+        return self.backend.decode(ids, keep_special=keep_special)
+
+    def has(self, token_id: int) -> bool:
+        """Say whether some token has this id (vocabularies may have gaps)."""
+        return 0 <= token_id < self.vocabulary_size and self.backend.piece(token_id) is not None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that one token adds to the text (an added token: its own spelling in UTF-8).
+        """Return the bytes that one token adds to the text (a special token: its own spelling in UTF-8).
 
         Raises:
-            DataError: the id is outside the vocabulary, or the tokenizer is not a byte-level one.
+            DataError: the id is outside the vocabulary, or tokens of this tokenizer have no bytes.
         """
-        if (
-            not 0 <= token_id < self.vocabulary_size
-            or (spelling := self.backend.id_to_token(token_id)) is None
-        ):
-            raise DataError(f"{self.name}: no token has id {token_id} (vocabulary: {self.vocabulary_size})")
-        if token_id in self._added:
-            return self._added[token_id].encode()
-        if not self._is_byte_level:
-            raise DataError(
-                f"{self.name}: the bytes of its tokens are known for byte-level vocabularies only"
-            )
-        table = byte_of_character()
-        return bytes(table[character] for character in spelling)
+        return self._bytes[token_id]
 
     @functools.cached_property
-    def _added(self) -> dict[int, str]:
-        return {
-            token_id: token.content for token_id, token in self.backend.get_added_tokens_decoder().items()
-        }
-
-    @functools.cached_property
-    def _is_byte_level(self) -> bool:
-        plain = (t for t, i in self.backend.get_vocab(with_added_tokens=True).items() if i not in self._added)
-        table = byte_of_character()
-        return all(character in table for token in plain for character in token)
+    def _bytes(self) -> _Pieces:
+        return _Pieces(self)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, the mask token and the template among them."""
+        """Write the vocabulary and `tokenizer_config.json`, the mask token and the template among them."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / TOKENIZER_FILE))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        config = {**self.backend.save(folder), **self.special_tokens}
         if self.chat:
             config["chat_template"] = self.chat.source
         (folder / CONFIG_FILE).write_text(
@@ -181,44 +182,23 @@ class Tokenizer:
         )
 
 
-@functools.cache
-def byte_of_character() -> dict[str, int]:
-    """Return the byte behind each character of the byte-level alphabet.
+class _Pieces(dict[int, bytes]):
+    """Bytes of tokens, asked for once each."""
 
-    Printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on, in
-    order (GPT-2's rule, the same in every byte-level vocabulary).
-    """
-    itself = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in set(itself)]
-    return {chr(byte): byte for byte in itself} | {
-        chr(256 + place): byte for place, byte in enumerate(others)
-    }
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
 
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object or say which file is at fault."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{file}: not found; a tokenizer is a folder with {TOKENIZER_FILE}, or that file"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read as JSON ({error}); copy the tokenizer again") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: must hold a JSON object")
-    return content
-
-
-def _parse(file: Path, description: dict[str, Any]) -> Any:
-    """Build the backend; truncation and padding settings in the file are switched off."""
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"{file}: not a tokenizer ({error}); copy the tokenizer again") from None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+    def __missing__(self, token_id: int) -> bytes:
+        known = 0 <= token_id < self._tokenizer.vocabulary_size
+        piece = self._tokenizer.backend.piece(token_id) if known else None
+        if piece is None:
+            raise DataError(
+                f"{self._tokenizer.name}: no token has id {token_id} "
+                f"(vocabulary: {self._tokenizer.vocabulary_size})"
+            )
+        self[token_id] = piece
+        return piece
 
 
 def _checked_mask(mask: str, file: Path) -> str:
@@ -229,12 +209,12 @@ def _checked_mask(mask: str, file: Path) -> str:
     return mask
 
 
-def _find(backend: Any, token: str, name: str, file: Path) -> int:
+def _find(backend: Backend, token: str, name: str, file: Path) -> int:
     """Return the id of a special token; it must also come back as ONE id when text is encoded."""
-    token_id: int | None = backend.token_to_id(token)
+    token_id = backend.find(token)
     if token_id is None:
         raise DataError(f"{file}: the {name} token {token!r} is not in the vocabulary: name one that is")
-    if backend.encode(token, add_special_tokens=False).ids != [token_id]:
+    if backend.encode(token, opening=False) != [token_id]:
         raise DataError(
             f"{file}: the {name} token {token!r} is not kept whole: list it among the added tokens"
         )
@@ -251,40 +231,23 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _read_template(
-    folder: Path, config: Mapping[str, Any], named: Mapping[str, str], variables: Mapping[str, object] | None
+def _read_chat(
+    folder: Path,
+    config: Mapping[str, Any],
+    named: Mapping[str, str],
+    variables: Mapping[str, object] | None,
+    template: str | None,
 ) -> ChatTemplate | None:
-    """Find the chat template: the `.jinja` file, else the configuration's (of several, its `default`)."""
-    file = folder / TEMPLATE_FILE
-    if file.is_file():
-        source: Any = file.read_text(encoding="utf-8")
-        origin = file
-    else:
-        source, origin = config.get("chat_template"), folder / CONFIG_FILE
-    if isinstance(source, list):
-        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
-    if source is None:
+    """Return the chat template with what it is rendered with; None: there is none."""
+    found = packaged_template(template) if template else find_template(folder, config)
+    if found is None:
         return None
-    if not isinstance(source, str):
-        raise DataError(f"{origin}: chat_template must be text, or a list with an entry named default")
+    source, origin = found
     given = {"enable_thinking": False} if variables is None else dict(variables)
-    return ChatTemplate(source=source, origin=str(origin), variables=given, special_tokens=dict(named))
+    return ChatTemplate(source=source, origin=origin, variables=given, special_tokens=dict(named))
 
 
-def _digest_of(backend: Any, ids: Mapping[str, int]) -> str:
-    """Digest what decides ids, in a form that does not depend on the library's way of writing files."""
-    content = json.loads(backend.to_str())
-    model = content["model"]
-    merges = [
-        merge if isinstance(merge, str) else " ".join(merge) for merge in model.pop("merges", None) or []
-    ]
-    added = [(token["id"], token["content"]) for token in content["added_tokens"]]
-    known = {
-        "model": {key: value for key, value in model.items() if value},
-        "merges": merges,
-        "added": sorted(added),
-        "normalizer": content.get("normalizer"),
-        "pre_tokenizer": content.get("pre_tokenizer"),
-        "ids": dict(ids),
-    }
+def _digest_of(backend: Backend, ids: Mapping[str, int]) -> str:
+    """Digest what decides ids."""
+    known = {**backend.content(), "ids": dict(ids)}
     return hashlib.sha256(json.dumps(known, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

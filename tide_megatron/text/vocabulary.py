@@ -41,5 +41,4 @@ def require_shared(student: Tokenizer, teacher: Tokenizer, limit: int, key: str)
 
 
 def _bytes(tokenizer: Tokenizer, token: int) -> bytes | None:
-    known = 0 <= token < tokenizer.vocabulary_size and tokenizer.backend.id_to_token(token) is not None
-    return tokenizer.token_bytes(token) if known else None
+    return tokenizer.token_bytes(token) if tokenizer.has(token) else None

@@ -16,8 +16,8 @@ from typing import Any
 from goldens.row import Row, judge
 from goldens.text import golden_tokenizer
 from tide_megatron.text.align import align_chats
+from tide_megatron.text.backends.huggingface import byte_of_character
 from tide_megatron.text.chat import Content, Encoded
-from tide_megatron.text.tokenizer import byte_of_character
 
 CASE_KEYS = {
     *(f"{part}_{side}" for part in ("text", "kind", "ids", "tokens") for side in ("teacher", "student")),

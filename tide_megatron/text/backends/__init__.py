@@ -1,0 +1,1 @@
+"""Kinds of tokenizer files, one module each, behind the interface of `backend.py`."""

@@ -1,0 +1,86 @@
+"""The files of a tokenizer folder: which one holds the vocabulary, and what its configuration adds.
+
+`tokenizer.json` comes first, because a folder that has it beside another kind says the same twice. Special
+tokens of the other kinds stand in `tokenizer_config.json` as Hugging Face writes them:
+`"added_tokens_decoder": {"151643": {"content": "<|endoftext|>"}, ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tide_megatron.base.errors import DataError
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+MODEL_FILE = "tokenizer.model"
+RANKS = ".tiktoken"
+ADDED = "added_tokens_decoder"
+_LOOKED_FOR = (
+    f"a tokenizer is a folder with {TOKENIZER_FILE}, one *{RANKS} file or {MODEL_FILE}, or that file"
+)
+
+
+def find_file(path: Path) -> Path:
+    """Return the file that holds the vocabulary.
+
+    Raises:
+        DataError: there is none, or more than one.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: not found; {_LOOKED_FOR}")
+    if not path.is_dir():
+        return path
+    if (path / TOKENIZER_FILE).is_file():
+        return path / TOKENIZER_FILE
+    found = [*sorted(path.glob(f"*{RANKS}")), *path.glob(MODEL_FILE)]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise DataError(
+            f"{path}: {_LOOKED_FOR}; found {names}" + (": give the file instead" if found else "")
+        )
+    return found[0]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object or say which file is at fault."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as JSON ({error}); copy the tokenizer again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: must hold a JSON object")
+    return content
+
+
+def read_added(config: Mapping[str, Any], file: Path) -> dict[int, str]:
+    """Return the special tokens of a configuration: spelling by id.
+
+    Args:
+        config: content of `tokenizer_config.json`.
+        file: the vocabulary beside it, for messages.
+
+    Raises:
+        DataError: an entry is no special token, or two have one spelling.
+    """
+    entries = config.get(ADDED, {})
+    added: dict[int, str] = {}
+    for key, entry in entries.items() if isinstance(entries, dict) else [("", entries)]:
+        spelling = entry.get("content") if isinstance(entry, dict) else None
+        if not key.isdecimal() or not isinstance(spelling, str) or not spelling:
+            raise DataError(
+                f'{file.parent / CONFIG_FILE}: {ADDED} must be {{"id": {{"content": "spelling"}}, ...}}, '
+                f"not {key!r}: {entry!r}"
+            )
+        if spelling in added.values():
+            raise DataError(f"{file.parent / CONFIG_FILE}: {ADDED} has {spelling!r} twice: remove one")
+        added[int(key)] = spelling
+    return added
+
+
+def write_added(special: Mapping[int, str]) -> dict[str, object]:
+    """Return what `read_added` reads."""
+    return {ADDED: {str(token): {"content": spelling} for token, spelling in sorted(special.items())}}
