@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+from goldens import alignment, chats, conversation
 from goldens.alignment import REPLACED
-from goldens.collated import LAST_CHUNK
-from goldens.conversation import FIRST
+from goldens.collated import CUT, CUT_PAIR, LAST_CHUNK
+from goldens.conversation import EDGE, FIRST, SPLIT
 from goldens.mapped import LAST_PAIR
 from replay_goldens import REPLAYS
+from tests.golden.other_chats import write_other_chats
 
 CHATS = ["tokenkit_align.json", "map_cross.json", "map_shared.json", "find_text.json"]
 BATCHES = ["collate_cross.npz", "collate_shared.npz"]
@@ -168,3 +171,74 @@ def test_every_array_of_a_batch_is_compared(texts, name):
 def test_an_unknown_array_of_a_batch_fails(texts, name):
     np.savez(texts / name, **dict(np.load(texts / name)), surprise=np.zeros(2))
     assert failed(texts / name) == ["surprise"]
+
+
+@pytest.fixture
+def other(goldens, tmp_path):
+    """Write a folder of other chats, worked out the reference's way with the tokenizers library alone."""
+    write_other_chats(goldens, tmp_path)
+    return tmp_path
+
+
+def test_other_chats_are_replayed_or_excused_by_name(other):
+    rows = [row for name in ["tokenizers", *CHATS, *BATCHES] for row in REPLAYS[name](other / name)]
+    assert not [row for row in rows if not row.passed]
+    names = {name for row in rows if row.status == "differs" for name in row.note.split("; ")}
+    # The names of cuts have a semicolon of their own.
+    expected = {
+        part for bug in (FIRST, SPLIT, EDGE, CUT, LAST_CHUNK, LAST_PAIR, CUT_PAIR) for part in bug.split("; ")
+    }
+    assert names == expected
+    assert sum(row.status == "replayed" for row in rows) > 40
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_spoilt_batch_of_other_chats_fails(other, name):
+    path = other / name
+    arrays = dict(np.load(path))
+    generator = np.random.default_rng(3)
+    for key in generator.choice(list(arrays), 6, replace=False):
+        spoilt = np.array(arrays[key])
+        place = tuple(generator.integers(size) for size in spoilt.shape)
+        spoilt[place] = not spoilt[place] if spoilt.dtype == bool else spoilt[place] + 1
+        np.savez(path, **{**arrays, key: spoilt})
+        try:
+            assert failed(path), (key, place)
+        except (ValueError, RuntimeError, IndexError):
+            continue  # the tool makes a failing row of it
+
+
+def test_faults_of_our_own_alignment_are_not_excused(goldens, other, monkeypatch):
+    """Chunks that are not minimal, in every place where the replays ask for ours."""
+    for module in (alignment, chats):
+        align = module.align_chats
+
+        def merged(student, teacher, messages=None, align=align):
+            first, second, *rest = [*align(student, teacher, messages), None, None]
+            if second is None:
+                return [chunk for chunk in (first,) if chunk]
+            joined = first._replace(student_end=second.student_end, teacher_end=second.teacher_end)
+            return [joined, *(chunk for chunk in rest if chunk)]
+
+        monkeypatch.setattr(module, "align_chats", merged)
+    for folder in (goldens, other):
+        for name in ("tokenkit_align.json", "map_shared.json", *BATCHES):
+            assert failed(folder / name), name
+
+
+def test_contents_in_a_wrong_place_are_not_excused(goldens, other, monkeypatch):
+    """The search of the reference would then seem to find every content elsewhere."""
+    encode = conversation.encode_chat
+
+    def shifted(tokenizer, messages, **options):
+        encoded = encode(tokenizer, messages, **options)
+        moved = [dataclasses.replace(c, start=c.start - 2, end=c.end - 2) for c in encoded.contents]
+        return dataclasses.replace(encoded, contents=moved)
+
+    monkeypatch.setattr(conversation, "encode_chat", shifted)
+    for folder in (goldens, other):
+        chats_kept = [
+            row for row in REPLAYS["map_cross.json"](folder / "map_cross.json") if "ranges" in row.label
+        ]
+        assert sum(not row.passed for row in chats_kept) == len(chats_kept) - 1  # one chat is left out
+        assert failed(folder / "find_text.json")

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from goldens.row import Row, judge
+from tokenizers.pre_tokenizers import ByteLevel
+
+from goldens.row import Excuse, Row, judge
 from goldens.text import golden_tokenizer
 from tide_megatron.text.align import align_chats
-from tide_megatron.text.backends.huggingface import byte_of_character
 from tide_megatron.text.chat import Content, Encoded
+from tide_megatron.text.tokenizer import Tokenizer
 
 CASE_KEYS = {
     *(f"{part}_{side}" for part in ("text", "kind", "ids", "tokens") for side in ("teacher", "student")),
@@ -26,6 +28,7 @@ CASE_KEYS = {
 QWEN_PIECES = frozenset({b"\n", b"system", b"user", b"assistant"})
 """Ordinary tokens that a Qwen table takes for pieces of its template (spec section 4.1)."""
 KINDS = {"GPT2": frozenset[bytes](), "Qwen2": QWEN_PIECES, "Qwen3": QWEN_PIECES}
+ALPHABET = ByteLevel(add_prefix_space=False, use_regex=False)
 REPLACED = "bug 3: a template table takes content tokens for template pieces and restarts its count"
 
 Chunks = list[list[int]]
@@ -37,7 +40,6 @@ def replay_alignments(path: Path) -> list[Row]:
     whole = json.loads(path.read_text(encoding="utf-8"))
     if set(whole) != {"cases"}:
         return [Row(file=path.name, label="", status="failed", note=f"unknown keys: {sorted(whole)}")]
-    table = byte_of_character()
     tokenizers = {side: golden_tokenizer(path.parent / "tokenizers", side) for side in ("teacher", "student")}
     by_kinds: dict[str, list[Row]] = {}
     for number, case in enumerate(whole["cases"]):
@@ -47,15 +49,7 @@ def replay_alignments(path: Path) -> list[Row]:
             row = Row(file=path.name, label=label, status="failed", note="unknown or missing keys")
             by_kinds.setdefault(kinds, []).append(row)
             continue
-        pieces = {
-            side: [bytes(table[character] for character in token) for token in case[f"tokens_{side}"]]
-            for side in tokenizers
-        }
-        spelled = {
-            side: [tokenizer.token_bytes(token) for token in case[f"ids_{side}"]]
-            for side, tokenizer in tokenizers.items()
-        }
-        row = judge(path.name, label, *_sides_of(case, pieces, spelled), bug=REPLACED)
+        row = _judge_case((path.name, label), case, tokenizers)
         by_kinds.setdefault(kinds, []).append(row)
     rows = []
     for kinds, found in by_kinds.items():
@@ -68,24 +62,43 @@ def replay_alignments(path: Path) -> list[Row]:
     return rows
 
 
-def _sides_of(
-    case: dict[str, Any], pieces: dict[str, list[bytes]], spelled: dict[str, list[bytes]]
-) -> tuple[Any, Any, Any]:
-    """Return what was recorded, what we make of it, and what bug 3 makes of it."""
+def _judge_case(name: tuple[str, str], case: dict[str, Any], tokenizers: dict[str, Tokenizer]) -> Row:
+    """Compare how all tokens are spelled, and the chunks with and without the check for equal bytes."""
+    pieces = {
+        side: [tokenizer.token_bytes(token) for token in case[f"ids_{side}"]]
+        for side, tokenizer in tokenizers.items()
+    }
+    spelled = [_in_alphabet(pieces[side], case[f"text_{side}"]) for side in pieces]
+    recorded = [case[f"tokens_{side}"] for side in pieces]
     teacher, student = even_spaces(pieces["teacher"], pieces["student"])
-    recorded = (pieces, case["chunks_unchecked"], case["chunks_checked"])
-    ours = byte_rule(teacher, student)
     kinds = case["kind_teacher"], case["kind_student"]
-    theirs = replaced(teacher, student, kinds)
-    blank = [
-        [b"" if fires(piece, side, kinds) else piece for piece in row]
-        for side, row in enumerate((teacher, student))
-    ]
-    return (
-        recorded,
-        (spelled, ours, same_bytes(ours, teacher, student)),
-        (spelled, theirs, same_bytes(theirs, *blank)),
+    spoilt, sound, ours = (
+        replaced(teacher, student, kinds),
+        replaced(teacher, student),
+        byte_rule(teacher, student),
     )
+    blank = blanked((teacher, student), kinds)
+    fired = blank != [teacher, student]
+    return judge(
+        *name,
+        (recorded, case["chunks_unchecked"], case["chunks_checked"]),
+        (spelled, ours, same_bytes(ours, teacher, student)),
+        Excuse(
+            bug=REPLACED if fired else "",
+            spoilt=(spelled, spoilt, same_bytes(spoilt, *blank)),
+            sound=(spelled, sound, same_bytes(sound, teacher, student)),
+        ),
+    )
+
+
+def _in_alphabet(pieces: Sequence[bytes], text: str) -> list[str]:
+    """Write tokens that spell the front of a text in the byte-level alphabet; [] if they do not."""
+    whole = b"".join(pieces)
+    if text.encode()[: len(whole)] != whole:
+        return []
+    written = "".join(part for part, _ in ALPHABET.pre_tokenize_str(text))  # one character a byte
+    ends = list(itertools.accumulate(map(len, pieces), initial=0))
+    return [written[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def byte_rule(teacher: Sequence[bytes], student: Sequence[bytes]) -> Chunks:
@@ -120,18 +133,31 @@ def even_spaces(teacher: Sequence[bytes], student: Sequence[bytes]) -> tuple[lis
     )
 
 
-def fires(piece: bytes, side: int, kinds: tuple[str, str]) -> bool:
+def blanked(sides: Sequence[list[bytes]], kinds: tuple[str, str]) -> list[list[bytes]]:
+    """Empty the tokens that tokenkit replaces; its check compares what is left."""
+    return [[b"" if _fires(piece, side, kinds) else piece for piece in row] for side, row in enumerate(sides)]
+
+
+def _fires(piece: bytes, side: int, kinds: tuple[str, str] | None) -> bool:
     """Say whether a table replaces a token that the other table has no counterpart for."""
-    return piece in KINDS[kinds[side]] and piece not in KINDS[kinds[1 - side]]
+    return kinds is not None and piece in KINDS[kinds[side]] and piece not in KINDS[kinds[1 - side]]
 
 
-def replaced(teacher: Sequence[bytes], student: Sequence[bytes], kinds: tuple[str, str]) -> Chunks:
-    """Align as tokenkit does: a replaced token is passed over and leaves no count behind it."""
+def replaced(
+    teacher: Sequence[bytes], student: Sequence[bytes], kinds: tuple[str, str] | None = None
+) -> Chunks:
+    """Align as tokenkit does: a replaced token is passed over and leaves no count behind it.
+
+    Args:
+        teacher: bytes of each token.
+        student: the same.
+        kinds: template tables of both; None: no token is replaced, which is the byte rule.
+    """
     sides = (teacher, student)
     place, start, count = [0, 0], [0, 0], [0, 0]
     chunks = []
     while place[0] < len(teacher) and place[1] < len(student):
-        skipped = next((side for side in (0, 1) if fires(sides[side][place[side]], side, kinds)), None)
+        skipped = next((side for side in (0, 1) if _fires(sides[side][place[side]], side, kinds)), None)
         if skipped is not None:
             place[skipped], count[skipped] = place[skipped] + 1, 0
             continue

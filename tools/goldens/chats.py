@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from goldens.alignment import replaced, same_bytes
 from goldens.conversation import UNEQUAL, Conversation
 from goldens.text import golden_tokenizer
 from tide_megatron.data.record import Record
@@ -92,16 +93,53 @@ class Chat:
         """Return the token ranges of all contents, [t0, t1, s0, s1] each."""
         return [[*self.teacher.range_of(m), *self.student.range_of(m)] for m in self.messages]
 
+    def sound_ranges(self) -> list[list[int]]:
+        """Return the same without our data engine."""
+        return [[*self.teacher.sound_range(m), *self.student.sound_range(m)] for m in self.messages]
+
+    def sound_chunks(
+        self, limit: int | None = None, messages: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Return the chunks [t0, t1, s0, s1] inside both windows without our data engine."""
+        places = []
+        for message in self.messages if messages is None else messages:
+            sides = self.teacher.pieces(message), self.student.pieces(message)
+            # What comes before the first whole token is a token here, and its chunk is none.
+            theirs, mine = ([b" " * before, *pieces] for _, pieces, before in sides)
+            found = [chunk for chunk in replaced(theirs, mine) if chunk[0] and chunk[2]]
+            t, s = (span[0] - 1 for span, _, _ in sides)
+            places += [[t + a, t + b, s + c, s + d] for a, b, c, d in same_bytes(found, theirs, mine)]
+        return [
+            place for place in places if place[3] <= self.max_length and (limit is None or place[1] <= limit)
+        ]
+
+    def sound_pairs(self, limit: int | None = None) -> list[list[int]]:
+        """Return the pairs [t, s] inside both windows without our data engine."""
+        theirs, mine = self.teacher.encoded.ids, self.student.encoded.ids
+        return [
+            [t, s]
+            for t, after, s, behind in self.sound_chunks(limit, self.replies)
+            if after - t == behind - s == 1 and theirs[t] == mine[s]
+        ]
+
+    def sound_end(self, limit: int | None = None) -> int:
+        """Return where our rule ends the teacher: with its last chunk if either side is cut, else not."""
+        whole = len(self.teacher.encoded.ids)
+        limit = whole if limit is None else limit
+        if len(self.student.encoded.ids) <= self.max_length and whole <= limit:
+            return whole
+        return max((place[1] for place in self.sound_chunks(limit)), default=min(whole, limit))
+
     def searched_ranges(self) -> Found:
         """Search every content from the front, on both sides; keep what decodes alike."""
         places, faults = [], []
-        for message, ours in zip(self.messages, self.ranges(), strict=True):
+        for message, sound in zip(self.messages, self.sound_ranges(), strict=True):
             theirs, mine = self.teacher.searched(message), self.student.searched(message)
             found = None
             if theirs and mine and self._alike(theirs, mine):
                 found = [*theirs, *mine]
                 places.append(found)
-            if found != ours:
+            if found != sound:
                 faults += [side.fault(message) for side in (self.teacher, self.student)]
         return Found(places=places, faults=[fault for fault in faults if fault])
 

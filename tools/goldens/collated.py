@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from goldens.alignment import REPLACED, byte_rule, even_spaces, fires, replaced, same_bytes
+from goldens.alignment import REPLACED, blanked, even_spaces, replaced, same_bytes
 from goldens.chats import SIDE, Chat, Found, read_cross, read_shared
 from goldens.mapped import LAST_PAIR
 from goldens.matrices import Matrices
-from goldens.row import Golden, Row, judge
+from goldens.row import Excuse, Golden, Row, judge
 from tide_megatron.data.sample import Sample
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
@@ -81,11 +81,8 @@ def searched_chunks(chat: Chat, kinds: tuple[str, str], real: int) -> Found:
         if s0 >= real:
             continue
         both = even_spaces(pieces[0][t0:t1], pieces[1][s0 : min(s1, real)])
-        blank = [
-            [b"" if fires(piece, side, kinds) else piece for piece in row] for side, row in enumerate(both)
-        ]
-        found = same_bytes(replaced(*both, kinds), *blank)
-        if found != same_bytes(byte_rule(*both), *both):
+        found = same_bytes(replaced(*both, kinds), *blanked(both, kinds))
+        if found != same_bytes(replaced(*both), *both):
             faults.append(REPLACED)
         places += [[t0 + a, t0 + b, s0 + c, s0 + d] for a, b, c, d in found]
     return Found(places=places, faults=faults)
@@ -107,9 +104,12 @@ def _judge_chunks(
     def with_learnt(places: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
         return places, [place for place in places if place[2] >= prompt]
 
-    bug = Found(places=[], faults=faults).bug
-    label = f"{name[1]}: chunks"
-    return judge(name[0], label, with_learnt(recorded), (ours, stored), with_learnt(theirs), bug)
+    excuse = Excuse(
+        bug=Found(places=[], faults=faults).bug,
+        spoilt=with_learnt(theirs),
+        sound=with_learnt(chat.sound_chunks(limit)),
+    )
+    return judge(name[0], f"{name[1]}: chunks", with_learnt(recorded), (ours, stored), excuse)
 
 
 def _judge_teacher(
@@ -123,12 +123,16 @@ def _judge_teacher(
         filled = pad_to_length(ids, labels_of(ids, replies, IGNORED), length, pad)
         return [*filled, _mask(len(ids), length)]
 
+    def cut(end: int) -> list[list[int]]:
+        return padded(whole.ids[:end], [min(place, end) for place in whole.replies])
+
     sample = _sample(chat, limit)
     stored = sample.row[f"{SIDE}.ids"]
+    excuse = Excuse(
+        bug=LAST_CHUNK if end < len(stored) else CUT, spoilt=cut(end), sound=cut(chat.sound_end(limit))
+    )
     ours = padded(stored, sample.row[f"{SIDE}.replies"])
-    theirs = padded(whole.ids[:end], [min(place, end) for place in whole.replies])
-    bug = LAST_CHUNK if end < len(stored) else CUT
-    return judge(name[0], f"{name[1]}: teacher", recorded, ours, theirs, bug)
+    return judge(name[0], f"{name[1]}: teacher", recorded, ours, excuse)
 
 
 def replay_collate_shared(path: Path) -> list[Row]:
@@ -152,15 +156,18 @@ def replay_collate_shared(path: Path) -> list[Row]:
             found = chat.searched_pairs()
             pairs = [pair for pair in found.places if pair[0] < limit]
             label, recorded = f"{prefix}, sample {number}", slots[number, : int(count[number])].tolist()
-            ours = chat.pairs(limit)
-            rows.append(judge(path.name, f"{label}: pairs", recorded, ours, pairs, found.bug))
-            stored = _sample(chat, limit).row[f"{SIDE}.ids"]
-            end = min(max((t + 1 for t, _ in found.places), default=len(chat.teacher.encoded.ids)), limit)
-            width = ids.shape[1]
-            told = [ids[number].tolist(), mask[number].tolist()]
-            filled = [_filled(chat, own, block, width) for own in (stored, chat.teacher.encoded.ids[:end])]
+            excuse = Excuse(bug=found.bug, spoilt=pairs, sound=chat.sound_pairs(limit))
+            rows.append(judge(path.name, f"{label}: pairs", recorded, chat.pairs(limit), excuse))
+            whole, stored = chat.teacher.encoded.ids, _sample(chat, limit).row[f"{SIDE}.ids"]
+            end = min(max((t + 1 for t, _ in found.places), default=len(whole)), limit)
+            ours, spoilt, sound = (
+                _filled(chat, own, block, ids.shape[1])
+                for own in (stored, whole[:end], whole[: chat.sound_end(limit)])
+            )
             bug = LAST_PAIR if end < len(stored) else CUT_PAIR
-            rows.append(judge(path.name, f"{label}: teacher", told, *filled, bug=bug))
+            told = [ids[number].tolist(), mask[number].tolist()]
+            excuse = Excuse(bug=bug, spoilt=spoilt, sound=sound)
+            rows.append(judge(path.name, f"{label}: teacher", told, ours, excuse))
     return [*golden.rows(), *rows]
 
 

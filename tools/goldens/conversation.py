@@ -1,8 +1,9 @@
 """One recorded conversation in one tokenizer: where its contents stand, and where the reference finds them.
 
-Ours knows the place of each content from the rendered template. The reference searches decoded text, from the
-front or from behind its last hit, and turns characters into tokens (spec sections 4.1, 4.2); that rule is
-carried out here too, so that a recorded difference can be held against what the named fault gives.
+Our data engine knows the place of each content from the template's skeleton. The reference searches decoded
+text, from the front or from behind its last hit, and turns characters into tokens (spec sections 4.1, 4.2).
+That rule is carried out here, and so is a sound one that shares no code with the engine: a difference is a
+named fault's only if both sides of it are as they should be.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from tide_megatron.text.chat import Encoded, encode_chat
 from tide_megatron.text.tokenizer import Tokenizer
@@ -24,7 +26,7 @@ UNEQUAL = "spec 4.2: the reference pairs unequal ids, which it does not check; o
 SPLIT = "bug 2: the content ends in a character of several tokens"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Spelled:
     """A text as tokens, with the characters that each one touches."""
 
@@ -107,7 +109,15 @@ class Spelled:
         return "" if {start, end} <= {0, *self.ends} else EDGE
 
 
-@dataclasses.dataclass(frozen=True)
+class Place(NamedTuple):
+    """Where a content stands in a rendered text, in bytes, and how much of its front is not shown."""
+
+    start: int
+    end: int
+    skipped: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Conversation:
     """One conversation in one tokenizer."""
 
@@ -124,13 +134,38 @@ class Conversation:
         """Its rendered text."""
         return Spelled.of(self.tokenizer, self.encoded.ids)
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - lives as long as one replay
+    def place(self, message: int) -> Place:
+        """Find a content as the stretch of text that changes with it: our data engine has no part in this."""
+        content, text = self.messages[message]["content"], self.spelled.text
+        other = [*self.messages]
+        other[message] = {**self.messages[message], "content": "\ue0ff"}
+        assert self.tokenizer.chat is not None, "golden tokenizers have one"
+        changed = self.tokenizer.chat.render(other, add_generation_prompt=False)
+        start = _alike(text, changed)
+        end = len(text) - _alike(text[::-1], changed[::-1])
+        skipped = len(content[: content.index(text[start:end])].encode())
+        return Place(self.spelled.byte(start), self.spelled.byte(end), skipped)
+
     def range_of(self, message: int) -> Span:
-        """Return the tokens wholly inside a message's content: where we see it."""
-        content = self.encoded.contents[message]
-        return self.spelled.inside(content.start, content.end)
+        """Return the tokens wholly inside a content, by the place that our data engine knows."""
+        content, ends = self.encoded.contents[message], self.encoded.ends
+        return Spelled(self.spelled.text, ends).inside(content.start, content.end)
+
+    def sound_range(self, message: int) -> Span:
+        """Return the tokens wholly inside a content, by `place`."""
+        place = self.place(message)
+        return self.spelled.inside(place.start, place.end)
+
+    def pieces(self, message: int) -> tuple[Span, list[bytes], int]:
+        """Return those tokens, their bytes, and the bytes of the original content before them."""
+        place, (first, last) = self.place(message), self.sound_range(message)
+        before = (self.spelled.ends[first - 1] if first else 0) - place.start + place.skipped
+        pieces = [self.tokenizer.token_bytes(token) for token in self.encoded.ids[first:last]]
+        return (first, last), pieces, before
 
     def searched(self, message: int) -> Span | None:
-        """Return where the reference sees it."""
+        """Return where the reference sees a content."""
         return self.spelled.searched(self.messages[message]["content"])
 
     def text_of(self, span: Span) -> str:
@@ -139,5 +174,11 @@ class Conversation:
 
     def fault(self, message: int, behind: int = 0) -> str:
         """Name what leads the reference's search for one message astray; empty: nothing does."""
-        content = self.encoded.contents[message]
-        return self.spelled.fault(self.messages[message]["content"], (content.start, content.end), behind)
+        place = self.place(message)
+        return self.spelled.fault(self.messages[message]["content"], (place.start, place.end), behind)
+
+
+def _alike(one: str, other: str) -> int:
+    """Count the characters at the front that two texts share."""
+    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))

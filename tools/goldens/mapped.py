@@ -13,7 +13,7 @@ from typing import Any
 
 from goldens.chats import SIDE, Chat, read_cross, read_shared
 from goldens.conversation import FIRST, Conversation, Spelled
-from goldens.row import Row, judge
+from goldens.row import Excuse, Row, judge
 from goldens.text import golden_tokenizer
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.text.chat import labels_of
@@ -34,12 +34,13 @@ def replay_map_cross(path: Path) -> list[Row]:
         }
         if isinstance(chat.sample(), str):
             ours |= {"teacher_input_ids": [], "teacher_labels": []}
-        rows.append(judge(path.name, f"row {number}: ids", recorded, ours, None, bug=""))
+        rows.append(judge(path.name, f"row {number}: ids", recorded, ours))
         left_out = bool(ours["_discard"])
         found = chat.searched_ranges()
         ranges = [] if left_out else chat.ranges()
         label = f"row {number}: ranges"
-        rows.append(judge(path.name, label, told["ranges"], ranges, found.places, found.bug))
+        excuse = Excuse(bug=found.bug, spoilt=found.places, sound=chat.sound_ranges())
+        rows.append(judge(path.name, label, told["ranges"], ranges, excuse))
     return rows
 
 
@@ -48,19 +49,21 @@ def replay_map_shared(path: Path) -> list[Row]:
     rows = []
     for number, chat in enumerate(read_shared(path)):
         told, ours, sample = chat.told, _student_of(chat), chat.sample()
-        rows.append(
-            judge(path.name, f"row {number}: ids", {key: told[key] for key in ours}, ours, None, bug="")
-        )
+        rows.append(judge(path.name, f"row {number}: ids", {key: told[key] for key in ours}, ours))
         left_out = isinstance(sample, str)
         teacher = [] if isinstance(sample, str) else sample.row[f"{SIDE}.ids"]
         found = chat.searched_pairs()
         ends_at = max((t + 1 for t, _ in found.places), default=len(chat.teacher.encoded.ids))
-        label, cut = f"row {number}: teacher ids", chat.teacher.encoded.ids[:ends_at]
-        bug = LAST_PAIR if len(cut) < len(teacher) else ""
-        rows.append(judge(path.name, label, told["teacher_input_ids"], teacher, cut, bug))
+        whole = chat.teacher.encoded.ids
+        bug = LAST_PAIR if ends_at < len(teacher) else ""
+        excuse = Excuse(bug=bug, spoilt=whole[:ends_at], sound=whole[: chat.sound_end()])
+        rows.append(
+            judge(path.name, f"row {number}: teacher ids", told["teacher_input_ids"], teacher, excuse)
+        )
         pairs = [] if left_out else chat.pairs()
         recorded = [list(pair) for pair in zip(told["align_teacher"], told["align_student"], strict=True)]
-        rows.append(judge(path.name, f"row {number}: pairs", recorded, pairs, found.places, found.bug))
+        excuse = Excuse(bug=found.bug, spoilt=found.places, sound=chat.sound_pairs())
+        rows.append(judge(path.name, f"row {number}: pairs", recorded, pairs, excuse))
     return rows
 
 
@@ -87,27 +90,29 @@ def replay_find_text(path: Path) -> list[Row]:
         if set(case) != {"tokenizer", "tokens", "text", "range"}:
             raise ValueError(f"unknown or missing keys in case {number}")
         key = json.dumps([case["tokenizer"], case["tokens"], case["text"]])
-        ours, theirs, bug = _located(path, case, chats, seen[key])
+        ours, excuse = _located(path, case, chats, seen[key])
         seen[key] += 1
         recorded = None if case["range"] is None else tuple(case["range"])
         label = f"case {number}: {case['tokenizer']}, {case['text'][:24]!r}"
-        rows.append(judge(path.name, label, recorded, ours, theirs, bug))
+        rows.append(judge(path.name, label, recorded, ours, excuse))
     return rows
 
 
-def _located(path: Path, case: dict[str, Any], chats: list[Chat], turn: int) -> tuple[Any, Any, str]:
-    """Return where we see a text, where the reference does, and what led it astray."""
+def _located(path: Path, case: dict[str, Any], chats: list[Chat], turn: int) -> tuple[Any, Excuse]:
+    """Return where we see a text, and where the reference does."""
     for chat in chats:
         side: Conversation = getattr(chat, case["tokenizer"])
         same = [m for m in chat.messages if side.messages[m]["content"] == case["text"]]
         if side.encoded.ids == case["tokens"] and turn < len(same):
-            message = same[turn]
-            return side.range_of(message), side.searched(message), side.fault(message)
+            one = same[turn]
+            excuse = Excuse(bug=side.fault(one), spoilt=side.searched(one), sound=side.sound_range(one))
+            return side.range_of(one), excuse
     tokenizer = golden_tokenizer(path.parent / "tokenizers", case["tokenizer"])
     spelled = Spelled.of(tokenizer, case["tokens"])
     theirs = spelled.searched(case["text"])
     if spelled.text.count(case["text"]) != 1:
-        return None, theirs, FIRST if theirs else ""
+        return None, Excuse(bug=FIRST if theirs else "", spoilt=theirs, sound=None)
     start = spelled.text.index(case["text"])
     place = spelled.byte(start), spelled.byte(start + len(case["text"]))
-    return spelled.inside(*place), theirs, spelled.fault(case["text"], place)
+    ours = spelled.inside(*place)
+    return ours, Excuse(bug=spelled.fault(case["text"], place), spoilt=theirs, sound=ours)

@@ -58,7 +58,19 @@ def error_of(ours: Tensor, golden: Tensor) -> float:
     return float("inf") if math.isnan(error) else error
 
 
-def judge(file: str, label: str, recorded: Any, ours: Any, by_bug: Any, bug: str) -> Row:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Excuse:
+    """Why a value may differ from ours: a rule, carried out by the tool with a reference bug and without."""
+
+    bug: str
+    """Names the bug; empty: it was not at work, there is no excuse."""
+    spoilt: Any
+    """What the rule gives with it; must be what was recorded."""
+    sound: Any
+    """What the rule gives without it; must be ours, or a fault of our own could hide behind the bug."""
+
+
+def judge(file: str, label: str, recorded: Any, ours: Any, excuse: Excuse | None = None) -> Row:
     """Judge plain values (lists, numbers): what we make of an input against what was recorded.
 
     Args:
@@ -66,15 +78,15 @@ def judge(file: str, label: str, recorded: Any, ours: Any, by_bug: Any, bug: str
         label: key or case.
         recorded: what the reference made of it.
         ours: what we make of it.
-        by_bug: what the reference's rule makes of it, carried out with its bug; a difference is only excused
-            where this is what was recorded.
-        bug: the name of that bug; empty: there is no excuse.
+        excuse: what may explain a difference; None: nothing may.
     """
     if recorded == ours:
         return Row(file=file, label=label, status="replayed", error=0.0)
-    if bug and recorded == by_bug:
-        return Row(file=file, label=label, status="differs", note=bug)
-    return Row(file=file, label=label, status="failed", note="neither ours nor what a named bug gives")
+    if excuse and excuse.bug and recorded == excuse.spoilt and ours == excuse.sound:
+        return Row(file=file, label=label, status="differs", note=excuse.bug)
+    return Row(
+        file=file, label=label, status="failed", note="neither ours nor what a named bug makes of ours"
+    )
 
 
 class Golden:
