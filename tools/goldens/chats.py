@@ -189,7 +189,7 @@ def _read(
         raise ValueError(f"unknown keys: {', '.join(unknown)}")
     folder = path.parent / "tokenizers"
     tokenizers = [golden_tokenizer(folder, *side) for side in (student, teacher)]
-    chats = []
+    chats: list[Chat] = []
     for row, told in zip(whole["rows"], whole["mapped"], strict=True):
         keys = {"input_ids", "labels", "teacher_input_ids", "_discard", "prompt_len", *extra}
         if set(row) != {"messages"} or (not told["_discard"] and set(told) != keys):
