@@ -99,6 +99,8 @@ class Tokenizer:
             raise DataError(
                 f"{file}: the mask token {mask!r} is also the end or padding token: choose another mask"
             )
+        if ids["mask"] not in backend.special:
+            raise DataError(f"{file}: the mask token {mask!r} is ordinary text: choose another mask")
         named |= {"mask_token": mask, "eos_token": eos, "pad_token": pad}
         return cls(
             backend=backend,
