@@ -128,6 +128,12 @@ def encode_chat(
     prompt, whole = _render(tokenizer, messages)
     assert tokenizer.chat is not None, "rendering needs a template and ran"
     contents = find_contents(tokenizer.chat, messages, whole)
+    for number, content in enumerate(contents):
+        if content.start == content.end:
+            raise DataError(
+                f"message {number + 1} ({messages[number]['role']}) has nothing to show: "
+                "fill it or remove the record"
+            )
     ids, prompt_ids = tokenizer.encode(whole), tokenizer.encode(prompt)
     start = len(prompt_ids)
     if ids[:start] != prompt_ids:

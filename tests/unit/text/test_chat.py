@@ -150,6 +150,38 @@ def test_templates_that_cannot_work_are_refused(tmp_path, source, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(("contents", "number"), [((" ", "two"), 1), (("one", "\n"), 2), (("", "two"), 1)])
+def test_a_message_that_is_empty_once_it_is_stripped_is_named(tmp_path, contents, number):
+    tokenizer = with_template(tmp_path, CHATML.replace("m['content']", "m['content'] | trim"))
+    with pytest.raises(DataError, match=rf"message {number} \(.*\) has nothing to show"):
+        encode_chat(tokenizer, chat(*contents))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            CHATML.replace("{{ m['content'] }}", "{{ m['content'] * 2 }}"),
+            "repeats or reorders message 1 (user)",
+        ),
+        (
+            CHATML.replace("m['content']", "m['content'] if m['role'] == 'assistant'"),
+            "loses message 1 (user)",
+        ),
+        (
+            CHATML.replace("{{ m['content'] }}", "{{ m['content'].replace('a', 'b') }}"),
+            "changes message 2 (assistant)",
+        ),
+        (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | tojson }}"), "changes message 1 (user)"),
+    ],
+)
+def test_a_template_that_loses_a_message_is_refused_by_number(tmp_path, template, message):
+    tokenizer = with_template(tmp_path, template)
+    with pytest.raises(DataError) as caught:
+        encode_chat(tokenizer, chat('"one"', "a two"))
+    assert message in str(caught.value)
+
+
 def test_a_tokenizer_without_template_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"add chat_template\.jinja"):
         encode_chat(with_template(tmp_path, None), chat("one", "two"))
