@@ -111,6 +111,7 @@ def test_qwen3_and_cl100k_have_their_known_ids(real):
         assert qwen3.encode(text) == ids
     assert real["cl100k"].encode("hello world") == [15339, 1917]
     assert not real["cl100k"].has(100262)  # a gap
+    assert real["cl100k"].mask_id == 100277
 
 
 def test_a_saved_tokenizer_is_the_same_one(real, file_kind, tmp_path):

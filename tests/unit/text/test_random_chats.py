@@ -187,7 +187,10 @@ def check_chunks(student, teacher, messages, encoded):
 @pytest.mark.parametrize("examples", [400, pytest.param(5000, marks=pytest.mark.slow)])
 def test_chunks_of_random_chats(sides, examples):
     @hypothesis.settings(
-        max_examples=examples, suppress_health_check=list(hypothesis.HealthCheck), deadline=None
+        max_examples=examples,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        deadline=None,
     )
     @hypothesis.given(messages=chats(), cut=st.integers(1, 60))
     def check(messages, cut):
@@ -217,7 +220,9 @@ def test_a_message_that_normalisation_changes_ends_in_an_error_and_others_do_not
     tokenizer = Tokenizer.load(folder, template="chatml")
     seen = set()
 
-    @hypothesis.settings(max_examples=300, suppress_health_check=list(hypothesis.HealthCheck), deadline=None)
+    @hypothesis.settings(
+        max_examples=300, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck), deadline=None
+    )
     @hypothesis.given(chosen=st.lists(st.sampled_from(PIECES), min_size=1, max_size=6))
     def check(chosen):
         reply = "x" + "".join(chosen)

@@ -78,6 +78,13 @@ def test_two_replies_in_a_row_are_fine(name, real_folders):
     assert decoded.startswith("assistant<|")
 
 
+def test_what_a_template_strips_is_counted_in_bytes(tmp_path):
+    trimming = CHATML.replace("m['content']", "m['content'] | trim")
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, chat_template=trimming))
+    contents = encode_chat(tokenizer, chat(["\u3000\u2003x y ", "\n\x85z"]), aligned=True).contents
+    assert [(content.skipped, content.end - content.start) for content in contents] == [(6, 3), (3, 1)]
+
+
 def test_templates_are_shipped_and_named():
     assert template_names() == sorted(NAMES)
     folder = importlib.resources.files("tide_megatron.text.templates")
