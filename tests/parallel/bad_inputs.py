@@ -202,7 +202,7 @@ FAULTS = {
     "no tokenizer": (
         remove("student/tokenizer.json"),
         "Data",
-        r"student/tokenizer\.json: not found; a tokenizer is ",
+        r"student: a tokenizer is a folder with tokenizer",
     ),
     "a damaged tokenizer": (
         cut("teacher/tokenizer.json"),
