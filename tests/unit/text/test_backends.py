@@ -8,6 +8,7 @@ import pytest
 
 from tests.real_tokenizers import write_sentencepiece
 from tide_megatron.base.errors import DataError
+from tide_megatron.text.backends.tiktoken import PATTERNS
 from tide_megatron.text.spelling import SpellingError
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -129,12 +130,17 @@ def test_a_file_alone_is_a_tokenizer_too(real_folders, file_kind, real):
     assert Tokenizer.load(file).digest == real[file_kind].digest
 
 
+def test_a_pattern_has_a_name(real, real_folders, tmp_path):
+    spelled_out = copied(real_folders["qwen3"], tmp_path / "x", pattern=PATTERNS["qwen"])
+    assert Tokenizer.load(spelled_out).digest == real["qwen3"].digest
+
+
 def test_digests_know_what_decides_ids(real, real_folders, tmp_path):
     assert len({tokenizer.digest for tokenizer in real.values()}) == len(KINDS)
     config = json.loads((real_folders["cl100k"] / "tokenizer_config.json").read_text())
     added = {**config["added_tokens_decoder"], "100270": {"content": "<|new|>"}}
     others = [
-        copied(real_folders["cl100k"], tmp_path / "pattern", pattern=config["pattern"] + "|x"),
+        copied(real_folders["cl100k"], tmp_path / "pattern", pattern=PATTERNS["cl100k"] + "|x"),
         copied(real_folders["cl100k"], tmp_path / "added", added_tokens_decoder=added),
         copied(real_folders["cl100k"], tmp_path / "ranks"),
     ]
@@ -209,7 +215,8 @@ def test_a_model_without_byte_fallback_says_what_it_cannot_spell(tmp_path):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("qwen3", {"pattern": None}, 'write the regular expression as "pattern" into tokenizer_config.json'),
+        ("qwen3", {"pattern": None}, 'cl100k, qwen, as "pattern" into tokenizer_config.json'),
+        ("qwen3", {"pattern": "qwen2"}, "pattern: 'qwen2' is unknown: did you mean 'qwen'"),
         ("qwen3", {"pattern": "("}, "tiktoken refuses these ranks and this pattern"),
         (
             "qwen3",

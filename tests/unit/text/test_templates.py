@@ -102,6 +102,12 @@ def test_a_named_template_goes_before_the_folders_own(tmp_path):
     assert Tokenizer.load(tmp_path / "saved").digest == named.digest
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_may_name_a_template(name, tmp_path):
+    named = Tokenizer.load(write_tokenizer(tmp_path / "a", chat_template=name))
+    assert named.digest == Tokenizer.load(write_tokenizer(tmp_path / "b"), template=name).digest
+
+
 def test_an_unknown_template_is_refused(tmp_path):
     with pytest.raises(DataError, match="template: 'qwen' is unknown: did you mean 'qwen3'"):
         Tokenizer.load(write_tokenizer(tmp_path), template="qwen")

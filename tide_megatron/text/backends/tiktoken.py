@@ -1,7 +1,8 @@
 """Ranks of byte-level BPE as tiktoken keeps them: a `*.tiktoken` file of lines `base64 rank`.
 
 Such a file says nothing about how text is split before merging, nor about special tokens: both stand in
-`tokenizer_config.json` beside it, under `pattern` (a regular expression) and `added_tokens_decoder`.
+`tokenizer_config.json` beside it, under `pattern` (a regular expression or a name in `PATTERNS`) and
+`added_tokens_decoder`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,27 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
-from tide_megatron.base.errors import DataError
+from tide_megatron.base.errors import DataError, nearest
 from tide_megatron.text.backends.files import CONFIG_FILE, read_added, write_added
+
+PATTERNS = {
+    "cl100k": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+        r"|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+    "qwen": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    ),
+}
+"""How text is split before merging, by family; Qwen's is for Qwen2 and Qwen3."""
 
 
 class Tiktoken:
@@ -44,9 +58,14 @@ class Tiktoken:
         pattern = config.get("pattern")
         if not isinstance(pattern, str):
             raise DataError(
-                f"{file}: how text is split before merging is not known: write the regular expression as "
-                f'"pattern" into {CONFIG_FILE} beside it'
+                f"{file}: how to split text before merging is not known: write a regular expression, or one of "
+                f'{", ".join(PATTERNS)}, as "pattern" into {CONFIG_FILE} beside it'
             )
+        if re.fullmatch(r"[\w-]+", pattern) and pattern not in PATTERNS:
+            raise DataError(
+                f"{file.parent / CONFIG_FILE}: pattern: {pattern!r} is unknown: {nearest(pattern, PATTERNS)}"
+            )
+        pattern = PATTERNS.get(pattern, pattern)
         return cls(file, pattern, _read_ranks(file), read_added(config, file))
 
     @property

@@ -41,7 +41,8 @@ def find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | 
 
     Args:
         folder: where the tokenizer is.
-        config: content of its `tokenizer_config.json`; of several templates the one named default counts.
+        config: content of its `tokenizer_config.json`; of several templates the one named default counts,
+            and the name of one of the package's stands for it.
 
     Raises:
         DataError: the configuration's is no text.
@@ -56,4 +57,4 @@ def find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | 
         return None
     if not isinstance(source, str):
         raise DataError(f"{origin}: chat_template must be text, or a list with an entry named default")
-    return source, origin
+    return packaged_template(source) if source in template_names() else (source, origin)
