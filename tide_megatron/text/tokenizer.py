@@ -147,7 +147,7 @@ class Tokenizer:
         """
         return ends_of(
             pieces=[self._bytes[token] for token in ids],
-            is_special=[token in self.backend.special for token in ids],
+            is_special=[self.is_special(token) for token in ids],
             text=text,
             who=self.name,
             advice=self.backend.advice,
@@ -160,6 +160,10 @@ class Tokenizer:
     def has(self, token_id: int) -> bool:
         """Say whether some token has this id (vocabularies may have gaps)."""
         return 0 <= token_id < self.vocabulary_size and self.backend.piece(token_id) is not None
+
+    def is_special(self, token_id: int) -> bool:
+        """Say whether the spelling of this token always becomes this one id, wherever it stands in a text."""
+        return token_id in self.backend.special
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token adds to the text (a special token: its own spelling in UTF-8).

@@ -75,11 +75,10 @@ class Side:
 
     def pieces(self, ids):
         """Return the bytes that each token adds to the text."""
-        special = self.tokenizer.backend.special
         pieces, opening = [], self.extra != ""
         for token in ids:
             piece = self.tokenizer.token_bytes(token)
-            if token in special:
+            if self.tokenizer.is_special(token):
                 opening = self.extra == "all"
             elif opening:
                 assert piece[:1] == b" "

@@ -58,8 +58,8 @@ class Tiktoken:
         pattern = config.get("pattern")
         if not isinstance(pattern, str):
             raise DataError(
-                f"{file}: how to split text before merging is not known: write a regular expression, or one of "
-                f'{", ".join(PATTERNS)}, as "pattern" into {CONFIG_FILE} beside it'
+                f"{file}: how to split text before merging is not known: write a regular expression, or one "
+                f'of {", ".join(PATTERNS)}, as "pattern" into {CONFIG_FILE} beside it'
             )
         if re.fullmatch(r"[\w-]+", pattern) and pattern not in PATTERNS:
             raise DataError(
