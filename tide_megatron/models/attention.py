@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -267,15 +268,21 @@ def _cached_dense(context: Context, length: int, device: torch.device) -> Dense:
 
 @functools.lru_cache(maxsize=32)
 def _cached_structured(context: Context, length: int, device: torch.device) -> Structured:
-    """Cut each part into equal chunks of whole blocks; the same chunk of every part is queried together."""
+    """Cut each part into equal chunks of whole blocks; the same chunk of several parts is queried together.
+
+    Together are the clean part and one noised part, which see nearly the same; a further noised part would
+    only get the other one's keys and have them masked, so it is asked alone.
+    """
     mask = dense_mask(context, length)
     block = length if context.kind == "bidirectional" else context.block_size
     chunk = block * -(-max(_SMALLEST_CHUNK, -(-length // _MOST_CHUNKS)) // block)
     own = [min(chunk, length - start) for start in range(0, length, chunk)]
     sizes = tuple(own * context.parts)
     calls = []
-    for first in range(len(own)):
-        asking = tuple(range(first, len(sizes), len(own)))
+    alone = context.noised_parts - 1
+    parts = [(part,) for part in range(alone)] + [tuple(range(alone, context.parts))]
+    for first, together in itertools.product(range(len(own)), parts):
+        asking = tuple(first + part * len(own) for part in together)
         seen = tuple(c for c in range(len(sizes)) if bool(_between(mask, sizes, asking, (c,)).any()))
         calls.append((asking, seen, _unless_full(_between(mask, sizes, asking, seen).to(device))))
     return Structured(sizes=sizes, calls=tuple(calls))
