@@ -72,7 +72,8 @@ def teacher_view(reading: Reading, context: Context, mask_id: int) -> View:
         context: its context kind and block size.
         mask_id: its mask token.
     """
-    return complementary_passes(reading, torch.zeros_like(reading.hidden), context, mask_id)[0]
+    reading = _trim(reading, context)
+    return _pass(reading, reading.hidden, reading.asked, context, mask_id)
 
 
 def complementary_view(reading: Reading, shown: Tensor, context: Context, mask_id: int) -> View:
@@ -84,7 +85,8 @@ def complementary_view(reading: Reading, shown: Tensor, context: Context, mask_i
         context: the teacher's context kind and block size.
         mask_id: the teacher's mask token.
     """
-    reading, shown = _trim(reading, context), shown[:, : _needed(reading, context)]
+    reading = _trim(reading, context)
+    shown = shown[:, : reading.ids.shape[1]]
     first = reading.ids.masked_fill(reading.hidden & ~shown, mask_id)
     second = reading.ids.masked_fill(reading.hidden & shown, mask_id)
     samples, length = reading.ids.shape
@@ -111,15 +113,21 @@ def complementary_passes(
         context: the teacher's context kind and block size.
         mask_id: the teacher's mask token.
     """
-    reading, shown = _trim(reading, context), shown[:, : _needed(reading, context)]
-    views = []
-    for visible, asked in ((shown, reading.asked & ~shown), (~shown, reading.asked & shown)):
-        noisy = reading.ids.masked_fill(reading.hidden & ~visible, mask_id)
-        copies = [noisy, *[reading.ids] * (context.parts - context.noised_parts)]
-        sample, position = asked.nonzero(as_tuple=True)
-        rows = sample * context.parts * reading.ids.shape[1] + position
-        views.append(_view(copies, context, _seen_lengths(reading, context), rows))
-    return views[0], views[1]
+    reading = _trim(reading, context)
+    shown = shown[:, : reading.ids.shape[1]]
+    return (
+        _pass(reading, reading.hidden & ~shown, reading.asked & ~shown, context, mask_id),
+        _pass(reading, reading.hidden & shown, reading.asked & shown, context, mask_id),
+    )
+
+
+def _pass(reading: Reading, hidden: Tensor, asked: Tensor, context: Context, mask_id: int) -> View:
+    """Build one view of a trimmed reading: what it hides and what it answers, both [samples, length] bool."""
+    noisy = reading.ids.masked_fill(hidden, mask_id)
+    copies = [noisy, *[reading.ids] * (context.parts - context.noised_parts)]
+    sample, position = asked.nonzero(as_tuple=True)
+    rows = sample * context.parts * reading.ids.shape[1] + position
+    return _view(copies, context, _seen_lengths(reading, context), rows)
 
 
 def _view(copies: list[Tensor], context: Context, lengths: Tensor | None, rows: Tensor) -> View:
