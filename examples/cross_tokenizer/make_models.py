@@ -20,7 +20,7 @@ import typer
 from pairs import TEACHER, TEXT, ensure_teacher_data
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from shipping import Shipped, agrees_with_card, card_score, write_card
+from shipping import Makers, Shipped, agrees_with_card, card_score, write_card
 
 from tide_megatron.base.log import start_log
 from tide_megatron.diffusion.mask import Context
@@ -44,7 +44,7 @@ def main(
     models = {"teacher": teacher}
     if not check_only:
         what = "docstring -> function teacher with a tokenizer and template of its own; a toy"
-        write_card(CARD, what, TEXT, models, runs)
+        write_card(CARD, what, TEXT, models, Makers(runs=runs))
     agrees = agrees_with_card(CARD, models)
     gap = card_score(STUDENT_CARD, "student") - card_score(CARD, "teacher")
     rich.print(

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tide_megatron import __version__
+from tide_megatron.base.errors import DataError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.score import Question, score_folder
 from tide_megatron.evaluate.trained_context import write_context
@@ -56,10 +57,11 @@ class Shipped:
     def make(self, run: Path | None) -> dict[str, Any]:
         """Train the model (or take a finished run), ship its weights, and return its part of the card."""
         recipe, tree = load_recipe(self.recipe, [])
-        began = time.monotonic()
+        took = {}
         if run is None:
-            run = Path(recipe.folder)
+            run, began = Path(recipe.folder), time.monotonic()
             run_ranks(train, (recipe, tree, True), 1, "cpu")
+            took["made_seconds"] = round(time.monotonic() - began, 1)
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         tensors = load_file(run / "model" / "model.safetensors")
         # A router bias stays fp32, as in the architecture's own checkpoints.
@@ -78,15 +80,38 @@ class Shipped:
             "seed": recipe.seed,
             "parameters": sum(value.numel() for value in tensors.values()),
             "cpu_seconds": result["cpu_seconds"],
-            "made_seconds": round(time.monotonic() - began, 1),
+            **took,
             **self.score(),
         }
 
 
-def write_card(file: Path, what: str, text: Path, models: Mapping[str, Shipped], runs: Path | None) -> None:
-    """Make all models of a card (or take finished runs of their names below `runs`) and write the card."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Makers:
+    """Which models of a card are made, and from what."""
+
+    runs: Path | None = None
+    """Folder with finished runs under the models' names; None: train."""
+    only: Sequence[str] = ()
+    """Names of those that are made; empty: all."""
+
+    def run(self, name: str) -> Path | None:
+        """Return a model's finished run, or None to train it."""
+        return self.runs / name if self.runs else None
+
+
+def write_card(file: Path, what: str, text: Path, models: Mapping[str, Shipped], makers: Makers) -> None:
+    """Make the models of a card, or some of them, and write the card; the others keep their entries.
+
+    Raises:
+        DataError: an entry would be kept that was scored on other held-out data than there is now.
+    """
+    kept = _entries(file, models) if makers.only else {}
     context = next(iter(models.values())).context
     block = "" if context.kind == "bidirectional" else f", block {context.block_size}"
+    entries = {
+        name: kept[name] if makers.only and name not in makers.only else model.make(makers.run(name))
+        for name, model in models.items()
+    }
     card = {
         "what": what,
         "licence": "Apache-2.0 (weights); training text under the licences listed with it",
@@ -97,10 +122,19 @@ def write_card(file: Path, what: str, text: Path, models: Mapping[str, Shipped],
             "scored_samples": SAMPLES,
         },
         "context": f"{context.kind}{block}",
-        "models": {name: model.make(runs / name if runs else None) for name, model in models.items()},
+        "models": entries,
     }
     file.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     rich.print(f"card: {file}")
+
+
+def _entries(file: Path, models: Mapping[str, Shipped]) -> dict[str, Any]:
+    """Return a written card's entries, which hold for the held-out data of today only."""
+    card = json.loads(file.read_text(encoding="utf-8"))
+    if card["data"]["test_digest"] != _data_digest(models):
+        raise DataError(f"{file}: scored on other held-out data; make all its models again, without --only")
+    entries: dict[str, Any] = card["models"]
+    return entries
 
 
 def agrees_with_card(file: Path, models: Mapping[str, Shipped]) -> bool:
