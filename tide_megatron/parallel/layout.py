@@ -94,6 +94,27 @@ class Layout:
         size = self.replica_size
         return tuple(tuple(range(first, first + size)) for first in range(0, world, size))
 
+    def stage_layers(self, layers: int) -> tuple[int, ...]:
+        """Return how many of a model's layers each pipeline stage has.
+
+        The stages between the first and the last have equally many, which is what megatron-core can express;
+        of these splits the one whose longest stage is shortest, and of equal ones the one with the shortest
+        ends, which hold embedding or final norm beside layers. An odd layer goes to the first stage.
+
+        Args:
+            layers: of the whole model; at least one for each stage (`check`).
+        """
+        middle_stages = self.pipeline - 2
+        if middle_stages < 0:
+            return (layers,)
+
+        def split(middle: int) -> tuple[int, ...]:
+            ends = layers - middle_stages * middle
+            return (ends - ends // 2, *[middle] * middle_stages, ends // 2)
+
+        most = (layers - 2) // middle_stages if middle_stages else 1
+        return min((split(middle) for middle in range(most, 0, -1)), key=max)
+
     def rank(self, *, tensor: int = 0, pipeline: int = 0, data: int = 0) -> int:
         """Return the rank at these coordinates."""
         return tensor + self.tensor * (pipeline + self.pipeline * data)
@@ -218,8 +239,8 @@ class _Shape:
         for count, name in ((self.heads, "attention heads"), (self.groups, "key-value heads")):
             if count is not None and count % layout.tensor:
                 return f"{count} {name} cannot be shared evenly by tensor={layout.tensor} ranks"
-        if self.layers is not None and self.layers % layout.pipeline:
-            return f"{self.layers} layers cannot be shared evenly by pipeline={layout.pipeline} stages"
+        if self.layers is not None and self.layers < layout.pipeline:
+            return f"{self.layers} layers are too few for pipeline={layout.pipeline} stages"
         return None
 
     def _expert_objection(self, layout: Layout) -> str | None:

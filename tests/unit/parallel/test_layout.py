@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.parallel.layout import Layout, Seat
+from tide_megatron.parallel.layout import Layout, RankLists, Seat
 
 
 def lists(text):
@@ -83,12 +83,98 @@ TABLES = [
      "0 1 8 9 16 17 24 25, 32 33 40 41 48 49 56 57, 2 3 10 11 18 19 26 27, 34 35 42 43 50 51 58 59,"
      "4 5 12 13 20 21 28 29, 36 37 44 45 52 53 60 61, 6 7 14 15 22 23 30 31, 38 39 46 47 54 55 62 63"),
     (64, Layout(tensor=2, pipeline=4, expert=4, expert_tensor=2), "expert_replica", "0-31, 32-63"),
+    (8, Layout(tensor=2), "alone", EIGHT_ALONE),
+    (8, Layout(tensor=2), "world", "0-7"),
+    (16, Layout(tensor=2, pipeline=4), "data", "0 8, 1 9, 2 10, 3 11, 4 12, 5 13, 6 14, 7 15"),
+    (16, Layout(tensor=2, pipeline=4), "position_embedding", "0, 1, 8, 9"),
+    (16, Layout(pipeline=2, expert=2, expert_tensor=2), "expert_block",
+     "0 2 4 6, 8 10 12 14, 1 3 5 7, 9 11 13 15"),
+    (16, Layout(pipeline=2, expert=2, expert_tensor=2), "expert_tensor",
+     "0 2, 4 6, 8 10, 12 14, 1 3, 5 7, 9 11, 13 15"),
+    (16, Layout(tensor=2), "alone", "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"),
+    (16, Layout(tensor=2), "world", "0-15"),
+    (64, Layout(tensor=4, pipeline=2), "tensor",
+     "0-3, 4-7, 8-11, 12-15, 16-19, 20-23, 24-27, 28-31, 32-35, 36-39, 40-43, 44-47,"
+     "48-51, 52-55, 56-59, 60-63"),
+    (64, Layout(tensor=4, pipeline=2), "pipeline",
+     "0 4, 1 5, 2 6, 3 7, 8 12, 9 13, 10 14, 11 15, 16 20, 17 21, 18 22, 19 23, 24 28, 25 29, 26 30, 27 31,"
+     "32 36, 33 37, 34 38, 35 39, 40 44, 41 45, 42 46, 43 47, 48 52, 49 53, 50 54, 51 55,"
+     "56 60, 57 61, 58 62,"
+     "59 63"),
+    (64, Layout(tensor=2, pipeline=4), "embedding",
+     "0 6, 1 7, 8 14, 9 15, 16 22, 17 23, 24 30, 25 31, 32 38, 33 39, 40 46, 41 47, 48 54,"
+     "49 55, 56 62, 57 63"),
+    (64, Layout(tensor=2, pipeline=4), "position_embedding",
+     "0, 1, 8, 9, 16, 17, 24, 25, 32, 33, 40, 41, 48, 49, 56, 57"),
+    (64, Layout(tensor=4, pipeline=2), "data",
+     "0 8 16 24 32 40 48 56, 1 9 17 25 33 41 49 57, 2 10 18 26 34 42 50 58, 3 11 19 27 35 43 51 59,"
+     "4 12 20 28 36 44 52 60, 5 13 21 29 37 45 53 61, 6 14 22 30 38 46 54 62, 7 15 23 31 39 47 55 63"),
+    (64, Layout(tensor=4, pipeline=2), "replica", "0-7, 8-15, 16-23, 24-31, 32-39, 40-47, 48-55, 56-63"),
+    (64, Layout(tensor=2, pipeline=4, expert=4, expert_tensor=2), "expert_tensor",
+     "0 1, 8 9, 16 17, 24 25, 32 33, 40 41, 48 49, 56 57, 2 3, 10 11, 18 19, 26 27, 34 35,"
+     "42 43, 50 51, 58 59,"
+     "4 5, 12 13, 20 21, 28 29, 36 37, 44 45, 52 53, 60 61, 6 7, 14 15, 22 23, 30 31,"
+     "38 39, 46 47, 54 55, 62 63"),
+    (64, Layout(tensor=2, pipeline=4, expert=4, expert_tensor=2), "expert_data",
+     "0 32, 1 33, 8 40, 9 41, 16 48, 17 49, 24 56, 25 57, 2 34, 3 35, 10 42, 11 43, 18 50,"
+     "19 51, 26 58, 27 59,"
+     "4 36, 5 37, 12 44, 13 45, 20 52, 21 53, 28 60, 29 61, 6 38, 7 39, 14 46, 15 47,"
+     "22 54, 23 55, 30 62, 31 63"),
+    (64, Layout(tensor=64), "alone", ", ".join(str(rank) for rank in range(64))),
+    (64, Layout(tensor=64), "world", "0-63"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("world", "layout", "field", "table"), TABLES)
 def test_groups_equal_the_table(world, layout, field, table):
     assert getattr(layout.rank_lists(world), field) == lists(table)
+
+
+@pytest.mark.parametrize("world", [8, 16, 64])
+def test_every_group_has_a_table(world):
+    assert {field for size, _, field, _ in TABLES if size == world} == {
+        field.name for field in dataclasses.fields(RankLists)
+    }
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "layers", "expected"),
+    [
+        (1, 3, (3,)),
+        (2, 4, (2, 2)),
+        (2, 3, (2, 1)),
+        (2, 2, (1, 1)),
+        (3, 3, (1, 1, 1)),
+        (3, 5, (2, 2, 1)),
+        (3, 20, (7, 7, 6)),
+        (4, 6, (1, 2, 2, 1)),
+        (4, 7, (2, 2, 2, 1)),
+        (4, 20, (5, 5, 5, 5)),
+        # Two layers in each middle stage leave 8 for the ends, three leave 2.
+        (8, 20, (1, 3, 3, 3, 3, 3, 3, 1)),
+        (8, 9, (2, 1, 1, 1, 1, 1, 1, 1)),
+        (8, 28, (2, 4, 4, 4, 4, 4, 4, 2)),
+    ],
+)
+def test_stages_by_hand(pipeline, layers, expected):
+    assert Layout(pipeline=pipeline).stage_layers(layers) == expected
+
+
+@given(st.integers(1, 12), st.integers(0, 60))
+def test_no_split_that_can_be_expressed_has_a_shorter_longest_stage(pipeline, more):
+    layers = pipeline + more
+    stages = Layout(pipeline=pipeline).stage_layers(layers)
+    assert len(stages) == pipeline
+    assert sum(stages) == layers
+    assert min(stages) >= 1
+    assert len(set(stages[1:-1])) <= 1
+    if pipeline > 2:
+        longest = [
+            max(middle, -(-(layers - (pipeline - 2) * middle) // 2))
+            for middle in range(1, layers)
+            if layers - (pipeline - 2) * middle >= 2
+        ]
+        assert max(stages) == min(longest)
 
 
 @st.composite
@@ -146,7 +232,8 @@ def test_a_seat_by_hand():
         (Layout(tensor=8), 4, {}, "= 8 ranks, which does not divide the 4 ranks", "{tensor=4}"),
         (Layout(tensor=4), 4, {"heads": 6}, "6 attention heads cannot be shared evenly", "{tensor=2}"),
         (Layout(tensor=4), 4, {"heads": 8, "groups": 2}, "2 key-value heads cannot", "{tensor=2}"),
-        (Layout(pipeline=4), 8, {"layers": 6}, "6 layers cannot be shared evenly by", "{pipeline=2}"),
+        (Layout(pipeline=4), 8, {"layers": 3}, "3 layers are too few for pipeline=4", "{pipeline=2}"),
+        (Layout(pipeline=8), 8, {"layers": 7}, "7 layers are too few for pipeline=8", "{pipeline=4}"),
         (Layout(expert=8), 8, {"experts": 4}, "4 experts cannot be shared evenly by", "{expert=4}"),
         (Layout(expert=4), 4, {"experts": 0}, "the model has no experts", "{tensor=1} (data-parallel only)"),
         (Layout(expert_tensor=2), 4, {"experts": 0}, "expert_tensor=2 but the model has no", "{tensor=1}"),
