@@ -15,7 +15,17 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.models.weights import Copy, FusedQkv, GatedPair, Heads, Piece, Qkv
+from tide_megatron.models.weights import (
+    LAYER,
+    Copy,
+    Embedding,
+    FusedQkv,
+    GatedPair,
+    Head,
+    Heads,
+    Piece,
+    Qkv,
+)
 
 HfConfig = Mapping[str, Any]
 Value = TypeVar("Value", int, float, bool, str)
@@ -116,19 +126,23 @@ class Architecture(abc.ABC):
     def pieces(self) -> list[Piece]:
         """List every weight of the whole model: our name, its Hugging Face names and shapes, how they map."""
         table, norm = (self.vocabulary, self.hidden), (self.hidden,)
-        found: list[Piece] = [Copy.of("embedding.word_embeddings.weight", self.embedding_name, table)]
+        found: list[Piece] = [
+            Embedding.of("embedding.word_embeddings.weight", self.embedding_name, table, place="first")
+        ]
         for layer in range(self.layers):
-            ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+            ours, theirs = f"decoder.layers.{LAYER}.", f"model.layers.{layer}."
             inner = f"{theirs}post_attention_layernorm.weight"
-            found += [
+            inside: list[Piece] = [
                 Copy.of(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", norm, fill=1.0),
                 *_attention_pieces(self, ours, self.attention_names(theirs)),
                 Copy.of(f"{ours}pre_mlp_layernorm.weight", inner, norm, fill=1.0),
                 *self.mlp_pieces(layer, f"{ours}mlp.", f"{theirs}mlp."),
             ]
-        found.append(Copy.of("decoder.final_layernorm.weight", "model.norm.weight", norm, fill=1.0))
+            found += [dataclasses.replace(piece, layer=layer) for piece in inside]
+        final = "decoder.final_layernorm.weight"
+        found.append(Copy.of(final, "model.norm.weight", norm, fill=1.0, place="last"))
         if not self.tied:
-            found.append(Copy.of("output_layer.weight", "lm_head.weight", table))
+            found.append(Head.of("output_layer.weight", "lm_head.weight", table))
         return found
 
     @property
@@ -276,7 +290,8 @@ def _attention_pieces(architecture: Architecture, ours: str, theirs: Mapping[str
         else:
             sources = {f"{theirs[part]}.{kind}": (rows[part], *tail) for part in "qkv"}
             found.append(Qkv(target=name, sources=sources, fill=fill, shape=shape))
-    found.append(Copy.of(f"{target}linear_proj.weight", f"{theirs['out']}.weight", (width, shape.query_rows)))
+    out = {f"{theirs['out']}.weight": (width, shape.query_rows)}
+    found.append(Copy(target=f"{target}linear_proj.weight", sources=out, axis=1))
     if architecture.qk_norm:
         for part in ("q", "k"):
             norm = f"{theirs[f'{part}_norm']}.weight"
@@ -294,5 +309,5 @@ def feed_forward_pieces(
     down = {f"{theirs}down_proj.weight": (hidden, width)}
     return [
         GatedPair(target=f"{ours}linear_fc1.weight", sources=pair, expert=expert),
-        Copy(target=f"{ours}linear_fc2.weight", sources=down, expert=expert),
+        Copy(target=f"{ours}linear_fc2.weight", sources=down, expert=expert, axis=1),
     ]

@@ -1,29 +1,45 @@
-"""Build a model: megatron-core's GPTModel that reads a `View` and answers with hidden rows.
+"""Build a model, or a rank's part of one: megatron-core's GPTModel that reads a `View`.
 
-`TideModel.rows` runs embedding and decoder and returns the final-norm hidden states at the view's rows only
-(the last layer drops the others as soon as attention is done with them): logits of all positions never exist,
-the head is applied elsewhere to picked rows (design section 2). Groups
-are explicit, so models of several layouts live in one process. Weights are uninitialised after `build_model`;
-`convert.load_weights` or `convert.draw_weights` fills them. Left out: pipeline stages (the schedule comes
-with the teachers that need it) and tensor-parallel cuts.
+`TideModel.forward` goes from a view to the final-norm hidden states at the view's rows only (the last layer
+drops the others as soon as attention is done with them): logits of all positions never exist, the head is
+applied elsewhere to picked rows (design section 2). On other stages than the last it gives what the next one
+reads. Groups are explicit, so models of several layouts live in one process. Weights are uninitialised after
+`build_model`; `convert.load_weights` or `convert.draw_weights` fills them.
+
+A frozen model never allocates megatron-core's output layer. It holds the rows of the head that it is asked to
+hold, on every rank of every stage: heads are cut by vocabulary over ranks of their own kind (design section
+3). Left out: a trainable model cut over tensor or pipeline ranks.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import tide_megatron.platform  # noqa: F401 - before megatron
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import AttentionPlan, choose_kernel, rotary_frequencies
+from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import Options, block_spec, transformer_config
-from tide_megatron.models.weights import Shard
 from tide_megatron.parallel.layout import Layout
+
+
+class HeadSlice(torch.nn.Module):
+    """Some rows of an output head, under the name megatron-core gives the whole one."""
+
+    def __init__(self, rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate [rows, hidden], uninitialised."""
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(rows, hidden, dtype=dtype, device=device))
 
 
 class TideModel(GPTModel):  # type: ignore[misc]
@@ -32,49 +48,105 @@ class TideModel(GPTModel):  # type: ignore[misc]
     def __init__(self, architecture: Architecture, groups: ProcessGroupCollection, options: Options) -> None:
         """Allocate the model on its device; use `build_model`, which also checks and freezes."""
         config = transformer_config(architecture, options)
+        shard = _shard(architecture, groups, options)
+        spec = block_spec(config, groups.pp.rank())
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, groups.pp.rank()),
-            vocab_size=architecture.vocabulary,
+            transformer_layer_spec=spec,
+            vocab_size=shard.padded_vocabulary(architecture.vocabulary),
             max_sequence_length=architecture.max_positions,
-            share_embeddings_and_output_weights=architecture.tied,
+            pre_process=shard.is_first,
+            post_process=options.trainable,  # the output layer, and with it the final norm
+            share_embeddings_and_output_weights=options.trainable and architecture.tied,
             position_embedding_type="none",  # the attention plan rotates
             pg_collection=groups,
         )
         self.architecture = architecture
-        self.shard = Shard(expert_rank=groups.ep.rank(), expert_size=groups.ep.size())
+        self.shard = shard
         self.groups = groups
         device = options.device.torch_device
+        if not options.trainable:
+            self._add_end(spec, device)
         self._make_kernel = choose_kernel(options.attention, device.type, trainable=options.trainable)
         self._frequencies = rotary_frequencies(architecture.rotary_dim, architecture.rotary_base, device)
 
+    def _add_end(self, spec: Any, device: torch.device) -> None:
+        """Add the final norm and this rank's slice of the head to a block built without output layer."""
+        architecture, config = self.architecture, self.config
+        if self.shard.is_last:
+            self.decoder.final_layernorm = build_module(
+                spec.layer_norm,
+                config=config,
+                hidden_size=config.hidden_size,
+                eps=config.layernorm_epsilon,
+            )
+        if not self._is_head_embedded:
+            start, stop = self.shard.head_ids(architecture.vocabulary)
+            self.output_layer = HeadSlice(stop - start, architecture.hidden, config.params_dtype, device)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds the view's ids."""
+        return self.shard.is_first
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank's forward pass gives rows."""
+        return self.shard.is_last
+
+    @property
+    def _is_head_embedded(self) -> bool:
+        return self.architecture.tied and self.shard.embeds_head(self.architecture.vocabulary)
+
+    @property
+    def head_start(self) -> int:
+        """The first id of this rank's slice of the output head."""
+        return self.shard.head_ids(self.architecture.vocabulary)[0]
+
     @property
     def head_weight(self) -> Tensor:
-        """The output head [vocabulary, hidden]: the embedding where it is tied."""
-        head = self.embedding.word_embeddings if self.architecture.tied else self.output_layer
-        weight: Tensor = head.weight
-        return weight
+        """The slice of the output head [ids, hidden] of this rank; where tied, rows of its embedding."""
+        if not self._is_head_embedded:
+            own: Tensor = self.output_layer.weight
+            return own
+        table: Tensor = self.embedding.word_embeddings.weight
+        if self.shard.head is None:
+            return table
+        first = self.shard.embedding_ids(self.architecture.vocabulary)[0]
+        start, stop = (max(0, identity - first) for identity in self.shard.head)
+        return table[start:stop]
 
     def forward(self, view: View) -> Tensor:
-        """Return the final-norm hidden states [rows, hidden] at `view.rows`, in their order.
+        """Run this rank's layers; stages behind the first read what `set_input_tensor` was given.
 
         With experts spread over ranks, all ranks of the expert group call it equally often, whatever their
         views hold: their tokens travel through each other's experts.
+
+        Args:
+            view: the same on all ranks of a replica.
+
+        Returns:
+            On the last stage the final-norm hidden states [rows, hidden] at `view.rows`, in their order; on
+            others [tokens, samples, hidden] for the next stage.
         """
         plan = AttentionPlan.of(view, self._make_kernel, self._frequencies, self.config.params_dtype)
-        embedded = self.embedding(input_ids=view.ids, position_ids=view.positions)
-        hidden = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=plan)
-        answer: Tensor = hidden[: len(view.rows), 0]  # [rows or 1, 1, hidden]: the last layer picked
-        return answer
+        embedded = (
+            self.embedding(input_ids=view.ids, position_ids=view.positions) if self.is_first_stage else None
+        )
+        hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=plan)
+        if not self.is_last_stage:
+            return hidden
+        return hidden[: len(view.rows), 0]  # [rows or 1, 1, hidden]: the last layer picked
 
     def rows(self, view: View) -> Tensor:
-        """Return the hidden states a view asks for; see `forward`."""
+        """Return the hidden states a view asks for, of a model of one stage; see `forward`."""
+        assert self.config.pipeline_model_parallel_size == 1, "several stages need a pipeline schedule"
         answer: Tensor = self(view)
         return answer
 
 
 def build_model(architecture: Architecture, groups: ProcessGroupCollection, options: Options) -> TideModel:
-    """Build a model with uninitialised weights on its device.
+    """Build this rank's part of a model with uninitialised weights on its device.
 
     Args:
         architecture: what it is.
@@ -82,9 +154,12 @@ def build_model(architecture: Architecture, groups: ProcessGroupCollection, opti
         options: how it is built.
 
     Raises:
-        ConfigError: for a layout axis that models do not have yet.
+        ConfigError: for a layout axis that trainable models do not have yet, widths that the layout cannot
+            share, or a head slice outside the vocabulary.
     """
-    check_available(options.layout)
+    check_available(options.layout, trainable=options.trainable)
+    check_widths(architecture, options.layout)
+    assert options.head is None or not options.trainable, "a trainable model keeps its head whole"
     model = TideModel(architecture, groups, options)
     model.to(options.device.torch_device)
     for name, parameter in model.named_parameters():
@@ -100,15 +175,50 @@ def build_model(architecture: Architecture, groups: ProcessGroupCollection, opti
     return model
 
 
-def check_available(layout: Layout) -> None:
-    """Refuse the axes that models do not have yet.
+def check_available(layout: Layout, *, trainable: bool = False) -> None:
+    """Refuse the axes that trainable models do not have yet; frozen ones have all.
 
     Raises:
         ConfigError: naming the axis.
     """
-    for axis in ("tensor", "pipeline", "expert_tensor"):
+    for axis in ("tensor", "pipeline", "expert_tensor") if trainable else ():
         size = getattr(layout, axis)
         if size > 1:
             raise ConfigError(
-                f"layout.{axis}: {size} is not available yet; use {axis}=1 and expert parallelism"
+                f"layout.{axis}: {size} is not available yet for a model that is trained; "
+                f"use {axis}=1 and expert parallelism"
             )
+
+
+def check_widths(architecture: Architecture, layout: Layout) -> None:
+    """Refuse cuts through which a feed-forward layer does not go evenly (heads: `Layout.check`).
+
+    Raises:
+        ConfigError: naming the axis and the nearest size that divides.
+    """
+    experts = architecture.experts
+    widths = [("tensor", architecture.feed_forward, "feed-forward")]
+    if experts is not None:
+        widths.append(("tensor", experts.shared_feed_forward, "shared expert"))
+        widths.append(("expert_tensor", experts.feed_forward, "expert"))
+    for axis, width, name in widths:
+        size = getattr(layout, axis)
+        if width % size:
+            smaller = max(number for number in range(1, size) if width % number == 0)
+            raise ConfigError(
+                f"layout.{axis}: {size} ranks cannot share the {name} width {width} evenly; "
+                f"use {axis}={smaller}"
+            )
+
+
+def _shard(architecture: Architecture, groups: ProcessGroupCollection, options: Options) -> Shard:
+    """Say what this rank holds; the groups must be those of the layout."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shard = Shard.of(options.layout, rank, world, architecture.layers, options.head)
+    found = [(group.rank(), group.size()) for group in (groups.tp, groups.ep, groups.expt_tp)]
+    assert found == [
+        (shard.tensor_rank, shard.tensor_size),
+        (shard.expert_rank, shard.expert_size),
+        (shard.expert_tensor_rank, shard.expert_tensor_size),
+    ], f"groups of another layout than {options.layout}"
+    return shard

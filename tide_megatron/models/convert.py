@@ -1,11 +1,12 @@
 """Weights in and out: from a Hugging Face folder into this rank's part, back into a folder, or fresh.
 
 Every rank reads the headers of a folder (names and shapes of all tensors, so all ranks refuse alike) and then
-only the bytes of the tensors it holds: nobody ever has the whole model. Missing, unknown and misshapen
+only the rows and columns it holds: nobody ever has the whole model. Missing, unknown and misshapen
 tensors are told together in one message. Only safetensors: no pickle is read or written.
 
 Fresh weights are drawn per Hugging Face tensor from (seed, its name), through the same mapping as loading:
-an expert gets the same values wherever it lives, so 1 rank and 4 ranks start from the same model.
+an expert gets the same values wherever it lives, and a cut matrix is a cut of the same whole, so 1 rank and
+4 ranks start from the same model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel
 from tide_megatron.models.folder import HfFolder, read_config, write_folder
-from tide_megatron.models.weights import Piece, held, to_hf
+from tide_megatron.models.holding import held
+from tide_megatron.models.weights import Piece, to_hf
 
 _MOST_NAMED = 20  # tensors of one kind that a message names
 
@@ -69,7 +71,9 @@ def load_model(model: TideModel, folder: Path) -> LoadReport:
     """
     with HfFolder(folder) as source:
         _check(model.architecture, source)
-        tensors_read = _fill(model, lambda piece: [source.read(name) for name in piece.sources])
+        tensors_read = _fill(
+            model, lambda piece: [source.read(name, piece.parts.get(name)) for name in piece.sources]
+        )
         return _report(model, tensors_read, source.bytes_read)
 
 
@@ -83,8 +87,11 @@ def draw_weights(model: TideModel, seed: int) -> LoadReport:
 
     def draw(piece: Piece) -> list[Tensor]:
         if piece.fill is not None:
-            return [torch.full(shape, piece.fill) for shape in piece.sources.values()]
-        return [_normal(seed, name, shape) * deviation for name, shape in piece.sources.items()]
+            return [torch.full(shape, piece.fill) for shape in piece.shapes.values()]
+        drawn = {name: _normal(seed, name, shape) * deviation for name, shape in piece.sources.items()}
+        return [
+            piece.parts[name].take(whole) if name in piece.parts else whole for name, whole in drawn.items()
+        ]
 
     _fill(model, draw)
     return _report(model, 0, 0)
@@ -99,7 +106,7 @@ def save_model(
     ranks return early, so a caller that reads the folder next puts a barrier between.
 
     Args:
-        model: trainable or frozen; its weights are not touched.
+        model: trainable or frozen, cut over expert ranks only; its weights are not touched.
         folder: where it shall stand; an older one is replaced as a whole, at once.
         dtype: stored dtype of parameters; None keeps each tensor's own. The router bias stays fp32.
         files: files to copy into the folder (the tokenizer's).
@@ -107,6 +114,7 @@ def save_model(
     Raises:
         CheckpointError: on rank 0, when the disk refuses.
     """
+    assert model.shard.is_uncut, "only models cut over expert ranks alone are written"
     if 0 not in dist.get_process_group_ranks(model.groups.ep):
         return
     tensors = _gather(model, dtype)
@@ -124,7 +132,7 @@ def hf_tensors(model: TideModel, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _held(model: TideModel) -> Iterable[tuple[str, Piece]]:
-    return held(model.architecture.pieces(), model.shard, model.architecture.num_experts)
+    return held(model.architecture, model.shard)
 
 
 def _own_tensors(model: TideModel) -> dict[str, Tensor]:
@@ -193,10 +201,11 @@ def _gather(model: TideModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
     own, shard, group = _own_tensors(model), model.shard, model.groups.ep
     gathered: dict[str, Tensor] = {}
     for piece in model.architecture.pieces():
-        name = shard.name(piece, model.architecture.num_experts)
+        name = piece.local_name(shard, model.architecture.num_experts)
         if shard.expert_rank == 0:
             if name is None:
-                owner = shard.owner(piece, model.architecture.num_experts)
+                assert piece.expert is not None, f"{piece.target} is held by every rank"
+                owner = shard.expert_owner(piece.expert, model.architecture.num_experts)
                 tensor = model.head_weight.new_empty(piece.joined_shape)
                 dist.recv(tensor, src=dist.get_global_rank(group, owner), group=group)
             else:

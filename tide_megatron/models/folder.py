@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.models.weights import Shape
+from tide_megatron.models.shard import Part, Shape
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -57,13 +58,18 @@ class HfFolder:
     ) -> None:
         self._open.close()
 
-    def read(self, name: str) -> Tensor:
-        """Return one whole tensor as stored, on CPU."""
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """Return one tensor as stored, on CPU: the whole, or only the rows or columns of a part.
+
+        The zero rows of a part are made here, not read.
+        """
         try:
-            tensor: Tensor = self._files[name].get_tensor(name)
+            file = self._files[name]
+            tensor: Tensor = file.get_tensor(name) if part is None else part.take(file.get_slice(name))
         except (SafetensorError, OSError) as fault:
             raise _damaged(self.folder / name, fault) from None
-        self.bytes_read += tensor.numel() * tensor.element_size()
+        made = 0 if part is None else part.zero_rows * math.prod(tensor.shape[1:])
+        self.bytes_read += (tensor.numel() - made) * tensor.element_size()
         return tensor
 
     def _add(self, path: Path) -> None:

@@ -38,6 +38,9 @@ class Options:
     """False: frozen, in eval mode."""
     attention: str = "auto"
     """`auto` or a key of `attention.KERNELS`."""
+    head: tuple[int, int] | None = None
+    """Ids [start, stop) whose rows of the output head this rank holds, on whatever stage; None: all. Frozen
+    models only: a trainable one keeps its head whole."""
     router_bias_rate: float = 0.0
     """Step of the load-balancing router bias after each update; 0 leaves the bias as it is."""
 
@@ -94,8 +97,23 @@ def transformer_config(architecture: Architecture, options: Options) -> Transfor
         pipeline_model_parallel_size=layout.pipeline,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        **_stage_config(architecture, layout),
         **_mixture_config(architecture, options),
     )
+
+
+def _stage_config(architecture: Architecture, layout: Layout) -> dict[str, int]:
+    """Return how layers are spread over the stages, where megatron-core could not divide them evenly.
+
+    Its `pipeline_model_parallel_layout` could say more, but asks the global state which stage it builds.
+    """
+    stages = layout.stage_layers(architecture.layers)
+    if len(set(stages)) == 1:
+        return {}
+    return {
+        "num_layers_in_first_pipeline_stage": stages[0],
+        "num_layers_in_last_pipeline_stage": stages[-1],
+    }
 
 
 def _mixture_config(architecture: Architecture, options: Options) -> dict[str, Any]:
@@ -127,15 +145,16 @@ def _mixture_config(architecture: Architecture, options: Options) -> dict[str, A
 
 
 def block_spec(config: TransformerConfig, pipeline_rank: int) -> Any:
-    """Return megatron-core's local layers for one pipeline stage, with our core attention and last layer."""
+    """Return megatron-core's local layers for one stage, with our core attention and last layer."""
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pipeline_rank
     )
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = PlannedAttention
-    last = copy.copy(spec.layer_specs[-1])  # megatron-core lists one object several times
-    last.module = LastLayer
-    spec.layer_specs[-1] = last
+    if pipeline_rank == config.pipeline_model_parallel_size - 1:
+        last = copy.copy(spec.layer_specs[-1])  # megatron-core lists one object several times
+        last.module = LastLayer
+        spec.layer_specs[-1] = last
     # With Apex present the final norm would be Apex's, which has no RMS form; the layers' own norm does.
     spec.layer_norm = spec.layer_specs[0].submodules.input_layernorm
     return spec

@@ -2,27 +2,31 @@
 
 A `Piece` describes one tensor of ours, the Hugging Face tensors it is made of, and their shapes. `join` makes
 ours from theirs, `split` makes theirs from ours; the same pair moves weights, gradients and fresh random
-values. A `Shard` says which pieces a rank holds and under which local name (an expert is numbered from the
-rank's first). Cutting single matrices over tensor ranks will be a further property of the shard, read by the
-same two methods.
+values. `share` gives the piece as one rank holds it: the same mapping over the rows or columns of each source
+that the rank reads, so cut and uncut models go through the same two methods.
 
 megatron-core keeps query, key and value rows interleaved by group (spec section 6.5): for each key-value
-head g, its query heads, then key g, then value g.
+head g, its query heads, then key g, then value g. A tensor cut is therefore a run of whole groups.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from tide_megatron.models.shard import Part, Shape, Shard, Slice
 
-EXPERT = "{expert}"
-"""Stands in a piece's target where the rank's local expert number goes."""
+EXPERT, LAYER = "{expert}", "{layer}"
+"""Stand in a piece's target where the rank's local numbers of expert and layer go."""
+
+Place = Literal["every", "first", "last"]
+"""Which pipeline stages hold a piece that is in no layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,10 @@ class Heads:
     def key_rows(self) -> int:
         """Rows of the key matrix, and of the value matrix."""
         return self.groups * self.head_dim
+
+    def shared(self, size: int) -> Heads:
+        """Return the heads of one of `size` ranks."""
+        return Heads(heads=self.heads // size, groups=self.groups // size, head_dim=self.head_dim)
 
     @property
     def rows(self) -> tuple[int, int, int]:
@@ -67,11 +75,16 @@ class Piece(abc.ABC):
     """One tensor of ours and the Hugging Face tensors it is made of."""
 
     target: str
-    """Our name; of an expert with EXPERT in it."""
+    """Our name, with LAYER and EXPERT where local numbers go."""
     sources: Mapping[str, Shape]
-    """Hugging Face name -> shape, in the order `join` takes them."""
+    """Hugging Face name -> whole shape, in the order `join` takes them."""
+    parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
+    """Hugging Face name -> what of it this rank holds; absent: all."""
+    layer: int | None = None
+    """Number of the layer in the whole model; None: outside the layers."""
+    place: Place = "every"
     expert: int | None = None
-    """Number of the expert in the whole model; None: every rank holds the tensor."""
+    """Number of the expert in the whole model; None: every rank of the stage holds the tensor."""
     fill: float | None = None
     """Fresh value of every element; None: drawn from a normal distribution."""
     is_parameter: bool = True
@@ -79,29 +92,75 @@ class Piece(abc.ABC):
 
     @abc.abstractmethod
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Make our tensor from theirs."""
+        """Make our tensor from (this rank's parts of) theirs."""
 
     @abc.abstractmethod
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Make their tensors from ours (views where possible)."""
+        """Make (this rank's parts of) their tensors from ours (views where possible)."""
+
+    @abc.abstractmethod
+    def cut(self, to: Slice) -> Piece:
+        """Return the piece as one of several tensor ranks holds it."""
+
+    def share(self, shard: Shard) -> Piece:
+        """Return the piece as a rank holds it; whether the rank holds it at all, `local_name` says."""
+        to = shard.tensor if self.expert is None else shard.expert_tensor
+        return self if to.size == 1 else self.cut(to)
+
+    def local_name(self, shard: Shard, num_experts: int) -> str | None:
+        """Return the piece's name on a rank, or None when another rank holds it."""
+        name = self.target
+        if (self.place == "first" and not shard.is_first) or (self.place == "last" and not shard.is_last):
+            return None
+        if self.layer is not None:
+            if not shard.holds_layer(self.layer):
+                return None
+            name = name.replace(LAYER, str(self.layer - shard.first_layer))
+        if self.expert is not None:
+            if shard.expert_owner(self.expert, num_experts) != shard.expert_rank:
+                return None
+            name = name.replace(EXPERT, str(self.expert % (num_experts // shard.expert_size)))
+        return name
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Hugging Face name -> shape of what this rank holds of it."""
+        return {
+            name: self.parts[name].shape(shape) if name in self.parts else shape
+            for name, shape in self.sources.items()
+        }
 
     @property
     def joined_shape(self) -> Shape:
         """Shape of our tensor: sources are stacked along the first axis."""
-        rows, tails = zip(*((shape[0], shape[1:]) for shape in self.sources.values()), strict=True)
+        rows, tails = zip(*((shape[0], shape[1:]) for shape in self.shapes.values()), strict=True)
         return (sum(rows), *tails[0])
+
+    @property
+    def elements(self) -> int:
+        """Elements of our tensor."""
+        return math.prod(self.joined_shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copy(Piece):
     """The same tensor under two names."""
 
+    axis: int | None = None
+    """What tensor ranks cut: rows (0), columns (1), or nothing."""
+
     @classmethod
     def of(
-        cls, target: str, source: str, shape: Shape, fill: float | None = None, is_parameter: bool = True
+        cls,
+        target: str,
+        source: str,
+        shape: Shape,
+        fill: float | None = None,
+        is_parameter: bool = True,
+        place: Place = "every",
     ) -> Copy:
         """Name one tensor on both sides."""
-        return cls(target=target, sources={source: shape}, fill=fill, is_parameter=is_parameter)
+        return cls(target=target, sources={source: shape}, fill=fill, is_parameter=is_parameter, place=place)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the one part."""
@@ -110,6 +169,41 @@ class Copy(Piece):
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return the tensor itself."""
         return (tensor,)
+
+    def cut(self, to: Slice) -> Piece:
+        """Take a rank's rows or columns."""
+        if self.axis is None:
+            return self
+        ((name, shape),) = self.sources.items()
+        part = Part(axis=self.axis, ranges=(to.range(shape[self.axis]),))
+        return dataclasses.replace(self, parts={name: part})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embedding(Copy):
+    """The rows of a vocabulary, filled up with zero rows to a multiple of the tensor ranks."""
+
+    def share(self, shard: Shard) -> Piece:
+        """Take a tensor rank's rows."""
+        ((name, (vocabulary, _)),) = self.sources.items()
+        if shard.tensor_size == 1:
+            return self
+        start, stop = shard.embedding_ids(vocabulary)
+        rows = shard.padded_vocabulary(vocabulary) // shard.tensor_size
+        part = Part(ranges=((start, stop),), zero_rows=rows - (stop - start))
+        return dataclasses.replace(self, parts={name: part})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head(Copy):
+    """The rows of the output head: whatever ids a rank is asked to hold, on every stage."""
+
+    def share(self, shard: Shard) -> Piece:
+        """Take the rows of the rank's ids."""
+        ((name, (vocabulary, _)),) = self.sources.items()
+        if shard.head is None:
+            return self
+        return dataclasses.replace(self, parts={name: Part(ranges=(shard.head_ids(vocabulary),))})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +221,10 @@ class Qkv(Piece):
         """Return query, key, value."""
         return self.shape.separate(tensor)
 
+    def cut(self, to: Slice) -> Piece:
+        """Take a rank's groups."""
+        return dataclasses.replace(self, parts=_row_parts(self.sources, to), shape=self.shape.shared(to.size))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FusedQkv(Piece):
@@ -143,6 +241,14 @@ class FusedQkv(Piece):
         """Return the one fused matrix."""
         return (torch.cat(self.shape.separate(tensor)),)
 
+    def cut(self, to: Slice) -> Piece:
+        """Take a rank's groups: a run of rows from each of the three ranges."""
+        ((name, _),) = self.sources.items()
+        query, key, value = self.shape.rows
+        starts = ((query, 0), (key, query), (value, query + key))
+        part = Part(ranges=tuple(to.range(rows, start) for rows, start in starts))
+        return dataclasses.replace(self, parts={name: part}, shape=self.shape.shared(to.size))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedPair(Piece):
@@ -156,37 +262,18 @@ class GatedPair(Piece):
         """Return gate and up."""
         return tensor.chunk(2)
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Which part of a model a rank holds."""
-
-    expert_rank: int = 0
-    expert_size: int = 1
-
-    def owner(self, piece: Piece, num_experts: int) -> int:
-        """Return the expert rank that holds an expert's piece: experts lie in equal runs, in order."""
-        assert piece.expert is not None, f"{piece.target} is held by every rank"
-        return piece.expert // (num_experts // self.expert_size)
-
-    def name(self, piece: Piece, num_experts: int) -> str | None:
-        """Return the piece's name on this rank, or None when another rank holds it."""
-        if piece.expert is None:
-            return piece.target
-        if self.owner(piece, num_experts) != self.expert_rank:
-            return None
-        return piece.target.replace(EXPERT, str(piece.expert % (num_experts // self.expert_size)))
-
-
-def held(pieces: Iterable[Piece], shard: Shard, num_experts: int) -> Iterator[tuple[str, Piece]]:
-    """Yield (local name, piece) of everything a rank holds."""
-    for piece in pieces:
-        name = shard.name(piece, num_experts)
-        if name is not None:
-            yield name, piece
+    def cut(self, to: Slice) -> Piece:
+        """Take a rank's rows of both, so that each gate row keeps its up row beside it."""
+        return dataclasses.replace(self, parts=_row_parts(self.sources, to))
 
 
 def to_hf(pieces: Iterable[tuple[str, Piece]], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) for tensors under our names: weights, or their gradients."""
+    """Yield (Hugging Face name, tensor) for uncut tensors under our names: weights, or their gradients."""
     for name, piece in pieces:
+        assert not piece.parts, f"{name} is a part of {list(piece.sources)}, which has no name there"
         yield from zip(piece.sources, piece.split(tensors[name]), strict=True)
+
+
+def _row_parts(sources: Mapping[str, Shape], to: Slice) -> dict[str, Part]:
+    """Cut the rows of every source alike."""
+    return {name: Part(ranges=(to.range(shape[0]),)) for name, shape in sources.items()}

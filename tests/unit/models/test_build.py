@@ -109,7 +109,7 @@ def test_the_first_layers_may_be_dense(groups):
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert_tensor"])
 def test_layouts_of_later_issues_are_refused(groups, axis):
-    options = Options(device=CPU, layout=Layout(**{axis: 2}))
+    options = Options(device=CPU, layout=Layout(**{axis: 2}), trainable=True)
     with pytest.raises(ConfigError, match=rf"layout\.{axis}: 2 is not available yet"):
         build_model(architecture(MIXTURE), groups, options)
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tests.unit.models.shapes import DENSE, MIXTURE, architecture
-from tide_megatron.models.weights import Copy, FusedQkv, GatedPair, Heads, Qkv, Shard, held, to_hf
+from tide_megatron.models.holding import held
+from tide_megatron.models.shard import Shard
+from tide_megatron.models.weights import Copy, FusedQkv, GatedPair, Heads, Qkv, to_hf
 
 HEADS = Heads(heads=4, groups=2, head_dim=2)  # query rows 0-7, key rows 10-13, value rows 20-23
 QUERY, KEY, VALUE = torch.arange(8), torch.arange(10, 14), torch.arange(20, 24)
@@ -42,7 +44,7 @@ def test_gate_comes_before_up():
 def test_table_names_every_tensor_once(config, num_sources):
     pieces = architecture(config).pieces()
     sources = [name for piece in pieces for name in piece.sources]
-    targets = [(piece.target, piece.expert) for piece in pieces]
+    targets = [(piece.target, piece.layer, piece.expert) for piece in pieces]
     assert len(sources) == len(set(sources)) == num_sources
     assert len(targets) == len(set(targets))
 
@@ -60,12 +62,13 @@ def test_switches_add_and_remove_weights():
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_experts_lie_in_equal_runs(size):
-    pieces = architecture(MIXTURE).pieces()
     seen = []
     for rank in range(size):
         own = {
             (piece.expert, name)
-            for name, piece in held(pieces, Shard(expert_rank=rank, expert_size=size), 8)
+            for name, piece in held(
+                architecture(MIXTURE), Shard(expert_rank=rank, expert_size=size, num_layers=3)
+            )
             if piece.expert is not None and "layers.1" in name and "linear_fc1" in name
         }
         per_rank = 8 // size
