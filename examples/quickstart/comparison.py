@@ -1,6 +1,6 @@
 """Variants of one recipe beside each other: the same base student, steps, tokens, seed and learning rate.
 
-What the examples' `run.py` share: train every variant on 4 CPU ranks, score base student and teacher on the
+What the examples' `run.py` share: train every variant on 4 CPU ranks, score base student and teachers on the
 same held-out samples, and write result.json, report.md and plots. With several seeds a second table
 follows; intervals of the first one are over held-out samples of the first seed.
 """
@@ -26,6 +26,7 @@ from tide_megatron.evaluate.replies import answer_prompts
 from tide_megatron.evaluate.report import Report, Sample, Table, comparison_table
 from tide_megatron.evaluate.score import Question, score_folder
 from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import load_recipe
 
@@ -45,28 +46,37 @@ Results = Mapping[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A teacher as the tables name it, and how its line is scored."""
+    """A teacher as recipes and tables name it, how it is cut over the ranks, and how its line is scored."""
 
+    name: str
     folder: Path
     data: Path
     """Held-out data in the teacher's own tokens."""
+    layout: Layout
     context: Context = CONTEXT
-    name: str = "moe"
 
     def words(self) -> list[str]:
-        """Return what adds the teacher to a recipe, its experts spread over the ranks."""
+        """Return what adds the teacher to a recipe, in its own layout."""
         key = f"teachers.{self.name}"
+        cuts = {axis: size for axis, size in dataclasses.asdict(self.layout).items() if size > 1}
         return [
             f"{key}.folder={self.folder}",
             f"{key}.context.kind={self.context.kind}",
             f"{key}.context.block_size={self.context.block_size}",
-            f"{key}.layout.expert={RANKS}",
+            *(f"{key}.layout.{axis}={size}" for axis, size in cuts.items()),
         ]
 
     def listen(self, kind: str, weight: float, *options: str) -> list[str]:
-        """Return what adds the teacher and one loss that listens to it; options as `key=value`."""
+        """Return what adds the teacher and one loss that listens to it; options as `key=value`.
+
+        The loss is named after both, so that a recipe may join the words of several teachers.
+        """
         words = [f"kind={kind}", f"teacher={self.name}", f"weight={weight}", *options]
-        return [*self.words(), *(f"losses.{kind}.{word}" for word in words)]
+        return [*self.words(), *(f"losses.{self.name}_{kind}.{word}" for word in words)]
+
+    def demonstrate(self) -> list[str]:
+        """Return what shows the teacher two complementary views (CompDemo)."""
+        return [f"teachers.{self.name}.view=complementary"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,8 @@ class Comparison:
     out: Path
     held_out: Path
     """Held-out data in the student's tokens."""
-    teacher: Teacher
+    teachers: Sequence[Teacher]
+    """All that some variant listens to."""
     variants: Mapping[str, Sequence[str]]
     """Name -> words that change the recipe, in the order of the tables."""
     references: Sequence[str] = ("undistilled", "hard_twin")
@@ -133,21 +144,25 @@ class Comparison:
     def write(
         self, results: Sequence[Results], summary: dict[str, Any], notes: Sequence[str], began: float
     ) -> None:
-        """Score base student and teacher, write result.json, report and plots, and print table and notes."""
-        first, teacher = results[0], self.teacher
+        """Score base student and teachers, write result.json, report and plots, and print table and notes."""
+        first = results[0]
         base = _score(STUDENT, self.held_out, CONTEXT)
-        answer = _score(teacher.folder, teacher.data, teacher.context)
-        line = {"name": teacher.name, "layout": f"{{expert={RANKS}}}", "context": answer["context"]}
+        answers = {one: _score(one.folder, one.data, one.context) for one in self.teachers}
         summary = summary | {
             "base_student": {"nll_per_byte": base["nll_per_byte"]},
-            "teachers": [line | {"nll_per_byte": answer["nll_per_byte"]}],
+            "teachers": [
+                {"name": one.name, "layout": str(one.layout)}
+                | {key: answer[key] for key in ("context", "nll_per_byte")}
+                for one, answer in answers.items()
+            ],
             "ranks": RANKS,
             "seconds": time.monotonic() - began,
         }
         self.out.mkdir(parents=True, exist_ok=True)
         file = self.out / "result.json"
         file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        scores, teachers = {"base student": base, **first}, {f"teacher ({teacher.name})": answer}
+        scores = {"base student": base, **first}
+        teachers = {f"teacher {one.name} {one.layout}": answer for one, answer in answers.items()}
         reference = self.references[0]
         rich.print(comparison_table(scores, reference, teachers=teachers).rich())
         seeds = [seed_table(results, reference)] if len(results) > 1 else []
@@ -210,7 +225,7 @@ def seed_table(results: Sequence[Results], reference: str) -> Table:
         bound = f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}"
         rows.append((name, bound, words, f"{accuracy:.1%}", f"{cost:.0f}"))
     return Table(
-        title=f"Over {len(results)} seeds (one base student, one teacher)",
+        title=f"Over {len(results)} seeds (one base student, the same teachers)",
         columns=("run", "nats/byte, sd", "difference, 95 % over seeds", "accuracy", "CPU s"),
         rows=tuple(rows),
     )

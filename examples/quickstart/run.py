@@ -1,12 +1,13 @@
-"""The quickstart: distil a small student from an expert-parallel teacher on 4 CPU ranks, and weigh the gain.
+"""The quickstart: two teachers in two layouts teach a small student on 4 CPU ranks, and what it gains.
 
     make quickstart            (or: python examples/quickstart/run.py)
-    make quickstart-full       TIDAL beside the chosen loss, and three seeds
+    make quickstart-full       each teacher alone, TIDAL beside KL, and three seeds
 
 The same base student is continued three times at equal steps, tokens, seed and learning rate (tuned for the
-first): undistilled (cross-entropy), hard twin (no teacher, but the distilled run's extra weight on the gold
-tokens), distilled. The teacher is a LLaDA2-type mixture of experts whose experts are spread over the ranks on
-which the student trains data-parallel. Writes runs/quickstart/result.json, report.md and plots.
+first): undistilled (cross-entropy), hard twin (no teacher, but the weight of both distilling terms on the
+gold tokens), both (a KL term for each teacher). On the ranks where the student trains data-parallel live a
+LLaDA2-type mixture of experts, its experts spread over all four, and a dense Qwen3-type model cut in two
+pipeline stages of two tensor ranks. Writes runs/quickstart/result.json, report.md and plots.
 """
 
 from __future__ import annotations
@@ -20,38 +21,52 @@ from comparison import SEEDS, Comparison, Teacher, hard_twin, in_words
 from data import ensure_data
 
 from tide_megatron.base.log import start_log
+from tide_megatron.parallel.layout import Layout
 
 MODELS = Path("examples/quickstart/models")
 WEIGHT = 8.0
-"""Of the distilling term and of its hard twin; chosen on the dev split (docs/log.md)."""
+"""Of all KL terms together and of their hard twin; chosen on the dev split (docs/log.md)."""
+TIDAL_WEIGHT = 16.0
+"""Of all TIDAL terms together."""
 DATA = Path("runs/quickstart-data")
-TEACHER = Teacher(folder=MODELS / "teacher", data=DATA / "test")
+MOE = Teacher(name="moe", folder=MODELS / "teacher", data=DATA / "test", layout=Layout(expert=4))
+DENSE = Teacher(
+    name="dense", folder=MODELS / "dense", data=DATA / "test", layout=Layout(tensor=2, pipeline=2)
+)
 RUNS = {
     "undistilled": [],
     "hard_twin": hard_twin(WEIGHT),
-    "distilled": TEACHER.listen("kl", WEIGHT),
+    "both": [*MOE.listen("kl", WEIGHT / 2), *DENSE.listen("kl", WEIGHT / 2)],
 }
-FULL = {"tidal": TEACHER.listen("tidal", 16, "axes=training_only")}
+FULL = {
+    "moe": MOE.listen("kl", WEIGHT),
+    "dense": DENSE.listen("kl", WEIGHT),
+    "both_tidal": [
+        word
+        for teacher in (MOE, DENSE)
+        for word in teacher.listen("tidal", TIDAL_WEIGHT / 2, "axes=training_only")
+    ],
+}
 
 
 def main(full: bool = False) -> None:
-    """Run the comparison; --full adds TIDAL and two more seeds."""
+    """Run the comparison; --full adds each teacher alone, TIDAL, and two more seeds."""
     start_log(0)
     began = time.monotonic()
     ensure_data(DATA)
     comparison = Comparison(
-        title="Quickstart: a mixture of experts teaches a small block-diffusion student",
+        title="Quickstart: a mixture of experts and a dense model teach one small block-diffusion student",
         recipe=Path("configs/runs/quickstart.yaml"),
         out=Path("runs/quickstart"),
         held_out=DATA / "test",
-        teacher=TEACHER,
+        teachers=(MOE, DENSE),
         variants=RUNS | (FULL if full else {}),
-        shown=("undistilled", "distilled"),
+        shown=("undistilled", "both"),
     )
     seeds = SEEDS if full else SEEDS[:1]
     results = comparison.run(seeds)
     summary = comparison.summarise(results, seeds)
-    gains = summary["distilled"]["differences"]
+    gains = summary["both"]["differences"]
     summary["paired_difference"] = gains["undistilled"]
     summary["paired_difference_hard_twin"] = gains["hard_twin"]
     comparison.write(results, summary, notes(summary), began)
@@ -59,16 +74,24 @@ def main(full: bool = False) -> None:
 
 def notes(summary: dict[str, Any]) -> list[str]:
     """Say in words what the figures do and do not claim."""
-    cost = summary["distilled"]["cpu_seconds"] / summary["undistilled"]["cpu_seconds"]
+    cost = summary["both"]["cpu_seconds"] / summary["undistilled"]["cpu_seconds"]
     gain, twin = summary["paired_difference"], summary["paired_difference_hard_twin"]
     word = "better" if gain["mean"] < 0 else "worse"
-    return [
-        f"At equal steps the distilled student is {abs(gain['mean']):.4f} nats/byte {word} than the "
+    sentences = [
+        f"At equal steps the student of both teachers is {abs(gain['mean']):.4f} nats/byte {word} than the "
         f"undistilled one ({in_words(gain)}) and differs from the hard twin by {twin['mean']:+.4f} "
         f"({in_words(twin)}).",
-        f"A distilled run took {cost:.1f} times the CPU time of an undistilled one: nothing is claimed at "
-        "equal compute. One base student, one teacher, one data set; the interval is over held-out samples.",
+        f"Its run took {cost:.1f} times the CPU time of the undistilled one: nothing is claimed at equal "
+        "compute. One base student, one pair of teachers, one data set; the intervals are over held-out "
+        "samples.",
     ]
+    if {"moe", "dense"} <= set(summary):
+        alone = ", ".join(f"{name} {summary[name]['nll_per_byte']:.4f}" for name in ("moe", "dense"))
+        sentences.append(
+            f"Each teacher alone with the same weight in all, first seed: {alone}; both together "
+            f"{summary['both']['nll_per_byte']:.4f}, at the cost of one more teacher's forward a step."
+        )
+    return sentences
 
 
 if __name__ == "__main__":

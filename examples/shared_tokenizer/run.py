@@ -3,7 +3,7 @@
     make shared-tokenizer         the most telling variants, one seed (about 7 minutes)
     make shared-tokenizer-full    all variants, three seeds
 
-The quickstart's teacher, base student, data and settings; see examples/quickstart/run.py. TIDAL's target
+The quickstart's mixture, base student, data and settings; see examples/quickstart/run.py. TIDAL's target
 moves from the student to the teacher with the run (`training`), with falling noise (`timestep`), or with both
 (`tidal_both`, the paper's choice); KL is beside it. `_demo` is CompDemo: the teacher sees half of what the
 student does not, in two complementary views. Writes runs/shared_tokenizer/result.json, report.md and plots.
@@ -24,12 +24,18 @@ from data import ensure_data
 
 from tide_megatron.base.log import start_log
 from tide_megatron.evaluate.compare import paired_difference
+from tide_megatron.parallel.layout import Layout
 
 DATA = Path("runs/quickstart-data")
-MOE = Teacher(folder=Path("examples/quickstart/models/teacher"), data=DATA / "test")
+MOE = Teacher(
+    name="moe",
+    folder=Path("examples/quickstart/models/teacher"),
+    data=DATA / "test",
+    layout=Layout(expert=4),
+)
 KL_WEIGHT, TIDAL_WEIGHT = 8.0, 16.0
 """Chosen on the dev split, as in the quickstart (docs/log.md); the hard twin has KL's."""
-DEMO = [f"teachers.{MOE.name}.view=complementary"]
+DEMO = MOE.demonstrate()
 KL = MOE.listen("kl", KL_WEIGHT)
 BOTH, TRAINING, TIMESTEP = (
     MOE.listen("tidal", TIDAL_WEIGHT, f"axes={axes}") for axes in ("both", "training_only", "timestep_only")
@@ -62,7 +68,7 @@ def main(
         recipe=Path("configs/runs/quickstart.yaml"),
         out=Path("runs/shared_tokenizer"),
         held_out=DATA / "test",
-        teacher=MOE,
+        teachers=(MOE,),
         variants=QUICK | (FULL if full else {}),
     )
     seeds = SEEDS if full else SEEDS[:1]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tide_megatron.train.resolve import load_recipe
+from tide_megatron.parallel.layout import Layout
+from tide_megatron.train.resolve import difference, load_recipe
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -29,6 +30,12 @@ def load(monkeypatch):
     return load_script
 
 
+LAYOUTS = {"moe": Layout(expert=4), "dense": Layout(tensor=2, pipeline=2)}
+UNTAUGHT = ("undistilled", "hard_twin", "whole_hiding", "pair_twin")
+TEACHERS = {"both": ["moe", "dense"], "pair": ["moe", "dense"], "dense": ["dense"]}
+"""First part of a variant's name -> its teachers, where it is not the mixture alone."""
+
+
 @pytest.mark.parametrize("example", ["quickstart", "cross_tokenizer", "shared_tokenizer"])
 def test_every_variant_is_a_recipe_and_differs_in_nothing_but_what_it_compares(load, example):
     script = load(f"{example}/run")
@@ -37,17 +44,83 @@ def test_every_variant_is_a_recipe_and_differs_in_nothing_but_what_it_compares(l
     trees = {}
     for name, words in variants.items():
         recipe, trees[name] = load_recipe(Path(f"configs/runs/{file}.yaml"), words)
-        taught = name not in ("undistilled", "hard_twin", "whole_hiding")
-        assert [teacher.layout.expert for teacher in recipe.teachers.values()] == [4] * taught
+        teachers = [] if name in UNTAUGHT else TEACHERS.get(name.partition("_")[0], ["moe"])
+        assert {key: teacher.layout for key, teacher in recipe.teachers.items()} == {
+            key: LAYOUTS[key] for key in teachers
+        }
+        assert [term.teacher for term in recipe.terms.values() if term.needs_teacher] == teachers
         assert recipe.terms["ce"].weight == 1.0
-        if "demo" in name:
-            assert recipe.teachers["moe"].view == "complementary"
+        views = {key: teacher.view for key, teacher in recipe.teachers.items()}
+        demonstrated = teachers[-1:] if "demo" in name else []  # of a pair, the one with the student's tokens
+        assert {key for key, view in views.items() if view == "complementary"} == set(demonstrated)
         if example == "cross_tokenizer":
             assert recipe.noise.chunk_hiding == ("whole" if "whole" in name else "as_drawn")
     varied = ("losses", "teachers", "noise")
     rest = [{key: value for key, value in tree.items() if key not in varied} for tree in trees.values()]
     assert all(tree == rest[0] for tree in rest)
     assert len({str(tree) for tree in trees.values()}) == len(trees)
+
+
+def test_the_quickstart_shares_one_weight_among_teachers_and_gives_the_hard_twin_all_of_it(load):
+    script = load("quickstart/run")
+    terms = {
+        name: load_recipe(Path("configs/runs/quickstart.yaml"), words)[0].terms
+        for name, words in {**script.RUNS, **script.FULL}.items()
+    }
+    extra = {
+        name: sum(term.weight for key, term in by_name.items() if key != "ce")
+        for name, by_name in terms.items()
+    }
+    assert extra == {
+        "undistilled": 0,
+        "hard_twin": 8.0,
+        "both": 8.0,
+        "moe": 8.0,
+        "dense": 8.0,
+        "both_tidal": 16.0,
+    }
+
+
+def test_the_written_out_pair_is_the_example_s(load):
+    script = load("cross_tokenizer/run")
+    _, expected = load_recipe(Path("configs/runs/cross_tokenizer.yaml"), script.QUICK["pair"])
+    _, written = load_recipe(Path("configs/runs/pair.yaml"))
+    assert difference(expected, written) == ["folder: 'runs/cross_tokenizer/undistilled' -> 'runs/pair'"]
+
+
+def test_the_paper_s_pair_is_a_recipe_whose_layouts_fit_eight_ranks(load):
+    load("quickstart/comparison")  # for the working directory
+    recipe, _ = load_recipe(Path("configs/runs/paper_pair.yaml"))
+    recipe.teachers["llada"].layout.check(8, heads=16, groups=4, experts=256, layers=20)
+    recipe.teachers["wedlm"].layout.check(8, heads=32, groups=8, experts=0, layers=36)
+    assert recipe.teachers["wedlm"].layout.num_replicas(8) == 2
+    assert recipe.batch.accumulation(8) == (4, 2)
+
+
+def test_notes_on_a_pair_hold_with_the_quick_variants_and_with_all(load):
+    script = load("cross_tokenizer/run")
+    module = sys.modules["comparison"]
+    for variants in (script.QUICK, script.QUICK | script.FULL):
+        first = {
+            name: result(2.0 - index / 10 - (name in UNTAUGHT), [2.0 - index / 10, 2.1 - index / 9, 1.9])
+            for index, name in enumerate(variants)
+        }
+        comparison = module.Comparison(
+            title="t",
+            recipe=Path("r"),
+            out=Path("o"),
+            held_out=Path("h"),
+            teachers=(script.MOE, script.DENSE),
+            variants=variants,
+            references=("undistilled", "hard_twin", "whole_hiding"),
+        )
+        text = "\n".join(script.notes(comparison.summarise([first], (11,)), first))
+        best = min(
+            (name for name in variants if name not in UNTAUGHT), key=lambda name: first[name]["nll_per_byte"]
+        )
+        assert f"best taught student ({best})" in text
+        assert ("from pair_twin (95" in text) == ("pair_twin" in variants)
+        assert "from reverse_calm (95" in text
 
 
 def result(score, samples):
@@ -66,7 +139,7 @@ def test_summaries_take_differences_to_every_untaught_run_and_keep_the_seeds(loa
         recipe=Path("r"),
         out=tmp_path,
         held_out=tmp_path,
-        teacher=module.Teacher(folder=tmp_path, data=tmp_path),
+        teachers=(),
         variants={"undistilled": [], "hard_twin": ["a=1"], "calm": ["b=2"]},
     )
     results = [

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tide_megatron.base.errors import DataError
 from tide_megatron.data.columns import Columns
 from tide_megatron.data.prepare import prepare
+from tide_megatron.diffusion.mask import Context
 from tide_megatron.text.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[3] / "examples" / "quickstart"
@@ -144,3 +146,28 @@ def test_the_real_corpus_is_large_and_leaks_nothing(tmp_path):
     for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
         assert not replies[one] & replies[other]
         assert not files[one] & files[other]
+
+
+def test_making_no_model_keeps_a_card_s_entries_if_they_are_of_the_same_data(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    shipping = load("shipping")
+    (tmp_path / "corpus.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text(json.dumps({"digest": "d1"}))
+    entries = {"student": {"nll_per_byte": 2.0}, "teacher": {"nll_per_byte": 1.5}}
+    card = tmp_path / "card.json"
+    card.write_text(json.dumps({"data": {"test_digest": "d1"}, "models": entries}))
+    models = {
+        name: shipping.Shipped(
+            folder=tmp_path / name,
+            recipe=tmp_path / f"{name}.yaml",
+            context=Context(kind="bidirectional"),
+            data=tmp_path,
+        )
+        for name in entries
+    }
+    makers = shipping.Makers(only=["dense"])
+    shipping.write_card(card, "toys", tmp_path, models, makers)
+    assert json.loads(card.read_text())["models"] == entries
+    (tmp_path / "manifest.json").write_text(json.dumps({"digest": "d2"}))
+    with pytest.raises(DataError, match="other held-out data; make all its models again"):
+        shipping.write_card(card, "toys", tmp_path, models, makers)
