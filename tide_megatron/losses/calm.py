@@ -83,25 +83,32 @@ class ChunkLikelihood(abc.ABC):
         """Return 1 for every chunk."""
         return torch.ones_like(self.chunk_time(rows))
 
+    def item_sample(self, rows: Rows) -> Tensor:
+        """Return each chunk's sample."""
+        return rows.link(self.teacher).chunk_sample
+
     def chunk_time(self, rows: Rows) -> Tensor:
         """Return the noise level of each chunk's sample, [chunks] fp32."""
-        return rows.time[rows.link(self.teacher).chunk_sample]
+        return rows.time[self.item_sample(rows)]
 
     def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
+        """Return `from_likelihoods` of whole logits."""
+        assert teacher is not None, f"no answer of teacher {self.teacher!r} reached its loss"
+        ours = gold_log_likelihood(student, rows.gold)
+        theirs = gold_log_likelihood(teacher, rows.link(self.teacher).gold)
+        return self.from_likelihoods(ours, theirs, rows, clock)
+
+    def from_likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
         """Return `compare` of both models' likelihoods of each chunk."""
         return self.compare(*self.likelihoods(student, teacher, rows))
 
     def likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return the student's and the teacher's likelihood of each chunk, ([chunks], [chunks]) fp32."""
+        """Return each side's likelihood of each chunk, ([chunks], [chunks]) fp32, from [rows] logarithms."""
         assert teacher is not None, f"no answer of teacher {self.teacher!r} reached its loss"
         link = rows.link(self.teacher)
-        sides = ((student, rows.gold, link.student_rows), (teacher, link.gold, link.teacher_rows))
         ours, theirs = (
-            likelihood(
-                chunk_log_likelihoods(gold_log_likelihood(logits, gold), *members, link.num_chunks),
-                self.temperature,
-            )
-            for logits, gold, members in sides
+            likelihood(chunk_log_likelihoods(tokens, *members, link.num_chunks), self.temperature)
+            for tokens, members in ((student, link.student_rows), (teacher, link.teacher_rows))
         )
         return ours, theirs
 
@@ -135,7 +142,7 @@ class _Mixed(Mixture, ChunkLikelihood):
         """Return the timestep weight of each chunk."""
         return self.weight_at(self.chunk_time(rows))
 
-    def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
+    def from_likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
         """Return `compare` of the student's likelihood with the mixture's."""
         ours, theirs = self.likelihoods(student, teacher, rows)
         with torch.no_grad():

@@ -62,6 +62,14 @@ class CrossEntropy:
             factor = factor / rows.maskable.clamp_min(1)[rows.sample]
         return factor
 
+    def item_sample(self, rows: Rows) -> Tensor:
+        """Return each row's sample."""
+        return rows.sample
+
     def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
+        """Return `from_likelihoods` of whole logits."""
+        return self.from_likelihoods(gold_log_likelihood(student, rows.gold), None, rows, clock)
+
+    def from_likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
         """Return -log p(gold) of each row."""
-        return -gold_log_likelihood(student, rows.gold)
+        return -student

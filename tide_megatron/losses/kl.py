@@ -10,8 +10,7 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from tide_megatron.base.clock import Clock
-from tide_megatron.losses.rows import STRICT, Rows
+from tide_megatron.losses.rows import STRICT
 from tide_megatron.losses.shared_vocabulary import SharedVocabulary
 
 
@@ -19,21 +18,15 @@ from tide_megatron.losses.shared_vocabulary import SharedVocabulary
 class Kl(SharedVocabulary):
     """Forward KL(teacher || student): the student must cover whatever the teacher finds likely."""
 
-    def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
+    def divergence(self, student: Tensor, target: Tensor) -> Tensor:
         """Return T^2 sum_v p_t (log p_t - log p_s) of each pair."""
-        softened_student, softened_teacher = self.softened(student, teacher, rows)
-        log_student = softened_student.log_softmax(-1)  # [pairs, columns]
-        log_teacher = softened_teacher.log_softmax(-1)
-        return self.temperature**2 * (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+        return self.temperature**2 * (target.exp() * (target - student)).sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ReverseKl(SharedVocabulary):
     """Reverse KL(student || teacher): the student must not say what the teacher finds unlikely."""
 
-    def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
+    def divergence(self, student: Tensor, target: Tensor) -> Tensor:
         """Return T^2 sum_v p_s (log p_s - log p_t) of each pair; both p_s carry gradient."""
-        softened_student, softened_teacher = self.softened(student, teacher, rows)
-        log_student = softened_student.log_softmax(-1)  # [pairs, columns]
-        log_teacher = softened_teacher.log_softmax(-1)
-        return self.temperature**2 * (log_student.exp() * (log_student - log_teacher)).sum(-1)
+        return self.temperature**2 * (student.exp() * (student - target)).sum(-1)

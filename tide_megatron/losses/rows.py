@@ -1,8 +1,13 @@
 """What a loss may know: the hidden `Rows` of one microbatch, and the protocol every loss follows.
 
-A loss owns one formula. It never sees a model, a layout or a head: the head hands it logits of picked rows
-(plain form) or row statistics (fused form, later), and multiplies what it returns by `weight / count`,
-where the count was summed over all ranks and microbatches before the forward pass (design section 6).
+A loss owns one formula. It never sees a model, a layout or a head, and multiplies nothing by `weight /
+count`: the head does, with a count that was summed over all ranks and microbatches before the forward pass
+(design section 6). Each loss is of one of two families, which say what ranks that cut a head exchange:
+
+- a `LikelihoodLoss` needs the log-likelihoods of gold tokens, one number a row;
+- a `ColumnLoss` is a sum over ids, of which every rank adds up its own.
+
+`values` is the dense form of the same functions: whole logits in, no exchange.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from torch import Tensor
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.link import Link, same_rows
+from tide_megatron.losses.columns import Columns
 
 STRICT = ConfigDict(extra="forbid")
 """Every loss refuses options it does not have."""
@@ -97,6 +103,9 @@ class Loss(Protocol):
         `weight` and the count are not in them.
         """
 
+    def item_sample(self, rows: Rows) -> Tensor:
+        """Return each item's sample, an index into `rows.time`, [items] int64."""
+
     def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
         """Return the formula of each item (with T^2 where the paper has it), [items] fp32.
 
@@ -109,3 +118,33 @@ class Loss(Protocol):
             rows: gold ids, samples and times of the student's rows.
             clock: where the run stands (TIDAL's lambda).
         """
+
+
+@runtime_checkable
+class LikelihoodLoss(Loss, Protocol):
+    """A loss of gold tokens' log-likelihoods, at temperature 1 over each model's whole vocabulary."""
+
+    def from_likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
+        """Return the formula of each item, [items] fp32.
+
+        Args:
+            student: [rows] fp32, with gradient.
+            teacher: [teacher rows] fp32 without gradient; None for a loss without a teacher.
+            rows: which rows make an item.
+            clock: where the run stands.
+        """
+
+
+@runtime_checkable
+class ColumnLoss(Loss, Protocol):
+    """A loss that compares two distributions over the same ids and is a sum over these ids."""
+
+    def softened(self, student: Columns, teacher: Columns, rows: Rows, clock: Clock) -> tuple[Tensor, Tensor]:
+        """Return both sides' logits of the compared ids that are here, ([items, columns], same) fp32.
+
+        Over T already; the softmax of each over all ranks' columns is a distribution of `divergence`. Only
+        the first may carry gradient.
+        """
+
+    def divergence(self, student: Tensor, target: Tensor) -> Tensor:
+        """Return the formula's sum over THESE columns, [items] fp32, from normalised log-probabilities."""

@@ -10,6 +10,7 @@ the way.
 
 from __future__ import annotations
 
+import abc
 from typing import ClassVar
 
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.batch import Noised
+from tide_megatron.losses.columns import Columns, whole
 from tide_megatron.losses.rows import STRICT, Rows, Temperature, Weight
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SharedVocabulary:
+class SharedVocabulary(abc.ABC):
     """Options and divisor of a loss that compares two distributions over the same ids."""
 
     teacher: str
@@ -56,19 +58,39 @@ class SharedVocabulary:
             )
         return columns
 
-    def softened(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+    def softened(self, student: Columns, teacher: Columns, rows: Rows, clock: Clock) -> tuple[Tensor, Tensor]:
         """Return both logits over T on the compared columns, ([pairs, columns], [pairs, columns]) fp32."""
-        assert teacher is not None, f"no answer of teacher {self.teacher!r} reached its loss"
-        columns = self.columns(student.shape[-1], teacher.shape[-1])
-        student, teacher = student[:, :columns], teacher[:, :columns]
+        compared = self.columns(student.vocabulary, teacher.vocabulary)
+        ours, theirs = student.below(compared), teacher.below(compared)
+        ids = [
+            (part.start, part.start + logits.shape[1])
+            for part, logits in ((student, ours), (teacher, theirs))
+        ]
+        assert ids[0] == ids[1] or not (ours.shape[1] or theirs.shape[1]), (
+            f"teacher {self.teacher!r}: heads are cut at different ids, {ids[0]} and {ids[1]}"
+        )
         pairs = rows.link(self.teacher).pairs
         if pairs is not None:
-            student, teacher = student[pairs[0]], teacher[pairs[1]]
-        return student.float() / self.temperature, teacher.float() / self.temperature
+            ours, theirs = ours[pairs[0]], theirs[pairs[1]]
+        return ours.float() / self.temperature, theirs.float() / self.temperature
+
+    @abc.abstractmethod
+    def divergence(self, student: Tensor, target: Tensor) -> Tensor:
+        """Return the sum over these columns of the formula, from log-probabilities, [pairs] fp32."""
+
+    def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
+        """Return `divergence` of whole logits."""
+        assert teacher is not None, f"no answer of teacher {self.teacher!r} reached its loss"
+        ours, theirs = self.softened(whole(student), whole(teacher), rows, clock)
+        return self.divergence(ours.log_softmax(-1), theirs.log_softmax(-1))
+
+    def item_sample(self, rows: Rows) -> Tensor:
+        """Return each pair's sample."""
+        return rows.link(self.teacher).pair_sample
 
     def pair_time(self, rows: Rows) -> Tensor:
         """Return the noise level of each pair's sample, [pairs] fp32."""
-        return rows.time[rows.link(self.teacher).pair_sample]
+        return rows.time[self.item_sample(rows)]
 
     def count(self, noised: Noised) -> Tensor:
         """Return the number of pairs of this microbatch."""

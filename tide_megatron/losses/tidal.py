@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.losses.columns import Columns
 from tide_megatron.losses.mixture import Mixture
 from tide_megatron.losses.rows import STRICT, Rows
 from tide_megatron.losses.shared_vocabulary import SharedVocabulary
@@ -30,13 +31,16 @@ class Tidal(Mixture, SharedVocabulary):
         """Return the timestep weight of each pair."""
         return self.weight_at(self.pair_time(rows))
 
-    def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
-        """Return T^2 sum_v r (log max(r, 1e-8) - log p_s) of each pair, r = softmax of the mixed logits."""
-        softened_student, softened_teacher = self.softened(student, teacher, rows)
+    def softened(self, student: Columns, teacher: Columns, rows: Rows, clock: Clock) -> tuple[Tensor, Tensor]:
+        """Return the student's logits over T and the mixture's, ([pairs, columns], [pairs, columns]) fp32."""
+        softened_student, softened_teacher = super().softened(student, teacher, rows, clock)
         with torch.no_grad():
             share = self.teacher_share(self.pair_time(rows), clock)[:, None]  # [pairs, 1]
             mixed = (1 - share) * softened_student + share * softened_teacher  # [pairs, columns]
-            target = mixed.softmax(-1)
-            log_target = target.clamp_min(SMALLEST_TARGET).log()
-        log_student = softened_student.log_softmax(-1)
-        return self.temperature**2 * (target * (log_target - log_student)).sum(-1)
+        return softened_student, mixed
+
+    def divergence(self, student: Tensor, target: Tensor) -> Tensor:
+        """Return T^2 sum_v r (log max(r, 1e-8) - log p_s) of each pair, r = exp(target)."""
+        likely = target.exp()
+        clamped = likely.clamp_min(SMALLEST_TARGET).log()
+        return self.temperature**2 * (likely * (clamped - student)).sum(-1)

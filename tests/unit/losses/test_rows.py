@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tests.unit.losses.pairs import CLOCK, pair, rows_for
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
 from tide_megatron.losses import LOSSES
-from tide_megatron.losses.rows import Loss
+from tide_megatron.losses.rows import ColumnLoss, LikelihoodLoss, Loss
 
 
 def make(name, **options):
@@ -35,6 +35,16 @@ def test_a_loss_is_its_own_frozen_configuration(name):
         loss.weight = 1.0
     with pytest.raises(ValidationError, match="wieght"):
         make(name, wieght=1.0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_of_one_family(name):
+    """The head asks which: a loss of none would be left out, one of both counted twice."""
+    loss = make(name)
+    assert isinstance(loss, LikelihoodLoss) != isinstance(loss, ColumnLoss)
+    student, _ = pair()
+    rows = rows_for(student)
+    assert torch.equal(loss.item_sample(rows), rows.sample)
 
 
 @pytest.mark.parametrize("name", LOSSES)
