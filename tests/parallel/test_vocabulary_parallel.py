@@ -1,0 +1,251 @@
+"""Heads cut by vocabulary over 1, 2 and 4 ranks equal the dense form on one rank: values, sums, gradients.
+
+The dense form here is `Loss.values` of whole logits, seat by seat, without the head, the exchange or joined
+rows. Errors are relative to the largest true number of each tensor: with a wrong adjoint the values agree to
+1e-6 and the gradients are garbage.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.parallel.vocabulary_cases import (
+    CASES,
+    CLOCK,
+    counts_of,
+    draw,
+    heads_of,
+    hidden_of,
+    losses_of,
+    noised_of,
+)
+from tide_megatron.head.cut import Cut
+from tide_megatron.head.plain import HeadInput, head_loss
+from tide_megatron.head.score import score_rows
+from tide_megatron.losses import LOSSES
+from tide_megatron.losses.rows import rows_of
+from tide_megatron.losses.transport import join_rows, num_packed, pack_rows, row_sizes, unpack_rows
+from tide_megatron.parallel.exchange import gather_parts, gather_rows, padded
+from tide_megatron.parallel.ledger import LEDGER
+
+TOLERANCE = 1e-5
+RANKS = (1, 2, 4)
+
+
+def embedded(case, hidden, weight, gold):
+    """Return the student's rows, which a tied head reaches as an embedding too."""
+    return hidden + weight[gold] / 4 if case.tied else hidden
+
+
+def dense(case, parts, losses):
+    """Return (values by term, gradients of every seat's hidden rows, gradient of the student's head)."""
+    heads, counts = heads_of(case), counts_of(losses, parts)
+    weight = heads["student"].requires_grad_(True)
+    leaves, objective = [], weight.sum() * 0
+    means = dict.fromkeys(losses, 0.0)
+    for seat, noised in enumerate(parts):
+        rows, hidden = rows_of(noised), hidden_of(case, noised, seat)
+        leaves.append(hidden["student"].requires_grad_(True))
+        student = embedded(case, leaves[-1], weight, rows.gold) @ weight.T
+        for name, loss in losses.items():
+            theirs = None if loss.teacher is None else hidden[loss.teacher] @ heads[loss.teacher].T
+            values = loss.values(student, theirs, rows, CLOCK)
+            mean = (loss.coefficients(rows, CLOCK) * values).sum() / float(counts[name])
+            objective = objective + loss.weight * mean
+            means[name] += float(mean.detach())
+    objective.backward()
+    return means, float(objective.detach()), [leaf.grad for leaf in leaves], weight.grad
+
+
+class Parallel:
+    """This rank's part of one case: its seat, its columns, and what the group shares."""
+
+    def __init__(self, case, parts):
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        self.case, self.heads = case, heads_of(case)
+        self.group = dist.group.WORLD if ranks > 1 else None
+        self.cut = Cut.of([len(head) for head in self.heads.values()], ranks, rank)
+        mine = [rows_of(part) for part in parts]
+        self.gold = mine[rank].gold
+        sizes = [row_sizes(rows, ["other"]) for rows in mine]  # in a run: from the count collective
+        lengths = [num_packed(size, ["other"]) for size in sizes]
+        packed = torch.split(gather_parts(pack_rows(mine[rank]), lengths, self.group, "rows"), lengths)
+        self.rows = join_rows(
+            [unpack_rows(part, size, ["other"]) for part, size in zip(packed, sizes, strict=True)]
+        )
+        before = sum(len(rows.time) for rows in mine[:rank])
+        self.own = (before, before + len(mine[rank].time))
+        self.numbers = [hidden_of(case, part, seat) for seat, part in enumerate(parts)]
+        self.leaf = self.numbers[rank]["student"].requires_grad_(True)
+        self.weight = self.heads["student"].requires_grad_(True)
+
+    def head(self, name, hidden):
+        """Join gathered rows with this rank's columns of a head."""
+        start, stop = self.cut.columns(len(self.heads[name]))
+        return HeadInput(
+            hidden=hidden, weight=self.heads[name][start:stop], start=start, vocabulary=len(self.heads[name])
+        )
+
+    def student(self):
+        """Gather the student's rows, with gradient."""
+        hidden = embedded(self.case, self.leaf, self.weight, self.gold)
+        return self.head("student", gather_rows(hidden, self.sizes("student"), self.group))
+
+    def answer(self, name):
+        """Gather a teacher's rows."""
+        own = self.numbers[dist.get_rank()][name]
+        return self.head(name, gather_parts(own, self.sizes(name), self.group, "deliver"))
+
+    def sizes(self, name):
+        return [len(hidden[name]) for hidden in self.numbers]
+
+    def loss(self, losses, counts):
+        answers = {name: self.answer(name) for name in ("same", "other")}
+        where = {"group": self.group, "own": self.own}
+        return head_loss(self.student(), answers, losses, self.rows, counts, CLOCK, **where)
+
+
+def added(tensor):
+    """Add up all ranks' tensors."""
+    tensor = tensor.clone()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def error(found, truth):
+    """Largest error over the largest true number; where all of these are 0, the largest number found."""
+    if not truth.numel():
+        return 0.0
+    assert found.isfinite().all(), "not finite"
+    difference, size = (found - truth).abs().max().item(), truth.abs().max().item()
+    return difference / size if size else difference
+
+
+def compare(name, case_name):
+    """Return {what: (error, size of the truth)} of one loss in one case on this rank."""
+    case = CASES[case_name]
+    seats = dist.get_world_size()
+    parts = [noised_of(case, seat, seats) for seat in range(seats)]
+    losses = losses_of(name, case)
+    means, objective, hidden, weight = dense(case, parts, losses)
+    ours = Parallel(case, parts)
+    result = ours.loss(losses, counts_of(losses, parts))
+    result.objective.backward()
+    assert list(result.sums) == list(losses)
+    pairs = {
+        "objective": (added(result.objective.detach()), torch.tensor(objective)),
+        "hidden": (ours.leaf.grad, hidden[dist.get_rank()]),
+        "weight": (added(ours.weight.grad), weight),
+    }
+    for term, value in result.sums.items():
+        assert value.dtype == torch.float64
+        pairs[term] = (added(value), torch.tensor(means[term], dtype=torch.float64))
+    return {what: (error(*pair), float(pair[1].abs().sum())) for what, pair in pairs.items()}
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", [*LOSSES, "all"])
+def test_every_loss_equals_the_dense_form(pool, name, case, ranks):
+    for errors in pool(ranks).run(compare, name, case):
+        too_large = {what: found for what, (found, _) in errors.items() if not found <= TOLERANCE}
+        assert not too_large
+        assert case == "no rows" or errors["weight"][1] > 0
+
+
+def test_cases_are_what_they_say():
+    """Ranks without shared columns, without any; rows, chunks and pairs; logits that overflow an exp."""
+    assert Cut.of([211], 4, 1).columns(211)[0] > CASES["few shared ids"].shared
+    assert Cut.of([211, 190, 320], 4, 3).columns(211) == (211, 211)
+    for seat in range(4):
+        link = noised_of(CASES["one vocabulary"], seat, 4).link("other")
+        assert link.num_chunks > link.num_pairs > 0
+        assert len(link.student_rows[0]) > link.num_chunks
+    case = CASES["large logits"]
+    rows = hidden_of(case, noised_of(case, 0, 1), 0)["student"] @ heads_of(case)["student"].T
+    assert rows.max() > 89
+    assert torch.exp(rows.max()).isinf()
+
+
+def measure(names, case_name):
+    """Return the statistics' bytes forward and backward, and the documented formula, on this rank."""
+    case, seats = CASES[case_name], dist.get_world_size()
+    parts = [noised_of(case, seat, seats) for seat in range(seats)]
+    losses = {key: loss for name in names for key, loss in losses_of(name, case).items()}
+    ours = Parallel(case, parts)
+    LEDGER.take()
+    result = ours.loss(losses, counts_of(losses, parts))
+    there, calls = LEDGER.take()["statistics"], dict(LEDGER.calls)
+    result.objective.backward()
+    back = LEDGER.take()["statistics"]
+    assert not calls
+    linked = ours.rows.links["other"]
+    likelihoods = {loss.teacher for loss in losses.values() if not hasattr(loss, "divergence")}
+    rows = len(ours.rows.gold)
+    numbers = 3 * rows * bool(likelihoods) + 3 * rows * ("same" in likelihoods)
+    numbers += 3 * len(linked.gold) * ("other" in likelihoods)
+    for loss in losses.values():
+        if hasattr(loss, "divergence"):
+            numbers += 4 * (rows if loss.teacher == "same" else linked.num_pairs)
+    return there, back, (seats - 1) * 4 * padded(numbers), numbers
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("names", [("cross_entropy",), ("kl",), ("calm", "calm_tidal"), tuple(LOSSES)])
+def test_statistics_move_the_bytes_of_the_formula(pool, names, ranks):
+    for there, back, formula, numbers in pool(ranks).run(measure, names, "three vocabularies"):
+        assert there == back == formula
+        assert numbers > 30
+
+
+def test_a_group_without_rows_exchanges_nothing(pool):
+    assert pool(2).run(measure, tuple(LOSSES), "no rows") == [(0, 0, 0, 0)] * 2
+
+
+def score(case_name, name):
+    """Return whether scores of a model equal the dense ones, and how many rows are right."""
+    case, seats = CASES[case_name], dist.get_world_size()
+    parts = [noised_of(case, seat, seats) for seat in range(seats)]
+    ours = Parallel(case, parts)
+    whole = torch.cat([hidden[name] for hidden in ours.numbers]).detach() @ ours.heads[name].detach().T
+    gold = ours.rows.gold if name != "other" else ours.rows.links["other"].gold
+    gold = torch.where(torch.arange(len(gold)) % 3 == 0, whole.argmax(-1), gold)
+    likely, is_right = score_rows(
+        ours.answer(name) if name != "student" else ours.student(), gold, ours.group
+    )
+    wanted = torch.nn.functional.cross_entropy(whole, gold, reduction="none")
+    assert not likely.requires_grad
+    assert torch.equal(is_right, whole.gather(1, gold[:, None])[:, 0] == whole.amax(-1))
+    return (likely - wanted).abs().max().item(), int(is_right.sum()), len(gold)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("name", ["student", "other"])
+@pytest.mark.parametrize("case", ["three vocabularies", "large logits"])
+def test_scores_equal_the_dense_ones(pool, case, name, ranks):
+    for difference, right, rows in pool(ranks).run(score, case, name):
+        assert difference < 2e-5
+        assert 0 < right < rows
+
+
+def sgd(case_name, rate):
+    """Return the largest difference of the weights after one step of gradient descent, dense and cut."""
+    case, seats = CASES[case_name], dist.get_world_size()
+    parts = [noised_of(case, seat, seats) for seat in range(seats)]
+    losses = losses_of("all", case)
+    _, _, _, gradient = dense(case, parts, losses)
+    ours = Parallel(case, parts)
+    ours.loss(losses, counts_of(losses, parts)).objective.backward()
+    start = draw(case.student, 6, seed=6)
+    ours_after, theirs_after = start - rate * added(ours.weight.grad), start - rate * gradient
+    return (ours_after - theirs_after).abs().max().item(), rate * gradient.abs().max().item()
+
+
+def test_one_step_of_gradient_descent_gives_the_same_weights(pool):
+    """Adam and clipping would hide a wrong scale."""
+    for difference, moved in pool(4).run(sgd, "tied", 1.0):
+        assert moved > 0.01
+        assert difference < 1e-6

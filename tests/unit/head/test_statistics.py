@@ -1,0 +1,98 @@
+"""Statistics of softmaxes on one rank: log-probabilities, gradients, gold owners; empty and huge logits."""
+
+import pytest
+import torch
+
+from tide_megatron.head.plain import HeadInput, head_loss
+from tide_megatron.head.score import score_rows
+from tide_megatron.head.statistics import LOWEST, exchange_statistics, gold_logits
+from tide_megatron.losses.columns import Columns
+from tide_megatron.losses.cross_entropy import CrossEntropy
+
+
+def test_several_softmaxes_and_golds_of_different_lengths():
+    torch.manual_seed(0)
+    one, two = torch.randn(4, 7, requires_grad=True), torch.randn(3, 5) * 40
+    picked = gold_logits(Columns(logits=two, vocabulary=5), torch.tensor([4, 0, 2]))
+    found = exchange_statistics([one, two], [picked], None)
+    for normaliser, logits in zip(found.normalisers, (one, two), strict=True):
+        torch.testing.assert_close(normaliser.log_probabilities(logits), logits.log_softmax(-1))
+    wanted = two.log_softmax(-1)[torch.arange(3), torch.tensor([4, 0, 2])]
+    torch.testing.assert_close(found.normalisers[1].log_probabilities(found.golds[0]), wanted)
+    assert not found.golds[0].requires_grad
+    assert not found.normalisers[1].log_sum.requires_grad
+    (found.normalisers[0].log_probabilities(one)[:, 2].sum() + found.anchor).backward()
+    truth = torch.nn.functional.one_hot(torch.tensor(2), 7) - one.detach().softmax(-1)
+    torch.testing.assert_close(one.grad, truth)
+    assert found.anchor.item() == 0
+
+
+@pytest.mark.parametrize("level", [-1000.0, 0.0, 1000.0])
+def test_a_shift_of_all_logits_changes_nothing(level):
+    logits = torch.tensor([[0.0, 1.0, -2.0]]) + level
+    (normaliser,) = exchange_statistics([logits], [], None).normalisers
+    assert normaliser.maximum.item() == level + 1
+    wanted = torch.tensor([[0.0, 1.0, -2.0]]).log_softmax(-1)
+    torch.testing.assert_close(normaliser.log_probabilities(logits), wanted)
+
+
+def test_gold_logits_are_the_owners():
+    logits = torch.arange(12.0).view(4, 3)
+    columns = Columns(logits=logits, start=5, vocabulary=10)
+    assert gold_logits(columns, torch.tensor([5, 7, 4, 8])).tolist() == [0.0, 5.0, 0.0, 0.0]
+    assert gold_logits(columns, torch.tensor([9, 0, 6, 6])).tolist() == [0.0, 0.0, 7.0, 10.0]
+
+
+def test_without_columns_gold_logits_are_zero_and_keep_the_graph():
+    logits = torch.empty(2, 0, requires_grad=True)
+    picked = gold_logits(Columns(logits=logits, start=10, vocabulary=10), torch.tensor([3, 9]))
+    assert picked.tolist() == [0.0, 0.0]
+    assert picked.requires_grad
+    assert torch.finfo(torch.float32).min == LOWEST
+
+
+@pytest.mark.parametrize("gold", [-1, 10])
+def test_an_id_that_no_rank_owns_is_refused(gold):
+    columns = Columns(logits=torch.zeros(1, 3), start=5, vocabulary=10)
+    with pytest.raises(RuntimeError, match="outside the head's 10 ids"):
+        gold_logits(columns, torch.tensor([gold]))
+
+
+def test_a_slice_must_lie_in_its_head():
+    weight = torch.zeros(3, 2)
+    for start in (-1, 8):
+        with pytest.raises(AssertionError, match="not in a head of 10"):
+            _ = HeadInput(hidden=torch.zeros(1, 2), weight=weight, start=start, vocabulary=10).columns
+    columns = HeadInput(hidden=torch.zeros(1, 2), weight=weight, start=7, vocabulary=10).columns
+    assert (columns.start, columns.vocabulary, columns.logits.shape) == (7, 10, (1, 3))
+
+
+def test_scores_of_one_rank():
+    """NLL and accuracy; a tie counts as right."""
+    head = HeadInput(hidden=torch.eye(3), weight=torch.tensor([[0.0, 2, 1], [1, 2, 0], [0, 1, 0], [0, 0, 0]]))
+    nll, is_right = score_rows(head, torch.tensor([1, 1, 3]))
+    logits = head.logits
+    torch.testing.assert_close(
+        nll, torch.nn.functional.cross_entropy(logits, torch.tensor([1, 1, 3]), reduction="none")
+    )
+    assert is_right.tolist() == [True, True, False]
+    empty = score_rows(
+        HeadInput(hidden=torch.zeros(0, 3), weight=head.weight), torch.zeros(0, dtype=torch.int64)
+    )
+    assert [part.shape for part in empty] == [(0,), (0,)]
+
+
+def test_no_term_gives_zero_with_a_graph():
+    hidden, weight = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    found = head_loss(
+        HeadInput(hidden=hidden, weight=weight),
+        {},
+        {"ce": CrossEntropy()},
+        None,
+        {"ce": torch.tensor(0.0)},
+        None,
+    )
+    found.objective.backward()
+    assert found.sums == {}
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
