@@ -77,6 +77,21 @@ def write_cross_run(folder: Path, **options: int) -> Path:
     return file
 
 
+def write_pair_run(folder: Path, **options: int) -> Path:
+    """Write the cross run with a third teacher, `dense`: three layers, tied, a vocabulary of odd size."""
+    file = write_cross_run(folder, **({"experts": 8} | options))
+    write_model(folder / "dense", student_config(333) | {"num_hidden_layers": 3, "hidden_size": 48}, seed=7)
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tree["teachers"]["dense"] = recipe_tree(folder)["teachers"]["moe"] | {"folder": str(folder / "dense")}
+    tree["losses"]["dense"] = {
+        "kind": "reverse_kl",
+        "teacher": "dense",
+        "shared_vocab_size": 300,
+    }
+    file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return file
+
+
 def copy_tiny_run(file: Path, folder: Path) -> Path:
     """Copy the run of a recipe's file into another folder, to be broken there; return its recipe's file."""
     shutil.copytree(file.parent, folder)

@@ -1,4 +1,4 @@
-"""A run means the same on any ranks: 1 rank, 4 with experts over all of them, 2 with accumulation.
+"""A run means the same on any ranks and layouts: experts, tensor and pipeline cuts, heads, accumulation.
 
 Everything is held to the one-rank run, which is the dense computation: losses and gradient norms of ten AdamW
 steps without clipping, and the weights after one SGD step, which alone shows a wrong scale.
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.tiny_run import write_cross_run, write_tiny_run
+from tests.tiny_run import write_cross_run, write_pair_run, write_tiny_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
 from tide_megatron.models.convert import hf_tensors
@@ -24,21 +24,40 @@ TERMS = [
     "losses.reverse.kind=reverse_calm",
     "losses.reverse.teacher=moe",
 ]
-WRITERS = {"one tokenizer": write_tiny_run, "two tokenizers, two teachers, two views": write_cross_run}
-LAYOUTS = {  # name -> (ranks, expert, samples a microbatch)
-    "4 ranks, experts over 4": (4, 4, 2),
-    "2 ranks, experts over 2, accumulation 2": (2, 2, 2),
-    "4 ranks, experts over 2": (4, 2, 2),
+WRITERS = {
+    "one tokenizer": write_tiny_run,
+    "two tokenizers, two teachers, two views": write_cross_run,
+    "three teachers, one dense": write_pair_run,
 }
 
 
-def run_steps(recipe_file, folder, expert, microbatch, words, steps):
+def cut(*teachers, **axes):
+    """Return the words that give teachers one layout."""
+    return [f"teachers.{name}.layout.{axis}={size}" for name in teachers for axis, size in axes.items()]
+
+
+LAYOUTS = {  # name -> (ranks, layout words, samples a microbatch)
+    "4 ranks, EP4": (4, cut("moe", "own", expert=4), 2),
+    "2 ranks, EP2, accumulation 2": (2, cut("moe", "own", expert=2), 2),
+    "4 ranks, EP2": (4, cut("moe", "own", expert=2), 2),
+    "4 ranks, TP2xPP2": (4, cut("moe", "own", "dense", tensor=2, pipeline=2), 2),
+    "4 ranks, TP2xEP2": (4, [*cut("moe", "own", tensor=2, expert=2), *cut("dense", tensor=2)], 1),
+    "4 ranks, PP2xEP2 and TP2": (4, [*cut("moe", "own", pipeline=2, expert=2), *cut("dense", tensor=2)], 1),
+    "4 ranks, heads over 4": (4, [*cut("moe", expert=4), "head_ranks=4"], 2),
+}
+EIGHT = (8, [*cut("moe", "own", expert=8), *cut("dense", tensor=2, pipeline=2)], 1)
+
+
+def run_steps(recipe_file, folder, layouts, microbatch, words, steps):
     """Run some steps on this rank; return losses, norms, terms, and the weights by Hugging Face name."""
-    own = [f"teachers.own.layout.expert={expert}"] if "own:" in recipe_file.read_text() else []
+    known = recipe_file.read_text()
     overrides = [
         f"folder={folder}",
-        f"teachers.moe.layout.expert={expert}",
-        *own,
+        *(
+            word
+            for word in layouts
+            if not word.startswith("teachers.") or f"  {word.split('.')[1]}:" in known
+        ),
         "batch.samples=8",
         f"batch.microbatch={microbatch}",
         "optimizer.clip_norm=null",
@@ -61,6 +80,19 @@ def run_steps(recipe_file, folder, expert, microbatch, words, steps):
     return seen, weights, dist.get_world_size()
 
 
+def compare_losses(seen, wanted):
+    for step, (got, expected) in enumerate(zip(seen, wanted, strict=True)):
+        # The absolute part (four roundings of 1 - t in fp32) serves likelihoods near 0 only.
+        assert got == pytest.approx(expected, rel=1e-5, abs=4.8e-7), f"step {step}"
+
+
+def compare_weights(weights, wanted):
+    assert weights.keys() == wanted.keys()
+    for key, weight in weights.items():
+        error = (weight - wanted[key]).abs().max() / wanted[key].abs().max()
+        assert error <= 1e-5, f"{key}: {error}"
+
+
 @pytest.fixture(scope="module", params=WRITERS)
 def tiny(request, tmp_path_factory):
     return WRITERS[request.param](tmp_path_factory.mktemp("tiny"))
@@ -69,40 +101,51 @@ def tiny(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adamw(pool, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adamw")
-    return pool(1).run(run_steps, tiny, folder, 1, 8, [], STEPS)[0][0]
+    return pool(1).run(run_steps, tiny, folder, [], 8, [], STEPS)[0][0]
 
 
 @pytest.fixture(scope="module")
 def sgd(pool, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sgd")
     words = ["optimizer.name=sgd", "optimizer.warmup=0", "optimizer.learning_rate=0.5"]
-    return words, pool(1).run(run_steps, tiny, folder, 1, 8, words, 1)[0][1]
+    return words, pool(1).run(run_steps, tiny, folder, [], 8, words, 1)[0][1]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_losses_and_norms_are_those_of_one_rank(pool, tiny, adamw, tmp_path, name):
-    ranks, expert, microbatch = LAYOUTS[name]
-    for seen, _, world in pool(ranks).run(run_steps, tiny, tmp_path, expert, microbatch, [], STEPS):
-        assert world == ranks
-        for step, (got, wanted) in enumerate(zip(seen, adamw, strict=True)):
-            # The absolute part (two roundings of 1 - t in fp32) serves likelihoods near 0 only.
-            assert got == pytest.approx(wanted, rel=1e-5, abs=2.4e-7), f"step {step}"
+    ranks, layouts, microbatch = LAYOUTS[name]
+    answers = pool(ranks).run(run_steps, tiny, tmp_path, layouts, microbatch, [], STEPS)
+    assert [world for *_, world in answers] == [ranks] * ranks
+    for seen, *_ in answers:
+        compare_losses(seen, adamw)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_sgd_step_moves_the_weights_as_on_one_rank(pool, tiny, sgd, tmp_path, name):
-    ranks, expert, microbatch = LAYOUTS[name]
+    ranks, layouts, microbatch = LAYOUTS[name]
     words, wanted = sgd
-    for _, weights, _ in pool(ranks).run(run_steps, tiny, tmp_path, expert, microbatch, words, 1):
-        assert weights.keys() == wanted.keys()
-        for key, weight in weights.items():
-            error = (weight - wanted[key]).abs().max() / wanted[key].abs().max()
-            assert error <= 1e-5, f"{key}: {error}"
+    for _, weights, _ in pool(ranks).run(run_steps, tiny, tmp_path, layouts, microbatch, words, 1):
+        compare_weights(weights, wanted)
+
+
+def test_eight_ranks_are_one_with_accumulation(pool, tmp_path):
+    file = write_pair_run(tmp_path / "tiny")
+    ranks, layouts, microbatch = EIGHT
+    sgd_words = ["optimizer.name=sgd", "optimizer.warmup=0", "optimizer.learning_rate=0.5"]
+    for words, steps in (([], STEPS), (sgd_words, 1)):
+        ((wanted, wanted_weights, _),) = pool(1).run(run_steps, file, tmp_path, [], 1, words, steps)
+        for seen, weights, world in pool(ranks).run(
+            run_steps, file, tmp_path, layouts, microbatch, words, steps
+        ):
+            assert world == 8
+            compare_losses(seen, wanted)
+            if words:
+                compare_weights(weights, wanted_weights)
 
 
 def test_the_steps_do_something(adamw, sgd, pool, tiny, tmp_path):
     losses = torch.tensor([step[0] for step in adamw])
     assert (losses[1:] != losses[:-1]).all(), "equal trajectories prove nothing if nothing changes"
-    start = pool(1).run(run_steps, tiny, tmp_path, 1, 8, [], 0)[0][1]
+    start = pool(1).run(run_steps, tiny, tmp_path, [], 8, [], 0)[0][1]
     moved = [float((start[key] - weight).abs().max()) for key, weight in sgd[1].items()]
     assert min(moved) > 1e-5

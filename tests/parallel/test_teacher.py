@@ -1,18 +1,23 @@
-"""A teacher's answer: complementary views in one forward are those in two, and rows keep their places."""
+"""A teacher's answer: complementary views in one forward are those in two, rows keep their places, and every
+layout brings every rank of a head group what one rank alone would have answered about all its seats."""
 
 import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.unit.diffusion.sides import random_batch
 from tests.unit.models.shapes import DENSE, MIXTURE, build
 from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.parallel.groups import make_groups
+from tide_megatron.parallel.collectives import gather_objects
+from tide_megatron.parallel.groups import make_across, make_groups, make_head_group
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.teachers.teacher import Sight, Teacher
+from tide_megatron.teachers.route import Route
+from tide_megatron.teachers.sight import Sight
+from tide_megatron.teachers.teacher import Teacher
 
 MASK = 60
 CONFIGS = {"dense": DENSE, "mixture": MIXTURE}
@@ -20,23 +25,43 @@ KINDS = ("bidirectional", "block_causal", "block_diffusion")
 LENGTH = 44
 
 
-def answers(config, kind, name, attention, expert, time):
-    """Return the rows in one forward, in two, and of the plain view; each [rows, hidden], on this rank."""
-    model = build(
-        config, make_groups(Layout(expert=expert)), layout=Layout(expert=expert), attention=attention
-    )
-    batch = random_batch(3, length=LENGTH, teacher_length=LENGTH + 3)
+def noised_batch(seed, time):
+    """Return three samples of different lengths with a side `t0`, hidden at a noise level."""
+    batch = random_batch(seed, length=LENGTH, teacher_length=LENGTH + 3)
     side = batch.sides["t0"]
-    lengths = torch.tensor([LENGTH + 3, LENGTH - 10, LENGTH - 4])
+    lengths = torch.tensor([LENGTH + 3, LENGTH - 10 - seed % 5, LENGTH - 4])
     kept = side.spans[:, 3] <= lengths[side.sample]
     side = dataclasses.replace(
         side, lengths=lengths, spans=side.spans[kept], sample=side.sample[kept], number=side.number[kept]
     )
-    noised = Noiser(seed=2).at(dataclasses.replace(batch, sides={"t0": side}), time)
+    return Noiser(seed=2).at(dataclasses.replace(batch, sides={"t0": side}), time)
+
+
+def answer(teacher, microbatches, head):
+    """Ask for some microbatches, as a step does; return the head group's rows of each, [rows, hidden]."""
+    request = teacher.request(microbatches)
+    told = gather_objects(request.numbers(), head.group) if head.group else [request.numbers()]
+    sizes = [request.sizes(numbers) for numbers in told]
+    return [heard.hidden for heard in teacher.answers(request, sizes)]
+
+
+def teacher_of(config, layout, sight, name, head, **options):
+    model = build(config, make_groups(layout), layout=layout, **options)
+    across = make_across(layout, head.ranks)
+    route = Route(layout=layout, replica=model.groups.mp, across=across, place=head.place)
+    return Teacher(name, model, sight, route, shared_schedule=2)
+
+
+def answers(config, kind, name, attention, expert, time):
+    """Return the rows in one forward, in two, and of the plain view; each [rows, hidden], on this rank."""
+    layout, head = Layout(expert=expert), make_head_group(1)
     sight = Sight(context=Context(kind=kind, block_size=8), mask_id=MASK)
     split = dataclasses.replace(sight, complementary=Complementary(seed=5))
-    sights = (split, dataclasses.replace(split, forwards=2), sight)
-    return [Teacher(name, model, sight).answer(noised).hidden for sight in sights]
+    teacher = teacher_of(config, layout, sight, name, head, attention=attention)
+    found = []
+    for teacher.sight in (split, dataclasses.replace(split, forwards=2), sight):
+        found += answer(teacher, [noised_batch(3, time)], head)
+    return found
 
 
 @pytest.mark.parametrize("attention", ["structured", "dense"])
@@ -63,3 +88,64 @@ def test_experts_over_ranks_answer_alike(pool, kind):
 def test_nothing_hidden_still_passes_through_the_model(pool, name):
     for found in pool(2).run(answers, MIXTURE, "block_diffusion", name, "structured", 2, 0.0):
         assert [len(rows) for rows in found[1:]] == [0, 0]
+
+
+CUTS = {  # name -> (ranks, config, layout, head ranks)
+    "TP2xPP2": (4, DENSE, Layout(tensor=2, pipeline=2), 4),
+    "TP2, two replicas": (4, DENSE, Layout(tensor=2), 4),
+    "TP2, heads over 2": (4, MIXTURE, Layout(tensor=2), 2),
+    "PP2, two replicas": (4, DENSE, Layout(pipeline=2), 4),
+    "PP2xEP2": (4, MIXTURE, Layout(pipeline=2, expert=2), 2),
+    "TP2xEP2": (4, MIXTURE, Layout(tensor=2, expert=2), 4),
+    "EP4, heads over 4": (4, MIXTURE, Layout(expert=4), 4),
+    "EP2, heads over 1": (2, MIXTURE, Layout(expert=2), 1),
+    "TP2xPP2, two replicas": (8, DENSE, Layout(tensor=2, pipeline=2), 8),
+    "PP2xEP4": (8, MIXTURE, Layout(pipeline=2, expert=4), 4),
+}
+TIMES = (0.6, 0.0, 0.3)
+"""Of the microbatches: three share two schedules, and one of them hides nothing."""
+
+
+def seat_microbatches(rank):
+    """Return a rank's own microbatches; the first rank hides nothing at all."""
+    return [noised_batch(10 * rank + index, time * (rank > 0)) for index, time in enumerate(TIMES)]
+
+
+def group_answers(config, layout, head_ranks, kind, forwards):
+    head = make_head_group(head_ranks)
+    sight = Sight(
+        context=Context(kind=kind, block_size=8),
+        mask_id=MASK,
+        complementary=Complementary(seed=5) if forwards else None,
+        forwards=forwards or 1,
+    )
+    teacher = teacher_of(config, layout, sight, "t0", head, attention="structured")
+    return answer(teacher, seat_microbatches(dist.get_rank()), head), list(head.world_ranks)
+
+
+def each_alone(config, kind, forwards, ranks):
+    """Return what one rank answers about every seat's microbatches."""
+    sight = Sight(
+        context=Context(kind=kind, block_size=8),
+        mask_id=MASK,
+        complementary=Complementary(seed=5) if forwards else None,
+        forwards=forwards or 1,
+    )
+    head = make_head_group(1)
+    teacher = teacher_of(config, Layout(), sight, "t0", head, attention="structured")
+    return [answer(teacher, seat_microbatches(rank), head) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "forwards"), [("bidirectional", 0), ("block_diffusion", 1), ("block_causal", 2)]
+)
+@pytest.mark.parametrize("name", CUTS)
+def test_every_place_hears_what_each_seat_asked(pool, name, kind, forwards):
+    ranks, config, layout, head_ranks = CUTS[name]
+    (alone,) = pool(1).run(each_alone, config, kind, forwards, ranks)
+    assert sum(len(rows) for rows in alone[1]) > 20
+    for found, places in pool(ranks).run(group_answers, config, layout, head_ranks, kind, forwards):
+        assert len(found) == len(TIMES)
+        for microbatch, rows in enumerate(found):
+            wanted = torch.cat([alone[place][microbatch] for place in places])
+            torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-5)

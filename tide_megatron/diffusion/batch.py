@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -47,6 +48,11 @@ class Batch:
         """[samples] int64: tokens up to the last maskable one; behind it there are only pads."""
         place = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
         return (self.maskable * place).amax(dim=1)
+
+    @property
+    def fingerprint(self) -> int:
+        """Number of the samples and their epochs, in order: two batches share it when they hold the same."""
+        return zlib.crc32(torch.stack([self.sample_ids, self.epochs]).cpu().numpy().tobytes())
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""

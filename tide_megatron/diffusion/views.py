@@ -38,6 +38,44 @@ class View:
     rows: Tensor
     """[rows] int64: flat indices into [samples * parts * length] of the positions to predict."""
 
+    def padded(self, samples: int, length: int) -> View:
+        """Return the view with more samples and longer parts, for models that want equal shapes.
+
+        What the real tokens see does not change: pads stand behind them, where block contexts do not look,
+        and `lengths` hides them from a bidirectional context.
+
+        Args:
+            samples: at least as many as there are; further ones are one token long.
+            length: of one part, at least what it is, in whole blocks where there are blocks.
+        """
+        more = samples - len(self.ids), length - self.length
+        if more == (0, 0):
+            return self
+        assert self.lengths is not None or self.context.kind != "bidirectional", "pads would be seen"
+        parts = self.context.parts
+        ids = self.ids.view(len(self.ids), parts, self.length)
+        ids = torch.nn.functional.pad(ids, (0, more[1], 0, 0, 0, more[0])).flatten(1)
+        lengths = self.lengths
+        if lengths is not None:
+            lengths = torch.cat([lengths, lengths.new_ones(more[0])])
+        rows = self.rows // self.length * length + self.rows % self.length
+        return view_of_parts(ids, self.context, lengths, rows)
+
+
+def view_of_parts(ids: Tensor, context: Context, lengths: Tensor | None, rows: Tensor) -> View:
+    """Build a view from its parts behind each other; positions restart in each, stored once for all samples.
+
+    Args:
+        ids: [samples, parts * length] int64.
+        context: the model's context kind, with as many parts.
+        lengths: [samples] real tokens of each part, or None.
+        rows: [rows] int64 flat indices.
+    """
+    samples, tokens = ids.shape
+    length = tokens // context.parts
+    positions = torch.arange(length, device=ids.device).repeat(context.parts).expand(samples, -1)
+    return View(ids=ids, positions=positions, context=context, length=length, lengths=lengths, rows=rows)
+
 
 def plain_view(noised: Noised, context: Context, mask_id: int, lengths: Tensor | None = None) -> View:
     """Build the view in which every hidden token is shown as `mask_id`.
@@ -131,11 +169,8 @@ def _pass(reading: Reading, hidden: Tensor, asked: Tensor, context: Context, mas
 
 
 def _view(copies: list[Tensor], context: Context, lengths: Tensor | None, rows: Tensor) -> View:
-    """Join the copies of the sequence; positions restart in each, and are stored once for all samples."""
-    samples, length = copies[0].shape
-    positions = torch.arange(length, device=rows.device).repeat(context.parts).expand(samples, -1)
-    ids = torch.cat(copies, dim=1)  # [samples, parts * length]
-    return View(ids=ids, positions=positions, context=context, length=length, lengths=lengths, rows=rows)
+    """Join the copies of the sequence."""
+    return view_of_parts(torch.cat(copies, dim=1), context, lengths, rows)
 
 
 def _seen_lengths(reading: Reading, context: Context) -> Tensor | None:

@@ -14,15 +14,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tide_megatron.data.loader import Loader
+from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.views import trimmed_view
+from tide_megatron.head.plain import HeadInput
+from tide_megatron.head.score import score_rows
 from tide_megatron.models.build import TideModel
 from tide_megatron.parallel.collectives import sum_over
 
@@ -89,69 +92,88 @@ class Likelihood:
         }
 
 
+class Scorer(Protocol):
+    """Whatever can say how likely it finds the hidden tokens of a microbatch."""
+
+    def __call__(self, noised: Noised) -> tuple[Tensor, Tensor]:
+        """Return NLL in nats [rows] and whether the gold token is the most likely [rows], in row order.
+
+        All ranks call it together and equally often.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelScorer:
+    """A whole model on this rank, student or folder; experts may lie on other ranks."""
+
+    model: TideModel
+    context: Context
+    """What its tokens may attend to."""
+    mask_id: int
+
+    def __call__(self, noised: Noised) -> tuple[Tensor, Tensor]:
+        """Score one microbatch; see `Scorer`."""
+        hidden = self.model.rows(trimmed_view(noised, self.context, self.mask_id))
+        sample, position = noised.row_index
+        head = HeadInput(hidden=hidden, weight=self.model.head_weight)
+        return score_rows(head, noised.batch.ids[sample, position])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Levels:
+    """How much is scored, and at which noise levels."""
+
+    times: Sequence[float]
+    """In (0, 1]."""
+    samples: int
+    """At most the data set."""
+    microbatch: int
+    """Samples per forward pass and rank."""
+
+
 @torch.no_grad()
 def evaluate(
-    model: TideModel,
-    context: Context,
-    mask_id: int,
-    loader: Loader,
-    *,
-    times: Sequence[float],
-    samples: int,
-    microbatch: int,
+    scorer: Scorer, context: Context, loader: Loader, levels: Levels, device: torch.device
 ) -> Likelihood:
-    """Score a model on the first `samples` held-out samples. All ranks call it together.
+    """Score a model on the first held-out samples. All ranks call it together.
 
-    Every rank forwards equally many microbatches (an expert-parallel model needs that); a rank that runs out
-    of samples forwards its first one again and leaves it out of the sums.
+    Every rank forwards equally many microbatches (a model whose parts lie on other ranks needs
+    that); a rank that runs out of samples forwards the first one again and leaves it out of the sums.
 
     Args:
-        model: the model, student or teacher; its mode is restored afterwards.
-        context: what its tokens may attend to.
-        mask_id: its mask token.
+        scorer: the model, in evaluation mode.
+        context: what its tokens may attend to; labels the bound.
         loader: held-out data; it knows rank and world.
-        times: noise levels in (0, 1].
-        samples: how many samples, at most the data set.
-        microbatch: samples per forward pass.
+        levels: how much.
+        device: where the scorer computes.
     """
     loader = dataclasses.replace(loader, sides={})  # one model is scored: nobody else's tokens are needed
-    (rank, world), samples = loader.ranks, min(samples, loader.num_samples)
-    rounds = math.ceil(samples / (microbatch * world))
-    sums = torch.zeros(4, samples, len(times), dtype=torch.float64, device=model.head_weight.device)
-    was_training = model.training
-    model.eval()
-    for step in range(rounds):
+    (rank, world), samples = loader.ranks, min(levels.samples, loader.num_samples)
+    microbatch = levels.microbatch
+    sums = torch.zeros(4, samples, len(levels.times), dtype=torch.float64, device=device)
+    for step in range(math.ceil(samples / (microbatch * world))):
         first = (step * world + rank) * microbatch
         mine = [index for index in range(first, first + microbatch) if index < samples]
-        batch = loader.batch_of(mine or [0]).to(sums.device)
-        for column, time in enumerate(times):
+        batch = loader.batch_of(mine or [0]).to(device)
+        for column, time in enumerate(levels.times):
             noised = Noiser(seed=EVALUATION_SEED, stream_suffix=f"@{time}").at(batch, time)
-            logits = _logits(model, trimmed_view(noised, context, mask_id))
-            sample, position = noised.row_index
-            gold = batch.ids[sample, position]
-            values = torch.zeros(3, len(batch.sample_ids), dtype=torch.float64, device=logits.device)
-            values[0].index_add_(
-                0, sample, torch.nn.functional.cross_entropy(logits, gold, reduction="none").double()
-            )
-            values[1].index_add_(0, sample, (logits.argmax(dim=-1) == gold).double())
+            nll, is_right = scorer(noised)
+            sample, _ = noised.row_index
+            values = torch.zeros(3, len(batch.sample_ids), dtype=torch.float64, device=device)
+            values[0].index_add_(0, sample, nll.double())
+            values[1].index_add_(0, sample, is_right.double())
             values[2] += noised.hidden.sum(dim=1)
             if mine:
                 sums[:3, mine, column] = values
         if mine:
             sums[3, mine, :] = batch.reply_bytes.double()[:, None]
-    model.train(was_training)
     sum_over(sums, None)
     sums = sums.cpu()
     return Likelihood(
         context=context.kind,
-        times=tuple(times),
+        times=tuple(levels.times),
         nll=sums[0],
         correct=sums[1],
         hidden=sums[2],
         reply_bytes=sums[3, :, 0],
     )
-
-
-def _logits(model: TideModel, view: Any) -> Tensor:
-    """Return fp32 logits [rows, vocabulary] of a view's hidden rows."""
-    return (model.rows(view) @ model.head_weight.T).float()

@@ -14,7 +14,7 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.data.columns import Columns
 from tide_megatron.data.loader import Loader
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.likelihood import evaluate
+from tide_megatron.evaluate.likelihood import Levels, ModelScorer, evaluate
 from tide_megatron.evaluate.replies import open_model
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.text.tokenizer import Tokenizer
@@ -50,13 +50,7 @@ def score_folder(folder: Path, question: Question, *, device: Device, stop: Stop
             block_size=1 if context.kind == "bidirectional" else context.block_size,
         )
     model = open_model(folder, device)
-    scores = evaluate(
-        model,
-        context,
-        tokenizer.mask_id,
-        loader,
-        times=question.times,
-        samples=question.samples,
-        microbatch=question.microbatch,
-    )
+    levels = Levels(times=question.times, samples=question.samples, microbatch=question.microbatch)
+    scorer = ModelScorer(model=model, context=context, mask_id=tokenizer.mask_id)
+    scores = evaluate(scorer, context, loader, levels, device.torch_device)
     return scores.summary()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +65,19 @@ def all_agree(flag: bool, group: ProcessGroup | None = None) -> bool:
     """
     objections = torch.tensor(int(not flag), dtype=torch.int64)
     return int(sum_over(objections, group)) == 0
+
+
+def gather_vectors(numbers: Sequence[float], group: ProcessGroup | None = None) -> torch.Tensor:
+    """Collect a vector of numbers from each rank, [ranks, numbers] fp64 on the CPU, on every rank.
+
+    Whole numbers up to 2^53 stay exact. Every rank of the group must call it, with as many numbers.
+    """
+    own = torch.tensor(numbers, dtype=torch.float64)
+    if not dist.is_initialized():
+        return own[None]
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    return torch.stack(gathered)
 
 
 def gather_objects(value: Value, group: ProcessGroup | None = None) -> list[Value]:

@@ -9,6 +9,7 @@ collection, which no path of ours needs.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import tide_megatron.platform  # noqa: F401 - before megatron
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from tide_megatron.parallel.head_group import across_replicas, head_groups
 from tide_megatron.parallel.layout import Layout, RankList
 
 # World -> its subgroups by ranks. It dies with the world, so the next one never meets stale groups.
@@ -55,6 +57,48 @@ def make_groups(layout: Layout, world: int | None = None) -> ProcessGroupCollect
     groups.intra_dp_cp, groups.intra_expt_dp = groups.dp_cp, groups.expt_dp
     groups.intra_dist_opt, groups.inter_dist_opt = _own(lists.world), None
     return groups
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadGroup:
+    """The ranks over which every vocabulary head is cut, seen from one of them (design section 1)."""
+
+    ranks: int = 1
+    place: int = 0
+    """This rank's number in it; place p holds the p-th range of ids."""
+    first: int = 0
+    """Rank of place 0 in the world."""
+    group: ProcessGroup | None = None
+    """None: one rank alone."""
+
+    @property
+    def world_ranks(self) -> range:
+        """The group's ranks in the world; it is an aligned block."""
+        return range(self.first, self.first + self.ranks)
+
+
+def make_head_group(ranks: int) -> HeadGroup:
+    """Make, or find again, this rank's head group of a checked size (`head_group_size`).
+
+    Every rank of the world must call it.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group = _own(head_groups(world, ranks)) if ranks > 1 else None
+    return HeadGroup(ranks=ranks, place=rank % ranks, first=rank // ranks * ranks, group=group)
+
+
+def make_across(layout: Layout, ranks: int) -> ProcessGroup | None:
+    """Make the group in which a teacher's replicas of one head group exchange rows; None for one replica.
+
+    Every rank of the world must call it.
+
+    Args:
+        layout: the teacher's.
+        ranks: size of the head groups.
+    """
+    if ranks == layout.replica_size:
+        return None
+    return _own(across_replicas(layout, dist.get_world_size(), ranks))
 
 
 def _own(lists: tuple[RankList, ...]) -> ProcessGroup | None:

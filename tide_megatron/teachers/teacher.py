@@ -1,78 +1,123 @@
 """A teacher: a frozen model in its own layout that answers with final hidden rows, never with logits.
 
-The answer travels as [rows, hidden of the teacher]; the head joins it with the teacher's output weight.
-With an expert-parallel-only layout each rank forwards its own microbatch and tokens travel inside the
-mixture layers, so nothing is exchanged before the head. Tensor and pipeline layouts will add collect and
-deliver here without changing what `answer` returns.
+    views of this rank -> collect -> forward -> deliver -> rows of the whole head group
 
-A teacher may have tokens of its own (a side of the batch) and may be shown half of what is hidden at a time
-(complementary views); both stay inside this package and the layer below: whoever asks gets rows.
+A rank asks for its own microbatches; the replica reads them seat by seat; the answer holds the rows of ALL
+ranks of the head group, because each of them owns a slice of the head's columns. With an expert-parallel
+layout a rank forwards for itself and its tokens travel inside the mixture layers. Whoever asks never learns
+which of these ways was taken.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.diffusion.complementary import Complementary
-from tide_megatron.diffusion.link import Reading
-from tide_megatron.diffusion.mask import Context
-from tide_megatron.diffusion.views import View, complementary_passes, complementary_view, teacher_view
+from tide_megatron.diffusion.views import View
 from tide_megatron.head.plain import HeadInput
 from tide_megatron.models.build import TideModel
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sight:
-    """How a teacher sees a noised microbatch."""
-
-    context: Context
-    mask_id: int
-    """The teacher's own mask token."""
-    complementary: Complementary | None = None
-    """Show half of the hidden tokens at a time; None: all are hidden in one view."""
-    forwards: int = 1
-    """Forward passes of complementary views: 1, or 2 (slower, equal; the oracle)."""
-
-    def views(self, noised: Noised, reading: Reading) -> tuple[View, ...]:
-        """Build what the teacher reads, one view per forward pass."""
-        if self.complementary is None:
-            return (teacher_view(reading, self.context, self.mask_id),)
-        shown = self.complementary.shown(noised.batch, reading)
-        if self.forwards == 1:
-            return (complementary_view(reading, shown, self.context, self.mask_id),)
-        return complementary_passes(reading, shown, self.context, self.mask_id)
-
-    def merge(self, noised: Noised, reading: Reading, answers: list[Tensor]) -> Tensor:
-        """Put the rows of all passes into (sample, position) order, [rows, hidden size]."""
-        if len(answers) == 1:
-            return answers[0]
-        assert self.complementary is not None, "plain views are one pass"
-        is_second = self.complementary.shown(noised.batch, reading)[reading.asked]  # [rows]
-        merged = answers[0].new_empty(len(is_second), answers[0].shape[1])
-        merged[~is_second], merged[is_second] = answers
-        return merged
+from tide_megatron.teachers.collect import collect
+from tide_megatron.teachers.request import Request, Sizes, num_rows
+from tide_megatron.teachers.route import Route
+from tide_megatron.teachers.schedule import forward_views
+from tide_megatron.teachers.sight import Sight, merge_passes
 
 
 class Teacher:
-    """One frozen model, resident on this rank beside the student."""
+    """One frozen model, resident on this rank beside the student and other teachers."""
 
-    def __init__(self, name: str, model: TideModel, sight: Sight) -> None:
-        """Keep a model that was built with `trainable=False`."""
+    def __init__(
+        self, name: str, model: TideModel, sight: Sight, route: Route, *, shared_schedule: int = 1
+    ) -> None:
+        """Keep a model that was built with `trainable=False`.
+
+        Args:
+            name: as in the recipe and in `Batch.sides`.
+            model: in its own layout.
+            sight: how it sees a microbatch.
+            route: how its rows travel.
+            shared_schedule: how many microbatches of a step are read in one pipeline schedule, at most.
+        """
         self.name = name
         self.model = model
         self.sight = sight
+        self.route = route
+        self.shared_schedule = 1 if route.is_alone else shared_schedule
+
+    def request(self, noised: Sequence[Noised]) -> Request:
+        """Build this rank's views of a step's microbatches. Not a collective."""
+        return Request(
+            views=[self.sight.views(self.name, example) for example in noised],
+            fingerprints=[example.batch.fingerprint for example in noised],
+        )
 
     @torch.no_grad()
-    def answer(self, noised: Noised) -> HeadInput:
-        """Return the teacher's final hidden states at the rows it is asked about, with its head weight.
+    def answers(self, request: Request, sizes: Sequence[Sizes]) -> Iterator[HeadInput]:
+        """Yield, by microbatch, the final hidden rows of the whole head group with the head's slice.
 
-        All ranks of the teacher's layout call it equally often, also when a microbatch has no hidden row:
-        their tokens pass through each other's experts.
+        All ranks that share anything with this one through the teacher's layout or the head group iterate
+        together and equally far, also when nothing is hidden: no rank of a replica can forward alone.
+
+        Args:
+            request: this rank's.
+            sizes: what every place of the head group asks for, [place][microbatch][pass].
+
+        Yields:
+            hidden [rows of all places, hidden size], in the order of places.
         """
-        reading = noised.reading(self.name)
-        rows = [self.model.rows(view) for view in self.sight.views(noised, reading)]
-        return HeadInput(hidden=self.sight.merge(noised, reading, rows), weight=self.model.head_weight)
+        start = 0
+        while start < len(request.views):
+            stop = min(start + self.shared_schedule, len(request.views))
+            for microbatch, rows in zip(
+                range(start, stop), self._forward(request, sizes, range(start, stop)), strict=True
+            ):
+                seat_rows = [num_rows(place[microbatch]) for place in sizes]
+                yield self.head_input(self.route.deliver(rows, seat_rows))
+            start = stop
+
+    def head_input(self, hidden: Tensor) -> HeadInput:
+        """Join hidden rows with this rank's slice of the head."""
+        return HeadInput(
+            hidden=hidden,
+            weight=self.model.head_weight,
+            start=self.model.head_start,
+            vocabulary=self.model.architecture.vocabulary,
+        )
+
+    def _forward(self, request: Request, sizes: Sequence[Sizes], window: range) -> list[Tensor]:
+        """Return this replica's rows for each microbatch of a window; room for them before the last stage."""
+        own = [view for microbatch in window for view in request.views[microbatch]]
+        seats = [
+            [size for microbatch in window for size in sizes[place][microbatch]] for place in self.route.seats
+        ]
+        views = [own] if self.route.is_alone else collect(own, seats, self.route.replica)
+        passes = len(request.views[0])
+        ordered = [
+            view
+            for number in range(len(window))
+            for seat in views
+            for view in seat[number * passes : (number + 1) * passes]
+        ]
+        outputs = forward_views(self.model, ordered)
+        per_microbatch = len(views) * passes
+        return [
+            self._joined(
+                ordered[first : first + per_microbatch], outputs[first : first + per_microbatch], passes
+            )
+            for first in range(0, len(ordered), per_microbatch)
+        ]
+
+    def _joined(self, views: Sequence[View], outputs: Sequence[Tensor], passes: int) -> Tensor:
+        """Put the rows of one microbatch's seats behind each other, or make room for them."""
+        if not outputs:
+            rows = sum(len(view.rows) for view in views)
+            weight = self.model.head_weight
+            return weight.new_empty(rows, weight.shape[1])
+        merged = [
+            merge_passes(views[first : first + passes], outputs[first : first + passes])
+            for first in range(0, len(views), passes)
+        ]
+        return torch.cat(merged)

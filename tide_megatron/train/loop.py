@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.evaluate.likelihood import Likelihood, evaluate
+from tide_megatron.evaluate.likelihood import Levels, Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.trained_context import write_context
 from tide_megatron.losses.tidal import Tidal
 from tide_megatron.models.convert import save_model
@@ -171,6 +172,10 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
             {name: round(value, 4) for name, value in result.terms.items()},
             after.skipped,
         )
+        for name, ids in result.broken.items():
+            log.warning(
+                "teachers.%s: its answer is not finite for samples %s of data.train", name, _listed(ids)
+            )
     start = torch.zeros(1)
     shares: dict[str, Tensor] = {
         name: loss.teacher_share(start, before)
@@ -185,6 +190,7 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
             **{f"items/{name}": value for name, value in result.items.items()},
             "grad_norm": result.update.grad_norm,
             "hidden_share": result.hidden / max(1, result.tokens),
+            **{f"bytes/{kind}": float(moved) for kind, moved in result.bytes.items() if moved},
         },
         latest={
             "learning_rate": result.update.learning_rate,
@@ -194,21 +200,23 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
     )
 
 
+def _listed(ids: Sequence[int], most: int = 10) -> str:
+    """Write sample ids into a log line, the first ones only when there are many."""
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return ", ".join(map(str, ids[:most])) + more
+
+
 def _evaluate(recipe: Recipe, parts: Parts, clock: Clock, metrics: Metrics) -> Likelihood | None:
     """Score the student on held-out data, if there is any. All ranks call it."""
     if parts.held_out is None:
         return None
     student, options = parts.run.student, recipe.evaluation
+    levels = Levels(times=options.times, samples=options.samples, microbatch=options.microbatch)
+    scorer = ModelScorer(model=student.model, context=student.context, mask_id=student.mask_id)
     with parts.run.phases("evaluate"):
-        scores = evaluate(
-            student.model,
-            student.context,
-            student.mask_id,
-            parts.held_out,
-            times=options.times,
-            samples=options.samples,
-            microbatch=options.microbatch,
-        )
+        student.model.eval()
+        scores = evaluate(scorer, student.context, parts.held_out, levels, parts.run.device)
+        student.model.train()
     values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
     assert all(map(math.isfinite, values.values())), "a score is a finite number"
     metrics.evaluated(clock, values)

@@ -60,6 +60,9 @@ class TeacherModel(Model):
     """Share of the hidden tokens that the first complementary view shows."""
     forwards: Literal["one", "two"] = "one"
     """How complementary views are run: as one forward, or as two (slower and equal; to compare)."""
+    shared_schedule: int = Field(default=4, ge=1)
+    """Microbatches of an update that a pipeline teacher reads in one schedule, at most: more of them shrink
+    the bubble and hold more hidden rows (machine choice)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -188,6 +191,9 @@ class Recipe:
     metrics: MetricsOptions = Field(default_factory=MetricsOptions)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "dense", "structured", "flex"] = "auto"
+    head_ranks: int | None = Field(default=None, ge=1)
+    """Ranks over which every vocabulary head is cut (machine choice); None: the least common multiple of the
+    teachers' replicas. More save memory and send more."""
 
     @property
     def terms(self) -> dict[str, Loss]:
@@ -195,5 +201,5 @@ class Recipe:
         return dict(self.losses)
 
 
-MACHINE_KEYS = ("folder", "evaluation", "checkpoints", "metrics", "device", "attention")
+MACHINE_KEYS = ("folder", "evaluation", "checkpoints", "metrics", "device", "attention", "head_ranks")
 """Top-level fields that choose machines or reports, never mathematics."""

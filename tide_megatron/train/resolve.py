@@ -82,7 +82,7 @@ def mathematics(tree: Tree) -> Tree:
     kept["batch"] = _without(tree["batch"], "microbatch")
     kept["optimizer"] = _without(tree["optimizer"], "distributed")
     kept["student"] = _without(tree["student"], "layout")
-    choices = ("layout", "sanity", "forwards")
+    choices = ("layout", "sanity", "forwards", "shared_schedule")
     kept["teachers"] = {name: _without(model, *choices) for name, model in tree["teachers"].items()}
     return kept
 

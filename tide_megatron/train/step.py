@@ -8,6 +8,7 @@ losses and head never learn a teacher's layout.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -15,15 +16,23 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.diffusion.batch import Batch, Noised
+from tide_megatron.diffusion.batch import Batch
 from tide_megatron.diffusion.noise import Noiser
+from tide_megatron.head.cut import Cut
 from tide_megatron.head.plain import head_loss
 from tide_megatron.losses.rows import Loss, rows_of
 from tide_megatron.parallel.collectives import sum_over
+from tide_megatron.parallel.groups import HeadGroup
+from tide_megatron.parallel.ledger import KINDS, LEDGER
 from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.train.counts import count
 from tide_megatron.train.metrics import Phases
 from tide_megatron.train.optimizer import Update
+from tide_megatron.train.shared_rows import share_rows, share_student
 from tide_megatron.train.student import Student
+from tide_megatron.train.watch import AnswerWatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,10 @@ class Run:
     noiser: Noiser
     phases: Phases
     device: torch.device
+    head: HeadGroup
+    """The ranks that share every vocabulary head with this one."""
+    cut: Cut
+    """Which ids each of them owns."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +65,10 @@ class StepResult:
     """Tokens of clean text that were read, without pads, over all ranks."""
     hidden: int
     """Rows that were predicted, over all ranks."""
+    bytes: dict[str, int]
+    """What our own collectives brought to all ranks together, by kind (`parallel.ledger`)."""
+    broken: dict[str, list[int]]
+    """Teachers whose answers were not finite -> sample ids; looked for only when an update was skipped."""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -62,59 +79,78 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         run: student, teachers, losses.
         batches: this rank's microbatches of one update.
         clock: where the run stands; the caller advances it.
+
+    Raises:
+        TideError: on every rank, when a teacher was asked about other samples than the student.
     """
     with run.phases("data"):
         noised = [run.noiser(batch.to(run.device)) for batch in batches]
-        counts, tokens, hidden = count(run, noised)
+        rows = [rows_of(example) for example in noised]
+        requests = {name: teacher.request(noised) for name, teacher in run.teachers.items()}
+        counts = count(noised, rows, requests, run.losses, run.head)
+    with run.phases("exchange"):
+        shared = list(share_rows(rows, counts.rows, sorted(batches[0].sides), run.head))
+    streams = {name: run.teachers[name].answers(requests[name], counts.asked[name]) for name in requests}
     run.student.clear()
+    watch = AnswerWatch(run.teachers, run.head, counts)
     sums: dict[str, Tensor] = {}
-    for example in noised:
+    for microbatch, example in enumerate(noised):
         with run.phases("teacher"):
-            answers = {name: teacher.answer(example) for name, teacher in run.teachers.items()}
+            answers = {name: next(stream) for name, stream in streams.items()}
+            watch.look(answers, microbatch, example)
         with run.phases("student"):
-            student = run.student.rows(run.student.view(example))
+            own = run.student.rows(run.student.view(example))
+        with run.phases("exchange"):
+            student = share_student(own, shared[microbatch].sizes, run.cut, run.head)
         with run.phases("head"):
-            loss = head_loss(student, answers, run.losses, rows_of(example), counts, clock)
+            loss = head_loss(
+                student,
+                answers,
+                run.losses,
+                shared[microbatch].rows,
+                counts.divisors,
+                clock,
+                group=run.head.group,
+                own=shared[microbatch].own,
+            )
         with run.phases("backward"):
             run.student.release(loss.objective)
         for name, value in loss.sums.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
     with run.phases("optimizer"):
-        terms = total(run, sums)
+        terms, moved = total(run, sums)
         objective = sum(run.losses[name].weight * value for name, value in terms.items())
         update = run.student.update(clock, finite=math.isfinite(objective))
-    items = {name: float(value) for name, value in counts.items()}
     return StepResult(
-        terms=terms, items=items, objective=objective, update=update, tokens=tokens, hidden=hidden
+        terms=terms,
+        items={name: float(value) for name, value in counts.divisors.items()},
+        objective=objective,
+        update=update,
+        tokens=counts.tokens,
+        hidden=counts.hidden,
+        bytes=moved,
+        broken={} if update.applied else watch.report(),
     )
 
 
 # ---------------------------------------------------------------------------------------------------
 
 
-def count(run: Run, noised: Sequence[Noised]) -> tuple[dict[str, Tensor], int, int]:
-    """Sum every loss's divisor over microbatches and ranks in ONE collective. All ranks call it together.
+def total(run: Run, sums: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, int]]:
+    """Add up the ranks' shares of each term, and what travelled. All ranks call it together.
 
     Returns:
-        (divisor of each loss, fp64 scalar), clean tokens, hidden rows.
+        The terms; one that nobody had is absent. Bytes by kind, those of this collective not included.
     """
-    names = list(run.losses)
-    mine = [[run.losses[name].count(example).double() for example in noised] for name in names]
-    mine.append([example.batch.lengths.sum().double() for example in noised])
-    mine.append([example.hidden.sum().double() for example in noised])
-    packed = torch.stack([torch.stack([value.to(run.device) for value in row]).sum() for row in mine])
-    sum_over(packed, run.student.groups.dp)
-    *counts, tokens, hidden = packed.unbind()
-    return dict(zip(names, counts, strict=True)), int(tokens), int(hidden)
-
-
-def total(run: Run, sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Add up the ranks' shares of each term; a term nobody had is absent. All ranks call it together."""
-    names = list(run.losses)
-    packed = torch.zeros(2, len(names), dtype=torch.float64, device=run.device)
+    names, moved = list(run.losses), LEDGER.take()
+    packed = torch.zeros(2 * len(names) + len(KINDS), dtype=torch.float64, device=run.device)
     for index, name in enumerate(names):
         if name in sums:
-            packed[:, index] = torch.stack([sums[name].double(), torch.ones_like(sums[name]).double()])
+            packed[index], packed[len(names) + index] = sums[name], 1.0
+    packed[2 * len(names) :] = packed.new_tensor([float(moved[kind]) for kind in KINDS])
     sum_over(packed, run.student.groups.dp)
-    values, seen = packed.tolist()
-    return {name: value for name, value, ranks in zip(names, values, seen, strict=True) if ranks}
+    values = packed.tolist()
+    terms = {
+        name: value for name, value, ranks in zip(names, values, values[len(names) :], strict=False) if ranks
+    }
+    return terms, {kind: int(value) for kind, value in zip(KINDS, values[2 * len(names) :], strict=True)}

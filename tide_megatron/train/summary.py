@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import rich
@@ -10,8 +11,11 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
+from tide_megatron.base.device import choose_device
 from tide_megatron.models.convert import read_architecture
-from tide_megatron.train.assemble import check_layout
+from tide_megatron.parallel.head_group import head_group_size
+from tide_megatron.train.placement import Placed, placement_table
+from tide_megatron.train.plans import check_layout, placed
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, digest
 
@@ -33,22 +37,47 @@ def print_summary(recipe: Recipe, tree: Tree, world: int) -> None:
     else:
         print(text, end="")
     samples, microbatches = recipe.batch.accumulation(world)
-    table = Table("model", "architecture", "context", "layout", box=None)
-    for name, model in {"student": recipe.student, **recipe.teachers}.items():
-        architecture = read_architecture(Path(model.folder))
-        layout = model.layout
-        where = "student" if model is recipe.student else f"teachers.{name}"
-        check_layout(model, architecture, world, where)
-        cuts = [
-            f"{axis} {getattr(layout, axis)}" for axis in ("tensor", "pipeline", "expert", "expert_tensor")
-        ]
-        cuts = [cut for cut in cuts if not cut.endswith(" 1")] or ["whole"]
-        place = f"{', '.join(cuts)}; {layout.num_replicas(world)} replica(s)"
-        table.add_row(
-            name, architecture.model_type, f"{model.context.kind} {model.context.block_size}", place
-        )
+    models, head_ranks = place(recipe, world)
     console = Console(stderr=True)
     console.print(f"\ndigest {digest(tree)}, {world} rank(s)", highlight=False)
     split = f"{world} rank(s) x {microbatches} microbatch(es) x {samples}"
     console.print(f"{recipe.batch.samples} samples an update = {split}", highlight=False)
-    console.print(table)
+    console.print(_models(recipe, models, world))
+    console.print()
+    console.print(placement_table(models, world, head_ranks))
+
+
+def place(recipe: Recipe, world: int) -> tuple[dict[str, Placed], int]:
+    """Read what a recipe's models are, check their layouts, and say how many ranks share their heads.
+
+    Raises:
+        ConfigError: a layout or `head_ranks` does not fit; CheckpointError: a model folder is missing.
+    """
+    found = {}
+    for name, model in {"student": recipe.student, **recipe.teachers}.items():
+        architecture = read_architecture(Path(model.folder))
+        where = "student" if model is recipe.student else f"teachers.{name}"
+        check_layout(model, architecture, world, where)
+        found[name] = placed(model, architecture, _device_type(recipe))
+    layouts = [model.layout for model in recipe.teachers.values()]
+    return found, head_group_size(layouts, world, recipe.head_ranks)
+
+
+def _device_type(recipe: Recipe) -> str:
+    """Return the device that a run would take; one that is insisted on need not be here to plan for it."""
+    return "cuda" if recipe.device == "cuda" else choose_device(recipe.device).type
+
+
+def _models(recipe: Recipe, models: Mapping[str, Placed], world: int) -> Table:
+    """List the models with their layouts."""
+    table = Table("model", "architecture", "context", "layout", box=None)
+    for name, model in {"student": recipe.student, **recipe.teachers}.items():
+        layout = model.layout
+        cuts = [
+            f"{axis} {getattr(layout, axis)}" for axis in ("tensor", "pipeline", "expert", "expert_tensor")
+        ]
+        cuts = [cut for cut in cuts if not cut.endswith(" 1")] or ["whole"]
+        where = f"{', '.join(cuts)}; {layout.num_replicas(world)} replica(s)"
+        context = f"{model.context.kind} {model.context.block_size}"
+        table.add_row(name, models[name].architecture.model_type, context, where)
+    return table

@@ -9,8 +9,9 @@ import torch
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
+from tide_megatron.parallel.groups import HeadGroup
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.teachers.teacher import Sight
+from tide_megatron.teachers.sight import Sight
 from tide_megatron.train import sanity
 from tide_megatron.train.sanity import check_teachers, frequency_nll
 
@@ -52,8 +53,8 @@ def test_frequencies_are_those_of_maskable_tokens(samples):
 def run_check(monkeypatch, samples, nll, choice, held_out=True):
     asked = []
 
-    def evaluate(model, context, mask_id, loader, **options):
-        asked.append((model, context.kind, mask_id, loader, options["times"]))
+    def evaluate(scorer, context, loader, levels, device):
+        asked.append((scorer.teacher, context.kind, loader, levels.times))
         return SimpleNamespace(by_time=lambda: [{"nll_per_token": nll}])
 
     monkeypatch.setattr(sanity, "evaluate", evaluate)
@@ -64,7 +65,7 @@ def run_check(monkeypatch, samples, nll, choice, held_out=True):
     parts = SimpleNamespace(
         held_out=samples if held_out else None,
         loader=Samples([[9]], [[True]]) if held_out else samples,
-        run=SimpleNamespace(teachers={"big": teacher}),
+        run=SimpleNamespace(teachers={"big": teacher}, head=HeadGroup(), device=torch.device("cpu")),
     )
     layout = Layout(expert=4)
     recipe = SimpleNamespace(teachers={"big": SimpleNamespace(sanity=choice, layout=layout)})
@@ -76,7 +77,7 @@ def run_check(monkeypatch, samples, nll, choice, held_out=True):
 def test_a_teacher_that_knows_something_is_reported(monkeypatch, samples, held_out):
     nll = chance() - 0.01
     (entry,), asked, teacher = run_check(monkeypatch, samples, nll, "refuse", held_out)
-    assert asked == [(teacher.model, "block_causal", 3, samples, (0.3,))]
+    assert asked == [(teacher, "block_causal", samples, (0.3,))]
     assert entry == {
         "name": "big",
         "layout": "{expert=4}",

@@ -1,0 +1,108 @@
+"""Exchanges of uneven rows: values, adjoints, padding, and the ledger against what torch.distributed had."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tide_megatron.parallel.collectives import Traffic
+from tide_megatron.parallel.exchange import (
+    broadcast_rows,
+    gather_parts,
+    gather_rows,
+    gather_statistics,
+    padded,
+)
+from tide_megatron.parallel.ledger import LEDGER
+
+WIDTH = 3
+SIZES = {
+    "uneven": (5, 0, 17, 2),
+    "one rank has all": (0, 0, 9, 0),
+    "even": (8, 8, 8, 8),
+    "nobody has any": (0, 0, 0, 0),
+}
+
+
+def part_of(rank, size):
+    return torch.arange(size * WIDTH, dtype=torch.float32).view(size, WIDTH) + 100 * rank
+
+
+def gathered(sizes):
+    """Gather this rank's part, and send back a gradient that differs by rank."""
+    sizes = sizes[: dist.get_world_size()]
+    rank = dist.get_rank()
+    LEDGER.take()
+    rows = part_of(rank, sizes[rank]).requires_grad_()
+    with Traffic() as traffic:
+        whole = gather_rows(rows, sizes, dist.group.WORLD)
+        there = traffic.bytes["allgather_base"] + traffic.bytes["allgather_into_tensor_out"]
+        (whole * (rank + 1) * torch.arange(1.0, len(whole) + 1)[:, None]).sum().backward()
+    plain = gather_parts(part_of(rank, sizes[rank]), sizes, dist.group.WORLD, "collect")
+    return whole.detach(), rows.grad, LEDGER.take(), plain, dict(traffic.bytes), there
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parts_and_gradients_find_their_owners(pool, name, ranks):
+    sizes = SIZES[name][:ranks]
+    wanted = torch.cat([part_of(rank, size) for rank, size in enumerate(sizes)])
+    factor = sum(range(1, ranks + 1))  # every rank's gradient of a row, added up
+    first = 0
+    for rank, (whole, gradient, _, plain, _, _) in enumerate(pool(ranks).run(gathered, SIZES[name])):
+        if sum(sizes):
+            assert torch.equal(whole, wanted)
+            assert torch.equal(plain, wanted)
+        mine = torch.arange(first + 1.0, first + sizes[rank] + 1)[:, None].expand(-1, WIDTH) * factor
+        assert torch.equal(gradient, mine)
+        first += sizes[rank]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_ledger_has_what_arrived(pool, name):
+    longest = padded(max(SIZES[name]))
+    moved = 3 * longest * WIDTH * 4 if sum(SIZES[name]) else 0
+    for *_, ledger, _, traffic, _ in pool(4).run(gathered, SIZES[name]):
+        assert (ledger["rows"], ledger["gradients"], ledger["collect"]) == (moved, moved, moved)
+        assert ledger["deliver"] == ledger["statistics"] == 0
+        # What torch.distributed was handed: one part there, four parts back.
+        assert sum(traffic.values()) == (5 * longest * WIDTH * 4 if moved else 0)
+
+
+def statistics(numbers):
+    packed = (torch.arange(float(numbers)) + dist.get_rank()).requires_grad_()
+    LEDGER.take()
+    table = gather_statistics(packed, dist.group.WORLD)
+    (table * (dist.get_rank() + 1)).sum().backward()
+    return table.detach(), packed.grad, LEDGER.take()["statistics"]
+
+
+@pytest.mark.parametrize("numbers", [0, 5, 16])
+def test_statistics_come_back_summed(pool, numbers):
+    for table, gradient, moved in pool(4).run(statistics, numbers):
+        assert torch.equal(table, torch.arange(float(numbers)) + torch.arange(4.0)[:, None])
+        assert torch.equal(gradient, torch.full((numbers,), 10.0))
+        assert moved == 2 * 3 * padded(numbers) * 4
+
+
+def broadcasts(source):
+    rows = part_of(dist.get_rank(), 2)
+    LEDGER.take()
+    return broadcast_rows(rows, source, dist.group.WORLD), LEDGER.take()["deliver"]
+
+
+def test_a_broadcast_counts_where_it_arrives(pool):
+    for rank, (rows, moved) in enumerate(pool(4).run(broadcasts, 2)):
+        assert torch.equal(rows, part_of(2, 2))
+        assert moved == (0 if rank == 2 else 2 * WIDTH * 4)
+
+
+def alone():
+    rows = part_of(0, 2).requires_grad_()
+    LEDGER.take()
+    whole = gather_rows(rows, (2,), None)
+    table = gather_statistics(rows.flatten(), None)
+    return whole is rows, table.shape, sum(LEDGER.take().values())
+
+
+def test_one_rank_sends_nothing(pool):
+    assert pool(1).run(alone) == [(True, (1, 6), 0)]

@@ -1,0 +1,117 @@
+"""The one count collective of a step: every divisor, and how long everything is that will travel.
+
+Each rank says what it has, for all microbatches of the step at once; all ranks hear it (design section 6).
+So weights and 1/count enter the losses before the forward pass, no later exchange asks the host for a length,
+and a teacher that was asked about other samples than the student is found before anything is compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tide_megatron.base.errors import TideError
+from tide_megatron.diffusion.batch import Noised
+from tide_megatron.losses.rows import Loss, Rows
+from tide_megatron.losses.transport import row_sizes
+from tide_megatron.parallel.collectives import gather_objects, gather_vectors
+from tide_megatron.parallel.groups import HeadGroup
+from tide_megatron.teachers.request import Request, Sizes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What all ranks know of a step before its first forward pass."""
+
+    divisors: Mapping[str, Tensor]
+    """Of each loss, fp64 scalar on CPU."""
+    tokens: int
+    """Clean tokens without pads, over all ranks."""
+    hidden: int
+    """Rows to predict, over all ranks."""
+    rows: Sequence[Sequence[Sequence[int]]]
+    """[place of the head group][microbatch]: how that place's `Rows` are packed."""
+    asked: Mapping[str, Sequence[Sizes]]
+    """Teacher -> [place of the head group][microbatch][pass]."""
+
+
+def count(
+    noised: Sequence[Noised],
+    rows: Sequence[Rows],
+    requests: Mapping[str, Request],
+    losses: Mapping[str, Loss],
+    head: HeadGroup,
+) -> Counts:
+    """Exchange a step's numbers in ONE collective. All ranks call it together.
+
+    Args:
+        noised: this rank's microbatches.
+        rows: their hidden rows.
+        requests: what this rank asks of each teacher.
+        losses: the terms, by name.
+        head: this rank's head group.
+
+    Raises:
+        TideError: on every rank, when a teacher's views and the student's rows are of different samples.
+    """
+    links = sorted(noised[0].batch.sides)
+    fingerprints = [example.batch.fingerprint for example in noised]
+    mine: dict[str, list[float]] = {
+        "divisors": [float(sum(loss.count(example) for example in noised)) for loss in losses.values()],
+        "totals": [
+            float(sum(example.batch.lengths.sum() for example in noised)),
+            float(sum(example.hidden.sum() for example in noised)),
+        ],
+        "rows": [float(size) for part in rows for size in row_sizes(part, links)],
+        "fingerprints": [float(number) for number in fingerprints],
+    }
+    for name, request in requests.items():
+        mine[f"views of {name}"] = [float(number) for number in request.numbers()]
+        mine[f"fingerprints of {name}"] = [float(number) for number in request.fingerprints]
+    table = _Table(gather_vectors([value for part in mine.values() for value in part]), mine)
+    _check_samples(table, requests, noised)
+    divisors = table["divisors"].sum(dim=0)
+    tokens, hidden = table["totals"].sum(dim=0).tolist()
+    here = slice(head.first, head.first + head.ranks)
+    return Counts(
+        divisors=dict(zip(losses, divisors, strict=True)),
+        tokens=int(tokens),
+        hidden=int(hidden),
+        rows=[list(_split(line, len(noised))) for line in table["rows"][here].long().tolist()],
+        asked={
+            name: [request.sizes(line) for line in table[f"views of {name}"][here].long().tolist()]
+            for name, request in requests.items()
+        },
+    )
+
+
+class _Table:
+    """Every rank's numbers, [ranks, numbers], by section."""
+
+    def __init__(self, numbers: Tensor, sections: Mapping[str, Sequence[float]]) -> None:
+        parts = torch.split(numbers, [len(section) for section in sections.values()], dim=1)
+        self._parts = dict(zip(sections, parts, strict=True))
+
+    def __getitem__(self, section: str) -> Tensor:
+        return self._parts[section]
+
+
+def _split(numbers: Sequence[int], parts: int) -> Iterator[Sequence[int]]:
+    size = len(numbers) // parts
+    return (numbers[first : first + size] for first in range(0, len(numbers), size)) if size else iter([])
+
+
+def _check_samples(table: _Table, requests: Mapping[str, Request], noised: Sequence[Noised]) -> None:
+    """Refuse a teacher that would answer about other samples than the student's, on all ranks alike."""
+    for name in requests:
+        differs = (table[f"fingerprints of {name}"] != table["fingerprints"]).nonzero()
+        if len(differs):
+            rank, microbatch = differs[0].tolist()
+            ids = gather_objects([example.batch.sample_ids.tolist() for example in noised])[rank]
+            raise TideError(
+                f"teachers.{name}: on rank {rank}, microbatch {microbatch}, it was asked about other samples "
+                f"than the student's {ids[microbatch]}; make a step's views and rows from the same batches"
+            )

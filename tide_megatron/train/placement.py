@@ -1,0 +1,109 @@
+"""Which rank holds what: the picture that `tide train --dry-run` prints and a run logs when it starts.
+
+Pure arithmetic over layouts and tables of weights, so it can be drawn for 1,024 ranks on a laptop. Bytes are
+those of the weights a rank holds (a frozen model's; the student's in its training precision); gradients,
+optimizer states and activations are not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tide_megatron.head.cut import Cut
+from tide_megatron.models.architecture import Architecture
+from tide_megatron.models.holding import held_parameters
+from tide_megatron.models.shard import Shard
+from tide_megatron.parallel.layout import Layout
+
+MOST_RANKS = 64
+"""So many ranks are drawn, at most; where the pattern repeats earlier, it is drawn once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placed:
+    """One model of a run."""
+
+    architecture: Architecture
+    layout: Layout
+    bytes_per_parameter: int
+    is_student: bool = False
+
+
+def placement_table(models: Mapping[str, Placed], world: int, head_ranks: int) -> Table:
+    """Draw who holds what, one line a rank.
+
+    Args:
+        models: student first, by the name they have in the recipe; layouts are checked.
+        world: number of ranks.
+        head_ranks: size of the head groups.
+    """
+    lines = list(_lines(models, world, head_ranks))
+    shown = min(_period(lines), MOST_RANKS)
+    table = Table("rank", *models, "head ids", box=None, title="placement", title_justify="left")
+    for rank, line in enumerate(lines[:shown]):
+        table.add_row(str(rank), *line)
+    if shown < world:
+        kind = "repeat this pattern" if _period(lines) == shown else "are not drawn"
+        table.add_row(f"{shown}..{world - 1}", kind)
+    return table
+
+
+def drawn(table: Table) -> str:
+    """Return a table as lines of plain text, for a log."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=200, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+
+def _lines(models: Mapping[str, Placed], world: int, head_ranks: int) -> Iterator[Sequence[str]]:
+    """Say what each rank holds, cell by cell."""
+    vocabularies = [model.architecture.vocabulary for model in models.values()]
+    for rank in range(world):
+        cut = Cut.of(vocabularies, head_ranks, rank % head_ranks)
+        start, stop = cut.columns(max(vocabularies))
+        yield [
+            *(_cell(model, rank, world, cut) for model in models.values()),
+            "all" if head_ranks == 1 else f"{start}-{stop - 1}" if start < stop else "none",
+        ]
+
+
+def _cell(model: Placed, rank: int, world: int, cut: Cut) -> str:
+    """Say which part of a model a rank holds, with its weights' bytes."""
+    architecture, layout = model.architecture, model.layout
+    head = None if model.is_student else cut.columns(architecture.vocabulary)
+    shard = Shard.of(layout, rank, world, architecture.layers, head=head)
+    words = []
+    if layout.pipeline > 1:
+        last = shard.first_layer + shard.num_layers - 1
+        words.append(f"stage {layout.seat(rank).pipeline} (layers {shard.first_layer}-{last})")
+    if layout.tensor > 1:
+        words.append(f"shard {shard.tensor_rank + 1}/{shard.tensor_size}")
+    if layout.expert > 1:
+        share = architecture.num_experts // shard.expert_size
+        first = shard.expert_rank * share
+        words.append(f"experts {first}-{first + share - 1}" if share > 1 else f"expert {first}")
+    if layout.expert_tensor > 1:
+        words.append(f"expert shard {shard.expert_tensor_rank + 1}/{shard.expert_tensor_size}")
+    size = held_parameters(architecture, shard) * model.bytes_per_parameter
+    return f"{', '.join(words) or 'whole'}: {in_bytes(size)}"
+
+
+def _period(lines: Sequence[Sequence[str]]) -> int:
+    """Return after how many ranks the lines repeat; a divisor of their number."""
+    number = len(lines)
+    divisors = (size for size in range(1, number + 1) if number % size == 0)
+    return next(size for size in divisors if all(lines[i] == lines[i % size] for i in range(number)))
+
+
+def in_bytes(number: float) -> str:
+    """Write a number of bytes with a unit, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
