@@ -9,6 +9,7 @@ import warnings
 
 from tide_megatron.platform.adam import repair_torch_adam
 from tide_megatron.platform.cpu import redirect_cuda
+from tide_megatron.platform.gloo import allow_uneven_shares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ def prepare_platform() -> Platform:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each other missing accelerator warns at import as well
         redirected = redirect_cuda()
+        allow_uneven_shares()
         repaired = repair_torch_adam()
     version = importlib.metadata.version("megatron-core")
     return Platform(megatron_version=version, redirected_to_cpu=redirected, torch_adam_repaired=repaired)
