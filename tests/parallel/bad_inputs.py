@@ -106,6 +106,38 @@ def change_one_id(run):
     file.write_bytes(content[:-1] + b"\x01")
 
 
+LAYOUTS = {
+    # name: (words for four ranks, what is said)
+    "more stages than layers": (
+        ["teachers.dense.layout.pipeline=4"],
+        r"^teachers\.dense\.layout \{pipeline=4\}: 3 layers .* nearest legal layout is ",
+    ),
+    "key-value heads that do not divide": (
+        ["teachers.dense.layout.tensor=4"],
+        r"^teachers\.dense\.layout \{tensor=4\}: 2 key-value heads .* nearest legal layout is ",
+    ),
+    "experts that do not divide": (
+        ["teachers.own.layout.expert=4", "teachers.own.layout.pipeline=2"],
+        r"^teachers\.own\.layout .* nearest legal layout is ",
+    ),
+    "an expert width that does not divide": (
+        ["teachers.moe.layout.expert_tensor=4", "teachers.moe.folder={run}/narrow"],
+        r"^teachers\.moe\.layout\.expert_tensor: 4 ranks cannot .* width 18 evenly; use expert_tensor=2$",
+    ),
+    "a student cut over tensor ranks": (
+        ["student.layout.tensor=2"],
+        r"^student\.layout\.tensor: 2 is not available yet for a model that is trained",
+    ),
+    "head groups that cut a replica": (
+        ["teachers.dense.layout.tensor=2", "teachers.dense.layout.pipeline=2", "head_ranks=2"],
+        r"^head_ranks: 2 must be a multiple of every teacher's replica .* nearest legal size is 4$",
+    ),
+    "head groups that do not divide the ranks": (
+        ["head_ranks=3"],
+        r"^head_ranks: 3 must .* divide the 4 ranks of this run; the nearest legal size is ",
+    ),
+}
+
 FAULTS = {
     # name: (fault or words, kind of error, what is said: key or file, and remedy)
     "a misspelt key": (

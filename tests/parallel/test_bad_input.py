@@ -13,9 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.bad_inputs import FAULTS, attempt, cut, one_rank_sees, plant
+from tests.parallel.bad_inputs import FAULTS, LAYOUTS, attempt, cut, one_rank_sees, plant
 from tests.small_tokenizer import write_chats, write_other, write_tokenizer
-from tests.tiny_run import copy_tiny_run, teacher_config, write_cross_run, write_model, write_tiny_run
+from tests.tiny_run import (
+    copy_tiny_run,
+    teacher_config,
+    write_cross_run,
+    write_model,
+    write_pair_run,
+    write_tiny_run,
+)
 from tide_megatron import commands
 from tide_megatron.base.errors import TideError
 from tide_megatron.data.prepare import prepare
@@ -70,6 +77,19 @@ def test_a_fault_is_told_with_its_place_and_remedy_and_leaves_nothing(pool, tiny
     assert answer is not None, "the run went on"
     assert answer[0] == f"{kind}Error"
     assert re.search(said, answer[1]), answer[1]
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_that_cannot_be_is_refused_on_every_rank_before_anything_is_read(pool, tmp_path, name):
+    words, said = LAYOUTS[name]
+    file = write_pair_run(tmp_path / "pair")
+    write_model(file.parent / "narrow", teacher_config(320, 8) | {"moe_intermediate_size": 18}, seed=3)
+    before = everything(tmp_path)
+    for answer in pool(4).run(attempt, file, [word.format(run=file.parent) for word in words]):
+        assert answer is not None, "the run went on"
+        assert answer[0] == "ConfigError"
+        assert re.search(said, answer[1]), answer[1]
     assert everything(tmp_path) == before
 
 

@@ -13,6 +13,7 @@ hold, on every rank of every stage: heads are cut by vocabulary over ranks of th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tide_megatron.platform  # noqa: F401 - before megatron
@@ -204,10 +205,10 @@ def check_widths(architecture: Architecture, layout: Layout) -> None:
     for axis, width, name in widths:
         size = getattr(layout, axis)
         if width % size:
-            smaller = max(number for number in range(1, size) if width % number == 0)
+            # A divisor of the size fits wherever the size did.
             raise ConfigError(
                 f"layout.{axis}: {size} ranks cannot share the {name} width {width} evenly; "
-                f"use {axis}={smaller}"
+                f"use {axis}={math.gcd(size, width)}"
             )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from tide_megatron.base.units import in_bytes
 from tide_megatron.head.cut import Cut
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.holding import held_parameters
@@ -98,12 +99,3 @@ def _period(lines: Sequence[Sequence[str]]) -> int:
     number = len(lines)
     divisors = (size for size in range(1, number + 1) if number % size == 0)
     return next(size for size in divisors if all(lines[i] == lines[i % size] for i in range(number)))
-
-
-def in_bytes(number: float) -> str:
-    """Write a number of bytes with a unit, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.units import in_bytes
 from tide_megatron.train.sinks import Record
 
 REFRESHES_PER_SECOND = 4
@@ -38,6 +39,7 @@ class Progress:
         self._console = rich.get_console()
         self._start = (time.monotonic(), clock.step)
         self._phases: dict[str, float] = defaultdict(float)
+        self._moved: dict[str, float] = {}
         self._bar: _Bar | None = None
         if self._console.is_terminal:
             self._bar = _Bar(
@@ -61,6 +63,7 @@ class Progress:
         values = record.values
         for name, share in _phases(values).items():
             self._phases[name] += share * values["seconds"]
+        self._moved |= _moved(values)
         if record.kind == "evaluate":
             self._print(f"step {record.clock.step}: held out  {describe_scores(values)}")
         elif self._bar is not None:
@@ -79,6 +82,9 @@ class Progress:
             self._print(
                 "where the time went: " + "  ".join(f"{name} {spent / total:.1%}" for name, spent in shares)
             )
+        if self._moved:
+            kinds = "  ".join(f"{kind} {in_bytes(moved)}" for kind, moved in self._moved.items())
+            self._print(f"what was exchanged a step, over all ranks, at last: {kinds}")
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -110,6 +116,9 @@ def describe_step(values: Mapping[str, float]) -> str:
         if name.split("/")[0] == "lambda":
             words.append(f"{name.replace('lambda', 'λ', 1)} {value:.3f}")
     words.append(f"{_thousands(values['tokens_per_second'])} tokens/s")
+    moved = _moved(values)
+    if moved:
+        words.append(f"{in_bytes(sum(moved.values()))} exchanged")
     longest = sorted(_phases(values).items(), key=lambda item: -item[1])[:3]
     words.append(" ".join(f"{name} {share:.0%}" for name, share in longest))
     return "  ".join(word for word in words if word)
@@ -122,6 +131,11 @@ def describe_scores(values: Mapping[str, float]) -> str:
 
 def _phases(values: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("phase/"): share for name, share in values.items() if name.startswith("phase/")}
+
+
+def _moved(values: Mapping[str, float]) -> dict[str, float]:
+    """Return bytes a step by kind, over all ranks (`parallel.ledger`)."""
+    return {name.removeprefix("bytes/"): moved for name, moved in values.items() if name.startswith("bytes/")}
 
 
 def _thousands(number: float) -> str:
