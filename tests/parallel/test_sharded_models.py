@@ -66,6 +66,11 @@ NOT_FOR_DENSE = {"EP2", "EP4", "TP2 EP2", "PP2 EP2", "PP2 EP2, 8 ranks", "EP2 ET
 """Cells that two of the models cannot have: they have no experts."""
 STAGES = {(2, 1): [{0, 1}], (3, 1): [{0, 1, 2}], (2, 2): [{0}, {1}], (3, 2): [{0, 1}, {2}]}
 """(layers, stages) -> layers of each stage."""
+TOGETHER = {
+    "teacher_llada2_moe_g4": ("EP8 beside TP2 PP2", Layout(expert=8)),
+    "teacher_wedlm_like": ("TP2 PP2 beside EP8", Layout(tensor=2, pipeline=2)),
+}
+"""Two models that live on the same eight ranks: model -> (cell, layout)."""
 MATRIX: dict[tuple[str, str], str] = {}
 """What became of each cell of this run."""
 
@@ -240,6 +245,44 @@ def test_golden_logits_in_every_layout(pool, goldens, name, cell):
     assert worst <= LOGIT_TOLERANCE
 
 
+def together(folders, cases):
+    """Load both models on these ranks, then forward them in turns; return each one's columns, by seat."""
+    rank, models, columns = dist.get_rank(), {}, {}
+    for name, (_, layout) in TOGETHER.items():
+        read, size = read_architecture(Path(folders[name])), layout.replica_size
+        head = head_range(read.vocabulary, rank % size, size) if size > 1 else None
+        models[name] = make(read, layout, head)
+        load_model(models[name], Path(folders[name]))
+        columns[name] = []
+    for number in range(max(map(len, cases.values()))):
+        for name, model in models.items():
+            if number < len(cases[name]):
+                size = TOGETHER[name][1].replica_size
+                first = rank // size * size
+                views = [seat_view(seat, *cases[name][number])[1] for seat in range(first, first + size)]
+                columns[name].append([rows @ model.head_weight.T for rows in forward_seats(model, views)])
+    return columns
+
+
+def test_two_models_in_two_layouts_on_the_same_eight_ranks(pool, goldens):
+    folders = {name: str(goldens / name) for name in TOGETHER}
+    cases, golden = {}, {}
+    for name in TOGETHER:
+        cases[name], golden[name] = read_cases(goldens / name, name)
+    answers = pool(8).run(together, folders, cases)
+    for name, (cell, layout) in TOGETHER.items():
+        worst, size = 0.0, layout.replica_size
+        for rank in range(8):
+            first = rank // size * size
+            for number, (case, logits) in enumerate(zip(cases[name], golden[name], strict=True)):
+                pair, own = seat_view(rank, *case)
+                parts = [answers[other][name][number][rank - first] for other in range(first, first + size)]
+                wanted = logits[pair].flatten(0, 1)[own.rows]
+                worst = max(worst, error_of(torch.cat(parts, dim=-1), wanted))
+        MATRIX[name, cell] = f"{worst:.1e}"
+        assert worst <= LOGIT_TOLERANCE, name
+
+
 def drawn_cell(config, layout, head, is_silent):
     """Return the replica's rows of drawn models, this rank's head slice and whether it costs storage."""
     read = architecture(config)
@@ -308,4 +351,7 @@ def test_the_whole_matrix_ran(goldens, capsys):
         for cell in CELLS:
             line = (MATRIX.get((name, cell), "NOT RUN").rjust(22) for name in RECORDED)
             print(cell.ljust(width), *line)
-    assert MATRIX.keys() == {(name, cell) for name in RECORDED for cell in CELLS}
+        for name, (cell, _) in TOGETHER.items():
+            print(f"{cell}: {name} {MATRIX.get((name, cell), 'NOT RUN')}")
+    wanted = {(name, cell) for name in RECORDED for cell in CELLS}
+    assert MATRIX.keys() == wanted | {(name, cell) for name, (cell, _) in TOGETHER.items()}
