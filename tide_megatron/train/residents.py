@@ -88,6 +88,14 @@ def _teacher(recipe: Recipe, name: str, plan: ModelPlan, model: TideModel, head:
         place=head.place,
     )
     sight = _sight(recipe, name, plan)
+    layout, experts = plan.choice.layout, plan.architecture.num_experts
+    if layout.tensor > 1 and experts:
+        log.info(
+            "%s: each token passes its experts %d times (frozen models have no sequence parallelism); "
+            "pipeline or expert ranks instead of tensor ranks would not cost that",
+            plan.key,
+            layout.tensor,
+        )
     return Teacher(name, model, sight, route, shared_schedule=recipe.teachers[name].shared_schedule)
 
 
