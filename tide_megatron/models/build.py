@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError
@@ -75,11 +74,8 @@ class TideModel(GPTModel):  # type: ignore[misc]
         """Add the final norm and this rank's slice of the head to a block built without output layer."""
         architecture, config = self.architecture, self.config
         if self.shard.is_last:
-            self.decoder.final_layernorm = build_module(
-                spec.layer_norm,
-                config=config,
-                hidden_size=config.hidden_size,
-                eps=config.layernorm_epsilon,
+            self.decoder.final_layernorm = spec.layer_norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
         if not self._is_head_embedded:
             start, stop = self.shard.head_ids(architecture.vocabulary)

@@ -7,8 +7,8 @@ import torch
 
 from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture, build, view
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import draw_weights
+from tide_megatron.models.build import build_model, check_available
+from tide_megatron.models.convert import draw_weights, hf_tensors, save_model
 from tide_megatron.models.spec import Options
 from tide_megatron.parallel.layout import Layout
 
@@ -135,3 +135,33 @@ def test_a_table_that_forgets_a_weight_is_our_bug(groups, monkeypatch):
     monkeypatch.setattr(type(model.architecture), "pieces", lambda self: pieces[:-1])
     with pytest.raises(AssertionError, match=r"forgets \['decoder\.final_layernorm\.weight'\]"):
         draw_weights(model, 0)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert_tensor"])
+def test_frozen_models_take_every_axis(axis):
+    check_available(Layout(**{axis: 2}))
+
+
+@pytest.mark.parametrize("config", [DENSE, UNTIED, MIXTURE])
+def test_a_frozen_model_holds_only_its_slice_of_the_head(groups, config):
+    whole = build(config, groups)
+    sliced = build_model(architecture(config), groups, Options(device=CPU, head=(5, 9)))
+    draw_weights(sliced, 1)
+    assert torch.equal(sliced.head_weight, whole.head_weight[5:9])
+    assert sliced.head_start == 5
+    assert whole.head_start == 0
+    own = dict(sliced.named_parameters())
+    assert ("output_layer.weight" in own) == (config is not DENSE)
+    assert torch.equal(sliced.rows(view(61)), whole.rows(view(61)))
+    if config is DENSE:
+        assert sliced.head_weight.data_ptr() == own["embedding.word_embeddings.weight"][5:].data_ptr()
+
+
+def test_a_folder_is_written_from_whole_models_only(groups, tmp_path):
+    sliced = build_model(architecture(UNTIED), groups, Options(device=CPU, head=(5, 9)))
+    with pytest.raises(AssertionError, match="cut over expert ranks alone"):
+        save_model(sliced, tmp_path / "m")
+    with pytest.raises(AssertionError, match="keeps its head whole"):
+        build_model(architecture(UNTIED), groups, Options(device=CPU, head=(5, 9), trainable=True))
+    with pytest.raises(AssertionError, match="is a part of"):
+        hf_tensors(sliced, dict(sliced.named_parameters()))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.models.folder import HfFolder, read_config, write_folder
+from tide_megatron.models.shard import Part
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.zeros(4)}
 
@@ -138,3 +139,19 @@ def test_leftovers_of_a_killed_write_do_not_matter(single):
     write_folder(single, {"new": 1}, TENSORS)
     assert read_config(single) == {"new": 1}
     assert [path.name for path in single.parent.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("part", "expected", "num_bytes"),
+    [
+        (Part(ranges=((1, 2),)), TENSORS["a"][1:], 12),
+        (Part(axis=1, ranges=((1, 3),)), TENSORS["a"][:, 1:], 16),
+        (Part(axis=1, ranges=((0, 1), (2, 3))), TENSORS["a"][:, ::2], 16),
+        (Part(ranges=((1, 2),), zero_rows=1), torch.tensor([[3.0, 4.0, 5.0], [0.0, 0.0, 0.0]]), 12),
+        (Part(ranges=((2, 2),)), torch.empty(0, 3), 0),
+    ],
+)
+def test_only_the_part_is_read(single, part, expected, num_bytes):
+    with HfFolder(single) as folder:
+        assert torch.equal(folder.read("a", part), expected)
+        assert folder.bytes_read == num_bytes
