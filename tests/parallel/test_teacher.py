@@ -26,10 +26,10 @@ LENGTH = 44
 
 
 def noised_batch(seed, time):
-    """Return three samples of different lengths with a side `t0`, hidden at a noise level."""
+    """Return three samples with a side `t0`, hidden at a noise level; lengths vary, also between seeds."""
     batch = random_batch(seed, length=LENGTH, teacher_length=LENGTH + 3)
     side = batch.sides["t0"]
-    lengths = torch.tensor([LENGTH + 3, LENGTH - 10 - seed % 5, LENGTH - 4])
+    lengths = torch.tensor([LENGTH + 3, LENGTH - 10 - seed % 5, LENGTH - 4]) - 8 * (seed % 3)
     kept = side.spans[:, 3] <= lengths[side.sample]
     side = dataclasses.replace(
         side, lengths=lengths, spans=side.spans[kept], sample=side.sample[kept], number=side.number[kept]
