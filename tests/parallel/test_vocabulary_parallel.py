@@ -7,6 +7,8 @@ rows. Errors are relative to the largest true number of each tensor: with a wron
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,8 +24,11 @@ from tests.parallel.vocabulary_cases import (
     noised_of,
 )
 from tide_megatron.head.cut import Cut
-from tide_megatron.head.plain import HeadInput, head_loss
+from tide_megatron.head.fused import fused_head_loss
+from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.plain import head_loss
 from tide_megatron.head.score import score_rows
+from tide_megatron.head.tiles import CPU_TILE, TILES_ALIVE
 from tide_megatron.losses import LOSSES
 from tide_megatron.losses.rows import rows_of
 from tide_megatron.losses.transport import join_rows, num_packed, pack_rows, row_sizes, unpack_rows
@@ -32,6 +37,14 @@ from tide_megatron.parallel.ledger import LEDGER
 
 TOLERANCE = 1e-5
 RANKS = (1, 2, 4)
+FIXED = TILES_ALIVE * 4 * CPU_TILE
+FORMS = {
+    # name -> rows' worth of logits that a slab may hold; None: the plain form
+    "plain": None,
+    "fused, one slab": 1000,
+    "fused, slabs of a few rows": 5,
+    "fused, every chunk longer than a slab": 1,
+}
 
 
 def embedded(case, hidden, weight, gold):
@@ -62,7 +75,8 @@ def dense(case, parts, losses):
 class Parallel:
     """This rank's part of one case: its seat, its columns, and what the group shares."""
 
-    def __init__(self, case, parts):
+    def __init__(self, case, parts, form="plain"):
+        self.form = form
         ranks, rank = dist.get_world_size(), dist.get_rank()
         self.case, self.heads = case, heads_of(case)
         self.group = dist.group.WORLD if ranks > 1 else None
@@ -91,7 +105,11 @@ class Parallel:
     def student(self):
         """Gather the student's rows, with gradient."""
         hidden = embedded(self.case, self.leaf, self.weight, self.gold)
-        return self.head("student", gather_rows(hidden, self.sizes("student"), self.group))
+        head = self.head("student", gather_rows(hidden, self.sizes("student"), self.group))
+        if FORMS[self.form] is None:
+            return head
+        self.start, self.added = head.start, torch.zeros(head.weight.shape)
+        return dataclasses.replace(head, gradient=self.added)
 
     def answer(self, name):
         """Gather a teacher's rows."""
@@ -104,7 +122,19 @@ class Parallel:
     def loss(self, losses, counts):
         answers = {name: self.answer(name) for name in ("same", "other")}
         where = {"group": self.group, "own": self.own}
-        return head_loss(self.student(), answers, losses, self.rows, counts, CLOCK, **where)
+        if FORMS[self.form] is None:
+            return head_loss(self.student(), answers, losses, self.rows, counts, CLOCK, **where)
+        where["budget_bytes"] = FIXED + FORMS[self.form] * 3 * 4 * -(
+            -max(map(len, self.heads.values())) // dist.get_world_size()
+        )
+        return fused_head_loss(self.student(), answers, losses, self.rows, counts, CLOCK, **where)
+
+    def weight_gradient(self):
+        """Return what this rank adds to the gradient of the student's whole head."""
+        whole = torch.zeros_like(self.weight) if self.weight.grad is None else self.weight.grad.clone()
+        if FORMS[self.form] is not None:
+            whole[self.start : self.start + len(self.added)] += self.added
+        return whole
 
 
 def added(tensor):
@@ -124,21 +154,21 @@ def error(found, truth):
     return difference / size if size else difference
 
 
-def compare(name, case_name):
+def compare(name, case_name, form):
     """Return {what: (error, size of the truth)} of one loss in one case on this rank."""
     case = CASES[case_name]
     seats = dist.get_world_size()
     parts = [noised_of(case, seat, seats) for seat in range(seats)]
     losses = losses_of(name, case)
     means, objective, hidden, weight = dense(case, parts, losses)
-    ours = Parallel(case, parts)
+    ours = Parallel(case, parts, form)
     result = ours.loss(losses, counts_of(losses, parts))
     result.objective.backward()
     assert list(result.sums) == list(losses)
     pairs = {
         "objective": (added(result.objective.detach()), torch.tensor(objective)),
         "hidden": (ours.leaf.grad, hidden[dist.get_rank()]),
-        "weight": (added(ours.weight.grad), weight),
+        "weight": (added(ours.weight_gradient()), weight),
     }
     for term, value in result.sums.items():
         assert value.dtype == torch.float64
@@ -149,8 +179,9 @@ def compare(name, case_name):
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", [*LOSSES, "all"])
-def test_every_loss_equals_the_dense_form(pool, name, case, ranks):
-    for errors in pool(ranks).run(compare, name, case):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_loss_equals_the_dense_form(pool, form, name, case, ranks):
+    for errors in pool(ranks).run(compare, name, case, form):
         too_large = {what: found for what, (found, _) in errors.items() if not found <= TOLERANCE}
         assert not too_large
         assert case == "no rows" or errors["weight"][1] > 0
@@ -231,21 +262,22 @@ def test_scores_equal_the_dense_ones(pool, case, name, ranks):
         assert 0 < right < rows
 
 
-def sgd(case_name, rate):
+def sgd(case_name, rate, form):
     """Return the largest difference of the weights after one step of gradient descent, dense and cut."""
     case, seats = CASES[case_name], dist.get_world_size()
     parts = [noised_of(case, seat, seats) for seat in range(seats)]
     losses = losses_of("all", case)
     _, _, _, gradient = dense(case, parts, losses)
-    ours = Parallel(case, parts)
+    ours = Parallel(case, parts, form)
     ours.loss(losses, counts_of(losses, parts)).objective.backward()
     start = draw(case.student, 6, seed=6)
-    ours_after, theirs_after = start - rate * added(ours.weight.grad), start - rate * gradient
+    ours_after, theirs_after = start - rate * added(ours.weight_gradient()), start - rate * gradient
     return (ours_after - theirs_after).abs().max().item(), rate * gradient.abs().max().item()
 
 
-def test_one_step_of_gradient_descent_gives_the_same_weights(pool):
+@pytest.mark.parametrize("form", FORMS)
+def test_one_step_of_gradient_descent_gives_the_same_weights(pool, form):
     """Adam and clipping would hide a wrong scale."""
-    for difference, moved in pool(4).run(sgd, "tied", 1.0):
+    for difference, moved in pool(4).run(sgd, "tied", 1.0, form):
         assert moved > 0.01
         assert difference < 1e-6

@@ -11,7 +11,6 @@ This form is the oracle of the fused one to come; it keeps [rows, own columns] s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -19,47 +18,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.head.parts import HeadInput, HeadLoss
 from tide_megatron.head.statistics import exchange_statistics, gold_logits
 from tide_megatron.losses.columns import Columns
 from tide_megatron.losses.rows import ColumnLoss, LikelihoodLoss, Loss, Rows
 from tide_megatron.parallel.exchange import size_of
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadInput:
-    """One model's final hidden rows with its output weight, or the rows of the weight that this rank owns."""
-
-    hidden: Tensor
-    """[rows, hidden size], final norm applied."""
-    weight: Tensor
-    """[own ids, hidden size]: of the ids from `start` on."""
-    start: int = 0
-    vocabulary: int | None = None
-    """How many ids the whole head has; None: `weight` is the whole head."""
-
-    @property
-    def logits(self) -> Tensor:
-        """[rows, own ids] fp32; the product runs in the weight's dtype."""
-        return torch.nn.functional.linear(self.hidden.to(self.weight.dtype), self.weight).float()
-
-    @property
-    def columns(self) -> Columns:
-        """The logits with their ids."""
-        vocabulary = len(self.weight) if self.vocabulary is None else self.vocabulary
-        assert 0 <= self.start <= vocabulary - len(self.weight), (
-            f"ids {self.start} to {self.start + len(self.weight)} are not in a head of {vocabulary}"
-        )
-        return Columns(logits=self.logits, start=self.start, vocabulary=vocabulary)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadLoss:
-    """What one microbatch contributes to a step."""
-
-    objective: Tensor
-    """fp32 scalar with graph: sum over terms of weight / count * sum over items; ranks just add."""
-    sums: dict[str, Tensor]
-    """Detached fp64 scalars by term: this rank's share of the term's mean, before its weight."""
 
 
 def head_loss(  # noqa: PLR0913 - what a step knows, and which ranks share it

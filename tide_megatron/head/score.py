@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tide_megatron.head.plain import HeadInput
+from tide_megatron.head.parts import HeadInput
 from tide_megatron.head.statistics import exchange_statistics, gold_logits
 
 

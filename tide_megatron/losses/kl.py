@@ -7,6 +7,8 @@ to bf16).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -22,11 +24,22 @@ class Kl(SharedVocabulary):
         """Return T^2 sum_v p_t (log p_t - log p_s) of each pair."""
         return self.temperature**2 * (target.exp() * (target - student)).sum(-1)
 
+    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
+        """Return T (p_s - p_t)."""
+        return self.temperature * (student.exp() - target.exp())
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ReverseKl(SharedVocabulary):
     """Reverse KL(student || teacher): the student must not say what the teacher finds unlikely."""
 
+    needs_gap: ClassVar[bool] = True
+
     def divergence(self, student: Tensor, target: Tensor) -> Tensor:
         """Return T^2 sum_v p_s (log p_s - log p_t) of each pair; both p_s carry gradient."""
         return self.temperature**2 * (student.exp() * (student - target)).sum(-1)
+
+    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
+        """Return T p_s (log p_s - log p_t - gap), the gap being the pair's sum_v p_s (log p_s - log p_t)."""
+        assert gap is not None, "reverse KL's slope needs the whole row's divergence"
+        return self.temperature * (student.exp() * (student - target - gap[:, None]))

@@ -146,5 +146,17 @@ class ColumnLoss(Loss, Protocol):
         the first may carry gradient.
         """
 
+    needs_gap: ClassVar[bool]
+    """Whether `slope` wants the gap."""
+
     def divergence(self, student: Tensor, target: Tensor) -> Tensor:
         """Return the formula's sum over THESE columns, [items] fp32, from normalised log-probabilities."""
+
+    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
+        """Return the derivative of the formula by the student's logits (not softened), [items, columns] fp32.
+
+        Args:
+            student: [items, columns] log-probabilities.
+            target: like `student`.
+            gap: [items] sum over ALL columns of p_s (log p_s - log target); None unless `needs_gap`.
+        """

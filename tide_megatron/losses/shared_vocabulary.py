@@ -37,6 +37,8 @@ class SharedVocabulary(abc.ABC):
     """How many first ids are compared; None: all of them, which needs vocabularies of one size."""
 
     needs_teacher: ClassVar[bool] = True
+    needs_gap: ClassVar[bool] = False
+    """Whether `slope` must know sum_v p_s (log p_s - log target) of each pair."""
 
     def columns(self, student: int, teacher: int) -> int:
         """Return how many columns are compared, given both vocabulary sizes.
@@ -77,6 +79,10 @@ class SharedVocabulary(abc.ABC):
     @abc.abstractmethod
     def divergence(self, student: Tensor, target: Tensor) -> Tensor:
         """Return the sum over these columns of the formula, from log-probabilities, [pairs] fp32."""
+
+    @abc.abstractmethod
+    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
+        """Return the derivative of the whole formula by the student's logits here, [pairs, columns] fp32."""
 
     def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
         """Return `divergence` of whole logits."""

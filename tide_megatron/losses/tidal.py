@@ -44,3 +44,7 @@ class Tidal(Mixture, SharedVocabulary):
         likely = target.exp()
         clamped = likely.clamp_min(SMALLEST_TARGET).log()
         return self.temperature**2 * (likely * (clamped - student)).sum(-1)
+
+    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
+        """Return T (p_s - r); the timestep weight is in the coefficients."""
+        return self.temperature * (student.exp() - target.exp())

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tide_megatron.head.cut import Cut
-from tide_megatron.head.plain import HeadInput
+from tide_megatron.head.parts import HeadInput
 from tide_megatron.losses.rows import Rows
 from tide_megatron.losses.transport import join_rows, num_packed, pack_rows, unpack_rows
 from tide_megatron.parallel.exchange import gather_parts, gather_rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.head.plain import HeadInput
+from tide_megatron.head.parts import HeadInput
 from tide_megatron.parallel.collectives import gather_objects
 from tide_megatron.parallel.groups import HeadGroup
 from tide_megatron.teachers.request import num_rows

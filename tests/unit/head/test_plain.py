@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
-from tide_megatron.head.plain import HeadInput, head_loss
+from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.plain import head_loss
 from tide_megatron.losses.calm import Calm, ReverseCalm
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.kl import Kl, ReverseKl

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tide_megatron.head.plain import HeadInput, head_loss
+from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.plain import head_loss
 from tide_megatron.head.score import score_rows
 from tide_megatron.head.statistics import LOWEST, exchange_statistics, gold_logits
 from tide_megatron.losses.columns import Columns

@@ -1,0 +1,374 @@
+"""The head loss in one pass over slabs: values and gradients together, memory by a budget (design section 3).
+
+For each slab of rows (`slabs`): logits of the student and of every teacher that is heard, once, tile by tile
+(`tiles`); local softmax statistics (`running`); ONE packed exchange of them over the head group; then, from
+the same logits, every term's value, the derivative by the student's logits, and from that the gradients of
+the hidden rows and of this rank's columns of the head. Four matrix products, none twice.
+
+It differs from autograd's way in two things. Terms over gold likelihoods are differentiated on vectors of one
+number a row, where autograd is cheap; every rank does so for ALL items, so no gradient of a statistic travels
+back. The head weight's gradient is added straight into an fp32 buffer (DDP's `main_grad`) while the values
+are computed: the backward pass only releases the hidden rows' gradients, and must be called with 1.
+
+A unit longer than a slab is worked on in two phases: first the likelihoods of all its rows, whose logits are
+not kept, then its rows in any slabs, with known derivatives; its logits are made twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed import ProcessGroup
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.head.parts import HeadInput, HeadLoss
+from tide_megatron.head.running import Merged, Running, merge
+from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
+from tide_megatron.head.statistics import Normaliser
+from tide_megatron.head.tiles import TILES_ALIVE, TiledHead, gold_here, tile_numbers, tiles
+from tide_megatron.head.workspace import Workspace
+from tide_megatron.losses.columns import Columns
+from tide_megatron.losses.rows import ColumnLoss, LikelihoodLoss, Loss, Rows
+from tide_megatron.parallel.exchange import size_of
+
+BUDGET_MIB = {"cpu": 256, "cuda": 2048}
+"""Default budget by device. CPU: about 400 rows of a 152k vocabulary fit twice in bf16, and each further slab
+reads both weights and the gradient buffer once more. CUDA: the same reason at its batch sizes."""
+
+
+def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of its own
+    student: HeadInput,
+    answers: Mapping[str, HeadInput],
+    losses: Mapping[str, Loss],
+    rows: Rows,
+    counts: Mapping[str, Tensor],
+    clock: Clock,
+    *,
+    group: ProcessGroup | None = None,
+    own: tuple[int, int] | None = None,
+    budget_bytes: int | None = None,
+    workspace: Workspace | None = None,
+) -> HeadLoss:
+    """Evaluate every term, and its gradients, on the hidden rows of one microbatch of a head group.
+
+    The same values, sums and gradients as `plain.head_loss`, which holds it to account; see there for the
+    other arguments. All ranks of the group call it together.
+
+    Args:
+        student: with gradient in `hidden`, and `gradient` to add the weight's into; without both it evaluates
+            and writes nothing.
+        answers: see `plain`.
+        losses: see `plain`.
+        rows: see `plain`.
+        counts: see `plain`.
+        clock: see `plain`.
+        group: see `plain`.
+        own: see `plain`.
+        budget_bytes: for all that stands beside weights, hidden rows and their gradients; None: the device's
+            default.
+        workspace: buffers kept between calls; None: none are.
+
+    Raises:
+        ConfigError: when the budget does not hold one row.
+    """
+    assert own is not None or size_of(group) == 1, "which samples are this rank's own must be said in a group"
+    assert student.gradient is not None or not student.hidden.requires_grad, (
+        "nowhere to add the weight's gradient"
+    )
+    active = {name: loss for name, loss in losses.items() if float(counts[name]) != 0}
+    device = student.hidden.device
+    work = _Work(student, answers, active, counts, clock, (group, own), workspace or Workspace())
+    if active and len(rows.gold):
+        budget = BUDGET_MIB[device.type] * 2**20 if budget_bytes is None else budget_bytes
+        most = rows_within(budget, work.row_bytes(rows), TILES_ALIVE * 4 * tile_numbers(device))
+        with torch.no_grad():
+            for slab in make_slabs(rows, work.chunked, most):
+                if slab.is_long:
+                    work.long(slab, most)
+                else:
+                    work.slab(slab)
+    value = torch.stack(
+        [active[name].weight * total for name, total in work.sums.items()] or [work.zero]
+    ).sum()
+    if not student.hidden.requires_grad:
+        return HeadLoss(objective=value.float(), sums=work.sums)
+    objective: Tensor = _Release.apply(student.hidden, value.float(), work.hidden_gradient)  # type: ignore[no-untyped-call]
+    return HeadLoss(objective=objective, sums=work.sums)
+
+
+class _Release(Function):
+    """A value whose gradient by the hidden rows is known already."""
+
+    @staticmethod
+    def forward(context: Any, hidden: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """Keep the gradient; return the value."""
+        context.save_for_backward(gradient.to(hidden.dtype))
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, *incoming: Tensor) -> tuple[Tensor, None, None]:
+        """Hand the gradient on; the head's was added with factor 1 already, so no other may come."""
+        torch._assert_async((incoming[0] == 1).all(), "the head loss was scaled after it was computed")
+        (gradient,) = context.saved_tensors
+        return gradient, None, None
+
+
+class _Work:
+    """The state of one call: what has been added up so far."""
+
+    def __init__(
+        self,
+        student: HeadInput,
+        answers: Mapping[str, HeadInput],
+        losses: Mapping[str, Loss],
+        counts: Mapping[str, Tensor],
+        clock: Clock,
+        where: tuple[ProcessGroup | None, tuple[int, int] | None],
+        workspace: Workspace,
+    ) -> None:
+        self.student, self.clock, self.workspace = student, clock, workspace
+        self.group, self.own = where
+        self.likely = {name: loss for name, loss in losses.items() if isinstance(loss, LikelihoodLoss)}
+        self.columns = {name: loss for name, loss in losses.items() if isinstance(loss, ColumnLoss)}
+        self.factors = {name: loss.weight / float(counts[name]) for name, loss in losses.items()}
+        self.counts = {name: float(counts[name]) for name in losses}
+        heard = {loss.teacher for loss in losses.values() if loss.teacher is not None}
+        self.answers = {name: answers[name] for name in sorted(heard)}
+        device = student.hidden.device
+        self.zero = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums = {name: self.zero.clone() for name in losses}
+        self.hidden_gradient = torch.zeros(student.hidden.shape, device=device)
+
+    @property
+    def chunked(self) -> set[str]:
+        """Teachers whose chunks a term compares."""
+        return {loss.teacher for loss in self.likely.values() if loss.teacher is not None}
+
+    @property
+    def releases(self) -> bool:
+        """Whether gradients are wanted."""
+        return self.student.gradient is not None
+
+    def row_bytes(self, rows: Rows) -> int:
+        """Return the bytes of the kept logits of one student row, with its share of teacher rows."""
+        heads = [(self.student, 1.0)]
+        for name, answer in self.answers.items():
+            heads.append((answer, len(rows.link(name).gold) / len(rows.gold)))
+        # The widest range of ids of any rank, so that all ranks make the same slabs.
+        widest = max(-(-head.num_ids // size_of(self.group)) for head, _ in heads)
+        return max(1, round(sum(share * head.weight.element_size() for head, share in heads) * widest))
+
+    def slab(self, slab: Slab, blame: Tensor | None = None) -> None:
+        """Work on a slab; all ranks of the group do so together.
+
+        Args:
+            slab: whole units, unless `blame` is given.
+            blame: [rows] derivative of the objective by the gold log-likelihoods, where it is known already.
+        """
+        heads = self._heads(slab)
+        likely: list[str | None] = [None] if self.likely else []
+        if blame is None:
+            likely = self._likelihood_heads(heads)
+        statistics = self._statistics(slab, heads, likely)
+        found = merge([*statistics[0].values()], [*statistics[1].values()], self.group)
+        normalisers = dict(zip(statistics[0], found.normalisers, strict=True))
+        if blame is None and self.likely:
+            blame = self._blame(slab.rows, dict(zip(likely, found.golds, strict=True)), normalisers)
+        self._second_pass(slab, heads, blame, (statistics[0], found))
+
+    def long(self, slab: Slab, most_rows: int) -> None:
+        """Work on a unit that is longer than a slab; all ranks of the group do so together."""
+        kept: dict[Any, tuple[list[Running], list[Tensor]]] = {}
+        parts = [self._rows_of(slab, name) for name in (None, *sorted(self.chunked))]
+        for name, (hidden, gold) in zip((None, *sorted(self.chunked)), parts, strict=True):
+            kept[name] = ([], [])
+            for start in range(0, len(gold), most_rows):
+                piece = slice(start, start + most_rows)
+                head = TiledHead(self._input(name), hidden[piece], None)
+                running, picked = self._likelihood(head, gold[piece])
+                kept[name][0].append(running)
+                kept[name][1].append(picked)
+        joined = {name: _join(softmaxes) for name, (softmaxes, _) in kept.items()}
+        golds = {name: torch.cat(picked) for name, (_, picked) in kept.items()}
+        found = merge([*joined.values()], [*golds.values()], self.group)
+        normalisers: dict[Any, Normaliser] = dict(zip(joined, found.normalisers, strict=True))
+        blame = self._blame(slab.rows, dict(zip(golds, found.golds, strict=True)), normalisers)
+        for part in single_rows(slab, most_rows):
+            self.slab(part, blame[part.start - slab.start : part.stop - slab.start])
+
+    def _input(self, name: str | None) -> HeadInput:
+        return self.student if name is None else self.answers[name]
+
+    def _rows_of(self, slab: Slab, name: str | None) -> tuple[Tensor, Tensor]:
+        """Return one model's hidden rows in a slab, and their gold ids."""
+        if name is None:
+            return self.student.hidden[slab.start : slab.stop], slab.rows.gold
+        return slab.answer_rows(name, self.answers[name].hidden), slab.rows.link(name).gold
+
+    def _heads(self, slab: Slab) -> dict[str | None, TiledHead]:
+        """Return every model's rows of a slab, with room for their logits."""
+        heads: dict[str | None, TiledHead] = {}
+        for name in (None, *self.answers):
+            hidden, _ = self._rows_of(slab, name)
+            given = self._input(name)
+            numbers = len(hidden) * len(given.weight)
+            heads[name] = TiledHead(given, hidden, self.workspace.take(f"{name}", numbers, given.weight))
+        return heads
+
+    def _likelihood_heads(self, heads: Mapping[str | None, TiledHead]) -> list[str | None]:
+        """Return whose gold likelihoods the terms read."""
+        return [name for name in heads if name in self.chunked or (name is None and self.likely)]
+
+    def _likelihood(self, head: TiledHead, gold: Tensor) -> tuple[Running, Tensor]:
+        """Return statistics and gold logits of rows whose logits are not kept."""
+        running, picked = Running(len(gold), gold.device), torch.zeros(len(gold), device=gold.device)
+        for start, stop in tiles(len(head.weight), len(gold), gold.device):
+            columns = head.make(start, stop)
+            running.add(columns.logits)
+            picked += _picked(columns, gold)
+        return running, picked
+
+    def _statistics(
+        self, slab: Slab, heads: Mapping[str | None, TiledHead], likely: list[str | None]
+    ) -> tuple[dict[Any, Running], dict[str | None, Tensor]]:
+        """Make all logits and this rank's statistics: by model for likelihoods, by term and side else."""
+        device = slab.rows.gold.device
+        softmaxes: dict[Any, Running] = {}
+        golds = {name: torch.zeros(len(self._rows_of(slab, name)[1]), device=device) for name in likely}
+        for name in likely:
+            softmaxes[name] = Running(len(golds[name]), device)
+        for name, loss in self.columns.items():
+            pairs = len(loss.item_sample(slab.rows))
+            softmaxes[name, "student"] = Running(pairs, device, has_gap=loss.needs_gap)
+            softmaxes[name, "target"] = Running(pairs, device)
+        for start, stop in self._tiles(heads):
+            made = {name: head.make(start, stop) for name, head in heads.items()}
+            for name in likely:
+                softmaxes[name].add(made[name].logits)
+                golds[name] += _picked(made[name], self._rows_of(slab, name)[1])
+            for name, loss in self.columns.items():
+                ours, target = loss.softened(made[None], made[loss.teacher], slab.rows, self.clock)
+                softmaxes[name, "student"].add(ours, target)
+                softmaxes[name, "target"].add(target)
+        return softmaxes, golds
+
+    def _tiles(self, heads: Mapping[str | None, TiledHead]) -> list[tuple[int, int]]:
+        """Return the tiles that cover every model's columns here."""
+        rows = max(len(head.hidden) for head in heads.values())
+        columns = max(len(head.weight) for head in heads.values())
+        return list(tiles(columns, rows, self.student.hidden.device))
+
+    def _blame(
+        self, rows: Rows, golds: Mapping[str | None, Tensor], normalisers: Mapping[Any, Normaliser]
+    ) -> Tensor:
+        """Add up the terms over likelihoods; return the objective's derivative by the student's, [rows].
+
+        Values count for own items only, derivatives for all: every rank has all rows and its own columns.
+        """
+        likelihoods = {name: normalisers[name].log_probabilities(gold) for name, gold in golds.items()}
+        with torch.enable_grad():
+            ours = likelihoods[None].requires_grad_()
+            objective = ours.sum() * 0
+            for name, loss in self.likely.items():
+                theirs = None if loss.teacher is None else likelihoods[loss.teacher]
+                values = loss.from_likelihoods(ours, theirs, rows, self.clock)  # [items]
+                coefficients = loss.coefficients(rows, self.clock)
+                objective = objective + (coefficients * self.factors[name] * values).sum()
+                counted = coefficients.double() * values.detach().double()
+                if self.own is not None:
+                    sample = loss.item_sample(rows)
+                    counted = counted * ((sample >= self.own[0]) & (sample < self.own[1]))
+                self.sums[name] += counted.sum() / self.counts[name]
+            (blame,) = torch.autograd.grad(objective, ours)
+        return blame
+
+    def _second_pass(
+        self,
+        slab: Slab,
+        heads: Mapping[str | None, TiledHead],
+        blame: Tensor | None,
+        statistics: tuple[Mapping[Any, Running], Merged],
+    ) -> None:
+        """Read the logits again for the terms over columns and for all gradients."""
+        keys, found = statistics
+        normalisers = dict(zip(keys, found.normalisers, strict=True))
+        gaps = dict(zip(keys, found.gaps, strict=True))
+        if not self.columns and not self.releases:
+            return
+        factors, values, whole = {}, {}, {}
+        for name, loss in self.columns.items():
+            coefficients = loss.coefficients(slab.rows, self.clock)
+            factors[name] = coefficients * self.factors[name]
+            values[name] = torch.zeros_like(coefficients, dtype=torch.float64)
+            gap = gaps[name, "student"]
+            if gap is not None:  # from logits to log-probabilities
+                ours, target = (normalisers[name, side] for side in ("student", "target"))
+                gap = gap - (ours.maximum - target.maximum) - (ours.log_sum - target.log_sum)
+            whole[name] = gap
+        for start, stop in self._tiles(heads):
+            made = {name: head.again(start, stop) for name, head in heads.items()}
+            slope = torch.zeros_like(made[None].logits)
+            if blame is not None and self.releases:
+                slope = _likelihood_slope(made[None], slab.rows.gold, blame, normalisers[None])
+            for name, loss in self.columns.items():
+                ours, target = loss.softened(made[None], made[loss.teacher], slab.rows, self.clock)
+                if not ours.shape[1]:
+                    continue
+                ours = normalisers[name, "student"].log_probabilities(ours)
+                target = normalisers[name, "target"].log_probabilities(target)
+                values[name] += loss.divergence(ours, target)
+                if self.releases:
+                    part = loss.slope(ours, target, whole[name]).mul_(factors[name][:, None])
+                    _add_rows(slope, part, slab.rows, loss.teacher)
+            if self.releases:
+                self._release(slab, heads[None], slope, start, stop)
+        for name, loss in self.columns.items():
+            counted = loss.coefficients(slab.rows, self.clock).double() * values[name]
+            self.sums[name] += counted.sum() / self.counts[name]
+
+    def _release(self, slab: Slab, head: TiledHead, slope: Tensor, start: int, stop: int) -> None:
+        """Turn a tile's derivative by logits into those by hidden rows and by the head's weight."""
+        gradient = self.student.gradient
+        assert gradient is not None, "evaluation writes nothing"
+        slope = slope.to(head.weight.dtype)
+        self.hidden_gradient[slab.start : slab.stop] += slope @ head.weight[start:stop]
+        gradient[start:stop] += slope.T @ head.hidden
+
+
+def _picked(columns: Columns, gold: Tensor) -> Tensor:
+    """Return the gold logits among some columns, 0 for those elsewhere, [rows]."""
+    if not columns.logits.shape[1]:
+        return torch.zeros(len(gold), device=gold.device)
+    place, is_here = gold_here(columns, gold)
+    return torch.where(is_here, columns.logits.gather(1, place[:, None]).squeeze(1), 0.0)
+
+
+def _likelihood_slope(columns: Columns, gold: Tensor, blame: Tensor, normaliser: Normaliser) -> Tensor:
+    """Return blame (onehot - p), the derivative through gold log-likelihoods, [rows, columns]."""
+    slope = normaliser.log_probabilities(columns.logits).exp_().mul_(-blame[:, None])
+    if slope.shape[1]:
+        place, is_here = gold_here(columns, gold)
+        slope.scatter_add_(1, place[:, None], torch.where(is_here, blame, 0.0)[:, None])
+    return slope
+
+
+def _add_rows(slope: Tensor, part: Tensor, rows: Rows, teacher: str | None) -> None:
+    """Add a term's derivative [pairs, first columns] to the rows of its pairs."""
+    pairs = rows.link(str(teacher)).pairs
+    target = slope[:, : part.shape[1]]
+    if pairs is None:
+        target += part
+    else:
+        target.index_add_(0, pairs[0], part)
+
+
+def _join(softmaxes: list[Running]) -> Running:
+    """Put the rows of several statistics behind each other."""
+    joined = Running(0, softmaxes[0].maximum.device)
+    joined.maximum = torch.cat([one.maximum for one in softmaxes])
+    joined.total = torch.cat([one.total for one in softmaxes])
+    return joined

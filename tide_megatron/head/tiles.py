@@ -1,0 +1,82 @@
+"""One model's rows of a slab against its columns, tile by tile.
+
+Columns are worked on in tiles that stay in a core's cache: on CPU an elementwise operation on a tile costs a
+fraction of one on the whole. The logits of a slab are made once, kept in the weight's dtype, and read again
+for the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tide_megatron.head.parts import HeadInput
+from tide_megatron.losses.columns import Columns
+
+CPU_TILE = 2**18
+"""Numbers of a tile: 1 MiB in fp32, of which several stand in a second-level cache (measured)."""
+CUDA_TILE = 2**26
+"""On CUDA kernels should be long; a tile is a quarter of a GiB."""
+TILES_ALIVE = 12
+"""Tiles of temporaries in fp32 that stand at the same time, at most."""
+_MULTIPLE, _LEAST = 64, 128
+
+
+def tile_numbers(device: torch.device) -> int:
+    """Return how many numbers a tile has."""
+    return CUDA_TILE if device.type == "cuda" else CPU_TILE
+
+
+def tiles(columns: int, rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) of each tile of columns."""
+    width = max(_LEAST, tile_numbers(device) // max(1, rows) // _MULTIPLE * _MULTIPLE)
+    for start in range(0, columns, width):
+        yield start, min(start + width, columns)
+
+
+class TiledHead:
+    """Hidden rows of one model and its columns on this rank."""
+
+    def __init__(self, head: HeadInput, hidden: Tensor, buffer: Tensor | None) -> None:
+        """Take the rows of a slab.
+
+        Args:
+            head: the model's weight slice and its place.
+            hidden: [rows, hidden size].
+            buffer: room for [rows * columns] logits that are read again; None: they are not kept.
+        """
+        self.weight = head.weight.detach()
+        self.hidden = hidden.detach().to(self.weight.dtype)
+        self._head, self._buffer = head, buffer
+
+    def make(self, start: int, stop: int) -> Columns:
+        """Compute the logits of a tile (counted from this rank's first column), fp32."""
+        weight = self.weight[start:stop]
+        logits = self.hidden.new_empty(0) if self._buffer is None else self._block(start, len(weight))
+        if self._buffer is None:
+            logits = self.hidden @ weight.T
+        else:
+            torch.mm(self.hidden, weight.T, out=logits)
+        return self._columns(logits, start)
+
+    def again(self, start: int, stop: int) -> Columns:
+        """Return the logits of a tile that was made before, fp32."""
+        return self._columns(self._block(start, len(self.weight[start:stop])), start)
+
+    def _block(self, start: int, columns: int) -> Tensor:
+        assert self._buffer is not None, "these logits were not kept"
+        rows = len(self.hidden)
+        return self._buffer[rows * start : rows * (start + columns)].view(rows, columns)
+
+    def _columns(self, logits: Tensor, start: int) -> Columns:
+        place = min(self._head.start + start, self._head.num_ids)
+        return Columns(logits=logits.float(), start=place, vocabulary=self._head.num_ids)
+
+
+def gold_here(columns: Columns, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where each row's gold id stands among some columns, and whether it does, ([rows], [rows])."""
+    place = gold - columns.start
+    width = columns.logits.shape[1]
+    return place.clamp(0, max(0, width - 1)), (place >= 0) & (place < width)
