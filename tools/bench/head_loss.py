@@ -1,0 +1,269 @@
+"""What the head loss costs, against the plain way and against the floor of its four matrix products.
+
+    python tools/bench/head_loss.py --json                    (TIDAL and Reverse CALM, bf16, about 10 minutes)
+    python tools/bench/head_loss.py --only tidal --precision fp32 --teacher-hidden 4096
+    python tools/bench/head_loss.py --rows-sweep --budget-mib 64 --json
+    python tools/bench/head_loss.py --ranks 2 --json
+
+Both sides do forward and backward on the same numbers, with as many threads, in turns; figures are medians.
+`cpu_ratio`, `wall_ratio`: plain over ours. `over_floor`: our CPU seconds over those of the four products on
+the hidden rows in one piece and one fp32 addition into the weight's gradient. `memory_ratio`: high-water
+marks of fresh processes above weights, hidden states and the fp32 gradient, which both sides have before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
+
+from bench.cost import Cost, apart, machine, median_costs, peak_bytes
+from bench.head_case import CLOCK, TEACHER, Case, Setting, draw_case
+from bench.plain_head import Model, plain_head_loss, release_gradients
+from tide_megatron.base.device import Device
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.head.cut import Cut
+from tide_megatron.head.fused import fused_head_loss
+from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.plain import head_loss
+from tide_megatron.head.workspace import Workspace
+from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.parallel.exchange import size_of
+
+MIB = 2**20
+FACTORS = (1, 2, 4, 8, 16)
+"""By how much the sweep multiplies the rows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """How our side runs."""
+
+    budget_mib: int = 256
+    threads: int = 1
+    rounds: int = 5
+    form: str = "fused"
+    """`fused`, or `plain`: the autograd form that is its oracle."""
+
+
+Result = tuple[torch.Tensor, torch.Tensor]
+"""The objective, and the gradient of the student's hidden states."""
+Work = Callable[[], Result]
+
+
+def plain_work(case: Case) -> Work:
+    """Return the baseline's forward and backward; the head's gradient is added to the case's."""
+    student = Model(
+        hidden=case.student.hidden.detach().requires_grad_(True),
+        weight=case.student.weight.detach().requires_grad_(True),
+    )
+    batch, term = case.microbatch, case.term
+
+    def work() -> Result:
+        student.hidden.grad = None
+        objective = plain_head_loss(student, case.teacher, batch, term)
+        release_gradients(objective, student.weight, case.gradient)
+        return _result(objective, student.hidden)
+
+    return work
+
+
+def our_work(case: Case, way: Way, group: dist.ProcessGroup | None = None) -> Work:
+    """Return our forward and backward on this rank's columns of both heads and its samples' share.
+
+    In a group every rank's work is a collective of all.
+    """
+    hidden, teacher_hidden = case.hidden_rows
+    hidden.requires_grad_(True)
+    ranks, rank = size_of(group), 0 if group is None else group.rank()
+    cut = Cut.of([len(case.student.weight), len(case.teacher.weight)], ranks, rank)
+    parts = []
+    for rows, weight in ((hidden, case.student.weight), (teacher_hidden, case.teacher.weight)):
+        first, last = cut.columns(len(weight))
+        part = HeadInput(hidden=rows, weight=weight[first:last], start=first, vocabulary=len(weight))
+        parts.append(dataclasses.replace(part, gradient=case.gradient[first:last]) if not parts else part)
+    student, answer = parts
+    if way.form == "plain":
+        student = dataclasses.replace(student, weight=student.weight.detach().requires_grad_(True))
+    evaluate, rows = _form(way), case.rows
+    samples = len(case.text.ids)
+    own = (rank * samples // ranks, (rank + 1) * samples // ranks)
+
+    def work() -> Result:
+        hidden.grad = None
+        parts = evaluate(
+            student, {TEACHER: answer}, case.losses, rows, case.counts, CLOCK, group=group, own=own
+        )
+        if way.form == "plain":
+            release_gradients(parts.objective, student.weight, student.gradient)
+        else:
+            parts.objective.backward()
+        return _result(parts.objective, hidden)
+
+    return work
+
+
+def _result(objective: torch.Tensor, hidden: torch.Tensor) -> Result:
+    assert hidden.grad is not None, "the objective depends on the student"
+    return objective.detach(), hidden.grad
+
+
+def _form(way: Way) -> Callable[..., Any]:
+    """Find the function under measurement."""
+    if way.form == "plain":
+        return head_loss
+    workspace = Workspace()  # empty; what it keeps between calls counts in the first call's peak
+
+    def evaluate(*args: Any, **options: Any) -> Any:
+        return fused_head_loss(*args, **options, budget_bytes=way.budget_mib * MIB, workspace=workspace)
+
+    return evaluate
+
+
+def measure_times(setting: Setting, way: Way) -> dict[str, Any]:
+    """Time plain way, ours and floor in turns; return their costs and how large the case was."""
+    torch.set_num_threads(way.threads)
+    case = draw_case(setting)
+    rows = case.hidden_rows
+    works = {
+        "plain": plain_work(case),
+        "ours": our_work(case, way),
+        "floor": case.floor(),
+    }
+    return {
+        "costs": median_costs(works, way.rounds),
+        "rows": len(rows[0]),
+        "teacher_rows": len(rows[1]),
+        "positions": case.student.hidden.shape[:2].numel(),
+        "teacher_positions": case.teacher.hidden.shape[:2].numel(),
+        "noise_levels": [round(level, 3) for level in case.text.time.tolist()],
+        "chunks": len(case.text.chunks),
+    }
+
+
+def measure_peak(setting: Setting, way: Way, side: str) -> dict[str, int]:
+    """Return one side's extra memory in this process, and the bytes of its hidden rows' gradient."""
+    torch.set_num_threads(way.threads)
+    case = draw_case(setting)
+    work = plain_work(case) if side == "plain" else our_work(case, way)
+    peak, (_, gradient) = peak_bytes(work)
+    return {"peak": peak, "gradient": gradient.nbytes, "rows": int(case.text.masked.sum())}
+
+
+def compare(setting: Setting, way: Way) -> dict[str, Any]:
+    """Measure times in one fresh process and each side's memory in another."""
+    found = apart(measure_times, setting, way)
+    costs: dict[str, Cost] = found.pop("costs")
+    peaks = {side: apart(measure_peak, setting, way, side)["peak"] for side in ("plain", "ours")}
+    plain, ours, floor = costs["plain"], costs["ours"], costs["floor"]
+    return {
+        "cpu_ratio": plain.cpu / ours.cpu,
+        "wall_ratio": plain.wall / ours.wall,
+        "memory_ratio": peaks["plain"] / peaks["ours"],
+        "over_floor": ours.cpu / floor.cpu,
+        "cpu_seconds": {name: cost.cpu for name, cost in costs.items()},
+        "wall_seconds": {name: cost.wall for name, cost in costs.items()},
+        "peak_mib": {side: peak / MIB for side, peak in peaks.items()},
+        **found,
+    }
+
+
+def sweep(setting: Setting, way: Way) -> dict[str, Any]:
+    """Measure our extra memory as the rows grow, beyond the hidden rows' gradient."""
+    table = {}
+    for factor in FACTORS:
+        found = apart(measure_peak, dataclasses.replace(setting, copies=factor), way, "ours")
+        beyond = found["peak"] - found["gradient"]
+        table[str(found["rows"])] = {"peak_mib": found["peak"] / MIB, "beyond_mib": beyond / MIB}
+    beyond = [entry["beyond_mib"] for entry in table.values()]
+    return {"by_rows": table, "largest_over_first": max(beyond) / beyond[0]}
+
+
+def measure_ranks(setting: Setting, way: Way, *, device: Device, stop: StopFlag) -> dict[str, Any]:
+    """Time one rank alone and the whole group on the same rows, in turns, one thread a rank."""
+    torch.set_num_threads(1)
+    case, group = draw_case(setting), dist.group.WORLD
+    alone, together = our_work(case, way), our_work(case, way, group)
+    costs: dict[str, list[tuple[float, float]]] = {"alone": [], "together": []}
+    for turn in range(way.rounds + 1):
+        for name, work in (("alone", alone), ("together", together)):
+            dist.barrier()
+            wall, cpu = time.perf_counter(), time.process_time()
+            if name == "together" or dist.get_rank() == 0:
+                work()
+            cpu = time.process_time() - cpu
+            dist.barrier()
+            each: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(each, cpu)
+            if turn:
+                costs[name].append((time.perf_counter() - wall, max(each)))
+    wall, cpu = (
+        {name: statistics.median(cost[place] for cost in found) for name, found in costs.items()}
+        for place in (0, 1)
+    )
+    return {
+        "wall_ratio": wall["alone"] / wall["together"],
+        "cpu_ratio": cpu["alone"] / cpu["together"],
+        "wall_seconds": wall,
+        "busiest_rank_cpu_seconds": cpu,
+        "rows": int(case.text.masked.sum()),
+    }
+
+
+def main() -> None:
+    """Parse, measure, print a table and, if asked, one line of JSON."""
+    given = _parse()
+    way = Way(budget_mib=given.budget_mib, threads=given.threads, rounds=given.rounds, form=given.form)
+    found: dict[str, Any] = {}
+    for loss in [given.only] if given.only else ["tidal", "reverse_calm"]:
+        setting = Setting(
+            loss=loss,
+            precision=given.precision,
+            teacher_hidden=given.teacher_hidden,
+            length=given.length,
+            vocabulary=given.vocabulary,
+            shared=given.vocabulary - 290,
+            seed=given.seed,
+        )
+        if given.rows_sweep:
+            found[loss] = sweep(setting, way)
+        elif given.ranks > 1:
+            found[loss] = run_ranks(measure_ranks, (setting, way), given.ranks, "cpu")
+        else:
+            found[loss] = compare(setting, way)
+        for name, value in found[loss].items():
+            print(f"{loss:14}{name:26}{value}")
+    facts = {"precision": given.precision, "teacher_hidden": given.teacher_hidden, "seed": given.seed}
+    if given.json:
+        print(json.dumps({**found, **facts, **dataclasses.asdict(way), **machine()}))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--form", default="fused", choices=["fused", "plain"])
+    parser.add_argument("--only", choices=["tidal", "reverse_calm"])
+    # Of small seeds, 5 draws noise levels that hide close to 425 tokens under both losses.
+    numbers = {"threads": 1, "budget-mib": 256, "rounds": 5, "teacher-hidden": 1024, "ranks": 1, "seed": 5}
+    for name, value in {**numbers, "length": 512, "vocabulary": 151_936}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--rows-sweep", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
