@@ -129,12 +129,12 @@ LAYOUTS = {
         r"^student\.layout\.tensor: 2 is not available yet for a model that is trained",
     ),
     "head groups that cut a replica": (
-        ["teachers.dense.layout.tensor=2", "teachers.dense.layout.pipeline=2", "head_ranks=2"],
-        r"^head_ranks: 2 must be a multiple of every teacher's replica .* nearest legal size is 4$",
+        ["teachers.dense.layout.tensor=2", "teachers.dense.layout.pipeline=2", "head.ranks=2"],
+        r"^head\.ranks: 2 must be a multiple of every teacher's replica .* nearest legal size is 4$",
     ),
     "head groups that do not divide the ranks": (
-        ["head_ranks=3"],
-        r"^head_ranks: 3 must .* divide the 4 ranks of this run; the nearest legal size is ",
+        ["head.ranks=3"],
+        r"^head\.ranks: 3 must .* divide the 4 ranks of this run; the nearest legal size is ",
     ),
 }
 

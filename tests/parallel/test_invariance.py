@@ -43,7 +43,7 @@ LAYOUTS = {  # name -> (ranks, layout words, samples a microbatch)
     "4 ranks, TP2xPP2": (4, cut("moe", "own", "dense", tensor=2, pipeline=2), 2),
     "4 ranks, TP2xEP2": (4, [*cut("moe", "own", tensor=2, expert=2), *cut("dense", tensor=2)], 1),
     "4 ranks, PP2xEP2 and TP2": (4, [*cut("moe", "own", pipeline=2, expert=2), *cut("dense", tensor=2)], 1),
-    "4 ranks, heads over 4": (4, [*cut("moe", expert=4), "head_ranks=4"], 2),
+    "4 ranks, heads over 4": (4, [*cut("moe", expert=4), "head.ranks=4"], 2),
 }
 EIGHT = (8, [*cut("moe", "own", expert=8), *cut("dense", tensor=2, pipeline=2)], 1)
 

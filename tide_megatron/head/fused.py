@@ -25,11 +25,19 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.head.parts import HeadInput, HeadLoss
+from tide_megatron.head.parts import HeadInput, HeadLoss, check_rows
 from tide_megatron.head.running import Merged, Running, merge
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
 from tide_megatron.head.statistics import Normaliser
-from tide_megatron.head.tiles import TILES_ALIVE, TiledHead, gold_here, tile_numbers, tiles
+from tide_megatron.head.tiles import (
+    TILES_ALIVE,
+    TiledHead,
+    gold_here,
+    likelihood_statistics,
+    picked_golds,
+    tile_numbers,
+    tiles,
+)
 from tide_megatron.head.workspace import Workspace
 from tide_megatron.losses.columns import Columns
 from tide_megatron.losses.rows import ColumnLoss, LikelihoodLoss, Loss, Rows
@@ -80,6 +88,8 @@ def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of it
         "nowhere to add the weight's gradient"
     )
     active = {name: loss for name, loss in losses.items() if float(counts[name]) != 0}
+    if active:
+        check_rows(student, answers, active, rows)
     device = student.hidden.device
     work = _Work(student, answers, active, counts, clock, (group, own), workspace or Workspace())
     if active and len(rows.gold):
@@ -189,7 +199,7 @@ class _Work:
             for start in range(0, len(gold), most_rows):
                 piece = slice(start, start + most_rows)
                 head = TiledHead(self._input(name), hidden[piece], None)
-                running, picked = self._likelihood(head, gold[piece])
+                running, picked = likelihood_statistics(head, gold[piece])
                 kept[name][0].append(running)
                 kept[name][1].append(picked)
         joined = {name: _join(softmaxes) for name, (softmaxes, _) in kept.items()}
@@ -223,15 +233,6 @@ class _Work:
         """Return whose gold likelihoods the terms read."""
         return [name for name in heads if name in self.chunked or (name is None and self.likely)]
 
-    def _likelihood(self, head: TiledHead, gold: Tensor) -> tuple[Running, Tensor]:
-        """Return statistics and gold logits of rows whose logits are not kept."""
-        running, picked = Running(len(gold), gold.device), torch.zeros(len(gold), device=gold.device)
-        for start, stop in tiles(len(head.weight), len(gold), gold.device):
-            columns = head.make(start, stop)
-            running.add(columns.logits)
-            picked += _picked(columns, gold)
-        return running, picked
-
     def _statistics(
         self, slab: Slab, heads: Mapping[str | None, TiledHead], likely: list[str | None]
     ) -> tuple[dict[Any, Running], dict[str | None, Tensor]]:
@@ -249,7 +250,7 @@ class _Work:
             made = {name: head.make(start, stop) for name, head in heads.items()}
             for name in likely:
                 softmaxes[name].add(made[name].logits)
-                golds[name] += _picked(made[name], self._rows_of(slab, name)[1])
+                golds[name] += picked_golds(made[name], self._rows_of(slab, name)[1])
             for name, loss in self.columns.items():
                 ours, target = loss.softened(made[None], made[loss.teacher], slab.rows, self.clock)
                 softmaxes[name, "student"].add(ours, target)
@@ -337,14 +338,6 @@ class _Work:
         slope = slope.to(head.weight.dtype)
         self.hidden_gradient[slab.start : slab.stop] += slope @ head.weight[start:stop]
         gradient[start:stop] += slope.T @ head.hidden
-
-
-def _picked(columns: Columns, gold: Tensor) -> Tensor:
-    """Return the gold logits among some columns, 0 for those elsewhere, [rows]."""
-    if not columns.logits.shape[1]:
-        return torch.zeros(len(gold), device=gold.device)
-    place, is_here = gold_here(columns, gold)
-    return torch.where(is_here, columns.logits.gather(1, place[:, None]).squeeze(1), 0.0)
 
 
 def _likelihood_slope(columns: Columns, gold: Tensor, blame: Tensor, normaliser: Normaliser) -> Tensor:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from tide_megatron.base.clock import Clock
+from tide_megatron.base.errors import TideError
 from tide_megatron.losses.columns import Columns
+from tide_megatron.losses.rows import Loss, Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,3 +59,49 @@ class HeadLoss:
     """fp32 scalar with graph: sum over terms of weight / count * sum over items; ranks just add."""
     sums: dict[str, Tensor]
     """Detached fp64 scalars by term: this rank's share of the term's mean, before its weight."""
+
+
+def check_rows(
+    student: HeadInput, answers: Mapping[str, HeadInput], losses: Mapping[str, Loss], rows: Rows
+) -> None:
+    """Refuse rows that do not belong together; every rank of a head group has all of them and sees it alike.
+
+    Raises:
+        TideError: naming the model, with both numbers of rows, or the ids that no rank owns.
+    """
+    told = [("the student", student, rows.gold)]
+    for name in sorted({loss.teacher for loss in losses.values() if loss.teacher is not None}):
+        if name not in answers:
+            raise TideError(
+                f"teachers.{name}: a loss listens to it, but it gave no answer to this microbatch"
+            )
+        told.append((f"teachers.{name}", answers[name], rows.link(name).gold))
+    for name, head, gold in told:
+        if len(head.hidden) != len(gold):
+            raise TideError(
+                f"{name}: {len(head.hidden)} hidden rows where the microbatch's rows are {len(gold)}; make "
+                "views and rows from the same noised batches"
+            )
+        # Asynchronous: nothing waits for a GPU here. On CPU it raises at once.
+        torch._assert_async(
+            ((gold >= 0) & (gold < head.num_ids)).all(),
+            f"{name}: a gold id lies outside the head's {head.num_ids} ids, so no rank owns it",
+        )
+
+
+class HeadLossForm(Protocol):
+    """A way to compute the head loss: `plain.head_loss`, or `fused.fused_head_loss` with its budget given."""
+
+    def __call__(  # noqa: PLR0913 - see plain.head_loss
+        self,
+        student: HeadInput,
+        answers: Mapping[str, HeadInput],
+        losses: Mapping[str, Loss],
+        rows: Rows,
+        counts: Mapping[str, Tensor],
+        clock: Clock,
+        *,
+        group: ProcessGroup | None = None,
+        own: tuple[int, int] | None = None,
+    ) -> HeadLoss:
+        """Evaluate every term on one microbatch of a head group; see `plain.head_loss`."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.head.parts import HeadInput, HeadLoss
+from tide_megatron.head.parts import HeadInput, HeadLoss, check_rows
 from tide_megatron.head.statistics import exchange_statistics, gold_logits
 from tide_megatron.losses.columns import Columns
 from tide_megatron.losses.rows import ColumnLoss, LikelihoodLoss, Loss, Rows
@@ -60,6 +60,8 @@ def head_loss(  # noqa: PLR0913 - what a step knows, and which ranks share it
     """
     assert own is not None or size_of(group) == 1, "which samples are this rank's own must be said in a group"
     active = {name: loss for name, loss in losses.items() if float(counts[name]) != 0}
+    if active:
+        check_rows(student, answers, active, rows)
     ours = student.columns
     with torch.no_grad():
         names = {loss.teacher for loss in active.values() if loss.teacher is not None}

@@ -1,4 +1,7 @@
-"""How likely one model finds the gold tokens of its rows: no loss, no gradient, one exchange."""
+"""How likely one model finds the gold tokens of its rows: no loss, no gradient, one exchange.
+
+Logits are made tile by tile and forgotten: memory does not grow with rows x vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.statistics import exchange_statistics, gold_logits
+from tide_megatron.head.running import merge
+from tide_megatron.head.tiles import TiledHead, likelihood_statistics
 
 
 @torch.no_grad()
@@ -20,10 +24,10 @@ def score_rows(head: HeadInput, gold: Tensor, group: ProcessGroup | None = None)
         group: the head group.
 
     Returns:
-        NLL in nats [rows] fp32 and whether the gold id is the most likely [rows] bool (ties count), the
-        same on every rank.
+        NLL in nats [rows] fp32 and whether the gold id is the most likely [rows] bool (ties count), alike on
+        every rank.
     """
-    columns = head.columns
-    found = exchange_statistics([columns.logits], [gold_logits(columns, gold)], group)
-    (normaliser,), (picked,) = found.normalisers, found.golds
-    return -normaliser.log_probabilities(picked), picked >= normaliser.maximum
+    running, picked = likelihood_statistics(TiledHead(head, head.hidden, None), gold)
+    found = merge([running], [picked], group)
+    (normaliser,), (logits,) = found.normalisers, found.golds
+    return -normaliser.log_probabilities(logits), logits >= normaliser.maximum

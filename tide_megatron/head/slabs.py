@@ -59,7 +59,7 @@ def rows_within(budget_bytes: int, row_bytes: int, fixed_bytes: int) -> int:
         needed = -(-(fixed_bytes + row_bytes) // 2**20)
         raise ConfigError(
             f"head.budget_mib: {budget_bytes / 2**20:g} MiB do not hold the logits of a single row here; "
-            f"use at least {needed}, or more head_ranks"
+            f"use at least {needed}, or more head.ranks"
         )
     return most
 

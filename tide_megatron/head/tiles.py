@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.running import Running
 from tide_megatron.losses.columns import Columns
 
 CPU_TILE = 2**18
@@ -80,3 +81,26 @@ def gold_here(columns: Columns, gold: Tensor) -> tuple[Tensor, Tensor]:
     place = gold - columns.start
     width = columns.logits.shape[1]
     return place.clamp(0, max(0, width - 1)), (place >= 0) & (place < width)
+
+
+def picked_golds(columns: Columns, gold: Tensor) -> Tensor:
+    """Return the gold logits among some columns, 0 for those elsewhere, [rows]."""
+    if not columns.logits.shape[1]:
+        return torch.zeros(len(gold), device=gold.device)
+    place, is_here = gold_here(columns, gold)
+    return torch.where(is_here, columns.logits.gather(1, place[:, None]).squeeze(1), 0.0)
+
+
+def likelihood_statistics(head: TiledHead, gold: Tensor) -> tuple[Running, Tensor]:
+    """Return softmax statistics and gold logits of rows against this rank's columns; keeps no logits.
+
+    Args:
+        head: the rows.
+        gold: [rows] int64 ids; those of other ranks' columns give 0.
+    """
+    running, picked = Running(len(gold), gold.device), torch.zeros(len(gold), device=gold.device)
+    for start, stop in tiles(len(head.weight), len(gold), gold.device):
+        columns = head.make(start, stop)
+        running.add(columns.logits)
+        picked += picked_golds(columns, gold)
+    return running, picked

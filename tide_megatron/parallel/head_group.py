@@ -20,7 +20,7 @@ def head_group_size(layouts: Iterable[Layout], world: int, wanted: int | None = 
     Args:
         layouts: of all models, already checked against the world (`Layout.check`).
         world: number of ranks.
-        wanted: `head_ranks` of the recipe; None: as few as hold whole replicas of every model.
+        wanted: `head.ranks` of the recipe; None: as few as hold whole replicas of every model.
 
     Raises:
         ConfigError: when `wanted` is not a multiple of every replica or does not divide the world.
@@ -33,7 +33,7 @@ def head_group_size(layouts: Iterable[Layout], world: int, wanted: int | None = 
     if wanted not in legal:
         near = min(legal, key=lambda size: (abs(math.log(size / max(1, wanted))), size))
         raise ConfigError(
-            f"head_ranks: {wanted} must be a multiple of every teacher's replica (together {least} ranks) "
+            f"head.ranks: {wanted} must be a multiple of every teacher's replica (together {least} ranks) "
             f"and divide the {world} ranks of this run; the nearest legal size is {near}"
         )
     return wanted

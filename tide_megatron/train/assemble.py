@@ -7,6 +7,7 @@ What cannot work (layouts, vocabularies, schedules) is refused before any weight
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,10 @@ from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.schedule import SCHEDULES
+from tide_megatron.head.fused import BUDGET_MIB, fused_head_loss
+from tide_megatron.head.parts import HeadLossForm
+from tide_megatron.head.plain import head_loss
+from tide_megatron.head.workspace import Workspace
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.shared_vocabulary import SharedVocabulary
 from tide_megatron.parallel.collectives import fail_together
@@ -59,7 +64,7 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         plans |= {name: read_plan(model, f"teachers.{name}") for name, model in recipe.teachers.items()}
         for plan in plans.values():
             check_layout(plan.choice, plan.architecture, world, plan.key)
-        head_group_size([model.layout for model in recipe.teachers.values()], world, recipe.head_ranks)
+        head_group_size([model.layout for model in recipe.teachers.values()], world, recipe.head.ranks)
         tokenizer = plans["student"].tokenizer
         readers = {name: plan for name, plan in plans.items() if name != "student"}
         loader = open_loader(recipe, recipe.data.train, tokenizer, readers, is_trained_on=True)
@@ -91,8 +96,19 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         device=device.torch_device,
         head=residents.head,
         cut=residents.cut,
+        head_loss=_head_loss(recipe, device),
     )
     return Parts(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer)
+
+
+def _head_loss(recipe: Recipe, device: Device) -> HeadLossForm:
+    """Choose how the head loss is computed, in this one place, and log it."""
+    if recipe.head.form == "plain":
+        log.info("head loss: plain, by autograd")
+        return head_loss
+    budget = recipe.head.budget_mib or BUDGET_MIB[device.type]
+    log.info("head loss: fused, slabs of %d MiB", budget)
+    return functools.partial(fused_head_loss, budget_bytes=budget * 2**20, workspace=Workspace())
 
 
 def open_loader(

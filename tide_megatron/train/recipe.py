@@ -171,6 +171,21 @@ class Checkpoints:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Head:
+    """How vocabulary heads and losses are computed (machine choice: it never changes the mathematics)."""
+
+    form: Literal["fused", "plain"] = "fused"
+    """`fused`: values and gradients in one pass over slabs of rows; `plain`: by autograd, with several times
+    the memory (the oracle)."""
+    budget_mib: int | None = Field(default=None, ge=1)
+    """What a slab may take beside weights, hidden rows and their gradients, in MiB; None: 256 on CPU, 2048 on
+    CUDA. Smaller slabs read weights and gradients more often."""
+    ranks: int | None = Field(default=None, ge=1)
+    """Ranks over which every head is cut by vocabulary; None: the least common multiple of the teachers'
+    replicas. More hold less of each head, and send more."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """One run."""
 
@@ -191,9 +206,7 @@ class Recipe:
     metrics: MetricsOptions = Field(default_factory=MetricsOptions)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "dense", "structured", "flex"] = "auto"
-    head_ranks: int | None = Field(default=None, ge=1)
-    """Ranks over which every vocabulary head is cut (machine choice); None: the least common multiple of the
-    teachers' replicas. More save memory and send more."""
+    head: Head = Field(default_factory=Head)
 
     @property
     def terms(self) -> dict[str, Loss]:
@@ -201,5 +214,5 @@ class Recipe:
         return dict(self.losses)
 
 
-MACHINE_KEYS = ("folder", "evaluation", "checkpoints", "metrics", "device", "attention", "head_ranks")
+MACHINE_KEYS = ("folder", "evaluation", "checkpoints", "metrics", "device", "attention", "head")
 """Top-level fields that choose machines or reports, never mathematics."""

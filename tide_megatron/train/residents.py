@@ -55,7 +55,7 @@ def build_residents(recipe: Recipe, plans: Mapping[str, ModelPlan], device: Devi
     """
     world = dist.get_world_size()
     layouts = [model.layout for model in recipe.teachers.values()]
-    head = make_head_group(head_group_size(layouts, world, recipe.head_ranks))
+    head = make_head_group(head_group_size(layouts, world, recipe.head.ranks))
     cut = Cut.of([plan.architecture.vocabulary for plan in plans.values()], head.ranks, head.place)
     picture = {name: placed(plan.choice, plan.architecture, device.type) for name, plan in plans.items()}
     log.info("%s", drawn(placement_table(picture, world, head.ranks)))

@@ -85,4 +85,5 @@ def share_student(student: HeadInput, sizes: Sequence[int], cut: Cut, head: Head
         weight=student.weight[start:stop],
         start=start,
         vocabulary=len(student.weight),
+        gradient=None if student.gradient is None else student.gradient[start:stop],
     )

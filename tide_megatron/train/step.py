@@ -19,7 +19,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Batch
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.cut import Cut
-from tide_megatron.head.plain import head_loss
+from tide_megatron.head.parts import HeadLossForm
 from tide_megatron.losses.rows import Loss, rows_of
 from tide_megatron.parallel.collectives import sum_over
 from tide_megatron.parallel.groups import HeadGroup
@@ -49,6 +49,7 @@ class Run:
     """The ranks that share every vocabulary head with this one."""
     cut: Cut
     """Which ids each of them owns."""
+    head_loss: HeadLossForm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         with run.phases("exchange"):
             student = share_student(own, shared[microbatch].sizes, run.cut, run.head)
         with run.phases("head"):
-            loss = head_loss(
+            loss = run.head_loss(
                 student,
                 answers,
                 run.losses,

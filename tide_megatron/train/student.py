@@ -64,9 +64,12 @@ class Student:
     def rows(self, view: View) -> HeadInput:
         """Run the body; return the hidden rows [rows, hidden] with the head's weight [vocabulary, hidden].
 
-        Under expert parallelism all ranks call it equally often.
+        With them goes the fp32 buffer in which DDP adds up the weight's gradient, for a head loss that adds
+        to it itself. Under expert parallelism all ranks call it equally often.
         """
-        return HeadInput(hidden=self.model.rows(view), weight=self.model.head_weight)
+        weight = self.model.head_weight
+        buffer: Tensor = weight.main_grad  # type: ignore[attr-defined]
+        return HeadInput(hidden=self.model.rows(view), weight=weight, gradient=buffer)
 
     def clear(self) -> None:
         """Zero the gradient buffers before a step's first microbatch."""

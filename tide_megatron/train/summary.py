@@ -51,7 +51,7 @@ def place(recipe: Recipe, world: int) -> tuple[dict[str, Placed], int]:
     """Read what a recipe's models are, check their layouts, and say how many ranks share their heads.
 
     Raises:
-        ConfigError: a layout or `head_ranks` does not fit; CheckpointError: a model folder is missing.
+        ConfigError: a layout or `head.ranks` does not fit; CheckpointError: a model folder is missing.
     """
     found = {}
     for name, model in {"student": recipe.student, **recipe.teachers}.items():
@@ -60,7 +60,7 @@ def place(recipe: Recipe, world: int) -> tuple[dict[str, Placed], int]:
         check_layout(model, architecture, world, where)
         found[name] = placed(model, architecture, _device_type(recipe))
     layouts = [model.layout for model in recipe.teachers.values()]
-    return found, head_group_size(layouts, world, recipe.head_ranks)
+    return found, head_group_size(layouts, world, recipe.head.ranks)
 
 
 def _device_type(recipe: Recipe) -> str:

@@ -27,6 +27,7 @@ from tide_megatron.diffusion.batch import IGNORED, Batch
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.cut import Cut
+from tide_megatron.head.fused import fused_head_loss
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.losses.calm import ReverseCalm
 from tide_megatron.losses.cross_entropy import CrossEntropy
@@ -116,6 +117,7 @@ def make_run(shapes: Shapes, device: Device) -> Run:
         device=device.torch_device,
         head=head,
         cut=cut,
+        head_loss=fused_head_loss,
     )
 
 
@@ -226,9 +228,9 @@ class Formula:
         return RANKS * (RANKS - 1) * sum(map(_up, longest)) * width * self.shapes.bytes_per_number
 
     def _statistics(self) -> int:
-        """There and back, fp32: 3 numbers a row of each likelihood (student, mixture), 4 a pair of TIDAL."""
+        """One slab, fp32, none back: 3 numbers a row of student and mixture, 4 a pair of TIDAL."""
         rows = [sum(mine[k] for mine in self.rows) for k in range(self.shapes.accumulation)]
-        return 2 * RANKS * (RANKS - 1) * sum(_up((3 + 3 + 4) * number) for number in rows) * 4
+        return RANKS * (RANKS - 1) * sum(_up((3 + 3 + 4) * number) for number in rows) * 4
 
 
 def _up(number: int, multiple: int = 8) -> int:

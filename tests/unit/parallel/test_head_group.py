@@ -39,7 +39,7 @@ def test_sizes_by_hand(layouts, world, wanted, expected):
     ],
 )
 def test_sizes_that_do_not_fit(layouts, world, wanted, nearest):
-    with pytest.raises(ConfigError, match=f"head_ranks: {wanted} .* {world} ranks.* size is {nearest}$"):
+    with pytest.raises(ConfigError, match=f"head.ranks: {wanted} .* {world} ranks.* size is {nearest}$"):
         head_group_size(layouts, world, wanted)
 
 
