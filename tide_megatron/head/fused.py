@@ -25,6 +25,7 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.head.elementwise import column_tile
 from tide_megatron.head.parts import HeadInput, HeadLoss, check_rows
 from tide_megatron.head.running import Merged, Running, merge
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
@@ -60,6 +61,7 @@ def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of it
     own: tuple[int, int] | None = None,
     budget_bytes: int | None = None,
     workspace: Workspace | None = None,
+    compiled: bool = False,
 ) -> HeadLoss:
     """Evaluate every term, and its gradients, on the hidden rows of one microbatch of a head group.
 
@@ -79,6 +81,7 @@ def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of it
         budget_bytes: for all that stands beside weights, hidden rows and their gradients; None: the device's
             default.
         workspace: buffers kept between calls; None: none are.
+        compiled: let torch.compile fuse each term's elementwise part.
 
     Raises:
         ConfigError: when the budget does not hold one row.
@@ -91,7 +94,8 @@ def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of it
     if active:
         check_rows(student, answers, active, rows)
     device = student.hidden.device
-    work = _Work(student, answers, active, counts, clock, (group, own), workspace or Workspace())
+    means = (workspace or Workspace(), compiled)
+    work = _Work(student, answers, active, counts, clock, (group, own), means)
     if active and len(rows.gold):
         budget = BUDGET_MIB[device.type] * 2**20 if budget_bytes is None else budget_bytes
         most = rows_within(budget, work.row_bytes(rows), TILES_ALIVE * 4 * tile_numbers(device))
@@ -138,9 +142,10 @@ class _Work:
         counts: Mapping[str, Tensor],
         clock: Clock,
         where: tuple[ProcessGroup | None, tuple[int, int] | None],
-        workspace: Workspace,
+        means: tuple[Workspace, bool],
     ) -> None:
-        self.student, self.clock, self.workspace = student, clock, workspace
+        self.student, self.clock = student, clock
+        self.workspace, self.compiled = means
         self.group, self.own = where
         self.likely = {name: loss for name, loss in losses.items() if isinstance(loss, LikelihoodLoss)}
         self.columns = {name: loss for name, loss in losses.items() if isinstance(loss, ColumnLoss)}
@@ -300,14 +305,15 @@ class _Work:
         gaps = dict(zip(keys, found.gaps, strict=True))
         if not self.columns and not self.releases:
             return
-        factors, values, whole = {}, {}, {}
+        factors, values, whole, both = {}, {}, {}, {}
         for name, loss in self.columns.items():
             coefficients = loss.coefficients(slab.rows, self.clock)
             factors[name] = coefficients * self.factors[name]
             values[name] = torch.zeros_like(coefficients, dtype=torch.float64)
             gap = gaps[name, "student"]
+            ours, target = (normalisers[name, side] for side in ("student", "target"))
+            both[name] = ((ours.maximum, ours.log_sum), (target.maximum, target.log_sum))
             if gap is not None:  # from logits to log-probabilities
-                ours, target = (normalisers[name, side] for side in ("student", "target"))
                 gap = gap - (ours.maximum - target.maximum) - (ours.log_sum - target.log_sum)
             whole[name] = gap
         for start, stop in self._tiles(heads):
@@ -319,11 +325,11 @@ class _Work:
                 ours, target = loss.softened(made[None], made[loss.teacher], slab.rows, self.clock)
                 if not ours.shape[1]:
                     continue
-                ours = normalisers[name, "student"].log_probabilities(ours)
-                target = normalisers[name, "target"].log_probabilities(target)
-                values[name] += loss.divergence(ours, target)
+                value, part = column_tile(loss, compiled=self.compiled)(
+                    ours, target, *both[name], whole[name], factors[name]
+                )
+                values[name] += value
                 if self.releases:
-                    part = loss.slope(ours, target, whole[name]).mul_(factors[name][:, None])
                     _add_rows(slope, part, slab.rows, loss.teacher)
             if self.releases:
                 self._release(slab, heads[None], slope, start, stop)

@@ -24,9 +24,11 @@ class Kl(SharedVocabulary):
         """Return T^2 sum_v p_t (log p_t - log p_s) of each pair."""
         return self.temperature**2 * (target.exp() * (target - student)).sum(-1)
 
-    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
-        """Return T (p_s - p_t)."""
-        return self.temperature * (student.exp() - target.exp())
+    def value_and_slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return `divergence` and T (p_s - p_t)."""
+        likely = target.exp()
+        value = self.temperature**2 * (likely * (target - student)).sum(-1)
+        return value, self.temperature * (student.exp() - likely)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -39,7 +41,9 @@ class ReverseKl(SharedVocabulary):
         """Return T^2 sum_v p_s (log p_s - log p_t) of each pair; both p_s carry gradient."""
         return self.temperature**2 * (student.exp() * (student - target)).sum(-1)
 
-    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
-        """Return T p_s (log p_s - log p_t - gap), the gap being the pair's sum_v p_s (log p_s - log p_t)."""
+    def value_and_slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return `divergence` and T p_s (log p_s - log p_t - gap); gap: the row's divergence over T^2."""
         assert gap is not None, "reverse KL's slope needs the whole row's divergence"
-        return self.temperature * (student.exp() * (student - target - gap[:, None]))
+        likely, difference = student.exp(), student - target
+        value = self.temperature**2 * (likely * difference).sum(-1)
+        return value, self.temperature * (likely * (difference - gap[:, None]))

@@ -139,6 +139,9 @@ class LikelihoodLoss(Loss, Protocol):
 class ColumnLoss(Loss, Protocol):
     """A loss that compares two distributions over the same ids and is a sum over these ids."""
 
+    def __hash__(self) -> int:
+        """Losses are frozen: what is compiled for one is kept for its equals."""
+
     def softened(self, student: Columns, teacher: Columns, rows: Rows, clock: Clock) -> tuple[Tensor, Tensor]:
         """Return both sides' logits of the compared ids that are here, ([items, columns], same) fp32.
 
@@ -147,16 +150,21 @@ class ColumnLoss(Loss, Protocol):
         """
 
     needs_gap: ClassVar[bool]
-    """Whether `slope` wants the gap."""
+    """Whether `value_and_slope` wants the gap."""
 
     def divergence(self, student: Tensor, target: Tensor) -> Tensor:
         """Return the formula's sum over THESE columns, [items] fp32, from normalised log-probabilities."""
 
-    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
-        """Return the derivative of the formula by the student's logits (not softened), [items, columns] fp32.
+    def value_and_slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return `divergence` and the formula's derivative by the student's logits (not softened), fp32.
+
+        One pure function of tensors, so that a compiler can fuse it.
 
         Args:
             student: [items, columns] log-probabilities.
             target: like `student`.
             gap: [items] sum over ALL columns of p_s (log p_s - log target); None unless `needs_gap`.
+
+        Returns:
+            [items] of these columns, [items, columns].
         """

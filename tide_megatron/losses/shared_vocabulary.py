@@ -38,7 +38,7 @@ class SharedVocabulary(abc.ABC):
 
     needs_teacher: ClassVar[bool] = True
     needs_gap: ClassVar[bool] = False
-    """Whether `slope` must know sum_v p_s (log p_s - log target) of each pair."""
+    """Whether `value_and_slope` must know sum_v p_s (log p_s - log target) of each pair."""
 
     def columns(self, student: int, teacher: int) -> int:
         """Return how many columns are compared, given both vocabulary sizes.
@@ -81,8 +81,8 @@ class SharedVocabulary(abc.ABC):
         """Return the sum over these columns of the formula, from log-probabilities, [pairs] fp32."""
 
     @abc.abstractmethod
-    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
-        """Return the derivative of the whole formula by the student's logits here, [pairs, columns] fp32."""
+    def value_and_slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return `divergence` [pairs] and the whole formula's derivative by these logits [pairs, columns]."""
 
     def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
         """Return `divergence` of whole logits."""

@@ -9,6 +9,8 @@ Left out: the reference's entropy weights, which its trainer never passes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -41,10 +43,11 @@ class Tidal(Mixture, SharedVocabulary):
 
     def divergence(self, student: Tensor, target: Tensor) -> Tensor:
         """Return T^2 sum_v r (log max(r, 1e-8) - log p_s) of each pair, r = exp(target)."""
-        likely = target.exp()
-        clamped = likely.clamp_min(SMALLEST_TARGET).log()
-        return self.temperature**2 * (likely * (clamped - student)).sum(-1)
+        clamped = target.clamp_min(math.log(SMALLEST_TARGET))
+        return self.temperature**2 * (target.exp() * (clamped - student)).sum(-1)
 
-    def slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> Tensor:
-        """Return T (p_s - r); the timestep weight is in the coefficients."""
-        return self.temperature * (student.exp() - target.exp())
+    def value_and_slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return `divergence` and T (p_s - r); the timestep weight is in the coefficients."""
+        likely, clamped = target.exp(), target.clamp_min(math.log(SMALLEST_TARGET))
+        value = self.temperature**2 * (likely * (clamped - student)).sum(-1)
+        return value, self.temperature * (student.exp() - likely)

@@ -107,8 +107,11 @@ def _head_loss(recipe: Recipe, device: Device) -> HeadLossForm:
         log.info("head loss: plain, by autograd")
         return head_loss
     budget = recipe.head.budget_mib or BUDGET_MIB[device.type]
-    log.info("head loss: fused, slabs of %d MiB", budget)
-    return functools.partial(fused_head_loss, budget_bytes=budget * 2**20, workspace=Workspace())
+    compiled = device.type == "cuda" if recipe.head.compiled is None else recipe.head.compiled
+    log.info("head loss: fused, slabs of %d MiB%s", budget, ", compiled" if compiled else "")
+    return functools.partial(
+        fused_head_loss, budget_bytes=budget * 2**20, workspace=Workspace(), compiled=compiled
+    )
 
 
 def open_loader(

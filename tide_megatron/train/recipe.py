@@ -180,6 +180,9 @@ class Head:
     budget_mib: int | None = Field(default=None, ge=1)
     """What a slab may take beside weights, hidden rows and their gradients, in MiB; None: 256 on CPU, 2048 on
     CUDA. Smaller slabs read weights and gradients more often."""
+    compiled: bool | None = None
+    """Let torch.compile fuse the elementwise part of each loss; None: on CUDA only (on CPU it takes tens of
+    seconds to compile)."""
     ranks: int | None = Field(default=None, ge=1)
     """Ranks over which every head is cut by vocabulary; None: the least common multiple of the teachers'
     replicas. More hold less of each head, and send more."""

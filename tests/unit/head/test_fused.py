@@ -1,0 +1,117 @@
+"""What the fused head loss promises beside its values: evaluation, the factor 1, budgets, rows that fit."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from tests.parallel.vocabulary_cases import CASES, CLOCK, counts_of, heads_of, hidden_of, losses_of, noised_of
+from tide_megatron.base.errors import ConfigError, TideError
+from tide_megatron.head.fused import fused_head_loss
+from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.plain import head_loss
+from tide_megatron.head.workspace import Workspace
+from tide_megatron.losses.kl import Kl
+from tide_megatron.losses.rows import rows_of
+
+CASE = CASES["one vocabulary"]
+
+
+@pytest.fixture
+def given():
+    """Return the arguments of a head loss over all losses, with a buffer for the gradient."""
+    noised = noised_of(CASE, 1, 2)
+    heads, hidden = heads_of(CASE), hidden_of(CASE, noised, 1)
+    student = HeadInput(
+        hidden=hidden["student"].requires_grad_(),
+        weight=heads["student"],
+        gradient=torch.zeros_like(heads["student"]),
+    )
+    answers = {name: HeadInput(hidden=hidden[name], weight=heads[name]) for name in ("same", "other")}
+    losses = losses_of("all", CASE)
+    return [student, answers, losses, rows_of(noised), counts_of(losses, [noised]), CLOCK]
+
+
+def test_evaluation_writes_nothing(given):
+    student = given[0]
+    wanted = head_loss(*given)
+    quiet = dataclasses.replace(student, hidden=student.hidden.detach(), gradient=None)
+    found = fused_head_loss(quiet, *given[1:])
+    assert not found.objective.requires_grad
+    torch.testing.assert_close(found.objective, wanted.objective.detach())
+    for name, value in wanted.sums.items():
+        torch.testing.assert_close(found.sums[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_the_weights_gradient_is_added_to_what_is_there(given):
+    student = given[0]
+    fused_head_loss(*given)
+    once = student.gradient.clone()
+    fused_head_loss(*given)
+    torch.testing.assert_close(student.gradient, 2 * once)
+
+
+def test_the_objective_may_not_be_scaled(given):
+    found = fused_head_loss(*given)
+    with pytest.raises(RuntimeError, match="scaled after it was computed"):
+        (2 * found.objective).backward()
+
+
+def test_no_term_gives_zero_with_a_graph(given):
+    student = given[0]
+    counts = {name: torch.tensor(0.0) for name in given[2]}
+    found = fused_head_loss(*given[:4], counts, CLOCK)
+    found.objective.backward()
+    assert found.sums == {}
+    assert not student.hidden.grad.any()
+    assert not student.gradient.any()
+
+
+def test_a_budget_below_one_row_is_refused(given):
+    with pytest.raises(
+        ConfigError, match=r"^head\.budget_mib: 1 MiB do not hold .* use at least 13, or more head\.ranks"
+    ):
+        fused_head_loss(*given, budget_bytes=2**20)
+
+
+@pytest.mark.parametrize("form", [head_loss, fused_head_loss])
+def test_rows_that_do_not_belong_together_are_refused(given, form):
+    student, answers, *rest = given
+    short = answers | {"other": dataclasses.replace(answers["other"], hidden=answers["other"].hidden[1:])}
+    with pytest.raises(
+        TideError, match=r"^teachers\.other: \d+ hidden rows where the microbatch's rows are \d+; make"
+    ):
+        form(student, short, *rest)
+    with pytest.raises(TideError, match=r"^the student: 3 hidden rows where"):
+        form(dataclasses.replace(student, hidden=student.hidden[:3]), answers, *rest)
+    with pytest.raises(TideError, match=r"^teachers\.same: a loss listens to it, but it gave no answer"):
+        form(student, {"other": answers["other"]}, *rest)
+
+
+def test_a_workspace_changes_nothing(given):
+    space = Workspace()
+    first = fused_head_loss(*given, workspace=space)
+    second = fused_head_loss(*given, workspace=space)
+    assert {name: float(value) for name, value in first.sums.items()} == {
+        name: float(value) for name, value in second.sums.items()
+    }
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_no_temperature_but_a_positive_one(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        Kl(teacher="t", temperature=temperature)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_compiled_is_eager(given):
+    student = given[0]
+    eager = fused_head_loss(*given)
+    wanted = student.gradient.clone()
+    student.gradient.zero_()
+    compiled = fused_head_loss(*given, compiled=True)
+    torch.testing.assert_close(student.gradient, wanted, rtol=1e-5, atol=1e-6)
+    for name, value in eager.sums.items():
+        torch.testing.assert_close(compiled.sums[name], value, rtol=1e-5, atol=1e-7)
