@@ -46,6 +46,9 @@ class Setting:
     shared: int = 151_646
     """First ids that TIDAL compares."""
     seed: int = 0
+    teacher_halves: int = 0
+    """How many halves the teacher's head reads in the plain way. 0: what the reference does, both halves of
+    [x_t ; x_0] under TIDAL, whose teacher is a block-diffusion model, and one sequence under Reverse CALM."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +130,9 @@ class Case:
     def hidden_rows(self) -> tuple[Tensor, Tensor]:
         """([rows, hidden size], [teacher rows, teacher's hidden size]): copies."""
         length = self.text.ids.shape[1]
-        return self.student.hidden[:, :length][self.text.masked], self.teacher.hidden[self.text.asked]
+        asked = self.text.asked
+        answered = self.teacher.hidden[:, : asked.shape[1]][asked]
+        return self.student.hidden[:, :length][self.text.masked], answered
 
     @property
     def microbatch(self) -> Microbatch:
@@ -191,6 +196,8 @@ def draw_case(setting: Setting) -> Case:
     draw = _shared_text if setting.loss == "tidal" else _chunked_text
     text = _repeated(draw(setting, generator), setting.copies)
     samples, length = text.ids.shape
+    halves = setting.teacher_halves or (2 if setting.loss == "tidal" else 1)
+    assert halves == 1 or not text.chunks, "matrices of chunks have the teacher's own length"
     dtype = DTYPES[setting.precision]
 
     def numbers(scale: float, *shape: int) -> Tensor:
@@ -207,7 +214,7 @@ def draw_case(setting: Setting) -> Case:
             weight=numbers(0.05, setting.vocabulary, setting.hidden),
         ),
         teacher=Model(
-            hidden=numbers(0.5, *text.teacher_ids.shape, setting.teacher_hidden),
+            hidden=numbers(0.5, samples, halves * text.asked.shape[1], setting.teacher_hidden),
             weight=numbers(0.05, setting.vocabulary, setting.teacher_hidden),
         ),
         losses={"cross_entropy": CrossEntropy(), setting.loss: loss},

@@ -32,6 +32,7 @@ def of(loss, **changes):
 def drawn(loss, **changes):
     """Draw a case with logits large enough for the models to differ: few hidden units make small ones."""
     case = draw_case(of(loss, **changes))
+    assert case.teacher.hidden.shape[1] == (2 * SMALL.length if loss == "tidal" else case.text.asked.shape[1])
     for model in (case.student, case.teacher):
         model.weight.mul_(30.0)
     return case
@@ -133,6 +134,6 @@ def test_peaks_grow_with_logits():
     """Logits of 8 MiB and more stand out of what a process allocates anyway."""
     wide = dataclasses.replace(SMALL, vocabulary=16_000, shared=15_000)
     found = measure_peak(wide, Way(form="plain"), "plain")
-    logits = 3 * (2 + 1) * 48 * 16_000 * 4
+    logits = 3 * (2 + 2) * 48 * 16_000 * 4
     assert found["peak"] > logits
     assert found["gradient"] == 3 * 2 * 48 * 24 * 4
