@@ -28,10 +28,11 @@ def column_tile(loss: ColumnLoss, *, compiled: bool) -> TileFunction:
     def tile(
         ours: Tensor, target: Tensor, our: Softmax, their: Softmax, gap: Tensor | None, factors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        student = (ours - our[0][:, None]) - our[1][:, None]
-        other = (target - their[0][:, None]) - their[1][:, None]
+        # In place where a number is not needed again: fresh memory costs as much as the arithmetic.
+        student = (ours - our[0][:, None]).sub_(our[1][:, None])
+        other = (target - their[0][:, None]).sub_(their[1][:, None])
         value, slope = loss.value_and_slope(student, other, gap)
-        return value, slope * factors[:, None]
+        return value, slope.mul_(factors[:, None])
 
     # Rows and the last tile's columns vary: one compilation serves all sizes.
     function: TileFunction = torch.compile(tile, dynamic=True) if compiled else tile

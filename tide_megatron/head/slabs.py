@@ -81,7 +81,11 @@ def make_slabs(rows: Rows, chunked: Iterable[str], most_rows: int) -> list[Slab]
     splits = _splits(rows, [rows.links[name] for name in sorted(chunked) if name in rows.links])
     slabs, start = [], 0
     while start < number:
-        stop = _furthest(splits, start, start + most_rows)
+        left = number - start
+        even = -(-left // -(-left // most_rows))  # no small last one, which would cost as much as a full one
+        stop = _furthest(splits, start, start + even)
+        if stop - start > most_rows:
+            stop = _furthest(splits, start, start + most_rows)
         slabs.append(restrict(rows, start, stop, is_long=stop - start > most_rows))
         start = stop
     return slabs

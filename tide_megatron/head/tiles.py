@@ -20,9 +20,11 @@ CPU_TILE = 2**18
 """Numbers of a tile: 1 MiB in fp32, of which several stand in a second-level cache (measured)."""
 CUDA_TILE = 2**26
 """On CUDA kernels should be long; a tile is a quarter of a GiB."""
-TILES_ALIVE = 12
+TILES_ALIVE = 9
 """Tiles of temporaries in fp32 that stand at the same time, at most."""
 _MULTIPLE, _LEAST = 64, 128
+_MOST = {"cpu": 1024, "cuda": 2**17}
+"""Columns of a tile: of few rows it would be wide, and the weight's gradient of a tile is [columns, hidden]."""
 
 
 def tile_numbers(device: torch.device) -> int:
@@ -33,6 +35,7 @@ def tile_numbers(device: torch.device) -> int:
 def tiles(columns: int, rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Yield [start, stop) of each tile of columns."""
     width = max(_LEAST, tile_numbers(device) // max(1, rows) // _MULTIPLE * _MULTIPLE)
+    width = min(width, _MOST["cuda" if device.type == "cuda" else "cpu"])
     for start in range(0, columns, width):
         yield start, min(start + width, columns)
 

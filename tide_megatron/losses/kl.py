@@ -27,8 +27,8 @@ class Kl(SharedVocabulary):
     def value_and_slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return `divergence` and T (p_s - p_t)."""
         likely = target.exp()
-        value = self.temperature**2 * (likely * (target - student)).sum(-1)
-        return value, self.temperature * (student.exp() - likely)
+        value = self.temperature**2 * (target - student).mul_(likely).sum(-1)
+        return value, student.exp().sub_(likely).mul_(self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -46,4 +46,4 @@ class ReverseKl(SharedVocabulary):
         assert gap is not None, "reverse KL's slope needs the whole row's divergence"
         likely, difference = student.exp(), student - target
         value = self.temperature**2 * (likely * difference).sum(-1)
-        return value, self.temperature * (likely * (difference - gap[:, None]))
+        return value, difference.sub_(gap[:, None]).mul_(likely).mul_(self.temperature)

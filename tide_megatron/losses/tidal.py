@@ -49,5 +49,5 @@ class Tidal(Mixture, SharedVocabulary):
     def value_and_slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return `divergence` and T (p_s - r); the timestep weight is in the coefficients."""
         likely, clamped = target.exp(), target.clamp_min(math.log(SMALLEST_TARGET))
-        value = self.temperature**2 * (likely * (clamped - student)).sum(-1)
-        return value, self.temperature * (student.exp() - likely)
+        value = self.temperature**2 * clamped.sub_(student).mul_(likely).sum(-1)
+        return value, student.exp().sub_(likely).mul_(self.temperature)
