@@ -70,7 +70,7 @@ def test_no_term_gives_zero_with_a_graph(given):
 
 def test_a_budget_below_one_row_is_refused(given):
     with pytest.raises(
-        ConfigError, match=r"^head\.budget_mib: 1 MiB do not hold .* use at least 13, or more head\.ranks"
+        ConfigError, match=r"^head\.budget_mib: 1 MiB do not hold .* use at least 10, or more head\.ranks"
     ):
         fused_head_loss(*given, budget_bytes=2**20)
 
