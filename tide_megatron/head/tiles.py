@@ -24,7 +24,7 @@ TILES_ALIVE = 9
 """Tiles of temporaries in fp32 that stand at the same time, at most."""
 _MULTIPLE, _LEAST = 64, 128
 _MOST = {"cpu": 1024, "cuda": 2**17}
-"""Columns of a tile, at most: with few rows it would be wide, and its weight gradient is [columns, hidden]."""
+"""Columns of a tile, at most: with few rows it would be wide, and its weight gradient large."""
 
 
 def tile_numbers(device: torch.device) -> int:
