@@ -100,7 +100,7 @@ class _Release(Function):
     @staticmethod
     def forward(context: Any, hidden: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         """Keep the gradient; return the value."""
-        context.save_for_backward(gradient.to(hidden.dtype))
+        context.save_for_backward(gradient)
         return value.clone()
 
     @staticmethod

@@ -56,7 +56,7 @@ class Work:
         device = student.hidden.device
         self.zero = torch.zeros((), dtype=torch.float64, device=device)
         self.sums = {name: self.zero.clone() for name in losses}
-        self.hidden_gradient = torch.zeros(student.hidden.shape, device=device)
+        self.hidden_gradient = torch.zeros_like(student.hidden, requires_grad=False)
 
     @property
     def chunked(self) -> set[str]:
@@ -231,6 +231,7 @@ class Work:
             if gap is not None:  # from logits to log-probabilities
                 gap = gap - (ours.maximum - target.maximum) - (ours.log_sum - target.log_sum)
             whole[name] = gap
+        added = torch.zeros(heads[None].hidden.shape, device=slab.rows.gold.device)  # fp32, of this slab only
         for start, stop in self._tiles(heads):
             made = {name: head.again(start, stop) for name, head in heads.items()}
             slope = torch.zeros_like(made[None].logits)
@@ -247,18 +248,19 @@ class Work:
                 if self.releases:
                     _add_rows(slope, part, slab.rows, loss.teacher)
             if self.releases:
-                self._release(slab, heads[None], slope, start, stop)
+                added += self._release(heads[None], slope, start, stop)
+        self.hidden_gradient[slab.start : slab.stop] = added
         for name, loss in self.columns.items():
             counted = loss.coefficients(slab.rows, self.clock).double() * values[name]
             self.sums[name] += counted.sum() / self.counts[name]
 
-    def _release(self, slab: Slab, head: TiledHead, slope: Tensor, start: int, stop: int) -> None:
-        """Turn a tile's derivative by logits into those by hidden rows and by the head's weight."""
+    def _release(self, head: TiledHead, slope: Tensor, start: int, stop: int) -> Tensor:
+        """Add a tile's share to the head weight's gradient; return that of the hidden rows'."""
         gradient = self.student.gradient
         assert gradient is not None, "evaluation writes nothing"
         slope = slope.to(head.weight.dtype)
-        self.hidden_gradient[slab.start : slab.stop] += slope @ head.weight[start:stop]
         gradient[start:stop] += slope.T @ head.hidden
+        return slope @ head.weight[start:stop]
 
 
 def _likelihood_slope(columns: Columns, gold: Tensor, blame: Tensor, normaliser: Normaliser) -> Tensor:
