@@ -64,6 +64,11 @@ class Work:
         return {loss.teacher for loss in self.likely.values() if loss.teacher is not None}
 
     @property
+    def read_again(self) -> set[str | None]:
+        """Whose logits are kept for the second pass: the student's, and those that terms by columns read."""
+        return {None, *(loss.teacher for loss in self.columns.values())}
+
+    @property
     def releases(self) -> bool:
         """Whether gradients are wanted."""
         return self.student.gradient is not None
@@ -87,7 +92,8 @@ class Work:
         """Return the bytes of the kept logits of one student row, with its share of teacher rows."""
         heads = [(self.student, 1.0)]
         for name, answer in self.answers.items():
-            heads.append((answer, len(rows.link(name).gold) / len(rows.gold)))
+            if name in self.read_again:
+                heads.append((answer, len(rows.link(name).gold) / len(rows.gold)))
         # The widest range of ids of any rank, so that all ranks make the same slabs.
         widest = max(-(-head.num_ids // size_of(self.group)) for head, _ in heads)
         return max(1, round(sum(share * head.weight.element_size() for head, share in heads) * widest))
@@ -99,10 +105,10 @@ class Work:
             slab: whole units, unless `blame` is given.
             blame: [rows] derivative of the objective by the gold log-likelihoods, where it is known already.
         """
-        heads = self._heads(slab)
         likely: list[str | None] = [None] if self.likely else []
         if blame is None:
-            likely = self._likelihood_heads(heads)
+            likely += sorted(self.chunked)
+        heads = self._heads(slab, self.read_again.union(likely))
         statistics = self._statistics(slab, heads, likely)
         found = merge([*statistics[0].values()], [*statistics[1].values()], self.group)
         normalisers = dict(zip(statistics[0], found.normalisers, strict=True))
@@ -139,19 +145,17 @@ class Work:
             return self.student.hidden[slab.start : slab.stop], slab.rows.gold
         return slab.answer_rows(name, self.answers[name].hidden), slab.rows.link(name).gold
 
-    def _heads(self, slab: Slab) -> dict[str | None, TiledHead]:
-        """Return every model's rows of a slab, with room for their logits."""
+    def _heads(self, slab: Slab, names: set[str | None]) -> dict[str | None, TiledHead]:
+        """Return some models' rows of a slab, with room for the logits that are read again."""
         heads: dict[str | None, TiledHead] = {}
-        for name in (None, *self.answers):
+        for name in [name for name in (None, *self.answers) if name in names]:
             hidden, _ = self._rows_of(slab, name)
             given = self._input(name)
-            numbers = len(hidden) * len(given.weight)
-            heads[name] = TiledHead(given, hidden, self.workspace.take(f"{name}", numbers, given.weight))
+            room = None
+            if name in self.read_again:
+                room = self.workspace.take(f"{name}", len(hidden) * len(given.weight), given.weight)
+            heads[name] = TiledHead(given, hidden, room)
         return heads
-
-    def _likelihood_heads(self, heads: Mapping[str | None, TiledHead]) -> list[str | None]:
-        """Return whose gold likelihoods the terms read."""
-        return [name for name in heads if name in self.chunked or (name is None and self.likely)]
 
     def _statistics(
         self, slab: Slab, heads: Mapping[str | None, TiledHead], likely: list[str | None]
@@ -233,9 +237,10 @@ class Work:
             whole[name] = gap
         added = torch.zeros(heads[None].hidden.shape, device=slab.rows.gold.device)  # fp32, of this slab only
         for start, stop in self._tiles(heads):
-            made = {name: head.again(start, stop) for name, head in heads.items()}
-            slope = torch.zeros_like(made[None].logits)
-            if blame is not None and self.releases:
+            made = {name: heads[name].again(start, stop) for name in self.read_again}
+            if blame is None:
+                slope = torch.zeros_like(made[None].logits)
+            else:
                 slope = _likelihood_slope(made[None], slab.rows.gold, blame, normalisers[None])
             for name, loss in self.columns.items():
                 ours, target = loss.softened(made[None], made[loss.teacher], slab.rows, self.clock)
