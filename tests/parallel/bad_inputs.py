@@ -161,6 +161,21 @@ FAULTS = {
         "Config",
         r"^teachers\.moe\.layout \{tensor=8\}: .* does not divide the \d+ ranks .* nearest legal layout is ",
     ),
+    "vocabulary heads in FP8": (
+        ["head.precision=fp8"],
+        "Config",
+        r"^head\.precision: .*fp8 is refused for vocabulary heads .* use weights or fp32",
+    ),
+    "a head budget below one row": (
+        ["head.budget_mib=9"],
+        "Config",
+        r"^head\.budget_mib: 9 MiB do not hold .* single row here; use at least 10, or more head\.ranks$",
+    ),
+    "a temperature of nothing": (
+        ["losses.kl.temperature=0"],
+        "Config",
+        r"^losses\.kl\.temperature: .*greater than 0",
+    ),
     "a batch that cannot be shared": (
         ["batch.microbatch=3", "batch.samples=32"],
         "Config",

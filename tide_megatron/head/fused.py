@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.head.parts import HeadInput, HeadLoss, check_rows
+from tide_megatron.head.parts import HeadInput, HeadLoss, check_rows, exactly
 from tide_megatron.head.work import Work
 from tide_megatron.head.workspace import Workspace
 from tide_megatron.losses.rows import Loss, Rows
@@ -49,6 +49,7 @@ def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of it
     budget_bytes: int | None = None,
     workspace: Workspace | None = None,
     compiled: bool = False,
+    is_exact: bool = False,
 ) -> HeadLoss:
     """Evaluate every term, and its gradients, on the hidden rows of one microbatch of a head group.
 
@@ -68,6 +69,7 @@ def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of it
         budget_bytes: for all that stands beside weights, hidden rows and their gradients; None: the device's
             default.
         workspace: buffers kept between calls; None: none are.
+        is_exact: multiply in fp32 whatever the weights' dtypes.
         compiled: let torch.compile fuse each term's elementwise part.
 
     Raises:
@@ -77,6 +79,8 @@ def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of it
     assert student.gradient is not None or not student.hidden.requires_grad, (
         "nowhere to add the weight's gradient"
     )
+    if is_exact:
+        student, answers = exactly(student, answers)
     active = {name: loss for name, loss in losses.items() if float(counts[name]) != 0}
     if active:
         check_rows(student, answers, active, rows)

@@ -30,11 +30,18 @@ class HeadInput:
     gradient: Tensor | None = None
     """[own ids, hidden size] fp32 into which the fused head loss adds the weight's gradient; None: it writes
     nothing. The plain form leaves gradients to autograd."""
+    is_exact: bool = False
+    """Multiply in fp32 whatever the weight's dtype."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the products run; what comes out of them is worked on in fp32 always."""
+        return torch.float32 if self.is_exact else self.weight.dtype
 
     @property
     def logits(self) -> Tensor:
-        """[rows, own ids] fp32; the product runs in the weight's dtype."""
-        return torch.nn.functional.linear(self.hidden.to(self.weight.dtype), self.weight).float()
+        """[rows, own ids] fp32."""
+        return torch.nn.functional.linear(self.hidden.to(self.dtype), self.weight.to(self.dtype)).float()
 
     @property
     def num_ids(self) -> int:
@@ -59,6 +66,12 @@ class HeadLoss:
     """fp32 scalar with graph: sum over terms of weight / count * sum over items; ranks just add."""
     sums: dict[str, Tensor]
     """Detached fp64 scalars by term: this rank's share of the term's mean, before its weight."""
+
+
+def exactly(student: HeadInput, answers: Mapping[str, HeadInput]) -> tuple[HeadInput, dict[str, HeadInput]]:
+    """Return the same heads, multiplied in fp32."""
+    exact = {name: dataclasses.replace(answer, is_exact=True) for name, answer in answers.items()}
+    return dataclasses.replace(student, is_exact=True), exact
 
 
 def check_rows(

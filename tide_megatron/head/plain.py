@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.head.parts import HeadInput, HeadLoss, check_rows
+from tide_megatron.head.parts import HeadInput, HeadLoss, check_rows, exactly
 from tide_megatron.head.statistics import exchange_statistics, gold_logits
 from tide_megatron.losses.columns import Columns
 from tide_megatron.losses.rows import ColumnLoss, LikelihoodLoss, Loss, Rows
@@ -35,6 +35,7 @@ def head_loss(  # noqa: PLR0913 - what a step knows, and which ranks share it
     *,
     group: ProcessGroup | None = None,
     own: tuple[int, int] | None = None,
+    is_exact: bool = False,
 ) -> HeadLoss:
     """Evaluate every term on the hidden rows of one microbatch of each rank of a head group.
 
@@ -56,9 +57,12 @@ def head_loss(  # noqa: PLR0913 - what a step knows, and which ranks share it
             0 is absent from the result, never NaN.
         clock: where the run stands.
         group: the head group.
+        is_exact: multiply in fp32 whatever the weights' dtypes.
         own: this rank's samples in `rows`, first and last plus one; None: all, for a rank alone.
     """
     assert own is not None or size_of(group) == 1, "which samples are this rank's own must be said in a group"
+    if is_exact:
+        student, answers = exactly(student, answers)
     active = {name: loss for name, loss in losses.items() if float(counts[name]) != 0}
     if active:
         check_rows(student, answers, active, rows)

@@ -32,6 +32,11 @@ def tile_numbers(device: torch.device) -> int:
     return CUDA_TILE if device.type == "cuda" else CPU_TILE
 
 
+def fixed_bytes(device: torch.device) -> int:
+    """Return what stands beside the kept logits, however many rows a slab has."""
+    return TILES_ALIVE * 4 * tile_numbers(device)
+
+
 def tiles(columns: int, rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Yield [start, stop) of each tile of columns."""
     width = max(_LEAST, tile_numbers(device) // max(1, rows) // _MULTIPLE * _MULTIPLE)
@@ -51,13 +56,13 @@ class TiledHead:
             hidden: [rows, hidden size].
             buffer: room for [rows * columns] logits that are read again; None: they are not kept.
         """
-        self.weight = head.weight.detach()
-        self.hidden = hidden.detach().to(self.weight.dtype)
+        self.num_columns = len(head.weight)
+        self.hidden = hidden.detach().to(head.dtype)
         self._head, self._buffer = head, buffer
 
     def make(self, start: int, stop: int) -> Columns:
         """Compute the logits of a tile (counted from this rank's first column), fp32."""
-        weight = self.weight[start:stop]
+        weight = self.weight(start, stop)
         logits = self.hidden.new_empty(0) if self._buffer is None else self._block(start, len(weight))
         if self._buffer is None:
             logits = self.hidden @ weight.T
@@ -65,9 +70,14 @@ class TiledHead:
             torch.mm(self.hidden, weight.T, out=logits)
         return self._columns(logits, start)
 
+    def weight(self, start: int, stop: int) -> Tensor:
+        """Return the head's rows of a tile in the dtype of the products, [columns, hidden size]."""
+        return self._head.weight.detach()[start:stop].to(self._head.dtype)
+
     def again(self, start: int, stop: int) -> Columns:
         """Return the logits of a tile that was made before, fp32."""
-        return self._columns(self._block(start, len(self.weight[start:stop])), start)
+        columns = max(0, min(stop, self.num_columns) - start)
+        return self._columns(self._block(min(start, self.num_columns), columns), start)
 
     def _block(self, start: int, columns: int) -> Tensor:
         assert self._buffer is not None, "these logits were not kept"
@@ -102,7 +112,7 @@ def likelihood_statistics(head: TiledHead, gold: Tensor) -> tuple[Running, Tenso
         gold: [rows] int64 ids; those of other ranks' columns give 0.
     """
     running, picked = Running(len(gold), gold.device), torch.zeros(len(gold), device=gold.device)
-    for start, stop in tiles(len(head.weight), len(gold), gold.device):
+    for start, stop in tiles(head.num_columns, len(gold), gold.device):
         columns = head.make(start, stop)
         running.add(columns.logits)
         picked += picked_golds(columns, gold)

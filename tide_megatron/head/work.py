@@ -16,12 +16,11 @@ from tide_megatron.head.running import Merged, Running, merge
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
 from tide_megatron.head.statistics import Normaliser
 from tide_megatron.head.tiles import (
-    TILES_ALIVE,
     TiledHead,
+    fixed_bytes,
     gold_here,
     likelihood_statistics,
     picked_golds,
-    tile_numbers,
     tiles,
 )
 from tide_megatron.head.workspace import Workspace
@@ -80,8 +79,7 @@ class Work:
         Raises:
             ConfigError: when the budget does not hold one row.
         """
-        fixed = TILES_ALIVE * 4 * tile_numbers(self.student.hidden.device)
-        most = rows_within(budget_bytes, self.row_bytes(rows), fixed)
+        most = rows_within(budget_bytes, self.row_bytes(rows), fixed_bytes(self.student.hidden.device))
         for slab in make_slabs(rows, self.chunked, most):
             if slab.is_long:
                 self.long(slab, most)
@@ -96,7 +94,7 @@ class Work:
                 heads.append((answer, len(rows.link(name).gold) / len(rows.gold)))
         # The widest range of ids of any rank, so that all ranks make the same slabs.
         widest = max(-(-head.num_ids // size_of(self.group)) for head, _ in heads)
-        return max(1, round(sum(share * head.weight.element_size() for head, share in heads) * widest))
+        return max(1, round(sum(share * head.dtype.itemsize for head, share in heads) * widest))
 
     def slab(self, slab: Slab, blame: Tensor | None = None) -> None:
         """Work on a slab; all ranks of the group do so together.
@@ -153,7 +151,8 @@ class Work:
             given = self._input(name)
             room = None
             if name in self.read_again:
-                room = self.workspace.take(f"{name}", len(hidden) * len(given.weight), given.weight)
+                numbers = len(hidden) * len(given.weight)
+                room = self.workspace.take(f"{name}", numbers, given.dtype, hidden.device)
             heads[name] = TiledHead(given, hidden, room)
         return heads
 
@@ -184,7 +183,7 @@ class Work:
     def _tiles(self, heads: Mapping[str | None, TiledHead]) -> list[tuple[int, int]]:
         """Return the tiles that cover every model's columns here."""
         rows = max(len(head.hidden) for head in heads.values())
-        columns = max(len(head.weight) for head in heads.values())
+        columns = max(head.num_columns for head in heads.values())
         return list(tiles(columns, rows, self.student.hidden.device))
 
     def _blame(
@@ -263,9 +262,9 @@ class Work:
         """Add a tile's share to the head weight's gradient; return that of the hidden rows'."""
         gradient = self.student.gradient
         assert gradient is not None, "evaluation writes nothing"
-        slope = slope.to(head.weight.dtype)
+        slope = slope.to(head.hidden.dtype)
         gradient[start:stop] += slope.T @ head.hidden
-        return slope @ head.weight[start:stop]
+        return slope @ head.weight(start, stop)
 
 
 def _likelihood_slope(columns: Columns, gold: Tensor, blame: Tensor, normaliser: Normaliser) -> Tensor:

@@ -13,11 +13,11 @@ class Workspace:
         """Start empty."""
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, numbers: int, like: Tensor) -> Tensor:
-        """Return [numbers] uninitialised of `like`'s dtype and device; the last of this name is given up."""
+    def take(self, name: str, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return [numbers] uninitialised; the last buffer of this name is given up."""
         buffer = self._buffers.get(name)
-        is_same = buffer is not None and (buffer.dtype, buffer.device) == (like.dtype, like.device)
+        is_same = buffer is not None and (buffer.dtype, buffer.device) == (dtype, device)
         if buffer is None or not is_same or buffer.numel() < numbers:
             self._buffers.pop(name, None)
-            buffer = self._buffers[name] = torch.empty(numbers, dtype=like.dtype, device=like.device)
+            buffer = self._buffers[name] = torch.empty(numbers, dtype=dtype, device=device)
         return buffer[:numbers]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
@@ -28,6 +28,18 @@ Folder = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Time = Annotated[float, Field(gt=0.0, le=1.0)]
 """A noise level; at 0 nothing is hidden."""
+
+
+def _high_precision(value: object) -> object:
+    """Refuse FP8 by name: softmaxes over a vocabulary do not survive it."""
+    if isinstance(value, str) and value.startswith("fp8"):
+        raise ValueError(
+            f"{value} is refused for vocabulary heads (high precision only): use weights or fp32"
+        )
+    return value
+
+
+HeadPrecision = Annotated[Literal["weights", "fp32"], BeforeValidator(_high_precision)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -180,6 +192,9 @@ class Head:
     budget_mib: int | None = Field(default=None, ge=1)
     """What a slab may take beside weights, hidden rows and their gradients, in MiB; None: 256 on CPU, 2048 on
     CUDA. Smaller slabs read weights and gradients more often."""
+    precision: HeadPrecision = "weights"
+    """In which the heads' products run: `weights`, the dtype of each model, or `fp32`. Statistics, values and
+    the head's gradient are fp32 always; FP8 is refused for heads."""
     compiled: bool | None = None
     """Let torch.compile fuse the elementwise part of each loss; None: on CUDA only (on CPU it takes tens of
     seconds to compile)."""

@@ -115,3 +115,37 @@ def test_compiled_is_eager(given):
     torch.testing.assert_close(student.gradient, wanted, rtol=1e-5, atol=1e-6)
     for name, value in eager.sums.items():
         torch.testing.assert_close(compiled.sums[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_bf16_heads_are_the_plain_form_in_the_same_products(given, is_exact):
+    student, answers, *rest = given
+    half = {"hidden": torch.Tensor.bfloat16, "weight": torch.Tensor.bfloat16}
+    answers = {
+        name: dataclasses.replace(head, **{key: cast(getattr(head, key)) for key, cast in half.items()})
+        for name, head in answers.items()
+    }
+    hidden = student.hidden.detach().bfloat16().requires_grad_()
+    weight = student.weight.bfloat16().requires_grad_()
+    by_autograd = dataclasses.replace(student, hidden=hidden, weight=weight)
+    plain = head_loss(by_autograd, answers, *rest, is_exact=is_exact)
+    plain.objective.backward()
+    again = hidden.detach().requires_grad_()
+    fused = fused_head_loss(
+        dataclasses.replace(student, hidden=again, weight=weight.detach()), answers, *rest, is_exact=is_exact
+    )
+    fused.objective.backward()
+    for name, value in plain.sums.items():
+        torch.testing.assert_close(fused.sums[name], value, rtol=1e-4, atol=1e-5)
+    tolerance = 2e-2 * float(hidden.grad.float().abs().max())  # two roundings to bf16
+    torch.testing.assert_close(again.grad.float(), hidden.grad.float(), rtol=0, atol=tolerance)
+    tolerance = 2e-2 * float(weight.grad.float().abs().max())
+    torch.testing.assert_close(student.gradient, weight.grad.float(), rtol=0, atol=tolerance)
+
+
+def test_exact_products_differ_from_bf16_ones(given):
+    student, answers, *rest = given
+    hidden, weight = student.hidden.detach().bfloat16() * 1.01, student.weight.bfloat16()
+    rough = dataclasses.replace(student, hidden=hidden, weight=weight, gradient=None)
+    first, second = (fused_head_loss(rough, answers, *rest, is_exact=exact).sums for exact in (False, True))
+    assert any(float(first[name]) != float(second[name]) for name in first)

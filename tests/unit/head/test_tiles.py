@@ -74,9 +74,9 @@ def test_logits_read_again_are_those_that_were_made(small_tiles, dtype):
 
 
 def test_a_workspace_keeps_its_buffers():
-    space, like = Workspace(), torch.empty(0)
-    first = space.take("a", 100, like)
-    assert space.take("a", 50, like).data_ptr() == first.data_ptr()
-    assert space.take("b", 50, like).data_ptr() != first.data_ptr()
-    assert space.take("a", 101, like).numel() == 101
-    assert space.take("a", 10, like.bfloat16()).dtype is torch.bfloat16
+    space, kind = Workspace(), (torch.float32, CPU)
+    first = space.take("a", 100, *kind)
+    assert space.take("a", 50, *kind).data_ptr() == first.data_ptr()
+    assert space.take("b", 50, *kind).data_ptr() != first.data_ptr()
+    assert space.take("a", 101, *kind).numel() == 101
+    assert space.take("a", 10, torch.bfloat16, CPU).dtype is torch.bfloat16
