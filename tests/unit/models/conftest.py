@@ -12,9 +12,9 @@ from tide_megatron.parallel.layout import Layout
 CPU = Device(type="cpu", index=0, backend="gloo", threads=1)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def groups():
-    """Start a one-rank world, unless a test before left one, and give its process groups."""
+    """Start a one-rank world for a file's tests, unless there is one, and give its process groups."""
     started = not dist.is_initialized()
     if started:
         start_distributed(CPU)
