@@ -92,7 +92,7 @@ class Setting:
     @property
     def first_maskable(self) -> int:
         """Where the reply begins."""
-        return self.length - round(0.5 * self.length)
+        return self.length - round(MASKABLE_SHARE * self.length)
 
 
 def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
