@@ -92,6 +92,17 @@ def write_pair_run(folder: Path, **options: int) -> Path:
     return file
 
 
+PAIR_ON_FOUR = (
+    "teachers.moe.layout.expert=4",
+    "teachers.own.layout.expert=2",
+    "teachers.dense.layout.tensor=2",
+    "teachers.dense.layout.pipeline=2",
+    "batch.samples=8",
+    "batch.microbatch=1",
+)
+"""Words that put the pair run on four ranks: a layout for each teacher, two microbatches a rank."""
+
+
 def copy_tiny_run(file: Path, folder: Path) -> Path:
     """Copy the run of a recipe's file into another folder, to be broken there; return its recipe's file."""
     shutil.copytree(file.parent, folder)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.exchange_bytes import SMALL, Shapes, measure
-from tests.tiny_run import write_pair_run
+from tests.tiny_run import PAIR_ON_FOUR, write_pair_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.stop import StopFlag
@@ -15,15 +15,7 @@ from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import load_recipe
 from tide_megatron.train.step import train_step
 
-WORDS = [
-    "teachers.moe.layout.expert=4",
-    "teachers.own.layout.expert=2",
-    "teachers.dense.layout.tensor=2",
-    "teachers.dense.layout.pipeline=2",
-    "batch.samples=8",
-    "batch.microbatch=1",
-    "steps=2",
-]
+WORDS = [*PAIR_ON_FOUR, "steps=2"]
 
 
 def measured(shapes):

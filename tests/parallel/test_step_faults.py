@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.tiny_run import write_pair_run
+from tests.tiny_run import PAIR_ON_FOUR, write_pair_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import TideError
@@ -23,14 +23,6 @@ from tide_megatron.train.assemble import assemble
 from tide_megatron.train.resolve import load_recipe
 from tide_megatron.train.step import train_step
 
-WORDS = [
-    "teachers.moe.layout.expert=4",
-    "teachers.own.layout.expert=2",
-    "teachers.dense.layout.tensor=2",
-    "teachers.dense.layout.pipeline=2",
-    "batch.samples=8",
-    "batch.microbatch=1",
-]
 DEAD_AFTER_SECONDS = 60
 
 
@@ -39,7 +31,7 @@ def pair(tmp_path_factory):
     return write_pair_run(tmp_path_factory.mktemp("pair"))
 
 
-def prepared(file, folder, words=WORDS):
+def prepared(file, folder, words=PAIR_ON_FOUR):
     recipe, _ = load_recipe(file, [f"folder={folder}", *words])
     return assemble(recipe, choose_device("cpu"))
 

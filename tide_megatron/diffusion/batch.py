@@ -49,7 +49,7 @@ class Batch:
         place = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
         return (self.maskable * place).amax(dim=1)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> int:
         """Number of the samples and their epochs, in order: two batches share it when they hold the same."""
         return zlib.crc32(torch.stack([self.sample_ids, self.epochs]).cpu().numpy().tobytes())

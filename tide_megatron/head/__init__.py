@@ -1,1 +1,1 @@
-"""Filled in by the layer's owner."""
+"""Vocabulary heads joined with losses, in a plain and in a fused form."""

@@ -6,7 +6,7 @@ exchange makes softmaxes of them (`statistics`). Coefficients go in and sums com
 multiply every item before the sum, so nothing divides afterwards and the gradients of all ranks and
 microbatches simply add up (design sections 3 and 6). A group of one rank is the dense case.
 
-This form is the oracle of the fused one to come; it keeps [rows, own columns] several times in memory.
+This form is the oracle of the fused one; it keeps [rows, own columns] several times in memory.
 """
 
 from __future__ import annotations

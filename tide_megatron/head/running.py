@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tide_megatron.head.statistics import LOWEST, Normaliser
+from tide_megatron.head.statistics import LOWEST, Normaliser, merge_parts
 from tide_megatron.parallel.exchange import gather_statistics
 
 
@@ -68,14 +68,14 @@ def merge(softmaxes: Sequence[Running], golds: Sequence[Tensor], group: ProcessG
     gathered = gather_statistics(torch.cat(parts), group)  # [ranks, numbers]
     pieces = iter(torch.split(gathered, [len(part) for part in parts], dim=1))
     maxima, totals = ([next(pieces) for _ in softmaxes] for _ in range(2))
-    normalisers, scales = [], []
-    for maximum, total in zip(maxima, totals, strict=True):
-        highest = maximum.amax(0)
-        scales.append((maximum - highest).exp())  # [ranks, rows]
-        normalisers.append(Normaliser(maximum=highest, log_sum=(total * scales[-1]).sum(0).log()))
+    merged = [merge_parts(*parts) for parts in zip(maxima, totals, strict=True)]
     found: list[Tensor | None] = []
-    for softmax, scale, normaliser in zip(softmaxes, scales, normalisers, strict=True):
+    for softmax, (normaliser, scale) in zip(softmaxes, merged, strict=True):
         found.append(
             None if softmax.gap is None else (next(pieces) * scale).sum(0) / normaliser.log_sum.exp()
         )
-    return Merged(normalisers=normalisers, gaps=found, golds=[next(pieces).sum(0) for _ in golds])
+    return Merged(
+        normalisers=[normaliser for normaliser, _ in merged],
+        gaps=found,
+        golds=[next(pieces).sum(0) for _ in golds],
+    )

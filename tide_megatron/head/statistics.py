@@ -78,11 +78,26 @@ def exchange_statistics(
     many = len(softmaxes)
     normalisers = []
     for logits, maximum, total in zip(softmaxes, parts[:many], parts[many : 2 * many], strict=True):
-        highest = maximum.detach().amax(0)  # [rows]
-        log_sum = (total * (maximum.detach() - highest).exp()).sum(0).log()
-        normalisers.append(Normaliser(maximum=highest, log_sum=_like(log_sum, logits)))
-    merged = [_like(part.sum(0), gold) for part, gold in zip(parts[2 * many :], golds, strict=True)]
-    return Statistics(normalisers=normalisers, golds=merged, anchor=gathered[:, :0].sum())
+        merged, _ = merge_parts(maximum, total)
+        normalisers.append(dataclasses.replace(merged, log_sum=_like(merged.log_sum, logits)))
+    found = [_like(part.sum(0), gold) for part, gold in zip(parts[2 * many :], golds, strict=True)]
+    return Statistics(normalisers=normalisers, golds=found, anchor=gathered[:, :0].sum())
+
+
+def merge_parts(maxima: Tensor, totals: Tensor) -> tuple[Normaliser, Tensor]:
+    """Put all ranks' parts of one softmax together.
+
+    Args:
+        maxima: [ranks, rows] row maxima; no gradient goes through them.
+        totals: [ranks, rows] sums of exp(logit - the rank's maximum).
+
+    Returns:
+        The normaliser, and the factor [ranks, rows] that takes each rank's sums to the common maximum.
+    """
+    maxima = maxima.detach()
+    highest = maxima.amax(0)  # [rows]
+    scale = (maxima - highest).exp()
+    return Normaliser(maximum=highest, log_sum=(totals * scale).sum(0).log()), scale
 
 
 def gold_logits(columns: Columns, gold: Tensor) -> Tensor:
@@ -97,13 +112,23 @@ def gold_logits(columns: Columns, gold: Tensor) -> Tensor:
         ((gold >= 0) & (gold < columns.vocabulary)).all(),
         f"a gold id lies outside the head's {columns.vocabulary} ids, so no rank owns it",
     )
-    width = columns.logits.shape[1]
-    if not width:
+    return picked_golds(columns, gold)
+
+
+def picked_golds(columns: Columns, gold: Tensor) -> Tensor:
+    """Return the gold logits among some columns and 0 for those elsewhere, [rows]."""
+    if not columns.logits.shape[1]:
         return columns.logits.sum(-1)  # zeros with the same graph as on other ranks
-    place = gold - columns.start
-    is_here = (place >= 0) & (place < width)
-    picked = columns.logits.gather(1, place.clamp(0, width - 1)[:, None]).squeeze(1)
+    place, is_here = gold_here(columns, gold)
+    picked = columns.logits.gather(1, place[:, None]).squeeze(1)
     return torch.where(is_here, picked, torch.zeros_like(picked))
+
+
+def gold_here(columns: Columns, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where each row's gold id stands among some columns, and whether it does, ([rows], [rows])."""
+    place, width = gold - columns.start, columns.logits.shape[1]
+    is_here = (place >= 0) & (place < width)
+    return place.clamp(0, max(0, width - 1)), is_here
 
 
 def _row_maximum(logits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tide_megatron.head.parts import HeadInput
 from tide_megatron.head.running import Running
+from tide_megatron.head.statistics import picked_golds
 from tide_megatron.losses.columns import Columns
 
 CPU_TILE = 2**18
@@ -63,12 +64,9 @@ class TiledHead:
     def make(self, start: int, stop: int) -> Columns:
         """Compute the logits of a tile (counted from this rank's first column), fp32."""
         weight = self.weight(start, stop)
-        logits = self.hidden.new_empty(0) if self._buffer is None else self._block(start, len(weight))
         if self._buffer is None:
-            logits = self.hidden @ weight.T
-        else:
-            torch.mm(self.hidden, weight.T, out=logits)
-        return self._columns(logits, start)
+            return self._columns(self.hidden @ weight.T, start)
+        return self._columns(torch.mm(self.hidden, weight.T, out=self._block(start, len(weight))), start)
 
     def weight(self, start: int, stop: int) -> Tensor:
         """Return the head's rows of a tile in the dtype of the products, [columns, hidden size]."""
@@ -87,21 +85,6 @@ class TiledHead:
     def _columns(self, logits: Tensor, start: int) -> Columns:
         place = min(self._head.start + start, self._head.num_ids)
         return Columns(logits=logits.float(), start=place, vocabulary=self._head.num_ids)
-
-
-def gold_here(columns: Columns, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where each row's gold id stands among some columns, and whether it does, ([rows], [rows])."""
-    place = gold - columns.start
-    width = columns.logits.shape[1]
-    return place.clamp(0, max(0, width - 1)), (place >= 0) & (place < width)
-
-
-def picked_golds(columns: Columns, gold: Tensor) -> Tensor:
-    """Return the gold logits among some columns, 0 for those elsewhere, [rows]."""
-    if not columns.logits.shape[1]:
-        return torch.zeros(len(gold), device=gold.device)
-    place, is_here = gold_here(columns, gold)
-    return torch.where(is_here, columns.logits.gather(1, place[:, None]).squeeze(1), 0.0)
 
 
 def likelihood_statistics(head: TiledHead, gold: Tensor) -> tuple[Running, Tensor]:

@@ -14,15 +14,8 @@ from tide_megatron.head.elementwise import column_tile
 from tide_megatron.head.parts import HeadInput
 from tide_megatron.head.running import Merged, Running, merge
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
-from tide_megatron.head.statistics import Normaliser
-from tide_megatron.head.tiles import (
-    TiledHead,
-    fixed_bytes,
-    gold_here,
-    likelihood_statistics,
-    picked_golds,
-    tiles,
-)
+from tide_megatron.head.statistics import Normaliser, gold_here, picked_golds
+from tide_megatron.head.tiles import TiledHead, fixed_bytes, likelihood_statistics, tiles
 from tide_megatron.head.workspace import Workspace
 from tide_megatron.losses.columns import Columns
 from tide_megatron.losses.rows import ColumnLoss, LikelihoodLoss, Loss, Rows
@@ -117,8 +110,8 @@ class Work:
     def long(self, slab: Slab, most_rows: int) -> None:
         """Work on a unit that is longer than a slab; all ranks of the group do so together."""
         kept: dict[Any, tuple[list[Running], list[Tensor]]] = {}
-        parts = [self._rows_of(slab, name) for name in (None, *sorted(self.chunked))]
-        for name, (hidden, gold) in zip((None, *sorted(self.chunked)), parts, strict=True):
+        for name in (None, *sorted(self.chunked)):
+            hidden, gold = self._hidden(slab, name), _gold(slab, name)
             kept[name] = ([], [])
             for start in range(0, len(gold), most_rows):
                 piece = slice(start, start + most_rows)
@@ -137,18 +130,17 @@ class Work:
     def _input(self, name: str | None) -> HeadInput:
         return self.student if name is None else self.answers[name]
 
-    def _rows_of(self, slab: Slab, name: str | None) -> tuple[Tensor, Tensor]:
-        """Return one model's hidden rows in a slab, and their gold ids."""
+    def _hidden(self, slab: Slab, name: str | None) -> Tensor:
+        """Return one model's hidden rows in a slab; a copy where a teacher has rows of its own."""
         if name is None:
-            return self.student.hidden[slab.start : slab.stop], slab.rows.gold
-        return slab.answer_rows(name, self.answers[name].hidden), slab.rows.link(name).gold
+            return self.student.hidden[slab.start : slab.stop]
+        return slab.answer_rows(name, self.answers[name].hidden)
 
     def _heads(self, slab: Slab, names: set[str | None]) -> dict[str | None, TiledHead]:
         """Return some models' rows of a slab, with room for the logits that are read again."""
         heads: dict[str | None, TiledHead] = {}
         for name in [name for name in (None, *self.answers) if name in names]:
-            hidden, _ = self._rows_of(slab, name)
-            given = self._input(name)
+            hidden, given = self._hidden(slab, name), self._input(name)
             room = None
             if name in self.read_again:
                 numbers = len(hidden) * len(given.weight)
@@ -162,9 +154,10 @@ class Work:
         """Make all logits and this rank's statistics: by model for likelihoods, by term and side else."""
         device = slab.rows.gold.device
         softmaxes: dict[Any, Running] = {}
-        golds = {name: torch.zeros(len(self._rows_of(slab, name)[1]), device=device) for name in likely}
+        asked = {name: _gold(slab, name) for name in likely}
+        golds = {name: torch.zeros(len(gold), device=device) for name, gold in asked.items()}
         for name in likely:
-            softmaxes[name] = Running(len(golds[name]), device)
+            softmaxes[name] = Running(len(asked[name]), device)
         for name, loss in self.columns.items():
             pairs = len(loss.item_sample(slab.rows))
             softmaxes[name, "student"] = Running(pairs, device, has_gap=loss.needs_gap)
@@ -173,7 +166,7 @@ class Work:
             made = {name: head.make(start, stop) for name, head in heads.items()}
             for name in likely:
                 softmaxes[name].add(made[name].logits)
-                golds[name] += picked_golds(made[name], self._rows_of(slab, name)[1])
+                golds[name] += picked_golds(made[name], asked[name])
             for name, loss in self.columns.items():
                 ours, target = loss.softened(made[None], made[loss.teacher], slab.rows, self.clock)
                 softmaxes[name, "student"].add(ours, target)
@@ -223,17 +216,17 @@ class Work:
         gaps = dict(zip(keys, found.gaps, strict=True))
         if not self.columns and not self.releases:
             return
-        factors, values, whole, both = {}, {}, {}, {}
+        coefficients, values, whole, both = {}, {}, {}, {}
         for name, loss in self.columns.items():
-            coefficients = loss.coefficients(slab.rows, self.clock)
-            factors[name] = coefficients * self.factors[name]
-            values[name] = torch.zeros_like(coefficients, dtype=torch.float64)
+            coefficients[name] = loss.coefficients(slab.rows, self.clock)
+            values[name] = torch.zeros_like(coefficients[name], dtype=torch.float64)
             gap = gaps[name, "student"]
             ours, target = (normalisers[name, side] for side in ("student", "target"))
             both[name] = ((ours.maximum, ours.log_sum), (target.maximum, target.log_sum))
             if gap is not None:  # from logits to log-probabilities
                 gap = gap - (ours.maximum - target.maximum) - (ours.log_sum - target.log_sum)
             whole[name] = gap
+        factors = {name: factor * self.factors[name] for name, factor in coefficients.items()}
         added = torch.zeros(heads[None].hidden.shape, device=slab.rows.gold.device)  # fp32, of this slab only
         for start, stop in self._tiles(heads):
             made = {name: heads[name].again(start, stop) for name in self.read_again}
@@ -254,8 +247,8 @@ class Work:
             if self.releases:
                 added += self._release(heads[None], slope, start, stop)
         self.hidden_gradient[slab.start : slab.stop] = added
-        for name, loss in self.columns.items():
-            counted = loss.coefficients(slab.rows, self.clock).double() * values[name]
+        for name in self.columns:
+            counted = coefficients[name].double() * values[name]
             self.sums[name] += counted.sum() / self.counts[name]
 
     def _release(self, head: TiledHead, slope: Tensor, start: int, stop: int) -> Tensor:
@@ -265,6 +258,11 @@ class Work:
         slope = slope.to(head.hidden.dtype)
         gradient[start:stop] += slope.T @ head.hidden
         return slope @ head.weight(start, stop)
+
+
+def _gold(slab: Slab, name: str | None) -> Tensor:
+    """Return the gold ids of one model's rows in a slab."""
+    return slab.rows.gold if name is None else slab.rows.link(name).gold
 
 
 def _likelihood_slope(columns: Columns, gold: Tensor, blame: Tensor, normaliser: Normaliser) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Sequence
 
 import tide_megatron.platform  # noqa: F401 - before megatron
 
@@ -70,6 +71,15 @@ class HeadGroup:
     """Rank of place 0 in the world."""
     group: ProcessGroup | None = None
     """None: one rank alone."""
+
+    def own(self, sizes: Sequence[int]) -> slice:
+        """Return where this place's part stands behind those of the places before it.
+
+        Args:
+            sizes: length of every place's part.
+        """
+        before = sum(sizes[: self.place])
+        return slice(before, before + sizes[self.place])
 
     @property
     def world_ranks(self) -> range:

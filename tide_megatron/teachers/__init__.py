@@ -1,1 +1,1 @@
-"""Filled in by the layer's owner."""
+"""Frozen models in layouts of their own: views in, rows for the head group out."""

@@ -37,8 +37,7 @@ class TeacherScorer:
         rows = [num_rows(place[0]) for place in sizes]
         gold = gather_parts(noised.batch.ids[noised.row_index], rows, self.head.group, "rows")
         nll, is_right = score_rows(answer, gold, self.head.group)
-        before = sum(rows[: self.head.place])
-        mine = slice(before, before + rows[self.head.place])
+        mine = self.head.own(rows)
         return nll[mine], is_right[mine]
 
     def _of_all(self, numbers: list[int]) -> list[list[int]]:

@@ -33,11 +33,10 @@ from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.shared_vocabulary import SharedVocabulary
 from tide_megatron.models.precision import Precision
 from tide_megatron.parallel.collectives import fail_together
-from tide_megatron.parallel.head_group import head_group_size
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.text.vocabulary import differing_ids, require_shared
 from tide_megatron.train.metrics import Phases
-from tide_megatron.train.plans import ModelPlan, check_layout, read_plan, under
+from tide_megatron.train.plans import ModelPlan, check_layout, head_ranks, read_plan, under
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.residents import build_residents
 from tide_megatron.train.step import Run
@@ -67,7 +66,7 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         plans |= {name: read_plan(model, f"teachers.{name}") for name, model in recipe.teachers.items()}
         for plan in plans.values():
             check_layout(plan.choice, plan.architecture, world, plan.key)
-        head_group_size([model.layout for model in recipe.teachers.values()], world, recipe.head.ranks)
+        ranks = head_ranks(recipe, world)
         tokenizer = plans["student"].tokenizer
         readers = {name: plan for name, plan in plans.items() if name != "student"}
         loader = open_loader(recipe, recipe.data.train, tokenizer, readers, is_trained_on=True)
@@ -75,7 +74,7 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         if recipe.data.held_out:
             held_out = open_loader(recipe, recipe.data.held_out, tokenizer, readers, is_trained_on=False)
         _check_terms(recipe, plans, loader)
-        _check_head_budget(recipe, plans, device)
+        _check_head_budget(recipe, plans, ranks, device)
     residents = build_residents(recipe, plans, device)
     for name, teacher in residents.teachers.items():
         reading = loader.sides.get(name)
@@ -105,7 +104,7 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
     return Parts(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer)
 
 
-def _check_head_budget(recipe: Recipe, plans: Mapping[str, ModelPlan], device: Device) -> None:
+def _check_head_budget(recipe: Recipe, plans: Mapping[str, ModelPlan], ranks: int, device: Device) -> None:
     """Refuse a budget that does not hold one row, before any weight is read; a row for a row is assumed."""
     if recipe.head.form == "plain":
         return
@@ -113,8 +112,6 @@ def _check_head_budget(recipe: Recipe, plans: Mapping[str, ModelPlan], device: D
         "student",
         *(loss.teacher for loss in recipe.terms.values() if isinstance(loss, SharedVocabulary)),
     }
-    layouts = [model.layout for model in recipe.teachers.values()]
-    ranks = head_group_size(layouts, dist.get_world_size(), recipe.head.ranks)
     sizes = [
         -(-plan.architecture.vocabulary // ranks) * _product_bytes(recipe, plan, device)
         for name, plan in plans.items()

@@ -12,9 +12,10 @@ from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import check_available, check_widths
 from tide_megatron.models.convert import read_architecture
 from tide_megatron.models.precision import Precision
+from tide_megatron.parallel.head_group import head_group_size
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.placement import Placed
-from tide_megatron.train.recipe import Model, StudentModel
+from tide_megatron.train.recipe import Model, Recipe, StudentModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,15 @@ def check_layout(choice: Model, architecture: Architecture, world: int, key: str
         )
         check_available(choice.layout, trainable=isinstance(choice, StudentModel))
         check_widths(architecture, choice.layout)
+
+
+def head_ranks(recipe: Recipe, world: int) -> int:
+    """Return how many ranks share the vocabulary heads of a run; the teachers' layouts are checked.
+
+    Raises:
+        ConfigError: `head.ranks` does not fit.
+    """
+    return head_group_size([model.layout for model in recipe.teachers.values()], world, recipe.head.ranks)
 
 
 def placed(choice: Model, architecture: Architecture, device_type: str) -> Placed:

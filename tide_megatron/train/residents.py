@@ -20,12 +20,11 @@ from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import Options
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.parallel.groups import HeadGroup, make_across, make_groups, make_head_group
-from tide_megatron.parallel.head_group import head_group_size
 from tide_megatron.teachers.route import Route
 from tide_megatron.teachers.sight import Sight
 from tide_megatron.teachers.teacher import Teacher
 from tide_megatron.train.placement import drawn, placement_table
-from tide_megatron.train.plans import ModelPlan, placed
+from tide_megatron.train.plans import ModelPlan, head_ranks, placed
 from tide_megatron.train.recipe import Recipe, StudentModel
 from tide_megatron.train.student import Student
 
@@ -54,8 +53,7 @@ def build_residents(recipe: Recipe, plans: Mapping[str, ModelPlan], device: Devi
         TideError: on every rank alike, for weights that do not fit or cannot be read.
     """
     world = dist.get_world_size()
-    layouts = [model.layout for model in recipe.teachers.values()]
-    head = make_head_group(head_group_size(layouts, world, recipe.head.ranks))
+    head = make_head_group(head_ranks(recipe, world))
     cut = Cut.of([plan.architecture.vocabulary for plan in plans.values()], head.ranks, head.place)
     picture = {name: placed(plan.choice, plan.architecture, device.type) for name, plan in plans.items()}
     log.info("%s", drawn(placement_table(picture, world, head.ranks)))

@@ -58,11 +58,11 @@ def share_rows(
             unpack_rows(place[microbatch], numbers[microbatch], links)
             for place, numbers in zip(by_place, sizes, strict=True)
         ]
-        before = sum(len(part.time) for part in parts[: head.place])
+        own = head.own([len(part.time) for part in parts])
         yield SharedRows(
             rows=join_rows(parts),
             sizes=[len(part.gold) for part in parts],
-            own=(before, before + len(mine[microbatch].time)),
+            own=(own.start, own.stop),
         )
 
 

@@ -13,9 +13,8 @@ from rich.table import Table
 
 from tide_megatron.base.device import choose_device
 from tide_megatron.models.convert import read_architecture
-from tide_megatron.parallel.head_group import head_group_size
 from tide_megatron.train.placement import Placed, placement_table
-from tide_megatron.train.plans import check_layout, placed
+from tide_megatron.train.plans import check_layout, head_ranks, placed
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, digest
 
@@ -37,14 +36,14 @@ def print_summary(recipe: Recipe, tree: Tree, world: int) -> None:
     else:
         print(text, end="")
     samples, microbatches = recipe.batch.accumulation(world)
-    models, head_ranks = place(recipe, world)
+    models, ranks = place(recipe, world)
     console = Console(stderr=True)
     console.print(f"\ndigest {digest(tree)}, {world} rank(s)", highlight=False)
     split = f"{world} rank(s) x {microbatches} microbatch(es) x {samples}"
     console.print(f"{recipe.batch.samples} samples an update = {split}", highlight=False)
     console.print(_models(recipe, models, world))
     console.print()
-    console.print(placement_table(models, world, head_ranks))
+    console.print(placement_table(models, world, ranks))
 
 
 def place(recipe: Recipe, world: int) -> tuple[dict[str, Placed], int]:
@@ -59,8 +58,7 @@ def place(recipe: Recipe, world: int) -> tuple[dict[str, Placed], int]:
         where = "student" if model is recipe.student else f"teachers.{name}"
         check_layout(model, architecture, world, where)
         found[name] = placed(model, architecture, _device_type(recipe))
-    layouts = [model.layout for model in recipe.teachers.values()]
-    return found, head_group_size(layouts, world, recipe.head.ranks)
+    return found, head_ranks(recipe, world)
 
 
 def _device_type(recipe: Recipe) -> str:

@@ -31,8 +31,7 @@ class AnswerWatch:
         """Note this rank's own rows of all answers to one microbatch. Not a collective."""
         for name, answer in answers.items():
             rows = [num_rows(place[microbatch]) for place in self._counts.asked[name]]
-            before = sum(rows[: self._head.place])
-            own = answer.hidden[before : before + rows[self._head.place]]
+            own = answer.hidden[self._head.own(rows)]
             sample, _ = noised.reading(name).asked.nonzero(as_tuple=True)
             self._seen[name].append((~own.isfinite().all(dim=1), noised.batch.sample_ids[sample]))
 
