@@ -28,6 +28,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import AttentionPlan, choose_kernel, rotary_frequencies
+from tide_megatron.models.lookup import look_up
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import Options, block_spec, transformer_config
 from tide_megatron.parallel.layout import Layout
@@ -127,13 +128,19 @@ class TideModel(GPTModel):  # type: ignore[misc]
             others [tokens, samples, hidden] for the next stage.
         """
         plan = AttentionPlan.of(view, self._make_kernel, self._frequencies, self.config.params_dtype)
-        embedded = (
-            self.embedding(input_ids=view.ids, position_ids=view.positions) if self.is_first_stage else None
-        )
+        embedded = self._embed(view) if self.is_first_stage else None
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=plan)
         if not self.is_last_stage:
             return hidden
         return hidden[: len(view.rows), 0]  # [rows or 1, 1, hidden]: the last layer picked
+
+    def _embed(self, view: View) -> Tensor:
+        """Return [tokens, samples, hidden]: there are no positions, token types or dropout to add."""
+        table = self.embedding.word_embeddings.weight
+        if torch.is_grad_enabled() and hasattr(table, "main_grad"):  # trained inside megatron-core's DDP
+            return look_up(table, view.ids)
+        embedded: Tensor = self.embedding(input_ids=view.ids, position_ids=view.positions)
+        return embedded
 
     def rows(self, view: View) -> Tensor:
         """Return the hidden states a view asks for, of a model of one stage; see `forward`."""

@@ -7,14 +7,17 @@
 Sizes are told in `step_case`. Plain and ours start from the same weights and make the same updates (SGD,
 clipped) on the same microbatch, in turns; figures are medians. `objective_difference` and
 `grad_norm_difference` are the largest relative differences over all turns. With `--ranks` every round hides
-other tokens, and `tokens_ratio` is the median over rounds of seconds of one rank over seconds of all.
+other tokens, and `tokens_ratio` is the median over rounds of seconds of one rank over seconds of all;
+`machine_ratio` is what as many single ranks reach that share nothing but the machine, which bounds it.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import sys
 import time
@@ -127,7 +130,9 @@ def compare_ranks(setting: Setting, rounds: int, ranks: int, head_ranks: int) ->
     """Launch one rank and several in turns; return the ratio of their tokens per second, and why it is so."""
     seconds: dict[int, list[float]] = {1: [], ranks: []}
     last: dict[int, dict[str, Any]] = {}
+    apart: list[float] = []
     for _ in range(LAUNCHES):
+        apart += _seconds_apart(setting, rounds, ranks)
         for number in seconds:
             args = (setting, rounds, head_ranks if number > 1 else 1)
             last[number] = run_ranks(measure_seconds, args, number, "cpu")
@@ -137,6 +142,7 @@ def compare_ranks(setting: Setting, rounds: int, ranks: int, head_ranks: int) ->
     return {
         "tokens_ratio": statistics.median(ratios),
         "ratios": ratios,
+        "machine_ratio": ranks * statistics.median(seconds[1]) / statistics.median(apart),
         "tokens_per_second": {
             str(number): last[number]["tokens"] / statistics.median(found)
             for number, found in seconds.items()
@@ -150,6 +156,18 @@ def compare_ranks(setting: Setting, rounds: int, ranks: int, head_ranks: int) ->
         ),
         "phases": {str(number): found["phases"] for number, found in last.items()},
     }
+
+
+def _seconds_apart(setting: Setting, rounds: int, copies: int) -> list[float]:
+    """Time the one rank's updates while as many single ranks run beside each other, which share nothing.
+
+    What they lose against one alone is the machine's: memory and caches that its cores share.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(copies, mp_context=context) as pool:
+        args = (measure_seconds, (setting, rounds, 1), 1, "cpu")
+        found = [pool.submit(run_ranks, *args) for _ in range(copies)]
+        return [second for copy in found for second in copy.result()["seconds"]]
 
 
 def profile(setting: Setting, rounds: int, *, device: Device, stop: StopFlag) -> dict[str, Any]:
