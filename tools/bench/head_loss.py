@@ -9,6 +9,8 @@ Both sides do forward and backward on the same numbers, with as many threads, in
 `cpu_ratio`, `wall_ratio`: plain over ours. `over_floor`: our CPU seconds over those of the four products on
 the hidden rows in one piece and one fp32 addition into the weight's gradient. `memory_ratio`: high-water
 marks of fresh processes above weights, hidden states and the fp32 gradient, which both sides have before.
+With `--ranks`, `machine_ratio` is what as many ranks reach that each do the whole work and share nothing but
+the machine.
 """
 
 from __future__ import annotations
@@ -195,16 +197,16 @@ def sweep(setting: Setting, way: Way) -> dict[str, Any]:
 
 
 def measure_ranks(setting: Setting, way: Way, *, device: Device, stop: StopFlag) -> dict[str, Any]:
-    """Time one rank alone and the whole group on the same rows, in turns, one thread a rank."""
+    """Time one rank alone, each rank for itself, and the group on the same rows, in turns, one thread a rank."""
     torch.set_num_threads(1)
     case, group = draw_case(setting), dist.group.WORLD
     alone, together = our_work(case, way), our_work(case, way, group)
-    costs: dict[str, list[tuple[float, float]]] = {"alone": [], "together": []}
+    costs: dict[str, list[tuple[float, float]]] = {"alone": [], "apart": [], "together": []}
     for turn in range(way.rounds + 1):
-        for name, work in (("alone", alone), ("together", together)):
+        for name, work in (("alone", alone), ("apart", alone), ("together", together)):
             dist.barrier()
             wall, cpu = time.perf_counter(), time.process_time()
-            if name == "together" or dist.get_rank() == 0:
+            if name != "alone" or dist.get_rank() == 0:
                 work()
             cpu = time.process_time() - cpu
             dist.barrier()
@@ -218,6 +220,7 @@ def measure_ranks(setting: Setting, way: Way, *, device: Device, stop: StopFlag)
     )
     return {
         "wall_ratio": wall["alone"] / wall["together"],
+        "machine_ratio": dist.get_world_size() * wall["alone"] / wall["apart"],
         "cpu_ratio": cpu["alone"] / cpu["together"],
         "wall_seconds": wall,
         "busiest_rank_cpu_seconds": cpu,
