@@ -197,7 +197,7 @@ def sweep(setting: Setting, way: Way) -> dict[str, Any]:
 
 
 def measure_ranks(setting: Setting, way: Way, *, device: Device, stop: StopFlag) -> dict[str, Any]:
-    """Time one rank alone, each rank for itself, and the group on the same rows, in turns, one thread a rank."""
+    """Time one rank alone, each rank for itself and the group on the same rows, in turns, a thread a rank."""
     torch.set_num_threads(1)
     case, group = draw_case(setting), dist.group.WORLD
     alone, together = our_work(case, way), our_work(case, way, group)
