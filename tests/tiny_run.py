@@ -14,7 +14,7 @@ from tests.small_tokenizer import write_chats, write_other, write_tokenizer
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import SideChoice
 from tide_megatron.models import ARCHITECTURES
-from tide_megatron.models.folder import write_folder
+from tide_megatron.models.writing import write_folder
 from tide_megatron.text.tokenizer import Tokenizer
 
 DEVIATION = 0.2

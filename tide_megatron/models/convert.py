@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,9 +24,11 @@ from tide_megatron.base.errors import CheckpointError, ConfigError, nearest
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel
-from tide_megatron.models.folder import HfFolder, read_config, write_folder
+from tide_megatron.models.folder import HfFolder, read_config
 from tide_megatron.models.holding import held
+from tide_megatron.models.shards import Planned
 from tide_megatron.models.weights import Piece, to_hf
+from tide_megatron.models.writing import stream_folder
 
 _MOST_NAMED = 20  # tensors of one kind that a message names
 
@@ -118,12 +120,15 @@ def save_model(
     if 0 not in dist.get_process_group_ranks(model.groups.ep):
         return
     tensors = _gather(model, dtype)
-    if dist.get_rank() == 0:
-        config = model.architecture.to_hf()
-        stored = str(dtype or model.config.params_dtype).removeprefix("torch.")
-        write_folder(
-            folder, {**config, "dtype" if "dtype" in config else "torch_dtype": stored}, tensors, files
-        )
+    try:
+        if dist.get_rank() == 0:
+            config = model.architecture.to_hf()
+            stored = str(dtype or model.config.params_dtype).removeprefix("torch.")
+            told = {**config, "dtype" if "dtype" in config else "torch_dtype": stored}
+            stream_folder(folder, told, _plan(model, dtype), tensors, files)
+    finally:
+        for _ in tensors:  # other ranks send theirs, and this one takes them in although its disk refused
+            pass
 
 
 def hf_tensors(model: TideModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,14 +197,23 @@ def _normal(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-@torch.no_grad()
-def _gather(model: TideModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Collect the whole model's Hugging Face tensors on the expert group's first rank; empty elsewhere.
+def _plan(model: TideModel, dtype: torch.dtype | None) -> dict[str, Planned]:
+    """Say what `_gather` will give."""
+    own = _own_tensors(model)
+    plan: dict[str, Planned] = {}
+    for piece in model.architecture.pieces():
+        name = piece.local_name(model.shard, model.architecture.num_experts)
+        here = model.head_weight.dtype if name is None else own[name].dtype
+        plan |= {source: Planned(shape, _kept(piece, here, dtype)) for source, shape in piece.sources.items()}
+    return plan
 
-    Every rank of the expert group must call it: owners send their experts in the table's order.
+
+def _gather(model: TideModel, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the whole model's Hugging Face tensors on the expert group's first rank; nothing elsewhere.
+
+    Every rank of the expert group must exhaust it: owners send their experts in the table's order.
     """
     own, shard, group = _own_tensors(model), model.shard, model.groups.ep
-    gathered: dict[str, Tensor] = {}
     for piece in model.architecture.pieces():
         name = piece.local_name(shard, model.architecture.num_experts)
         if shard.expert_rank == 0:
@@ -209,15 +223,15 @@ def _gather(model: TideModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
                 tensor = model.head_weight.new_empty(piece.joined_shape)
                 dist.recv(tensor, src=dist.get_global_rank(group, owner), group=group)
             else:
-                tensor = own[name]
-            kept = tensor.dtype if dtype is None or not piece.is_parameter else dtype
-            parts = zip(piece.sources, piece.split(tensor), strict=True)
-            gathered |= {source: _detached(part, kept) for source, part in parts}
+                tensor = own[name].detach()
+            kept = _kept(piece, tensor.dtype, dtype)
+            for source, part in zip(piece.sources, piece.split(tensor), strict=True):
+                yield source, part.to(kept)
         elif name is not None and piece.expert is not None:
-            dist.send(own[name].contiguous(), dst=dist.get_global_rank(group, 0), group=group)
-    return gathered
+            sent = own[name].detach().contiguous()
+            dist.send(sent, dst=dist.get_global_rank(group, 0), group=group)
 
 
-def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a contiguous CPU copy that shares no storage (safetensors refuses shared ones)."""
-    return tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+def _kept(piece: Piece, held: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype a piece is stored in; buffers keep theirs."""
+    return held if dtype is None or not piece.is_parameter else dtype

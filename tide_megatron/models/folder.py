@@ -1,4 +1,4 @@
-"""A Hugging Face model folder on disk: read lazily and checked, written whole or not at all.
+"""A Hugging Face model folder on disk, read lazily and checked (`writing.py` writes one).
 
 Reading takes `model.safetensors`, or the shards that `model.safetensors.index.json` names. Headers are read
 at once, bytes only when asked for, and counted. A truncated or damaged file, a missing shard, a folder with
@@ -10,21 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.models.shard import Part, Shape
+from tide_megatron.models.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
 
 
 class HfFolder:
@@ -72,6 +70,19 @@ class HfFolder:
         self.bytes_read += (tensor.numel() - made) * tensor.element_size()
         return tensor
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that one tensor is stored in; nothing is read.
+
+        Raises:
+            CheckpointError: one that no reader here knows.
+        """
+        word = self._files[name].get_slice(name).get_dtype()
+        if word not in DTYPES:
+            raise CheckpointError(
+                f"{self.folder / name}: stored as {word}; only {', '.join(DTYPES)} are read"
+            )
+        return DTYPES[word]
+
     def _add(self, path: Path) -> None:
         try:
             file = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -92,45 +103,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder; give a local folder with {CONFIG_FILE} in it")
     return _read_json(path, "a Hugging Face model folder needs it")
-
-
-def write_folder(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: Iterable[Path] = ()
-) -> None:
-    """Write a model folder: beside its place, made durable, then renamed over what was there.
-
-    Args:
-        folder: where it shall stand; an older folder of that name is replaced as a whole.
-        config: what config.json says.
-        tensors: Hugging Face name -> contiguous CPU tensor.
-        files: further files to copy into it (tokenizer.json...).
-
-    Raises:
-        CheckpointError: when the disk refuses; nothing half-written stays.
-    """
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / CONFIG_FILE).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors), partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        for file in files:
-            shutil.copyfile(file, partial / file.name)
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as fault:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise CheckpointError(
-            f"{folder}: cannot be written ({fault}); check space and permissions"
-        ) from fault
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -176,11 +148,3 @@ def _read_json(path: Path, purpose: str) -> dict[str, Any]:
 
 def _damaged(path: Path, fault: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: damaged or truncated ({fault}); copy or download it again")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

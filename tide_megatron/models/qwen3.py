@@ -1,7 +1,7 @@
-"""Qwen3-shaped dense models (spec sections 6.1, 6.3): the A2D diffusion student, plain Qwen3, and WeDLM.
+"""Qwen3-shaped dense models (spec sections 6.1, 6.3): the A2D diffusion student, plain Qwen3, SDAR, WeDLM.
 
-The three differ in name, not in mathematics: A2D took Qwen3's weights and dropped the causal mask, and WeDLM
-has Qwen3's modules with two switches. Who may attend to whom is not the architecture's affair but the
+They differ in name, not in mathematics: A2D and SDAR took Qwen3's weights and dropped the causal mask, and
+WeDLM has Qwen3's modules with two switches. Who may attend to whom is not the architecture's affair but the
 context's. Left out: Qwen3's output bias (`attention_bias` there covers the output projection as well, which
 megatron-core's spec cannot do without biasing every layer); WeDLM's covers query, key and value only.
 """
@@ -22,7 +22,7 @@ _QWEN3_HEAD_DIM = 128  # what transformers takes when config.json has no head_di
 class Qwen3(Architecture):
     """A dense decoder with query and key norms and an explicit head dimension."""
 
-    model_types: ClassVar[tuple[str, ...]] = ("a2d-qwen3", "qwen3", "wedlm")
+    model_types: ClassVar[tuple[str, ...]] = ("a2d-qwen3", "qwen3", "sdar", "wedlm")
     embedding_name: ClassVar[str] = "model.embed_tokens.weight"
 
     @classmethod

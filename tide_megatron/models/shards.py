@@ -1,0 +1,187 @@
+"""Weights on disk as safetensors, written tensor by tensor: nothing but the tensor at hand is in memory.
+
+A file's header holds the place of every tensor, so names, shapes and dtypes are planned first; then each
+tensor is written where it belongs, in whatever order they come. Within a file wide dtypes stand first, which
+keeps every tensor aligned to its own width, as readers that map the file want it. What is larger than one
+file may be goes into several, with the index that Hugging Face's readers look for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from tide_megatron.models.shard import Shape
+
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+"""Largest file, unless one tensor alone is larger."""
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's word -> dtype."""
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Plan = Mapping[str, Planned]
+"""Name -> what will be written under it."""
+
+
+def planned_bytes(plan: Plan) -> int:
+    """Return the bytes of all tensors of a plan."""
+    return sum(tensor.num_bytes for tensor in plan.values())
+
+
+def split_plan(plan: Plan, shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str, Planned]]:
+    """Cut a plan into files: runs of tensors in the plan's order, each file as full as it may be.
+
+    Args:
+        plan: what will be written; at least one tensor.
+        shard_bytes: largest file; a larger tensor has one of its own.
+
+    Returns:
+        File name -> the plan of that file.
+    """
+    assert plan, "a model has weights"
+    runs: list[dict[str, Planned]] = [{}]
+    room = shard_bytes
+    for name, tensor in plan.items():
+        if runs[-1] and tensor.num_bytes > room:
+            runs.append({})
+            room = shard_bytes
+        runs[-1][name] = tensor
+        room -= tensor.num_bytes
+    if len(runs) == 1:
+        return {WEIGHTS_FILE: runs[0]}
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    return {
+        f"{stem}-{number:05d}-of-{len(runs):05d}.safetensors": run for number, run in enumerate(runs, start=1)
+    }
+
+
+class ShardWriter:
+    """Writes a plan's tensors into a folder; a context manager, because it holds files open."""
+
+    def __init__(self, folder: Path, plan: Plan, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write the headers of all files, and the index where there are several.
+
+        Args:
+            folder: an existing folder.
+            plan: what will be written.
+            shard_bytes: largest file.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        self._left = dict(plan)
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        self._open = contextlib.ExitStack()
+        files = split_plan(plan, shard_bytes)
+        with contextlib.ExitStack() as opened:
+            for file, tensors in files.items():
+                handle = opened.enter_context((folder / file).open("wb"))
+                start = handle.write(_header(tensors))
+                for name, (begin, _) in _offsets(tensors).items():
+                    self._places[name] = (handle, start + begin)
+            self._open = opened.pop_all()
+        if len(files) > 1:
+            places = {name: file for file, tensors in files.items() for name in tensors}
+            index = {
+                "metadata": {"total_size": planned_bytes(plan)},
+                "weight_map": dict(sorted(places.items())),
+            }
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+        assert kind is not None or not self._left, f"never written: {sorted(self._left)}"
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, once.
+
+        Args:
+            name: of the plan.
+            tensor: as planned, on any device.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        wanted = self._left.pop(name)
+        found = Planned(tuple(tensor.shape), tensor.dtype)
+        assert found == wanted, f"{name} is {found}, planned was {wanted}"
+        handle, place = self._places[name]
+        handle.seek(place)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        handle.write(flat.view(torch.uint8).numpy().data)
+
+
+def write_tensors(
+    folder: Path, plan: Plan, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write tensors as they come into a folder; see `ShardWriter`."""
+    with ShardWriter(folder, plan, shard_bytes) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+
+
+def _offsets(tensors: Mapping[str, Planned]) -> dict[str, tuple[int, int]]:
+    """Place a file's tensors behind each other, wide dtypes first; [begin, end) behind the header."""
+    places, begin = {}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda entry: -entry[1].dtype.itemsize):
+        places[name] = (begin, begin + tensor.num_bytes)
+        begin += tensor.num_bytes
+    return places
+
+
+def _header(tensors: Mapping[str, Planned]) -> bytes:
+    """Return what stands before the tensors: the length of the description, and the description."""
+    told: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name, offsets in _offsets(tensors).items():
+        planned = tensors[name]
+        told[name] = {
+            "dtype": _WORDS[planned.dtype],
+            "shape": list(planned.shape),
+            "data_offsets": list(offsets),
+        }
+    text = json.dumps(told, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
