@@ -21,6 +21,9 @@ FOLDERS = {
         "moe_topk_idx",
         "moe_topk_weight",
     },
+    "teacher_llada": {"logits_bidir", "logits_mask2d"},
+    "teacher_llada_moe": {"logits_bidir"},
+    "teacher_dream": {"logits_bidir_unshifted", "logits_shifted"},
 }
 
 

@@ -38,6 +38,15 @@ class View:
     rows: Tensor
     """[rows] int64: flat indices into [samples * parts * length] of the positions to predict."""
 
+    def shifted(self) -> View:
+        """Return the view of a model whose state at a position predicts the token behind it.
+
+        It is asked for the states one position earlier; the first token of a part, which nothing stands
+        before, keeps its own. What is predicted stays the same, so nobody but the model needs to know.
+        """
+        is_first = self.rows % self.length == 0
+        return dataclasses.replace(self, rows=torch.where(is_first, self.rows, self.rows - 1))
+
     def padded(self, samples: int, length: int) -> View:
         """Return the view with more samples and longer parts, for models that want equal shapes.
 

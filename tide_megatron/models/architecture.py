@@ -2,7 +2,7 @@
 
 An `Architecture` knows numbers and names only: no process group, no device, no megatron. `build.py` makes a
 GPTModel of it, `convert.py` moves weights by its table, the planner will ask it for sizes. A new architecture
-is one file with a subclass and one line in `models/__init__.py`.
+is one file with a subclass (how to read its config, its `Names`) and one line in `models/__init__.py`.
 
 A config switch that would change the mathematics and is not implemented is refused by name, never ignored.
 """
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Container, Mapping
+from typing import Any, ClassVar, Literal
 
 from tide_megatron.base.errors import ConfigError
+from tide_megatron.models.names import Gated, Names
+from tide_megatron.models.reader import HfConfig
 from tide_megatron.models.weights import (
+    EXPERT,
     LAYER,
     Copy,
     Embedding,
@@ -26,9 +29,6 @@ from tide_megatron.models.weights import (
     Piece,
     Qkv,
 )
-
-HfConfig = Mapping[str, Any]
-Value = TypeVar("Value", int, float, bool, str)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,18 @@ class Experts:
     kept_groups: int
     """Groups a token may choose experts from."""
     scale: float
-    """Factor on the normalised routing weights."""
+    """Factor on the routing weights."""
+    score: Literal["sigmoid", "softmax"]
+    """What makes scores of the router's logits."""
+    is_normalised: bool
+    """Whether the chosen experts' scores are made to sum to one."""
+    has_bias: bool
+    """Whether a bias that is no part of the routing weight enters the choice."""
+
+    def __post_init__(self) -> None:
+        """Hold what megatron-core's router can do."""
+        assert self.score == "softmax" or self.is_normalised, "sigmoid scores are always normalised"
+        assert self.score == "sigmoid" or not self.has_bias, "only sigmoid scores take a bias"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,14 +91,18 @@ class Architecture(abc.ABC):
     """Standard deviation of fresh weight matrices."""
     qk_norm: bool = True
     qkv_bias: bool = False
+    is_shifted: bool = False
+    """Whether the state at a position predicts the token behind it; see `View.shifted`."""
     experts: Experts | None = None
     source: HfConfig = dataclasses.field(default_factory=dict, compare=False, repr=False)
     """The config.json this came from: what we do not read (special ids...) is handed back unchanged."""
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """All `model_type` words this class reads."""
-    embedding_name: ClassVar[str]
-    """Hugging Face name of the token embedding."""
+    names: ClassVar[Names] = Names()
+    """What its files call the weights."""
+    keys: ClassVar[Mapping[str, str]] = {}
+    """The usual key of config.json -> what this family calls it, where the two differ."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that no model can have."""
@@ -115,40 +130,56 @@ class Architecture(abc.ABC):
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json that `from_hf` reads back to an equal architecture."""
 
-    @abc.abstractmethod
-    def attention_names(self, layer: str) -> Mapping[str, str]:
-        """Name the attention weights under a layer's Hugging Face prefix; see `_attention_pieces`."""
+    def pieces(self, *, merged: bool = False) -> list[Piece]:
+        """List every weight of the whole model: our name, its Hugging Face names and shapes, how they map.
 
-    def mlp_pieces(self, layer: int, ours: str, theirs: str) -> list[Piece]:
-        """List the feed-forward weights of a layer (from 0) under both prefixes; dense unless overridden."""
-        return feed_forward_pieces(ours, theirs, self.hidden, self.feed_forward)
-
-    def pieces(self) -> list[Piece]:
-        """List every weight of the whole model: our name, its Hugging Face names and shapes, how they map."""
-        table, norm = (self.vocabulary, self.hidden), (self.hidden,)
+        Args:
+            merged: as a file has them that stacks all experts of a layer in one tensor.
+        """
+        names, table, norm = self.names, (self.vocabulary, self.hidden), (self.hidden,)
         found: list[Piece] = [
             Embedding.of("embedding.word_embeddings.weight", self.embedding_name, table, place="first")
         ]
         for layer in range(self.layers):
-            ours, theirs = f"decoder.layers.{LAYER}.", f"model.layers.{layer}."
-            inner = f"{theirs}post_attention_layernorm.weight"
+            ours, theirs = f"decoder.layers.{LAYER}.", names.layer.format(layer=layer)
+            outer, inner = (
+                f"{theirs}{name}.weight" for name in (names.attention_norm, names.feed_forward_norm)
+            )
             inside: list[Piece] = [
-                Copy.of(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", norm, fill=1.0),
-                *_attention_pieces(self, ours, self.attention_names(theirs)),
+                Copy.of(f"{ours}input_layernorm.weight", outer, norm, fill=1.0),
+                *_attention_pieces(self, ours, theirs),
                 Copy.of(f"{ours}pre_mlp_layernorm.weight", inner, norm, fill=1.0),
-                *self.mlp_pieces(layer, f"{ours}mlp.", f"{theirs}mlp."),
+                *(
+                    _mixture_pieces(self, f"{ours}mlp.", theirs, merged=merged)
+                    if self.is_mixture(layer)
+                    else _gated_pieces(
+                        f"{ours}mlp.", theirs, names.feed_forward, (self.feed_forward, self.hidden)
+                    )
+                ),
             ]
             found += [dataclasses.replace(piece, layer=layer) for piece in inside]
         final = "decoder.final_layernorm.weight"
-        found.append(Copy.of(final, "model.norm.weight", norm, fill=1.0, place="last"))
+        found.append(Copy.of(final, f"{names.final_norm}.weight", norm, fill=1.0, place="last"))
         if not self.tied:
-            found.append(Head.of("output_layer.weight", "lm_head.weight", table))
+            found.append(Head.of("output_layer.weight", f"{names.head}.weight", table))
         return found
+
+    def has_merged(self, found: Container[str]) -> bool:
+        """Say whether a file with tensors of these names stacks all experts of a layer in one tensor."""
+        layers = (
+            self.names.layer.format(layer=layer) for layer in range(self.layers) if self.is_mixture(layer)
+        )
+        return any(f"{layer}{name}" in found for layer in layers for name in self.names.merged_experts)
+
+    @property
+    def embedding_name(self) -> str:
+        """Hugging Face name of the token embedding."""
+        return f"{self.names.embedding}.weight"
 
     @property
     def ignored(self) -> frozenset[str]:
         """Hugging Face tensors a folder may contain without meaning: the copy of a tied embedding."""
-        return frozenset({"lm_head.weight"}) if self.tied else frozenset()
+        return frozenset({f"{self.names.head}.weight"}) if self.tied else frozenset()
 
     @property
     def head_shape(self) -> Heads:
@@ -161,8 +192,8 @@ class Architecture(abc.ABC):
         return self.experts.number if self.experts else 0
 
     def common_hf(self) -> dict[str, Any]:
-        """Return what every config.json says under the same keys."""
-        return {
+        """Return what every config.json says, under this family's keys."""
+        facts = {
             "model_type": self.model_type,
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,
@@ -178,136 +209,77 @@ class Architecture(abc.ABC):
             "initializer_range": self.initializer_range,
             "hidden_act": "silu",
         }
+        return {self.keys.get(key, key): value for key, value in facts.items()}
 
     def is_mixture(self, layer: int) -> bool:
         """Say whether a layer (from 0) has experts."""
         return self.experts is not None and layer >= self.experts.first_layer
 
 
-class Reader:
-    """Typed access to a parsed config.json; every complaint names the key, the value and the remedy."""
-
-    def __init__(self, config: HfConfig) -> None:
-        self._config = config
-
-    def get(self, key: str, kind: type[Value], default: Value | None = None) -> Value:
-        """Return a value of the wanted type; a missing (or null) key without default is an error."""
-        value = self._config.get(key)
-        if value is None:
-            if default is None:
-                raise ConfigError(f"config.json: {key} is missing; it must be a {kind.__name__}")
-            return default
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = is_number if kind is float else type(value) is kind
-        if not fits:
-            raise ConfigError(f"config.json: {key}: {value!r} is not a {kind.__name__}")
-        return kind(value)
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """Return a whole number of at least 1."""
-        value = self.get(key, int, default)
-        if value < 1:
-            raise ConfigError(f"config.json: {key}: {value} must be at least 1")
-        return value
-
-    def only(self, key: str, *implemented: Any, why: str) -> None:
-        """Refuse any value but the implemented ones; a missing or null key is always fine."""
-        value = self._config.get(key)
-        if value is not None and value not in implemented:
-            wanted = " or ".join(repr(choice) for choice in implemented) or "null"
-            raise ConfigError(f"config.json: {key}: {value!r} is not supported ({why}); only {wanted} is")
-
-    def _rotary_base(self) -> float:
-        """Return rope_theta, also from the `rope_parameters` of newer transformers."""
-        parameters = self._config.get("rope_parameters")
-        if isinstance(parameters, Mapping):
-            Reader(parameters).only("rope_type", "default", why="scaled rotary positions")
-            if "rope_theta" in parameters:
-                return Reader(parameters).get("rope_theta", float)
-        return self.get("rope_theta", float)
-
-    def common(self, head_dim: int | None = None) -> dict[str, Any]:
-        """Return the constructor arguments that every config.json holds under the same keys.
-
-        Args:
-            head_dim: what an absent `head_dim` means; None: hidden_size / num_attention_heads.
-
-        Raises:
-            ConfigError: for a missing or ill-typed key, and for the switches that no architecture implements.
-        """
-        self._refuse_what_is_missing()
-        heads, hidden = self.size("num_attention_heads"), self.size("hidden_size")
-        return {
-            "model_type": self.get("model_type", str),
-            "layers": self.size("num_hidden_layers"),
-            "hidden": hidden,
-            "heads": heads,
-            "query_groups": self.size("num_key_value_heads", heads),
-            "head_dim": self.size("head_dim", head_dim or max(1, hidden // heads)),
-            "feed_forward": self.size("intermediate_size"),
-            "vocabulary": self.size("vocab_size"),
-            "max_positions": self.size("max_position_embeddings", 32768),
-            "tied": self.get("tie_word_embeddings", bool, False),
-            "epsilon": self.get("rms_norm_eps", float, 1e-6),
-            "rotary_base": self._rotary_base(),
-            "initializer_range": self.get("initializer_range", float, 0.02),
-            "source": dict(self._config),
-        }
-
-    def _refuse_what_is_missing(self) -> None:
-        """Refuse the switches that no architecture here implements."""
-        self.only("hidden_act", "silu", why="another activation")
-        self.only("rope_scaling", why="scaled rotary positions")
-        self.only("use_sliding_window", False, why="a sliding attention window")
-        for key in ("attention_dropout", "embedding_dropout", "output_dropout", "hidden_dropout"):
-            self.only(key, 0.0, why="dropout")
-        types = self._config.get("layer_types")
-        if types is not None and set(types) != {"full_attention"}:
-            raise ConfigError(
-                f"config.json: layer_types: {sorted(set(types))} is not supported; only full_attention is"
-            )
-
-
-def _attention_pieces(architecture: Architecture, ours: str, theirs: Mapping[str, str]) -> list[Piece]:
-    """List the weights of one attention layer.
-
-    Args:
-        architecture: for shapes and switches.
-        ours: our name of the layer, with its final dot.
-        theirs: Hugging Face prefixes of `q`, `k`, `v` (or one fused `qkv`), `out`, `q_norm`, `k_norm`.
-    """
-    shape, width = architecture.head_shape, architecture.hidden
-    rows = {"q": shape.query_rows, "k": shape.key_rows, "v": shape.key_rows}
+def _attention_pieces(architecture: Architecture, ours: str, theirs: str) -> list[Piece]:
+    """List the weights of one attention layer; both prefixes are the layer's."""
+    names, shape, width = architecture.names, architecture.head_shape, architecture.hidden
     target = f"{ours}self_attention."
     found: list[Piece] = []
     for kind in ("weight", "bias") if architecture.qkv_bias else ("weight",):
         tail = (width,) if kind == "weight" else ()
         fill = None if kind == "weight" else 0.0
         name = f"{target}linear_qkv.{kind}"
-        if "qkv" in theirs:
-            source = {f"{theirs['qkv']}.{kind}": (sum(rows.values()), *tail)}
+        if len(names.qkv) == 1:
+            source = {f"{theirs}{names.qkv[0]}.{kind}": (sum(shape.rows), *tail)}
             found.append(FusedQkv(target=name, sources=source, fill=fill, shape=shape))
         else:
-            sources = {f"{theirs[part]}.{kind}": (rows[part], *tail) for part in "qkv"}
+            parts = zip(names.qkv, shape.rows, strict=True)
+            sources = {f"{theirs}{part}.{kind}": (rows, *tail) for part, rows in parts}
             found.append(Qkv(target=name, sources=sources, fill=fill, shape=shape))
-    out = {f"{theirs['out']}.weight": (width, shape.query_rows)}
+    out = {f"{theirs}{names.attention_out}.weight": (width, shape.query_rows)}
     found.append(Copy(target=f"{target}linear_proj.weight", sources=out, axis=1))
     if architecture.qk_norm:
-        for part in ("q", "k"):
-            norm = f"{theirs[f'{part}_norm']}.weight"
-            found.append(
-                Copy.of(f"{target}{part}_layernorm.weight", norm, (architecture.head_dim,), fill=1.0)
-            )
+        for part, norm in (("q", names.query_norm), ("k", names.key_norm)):
+            name = f"{target}{part}_layernorm.weight"
+            found.append(Copy.of(name, f"{theirs}{norm}.weight", (architecture.head_dim,), fill=1.0))
     return found
 
 
-def feed_forward_pieces(
-    ours: str, theirs: str, hidden: int, width: int, expert: int | None = None
+def _mixture_pieces(architecture: Architecture, ours: str, theirs: str, *, merged: bool) -> list[Piece]:
+    """List the weights of one mixture layer: router, experts, shared expert; see `Architecture.pieces`."""
+    names, experts, width = architecture.names, architecture.experts, architecture.hidden
+    assert experts is not None, "the layer is a mixture"
+    router = (experts.number, width)
+    found: list[Piece] = [Copy.of(f"{ours}router.weight", f"{theirs}{names.router}.weight", router)]
+    if experts.has_bias:
+        target, source = f"{ours}router.expert_bias", f"{theirs}{names.router_bias}"
+        found.append(Copy.of(target, source, router[:1], fill=0.0, is_parameter=False))
+    inner = f"{ours}experts.local_experts.{EXPERT}."
+    shape = (experts.feed_forward, width)
+    for expert in range(experts.number):
+        if merged:
+            pieces = _gated_pieces(inner, theirs, names.merged_experts, shape, suffix="")
+            stack = experts.number
+        else:
+            gate, up, down = (name.format(expert=expert) for name in names.expert)
+            pieces, stack = _gated_pieces(inner, theirs, (gate, up, down), shape), 0
+        found += [dataclasses.replace(piece, expert=expert, stack=stack) for piece in pieces]
+    if experts.shared_feed_forward:
+        shape = (experts.shared_feed_forward, width)
+        found += _gated_pieces(f"{ours}shared_experts.", theirs, names.shared_expert, shape)
+    return found
+
+
+def _gated_pieces(
+    ours: str, theirs: str, names: Gated, shape: tuple[int, int], suffix: str = ".weight"
 ) -> list[Piece]:
-    """List the two weights of a gated feed-forward block; `linear_fc1` holds the gate, then the up rows."""
-    pair = {f"{theirs}gate_proj.weight": (width, hidden), f"{theirs}up_proj.weight": (width, hidden)}
-    down = {f"{theirs}down_proj.weight": (hidden, width)}
+    """List the two weights of a gated feed-forward block; `linear_fc1` holds the gate, then the up rows.
+
+    Args:
+        ours: our prefix of the block.
+        theirs: Hugging Face prefix of the layer.
+        names: of gate, up and down behind it.
+        shape: (width of the block, hidden size).
+        suffix: ends the Hugging Face names.
+    """
+    gate, up, down = (f"{theirs}{name}{suffix}" for name in names)
     return [
-        GatedPair(target=f"{ours}linear_fc1.weight", sources=pair, expert=expert),
-        Copy(target=f"{ours}linear_fc2.weight", sources=down, expert=expert, axis=1),
+        GatedPair(target=f"{ours}linear_fc1.weight", sources={gate: shape, up: shape}),
+        Copy(target=f"{ours}linear_fc2.weight", sources={down: shape[::-1]}, axis=1),
     ]

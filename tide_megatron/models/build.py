@@ -124,9 +124,10 @@ class TideModel(GPTModel):  # type: ignore[misc]
             view: the same on all ranks of a replica.
 
         Returns:
-            On the last stage the final-norm hidden states [rows, hidden] at `view.rows`, in their order; on
-            others [tokens, samples, hidden] for the next stage.
+            On the last stage the final-norm hidden states [rows, hidden] that predict `view.rows`, in their
+            order; on others [tokens, samples, hidden] for the next stage.
         """
+        view = view.shifted() if self.architecture.is_shifted else view
         plan = AttentionPlan.of(view, self._make_kernel, self._frequencies, self.config.params_dtype)
         embedded = self._embed(view) if self.is_first_stage else None
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=plan)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -72,9 +72,11 @@ def load_model(model: TideModel, folder: Path) -> LoadReport:
         CheckpointError: with all missing, unknown and misshapen tensors, or the file that is damaged.
     """
     with HfFolder(folder) as source:
-        _check(model.architecture, source)
+        check_names(model.architecture, source)
         tensors_read = _fill(
-            model, lambda piece: [source.read(name, piece.parts.get(name)) for name in piece.sources]
+            model,
+            lambda piece: [source.read(name, piece.part(name)) for name in piece.sources],
+            merged=model.architecture.has_merged(source.shapes),
         )
         return _report(model, tensors_read, source.bytes_read)
 
@@ -146,10 +148,10 @@ def _own_tensors(model: TideModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill(model: TideModel, parts: Callable[[Piece], list[Tensor]]) -> int:
+def _fill(model: TideModel, parts: Callable[[Piece], list[Tensor]], *, merged: bool = False) -> int:
     """Copy every piece this rank holds into its place; return how many tensors `parts` gave."""
     own, num_tensors = _own_tensors(model), 0
-    for name, piece in _held(model):
+    for name, piece in held(model.architecture, model.shard, merged=merged):
         given = parts(piece)
         num_tensors += len(given)
         own.pop(name).copy_(piece.join(given))
@@ -162,10 +164,15 @@ def _report(model: TideModel, tensors_read: int, bytes_read: int) -> LoadReport:
     return LoadReport(parameters=parameters, tensors_read=tensors_read, bytes_read=bytes_read)
 
 
-def _check(architecture: Architecture, source: HfFolder) -> None:
-    """Compare a folder's headers with the whole model's table."""
-    wanted = {name: shape for piece in architecture.pieces() for name, shape in piece.sources.items()}
+def check_names(architecture: Architecture, source: HfFolder) -> None:
+    """Compare a folder's headers with the whole model's table, experts apart or stacked as it has them.
+
+    Raises:
+        CheckpointError: with all missing, unknown and misshapen tensors.
+    """
     found = source.shapes
+    pieces = architecture.pieces(merged=architecture.has_merged(found))
+    wanted = {name: shape for piece in pieces for name, shape in piece.stored.items()}
     shapes = [
         f"{name} {list(found[name])} instead of {list(shape)}"
         for name, shape in wanted.items()
@@ -176,7 +183,7 @@ def _check(architecture: Architecture, source: HfFolder) -> None:
         "unknown": [name for name in found if name not in wanted and name not in architecture.ignored],
         "misshapen": shapes,
     }
-    lines = [_listed(kind, names) for kind, names in faults.items() if names]
+    lines = [listed(kind, names) for kind, names in faults.items() if names]
     if lines:
         raise CheckpointError(
             f"{source.folder}: the weights do not fit config.json (model_type {architecture.model_type}):\n"
@@ -185,7 +192,8 @@ def _check(architecture: Architecture, source: HfFolder) -> None:
         )
 
 
-def _listed(kind: str, names: list[str]) -> str:
+def listed(kind: str, names: Sequence[str]) -> str:
+    """Write a line of a message: how many tensors have a fault, and the first of them."""
     more = f", and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return f"  {len(names)} {kind}: {', '.join(names[:_MOST_NAMED])}{more}"
 

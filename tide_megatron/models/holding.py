@@ -9,20 +9,32 @@ from tide_megatron.models.shard import Shard
 from tide_megatron.models.weights import Head, Piece
 
 
-def held(architecture: Architecture, shard: Shard) -> Iterator[tuple[str, Piece]]:
+def held(architecture: Architecture, shard: Shard, *, merged: bool = False) -> Iterator[tuple[str, Piece]]:
     """Yield (local name, this rank's share) of every tensor a rank holds, in the table's order.
 
-    A tied head is no tensor of its own in a file; a rank whose embedding does not hold its slice of the head
-    reads that slice a second time.
+    Args:
+        architecture: the model.
+        shard: the rank's place in it.
+        merged: see `Architecture.pieces`.
     """
-    for piece in architecture.pieces():
+    for piece in architecture.pieces(merged=merged):
         name = piece.local_name(shard, architecture.num_experts)
         if name is not None:
             yield name, piece.share(shard)
-    if architecture.tied and not shard.embeds_head(architecture.vocabulary):
-        table = (architecture.vocabulary, architecture.hidden)
-        head = Head.of("output_layer.weight", architecture.embedding_name, table)
-        yield head.target, head.share(shard)
+    head = second_head(architecture, shard)
+    if head is not None:
+        yield head.target, head
+
+
+def second_head(architecture: Architecture, shard: Shard) -> Piece | None:
+    """Return the rank's slice of a tied head, where its embedding does not hold that slice.
+
+    A tied head is no tensor of its own in a file; such a rank reads the slice a second time.
+    """
+    if not architecture.tied or shard.embeds_head(architecture.vocabulary):
+        return None
+    table = (architecture.vocabulary, architecture.hidden)
+    return Head.of("output_layer.weight", architecture.embedding_name, table).share(shard)
 
 
 def held_parameters(architecture: Architecture, shard: Shard) -> int:

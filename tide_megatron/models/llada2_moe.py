@@ -4,24 +4,19 @@ Its router scores experts by a sigmoid, picks by score plus a bias that is no pa
 best groups only, then normalises the picked scores and scales them; a shared expert is added unscaled. All of
 that is megatron-core's own router, with one difference in meaning: the reference rates a group by its two
 best experts, megatron-core by its best `experts per token // kept groups`. Where the two would differ the
-config is refused by name. `norm_topk_prob` is not read: the reference normalises always.
+config is refused by name. `norm_topk_prob` is not read: the reference normalises always. dFactory's files,
+which stack the experts of a layer in one tensor, are read as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.models.architecture import (
-    Architecture,
-    Experts,
-    HfConfig,
-    Reader,
-    feed_forward_pieces,
-)
-from tide_megatron.models.weights import EXPERT, Copy, Piece
+from tide_megatron.models.architecture import Architecture, Experts
+from tide_megatron.models.names import Names
+from tide_megatron.models.reader import HfConfig, Reader
 
 _RATED_BY = 2  # experts by whose sum the reference rates a router group (spec section 6.2)
 
@@ -31,7 +26,13 @@ class Llada2Moe(Architecture):
     """A decoder whose later layers are mixtures of experts beside one shared expert."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llada2_moe",)
-    embedding_name: ClassVar[str] = "model.word_embeddings.weight"
+    names: ClassVar[Names] = Names(
+        embedding="model.word_embeddings",
+        qkv=("attention.query_key_value",),
+        attention_out="attention.dense",
+        query_norm="attention.query_layernorm",
+        key_norm="attention.key_layernorm",
+    )
 
     @classmethod
     def from_hf(cls, config: HfConfig) -> Llada2Moe:
@@ -68,41 +69,6 @@ class Llada2Moe(Architecture):
             "topk_group": experts.kept_groups,
             "routed_scaling_factor": experts.scale,
         }
-
-    def attention_names(self, layer: str) -> Mapping[str, str]:
-        """Name the attention weights (spec section 6.5)."""
-        own = f"{layer}attention."
-        return {
-            "qkv": f"{own}query_key_value",
-            "out": f"{own}dense",
-            "q_norm": f"{own}query_layernorm",
-            "k_norm": f"{own}key_layernorm",
-        }
-
-    def mlp_pieces(self, layer: int, ours: str, theirs: str) -> list[Piece]:
-        """List the weights of one feed-forward layer, dense or mixture."""
-        experts = self.experts
-        if experts is None or not self.is_mixture(layer):
-            return feed_forward_pieces(ours, theirs, self.hidden, self.feed_forward)
-        router = (experts.number, self.hidden)
-        bias = Copy.of(
-            f"{ours}router.expert_bias", f"{theirs}gate.expert_bias", router[:1], fill=0.0, is_parameter=False
-        )
-        found: list[Piece] = [Copy.of(f"{ours}router.weight", f"{theirs}gate.weight", router), bias]
-        for expert in range(experts.number):
-            found += feed_forward_pieces(
-                f"{ours}experts.local_experts.{EXPERT}.",
-                f"{theirs}experts.{expert}.",
-                self.hidden,
-                experts.feed_forward,
-                expert,
-            )
-        if experts.shared_feed_forward:
-            width = experts.shared_feed_forward
-            found += feed_forward_pieces(
-                f"{ours}shared_experts.", f"{theirs}shared_experts.", self.hidden, width
-            )
-        return found
 
 
 def _read_experts(read: Reader, layers: int) -> Experts:
@@ -142,4 +108,7 @@ def _read_experts(read: Reader, layers: int) -> Experts:
         groups=groups,
         kept_groups=kept,
         scale=read.get("routed_scaling_factor", float, 1.0),
+        score="sigmoid",
+        is_normalised=True,
+        has_bias=True,
     )

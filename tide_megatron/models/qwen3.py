@@ -9,11 +9,11 @@ megatron-core's spec cannot do without biasing every layer); WeDLM's covers quer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.models.architecture import Architecture, HfConfig, Reader
+from tide_megatron.models.architecture import Architecture
+from tide_megatron.models.reader import HfConfig, Reader
 
 _QWEN3_HEAD_DIM = 128  # what transformers takes when config.json has no head_dim
 
@@ -23,7 +23,6 @@ class Qwen3(Architecture):
     """A dense decoder with query and key norms and an explicit head dimension."""
 
     model_types: ClassVar[tuple[str, ...]] = ("a2d-qwen3", "qwen3", "sdar", "wedlm")
-    embedding_name: ClassVar[str] = "model.embed_tokens.weight"
 
     @classmethod
     def from_hf(cls, config: HfConfig) -> Qwen3:
@@ -49,9 +48,3 @@ class Qwen3(Architecture):
         if self.model_type == "wedlm" or not self.qk_norm:
             facts["qk_norm"] = self.qk_norm
         return facts
-
-    def attention_names(self, layer: str) -> Mapping[str, str]:
-        """Name the attention weights (spec section 6.5)."""
-        names = {part: f"{layer}self_attn.{part}_proj" for part in "qkv"}
-        norms = {part: f"{layer}self_attn.{part}" for part in ("q_norm", "k_norm")}
-        return {**names, **norms, "out": f"{layer}self_attn.o_proj"}

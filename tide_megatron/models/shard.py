@@ -42,19 +42,22 @@ class Part:
     """[start, stop) of each run."""
     zero_rows: int = 0
     """Rows of zeros behind them, which no file has."""
+    number: int | None = None
+    """Which one is meant, of several tensors that are stored as one, stacked; None: it stands alone."""
 
     def shape(self, whole: Shape) -> Shape:
-        """Return the shape of the part of a tensor of shape `whole`."""
+        """Return the shape of the part of a tensor of shape `whole`, which is not a stack."""
         size = sum(stop - start for start, stop in self.ranges) + self.zero_rows
         return (*whole[: self.axis], size, *whole[self.axis + 1 :])
 
     def take(self, source: Any) -> Tensor:
         """Return the part of a tensor, or of a lazily read one that knows slices only."""
-        runs = [
-            source[:, start:stop] if self.axis else source[start:stop]
-            for start, stop in self.ranges
-            if stop > start
-        ] or [source[:0]]
+        before = () if self.number is None else (slice(self.number, self.number + 1),)
+        columns = (slice(None),) * self.axis
+        wanted = [slice(start, stop) for start, stop in self.ranges if stop > start] or [slice(0, 0)]
+        runs = [source[(*before, *columns, run)] for run in wanted]
+        if self.number is not None:
+            runs = [run[0] for run in runs]
         if self.zero_rows:
             runs.append(runs[0].new_zeros(self.zero_rows, *runs[0].shape[1:]))
         return torch.cat(runs, dim=self.axis) if len(runs) > 1 else runs[0]

@@ -131,9 +131,11 @@ def _mixture_config(architecture: Architecture, options: Options) -> dict[str, A
         "moe_router_num_groups": experts.groups if is_limited else None,
         "moe_router_group_topk": experts.kept_groups if is_limited else None,
         "moe_router_topk_scaling_factor": experts.scale,
-        "moe_router_score_function": "sigmoid",
+        "moe_router_score_function": experts.score,
+        # A softmax over the chosen experts alone is what normalising the chosen scores gives.
+        "moe_router_pre_softmax": experts.score == "softmax" and not experts.is_normalised,
         "moe_router_dtype": "fp32",
-        "moe_router_enable_expert_bias": True,
+        "moe_router_enable_expert_bias": experts.has_bias,
         "moe_router_bias_update_rate": options.router_bias_rate,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

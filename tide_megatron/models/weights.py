@@ -85,6 +85,9 @@ class Piece(abc.ABC):
     place: Place = "every"
     expert: int | None = None
     """Number of the expert in the whole model; None: every rank of the stage holds the tensor."""
+    stack: int = 0
+    """How many tensors of a source's shape the stored tensor stacks, this piece's at `expert`; 0: it is that
+    one tensor."""
     fill: float | None = None
     """Fresh value of every element; None: drawn from a normal distribution."""
     is_parameter: bool = True
@@ -121,6 +124,20 @@ class Piece(abc.ABC):
                 return None
             name = name.replace(EXPERT, str(self.expert % (num_experts // shard.expert_size)))
         return name
+
+    @property
+    def stored(self) -> dict[str, Shape]:
+        """Hugging Face name -> shape of the tensor in a file."""
+        stacked = (self.stack,) if self.stack else ()
+        return {name: (*stacked, *shape) for name, shape in self.sources.items()}
+
+    def part(self, source: str) -> Part | None:
+        """Return what this rank reads of a tensor in a file; None: all."""
+        part = self.parts.get(source)
+        if not self.stack:
+            return part
+        whole = Part(ranges=((0, self.sources[source][0]),))
+        return dataclasses.replace(part or whole, number=self.expert)
 
     @property
     def shapes(self) -> dict[str, Shape]:

@@ -9,6 +9,7 @@ them. Outputs of padded queries mean nothing (the reference's are NaN or arbitra
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from goldens.row import LOGIT_TOLERANCE, LOSS_TOLERANCE, Golden, Row, error_of
 from tide_megatron.base.device import Device
 from tide_megatron.diffusion.mask import Context, dense_mask
 from tide_megatron.diffusion.views import View
+from tide_megatron.models import Architecture
 from tide_megatron.models.build import TideModel, build_model
 from tide_megatron.models.convert import hf_tensors, load_model, read_architecture
 from tide_megatron.models.spec import Options
@@ -44,7 +46,7 @@ def replay_models(folder: Path) -> list[Row]:
         replayed.single_parts()
         replayed.causal()
         replayed.gradients()
-        if replayed.model.architecture.experts:
+        if "hidden_0" in golden:
             replayed.inside()
             replayed.mixture_block()
     return golden.rows()
@@ -85,15 +87,13 @@ class Replayed:
     def __init__(self, folder: Path, golden: Golden) -> None:
         """Load the folder's weights into a trainable fp32 model."""
         self.folder, self.golden = folder, golden
-        device = Device(type="cpu", index=0, backend="gloo", threads=1)
-        options = Options(device=device, trainable=True)
-        self.model: TideModel = build_model(read_architecture(folder), make_groups(Layout()), options)
-        load_model(self.model, folder)
+        self.model = _loaded(read_architecture(folder), folder)
 
     @torch.no_grad()
-    def logits(self, view: View) -> Tensor:
-        """Return the logits of all positions, [samples, tokens, vocabulary]."""
-        return (self.model.rows(view) @ self.model.head_weight.T).view(*view.ids.shape, -1)
+    def logits(self, view: View, model: TideModel | None = None) -> Tensor:
+        """Return the logits that predict all positions, [samples, tokens, vocabulary]."""
+        model = model or self.model
+        return (model.rows(view) @ model.head_weight.T).view(*view.ids.shape, -1)
 
     def shapes(self) -> None:
         """Compare shapes.json with our table."""
@@ -147,7 +147,11 @@ class Replayed:
         ids = golden.read("bidir_ids" if "bidir_ids" in golden else "ids") if self._has_single else None
         if ids is None:
             return
-        for key in golden.keys("logits_(nomask|bidir)"):
+        if self.model.architecture.is_shifted:
+            plain = _loaded(dataclasses.replace(self.model.architecture, is_shifted=False), self.folder)
+            key = "logits_bidir_unshifted"
+            golden.compare(key, [(key, self.logits(view_of(ids, EVERYBODY), plain))], LOGIT_TOLERANCE)
+        for key in golden.keys("logits_(nomask|bidir|shifted)"):
             golden.compare(key, [(key, self.logits(view_of(ids, EVERYBODY)))], LOGIT_TOLERANCE)
         if "logits_mask2d" in golden:
             real, lengths = _padding(golden.read("mask2d"))
@@ -238,13 +242,21 @@ class Replayed:
 
     @property
     def _has_single(self) -> bool:
-        return bool(self.golden.keys("logits_(nomask|bidir|mask2d)"))
+        return bool(self.golden.keys("logits_(nomask|bidir|shifted|mask2d)"))
 
     def _compare_choice(self, key: str, choice: Tensor) -> None:
         """Compare which experts were chosen; their order within a token does not matter."""
         golden = self.golden.read(key)
         same = torch.equal(torch.zeros_like(choice).scatter(-1, golden, True), choice)
         self.golden.add(key, "replayed" if same else "failed", note="" if same else "other experts chosen")
+
+
+def _loaded(architecture: Architecture, folder: Path) -> TideModel:
+    """Build a trainable fp32 model on this rank and fill it from a folder."""
+    device = Device(type="cpu", index=0, backend="gloo", threads=1)
+    model = build_model(architecture, make_groups(Layout()), Options(device=device, trainable=True))
+    load_model(model, folder)
+    return model
 
 
 def _swap_tokens(value: Tensor) -> Tensor:

@@ -26,7 +26,16 @@ def test_config_goes_there_and_back(config):
 
 
 def test_all_model_types_are_in_the_table():
-    assert set(ARCHITECTURES) == {"a2d-qwen3", "qwen3", "sdar", "wedlm", "llada2_moe"}
+    assert set(ARCHITECTURES) == {
+        "a2d-qwen3",
+        "qwen3",
+        "sdar",
+        "wedlm",
+        "llada2_moe",
+        "llada",
+        "lladamoe",
+        "Dream",
+    }
 
 
 def test_shape_facts():
