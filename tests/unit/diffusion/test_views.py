@@ -99,3 +99,13 @@ def test_lengths_reach_to_the_last_maskable_token():
     assert Batch(**fields).lengths.tolist() == [2, 4]
     nothing = Batch(**{**fields, "labels": torch.full_like(labels, IGNORED)})
     assert nothing.lengths.tolist() == [0, 0]
+
+
+def test_a_shifted_view_asks_one_position_earlier_inside_each_part():
+    view = plain_view(noised(), Context(kind="block_diffusion", block_size=2), MASK)
+    rows = torch.arange(view.ids.numel())
+    moved = dataclasses.replace(view, rows=rows).shifted().rows.view(-1, view.length)
+    first, *rest = range(view.length)
+    assert all((part - part[0]).tolist() == [first, first, *rest[:-1]] for part in moved)
+    assert torch.equal(moved[:, 0], rows[:: view.length])
+    assert torch.equal(view.shifted().ids, view.ids)

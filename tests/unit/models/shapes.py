@@ -51,6 +51,61 @@ MIXTURE = {
 }
 
 
+WEDLM = {**DENSE, "model_type": "wedlm", "tie_word_embeddings": False}
+"""With WeDLM's defaults: biased queries, keys and values, no head norms."""
+
+DREAM = {
+    "model_type": "Dream",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 61,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "mask_token_id": 60,
+}
+
+LLADA = {
+    "model_type": "llada",
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "mlp_hidden_size": 48,
+    "vocab_size": 59,
+    "embedding_size": 61,
+    "max_sequence_length": 128,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "init_std": 0.02,
+    "weight_tying": False,
+    "activation_type": "silu",
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "include_bias": False,
+}
+
+LLADA_MOE = {
+    "model_type": "lladamoe",
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "dense_intermediate_size": 80,
+    "expert_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "vocab_size": 67,
+    "rope_theta": 50000,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_layer_freq": [0, 1, 1],
+    "qk_layernorm": True,
+}
+
+
 def architecture(config, **changes):
     config = {**config, **changes}
     return ARCHITECTURES[config["model_type"]].from_hf(config)

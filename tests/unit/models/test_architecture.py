@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.models.shapes import DENSE, MIXTURE, architecture
+from tests.unit.models.shapes import DENSE, DREAM, LLADA, LLADA_MOE, MIXTURE, architecture
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models import ARCHITECTURES
 
@@ -16,12 +16,23 @@ WEDLM = {
 
 
 @pytest.mark.parametrize(
-    "config", [DENSE, MIXTURE, WEDLM, {**WEDLM, "attention_bias": True, "qk_norm": False}]
+    "config",
+    [
+        DENSE,
+        MIXTURE,
+        WEDLM,
+        {**WEDLM, "attention_bias": True, "qk_norm": False},
+        DREAM,
+        LLADA,
+        {**LLADA, "weight_tying": True},
+        LLADA_MOE,
+        {**LLADA_MOE, "model_type": "llada", "qk_layernorm": False},
+    ],
 )
 def test_config_goes_there_and_back(config):
     read = architecture(config)
     written = read.to_hf()
-    assert type(read).from_hf(written) == read
+    assert architecture(written) == read
     assert {key: written[key] for key in config} == config, "keys we do not read are handed back as well"
 
 
@@ -58,6 +69,32 @@ def test_defaults_are_those_of_each_family():
     assert architecture(DENSE).qk_norm
 
 
+def test_facts_of_further_families():
+    llada, mixture, dream = (architecture(config) for config in (LLADA, LLADA_MOE, DREAM))
+    assert (llada.vocabulary, llada.head_dim, llada.rotary_dim, llada.qk_norm) == (61, 8, 8, False)
+    assert architecture(LLADA, embedding_size=None).vocabulary == 59
+    assert architecture(LLADA, mlp_hidden_size=None, mlp_ratio=3).feed_forward == 96
+    assert architecture(LLADA, weight_tying=True).ignored == {"model.transformer.ff_out.weight"}
+    assert (mixture.feed_forward, mixture.experts.feed_forward, mixture.experts.shared_feed_forward) == (
+        80,
+        24,
+        40,
+    )
+    assert [mixture.is_mixture(layer) for layer in range(3)] == [False, True, True]
+    assert (mixture.experts.score, mixture.experts.is_normalised, mixture.experts.has_bias) == (
+        "softmax",
+        False,
+        False,
+    )
+    assert (dream.qkv_bias, dream.qk_norm, dream.is_shifted) == (True, False, True)
+    assert not any(read.is_shifted for read in (llada, mixture, architecture(DENSE), architecture(MIXTURE)))
+
+
+def test_published_llada_moe_calls_itself_llada():
+    assert type(architecture(LLADA_MOE, model_type="llada")) is ARCHITECTURES["lladamoe"]
+    assert type(architecture(LLADA)) is ARCHITECTURES["llada"]
+
+
 def test_rotary_base_of_newer_configs():
     new = {key: value for key, value in DENSE.items() if key != "rope_theta"}
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
@@ -91,6 +128,44 @@ def test_rotary_base_of_newer_configs():
         (MIXTURE, "n_group", 3),
         (MIXTURE, "first_k_dense_replace", 3),
         (MIXTURE, "num_experts_per_tok", 5),
+        *((LLADA, key, None) for key in ("block_type", "layer_norm_type", "activation_type", "weight_tying")),
+        *((LLADA, key, None) for key in ("rope", "include_bias", "rope_theta", "n_layers")),
+        (LLADA, "block_type", "sequential"),
+        (LLADA, "layer_norm_type", "default"),
+        (LLADA, "activation_type", "swiglu"),
+        (LLADA, "rope", False),
+        (LLADA, "include_bias", True),
+        (LLADA, "include_qkv_bias", True),
+        (LLADA, "bias_for_layer_norm", True),
+        (LLADA, "layer_norm_with_affine", False),
+        (LLADA, "multi_query_attention", True),
+        (LLADA, "n_kv_heads", 2),
+        (LLADA, "alibi", True),
+        (LLADA, "attention_layer_norm", True),
+        (LLADA, "input_emb_norm", True),
+        (LLADA, "scale_logits", True),
+        (LLADA, "block_group_size", 2),
+        (LLADA, "rope_full_precision", False),
+        (LLADA, "clip_qkv", 8.0),
+        (LLADA, "residual_dropout", 0.1),
+        (LLADA, "embedding_size", 58),
+        (LLADA, "d_model", 30),
+        (LLADA_MOE, "attention_bias", True),
+        (LLADA_MOE, "clip_qkv", 8.0),
+        (LLADA_MOE, "partial_rotary_factor", 0.5),
+        (LLADA_MOE, "moe_router_score_function", "sigmoid"),
+        (LLADA_MOE, "moe_router_enable_expert_bias", True),
+        (LLADA_MOE, "norm_topk_prob", True),
+        (LLADA_MOE, "routed_scaling_factor", 2.5),
+        (LLADA_MOE, "router_num_group", 4),
+        (LLADA_MOE, "router_topk_group", 2),
+        (LLADA_MOE, "num_experts_per_tok", 9),
+        (LLADA_MOE, "moe_layer_freq", [1, 0, 1]),
+        (LLADA_MOE, "moe_layer_freq", [0, 0, 0]),
+        (LLADA_MOE, "moe_layer_freq", [1, 1]),
+        (LLADA_MOE, "moe_layer_freq", 1),
+        (DREAM, "use_sliding_window", True),
+        (DREAM, "hidden_act", "gelu"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(config, key, value):

@@ -6,17 +6,31 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture, build, view
+from tests.unit.models.shapes import (
+    CPU,
+    DENSE,
+    DREAM,
+    LLADA,
+    LLADA_MOE,
+    MIXTURE,
+    WEDLM,
+    architecture,
+    build,
+    view,
+)
 from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.models.build import build_model
 from tide_megatron.models.convert import hf_tensors, load_model, read_architecture, save_model
+from tide_megatron.models.folder import HfFolder
+from tide_megatron.models.holding import held
 from tide_megatron.models.precision import Precision
+from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import Options
 
-WEDLM = {**DENSE, "model_type": "wedlm", "tie_word_embeddings": False}
+FAMILIES = [DENSE, MIXTURE, WEDLM, LLADA, LLADA_MOE, DREAM]
 
 
-@pytest.fixture(params=[DENSE, MIXTURE, WEDLM], ids=["a2d-qwen3", "llada2_moe", "wedlm"])
+@pytest.fixture(params=FAMILIES, ids=[config["model_type"] for config in FAMILIES])
 def config(request):
     return request.param
 
@@ -79,7 +93,11 @@ def test_loaded_models_compute_the_same(config, folder, groups):
 
 
 def test_all_faults_are_told_at_once(config, folder, groups):
-    norm, missing = "model.norm.weight", "model.layers.1.input_layernorm.weight"
+    names = architecture(config).names
+    norm, missing = (
+        f"{names.final_norm}.weight",
+        f"{names.layer.format(layer=1)}{names.attention_norm}.weight",
+    )
 
     def change(tensors):
         del tensors[missing]
@@ -120,8 +138,9 @@ def test_unknown_model_types_are_refused(tmp_path):
 
 
 def test_refusals_name_the_folder(folder, config):
-    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
-    with pytest.raises(ConfigError, match=f"{folder.name}: config.json: hidden_act: 'gelu'"):
+    key = architecture(config).keys.get("hidden_act", "hidden_act")
+    (folder / "config.json").write_text(json.dumps({**config, key: "gelu"}))
+    with pytest.raises(ConfigError, match=f"{folder.name}: config.json: {key}: 'gelu'"):
         read_architecture(folder)
 
 
@@ -133,3 +152,60 @@ def test_gradients_take_the_weights_names(groups):
     assert {name: tuple(t.shape) for name, t in renamed.items()} == {
         name: shape for piece in model.architecture.pieces() for name, shape in piece.sources.items()
     }
+
+
+def merge_experts(folder):
+    """Stack the experts of every layer as dFactory's files do, far from how they stand in the table."""
+
+    def change(tensors):
+        for layer in (1, 2):
+            for part in ("gate", "up", "down"):
+                names = [
+                    f"model.layers.{layer}.mlp.experts.{number}.{part}_proj.weight" for number in range(8)
+                ]
+                stacked = torch.stack([tensors.pop(name) for name in names])
+                tensors[f"model.layers.{layer}.mlp.experts.{part}_proj"] = stacked
+
+    edit(folder, change)
+
+
+def test_merged_experts_are_read_and_written_apart(groups, tmp_path):
+    save_model(build(MIXTURE, groups), tmp_path / "m")
+    split = load_file(tmp_path / "m" / "model.safetensors")
+    merge_experts(tmp_path / "m")
+    model = fresh(tmp_path / "m", groups)
+    report = load_model(model, tmp_path / "m")
+    assert report.bytes_read == sum(tensor.numel() * 4 for tensor in split.values())
+    save_model(model, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == split.keys()
+    assert all(torch.equal(again[name], split[name]) for name in split)
+
+
+def test_a_rank_reads_its_slices_of_merged_experts(groups, tmp_path):
+    save_model(build(MIXTURE, groups), tmp_path / "m")
+    split = load_file(tmp_path / "m" / "model.safetensors")
+    merge_experts(tmp_path / "m")
+    shard = Shard(num_layers=3, expert_rank=1, expert_size=4, expert_tensor_rank=1, expert_tensor_size=2)
+    with HfFolder(tmp_path / "m") as source:
+        for _, piece in held(architecture(MIXTURE), shard, merged=True):
+            if piece.expert is None:
+                continue
+            assert piece.expert in (2, 3)
+            ours = piece.join([source.read(name, piece.part(name)) for name in piece.sources])
+            at = f"model.layers.{piece.layer}.mlp.experts.{piece.expert}."
+            if len(piece.sources) == 2:
+                wanted = torch.cat([split[f"{at}{part}_proj.weight"][12:] for part in ("gate", "up")])
+            else:
+                wanted = split[f"{at}down_proj.weight"][:, 12:]
+            assert torch.equal(ours, wanted)
+        assert source.bytes_read == 4 * 2 * 2 * 3 * 12 * 32, "two layers, two experts, half of three matrices"
+
+
+def test_misshapen_merged_experts_are_named(groups, tmp_path):
+    save_model(build(MIXTURE, groups), tmp_path / "m")
+    merge_experts(tmp_path / "m")
+    name = "model.layers.1.mlp.experts.up_proj"
+    edit(tmp_path / "m", lambda tensors: tensors.update({name: tensors[name][1:].clone()}))
+    with pytest.raises(CheckpointError, match=rf"1 misshapen: {name} \[7, 24, 32\] instead of \[8, 24, 32\]"):
+        load_model(fresh(tmp_path / "m", groups), tmp_path / "m")
