@@ -17,6 +17,7 @@ import typer
 from tide_megatron import __version__
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.log import start_log
+from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.doctor import doctor
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.sample import sample
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
+app.add_typer(convert, name="convert")
 
 
 def _show_version(is_wanted: bool) -> None:

@@ -93,6 +93,21 @@ def split_plan(plan: Plan, shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str
     }
 
 
+def write_index(folder: Path, files: Mapping[str, Plan]) -> None:
+    """Write the index of several files into a folder: which tensor is where.
+
+    Args:
+        folder: where the files stand or will stand.
+        files: file name -> what it holds.
+    """
+    places = {name: file for file, tensors in files.items() for name in tensors}
+    index = {
+        "metadata": {"total_size": sum(planned_bytes(tensors) for tensors in files.values())},
+        "weight_map": dict(sorted(places.items())),
+    }
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 class ShardWriter:
     """Writes a plan's tensors into a folder; a context manager, because it holds files open."""
 
@@ -119,12 +134,7 @@ class ShardWriter:
                     self._places[name] = (handle, start + begin)
             self._open = opened.pop_all()
         if len(files) > 1:
-            places = {name: file for file, tensors in files.items() for name in tensors}
-            index = {
-                "metadata": {"total_size": planned_bytes(plan)},
-                "weight_map": dict(sorted(places.items())),
-            }
-            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_index(folder, files)
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -40,12 +40,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync(path)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException as fault:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not folder.exists():
@@ -98,7 +98,8 @@ def write_folder(
     stream_folder(folder, config, plan, tensors.items(), files)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or a folder's names, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

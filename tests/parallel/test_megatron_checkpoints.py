@@ -1,0 +1,255 @@
+"""Conversions: there and back bit for bit, and megatron-core's own models read and write the same files.
+
+The stock models are megatron-core's GPTModel with its own layers, cut over tensor, pipeline or expert ranks;
+nothing of ours is in them but the configuration.
+"""
+
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from safetensors.torch import load_file
+
+from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture
+from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.convert.inward import deal, hf_to_megatron
+from tide_megatron.convert.outward import Written, megatron_to_hf
+from tide_megatron.models.spec import Options, transformer_config
+from tide_megatron.models.writing import write_folder
+from tide_megatron.parallel.collectives import barrier
+from tide_megatron.parallel.groups import make_groups
+from tide_megatron.parallel.layout import Layout
+
+CONFIGS = {"tied": DENSE, "untied": {**DENSE, "tie_word_embeddings": False}, "mixture": MIXTURE}
+SMALL_FILES = 20_000
+
+
+def write_source(folder, name, dtype=torch.bfloat16):
+    """Write a model of random weights as a Hugging Face folder; a router bias is fp32, as in real ones."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        source: torch.randn(shape, generator=generator).to(dtype if piece.is_parameter else torch.float32)
+        for piece in architecture(CONFIGS[name]).pieces()
+        for source, shape in piece.sources.items()
+    }
+    write_folder(folder, CONFIGS[name], tensors)
+    return tensors
+
+
+def inward(source, target, force=False, dtype=None):
+    return hf_to_megatron(source, target, dtype, force, device=CPU, stop=StopFlag())
+
+
+def outward(source, target, **written):
+    return megatron_to_hf(source, target, None, Written(**written), device=CPU, stop=StopFlag())
+
+
+def read(folder):
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def assert_equal(found, wanted):
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def through_stock(source, target, config, layout):
+    """Load a checkpoint into stock models and save it again."""
+    model_facts = architecture(config)
+    groups = make_groups(layout)
+    facts = transformer_config(model_facts, Options(device=CPU, layout=layout))
+    stage, stages = groups.pp.rank(), groups.pp.size()
+    model = GPTModel(
+        config=facts,
+        transformer_layer_spec=get_gpt_decoder_block_spec(
+            facts, use_transformer_engine=False, normalization="RMSNorm", pp_rank=stage
+        ),
+        vocab_size=-(-model_facts.vocabulary // layout.tensor) * layout.tensor,
+        max_sequence_length=64,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        share_embeddings_and_output_weights=model_facts.tied,
+        position_embedding_type="none",
+        pg_collection=groups,
+    )
+    state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}
+    loaded = dist_checkpointing.load(state, str(source))
+    told = model.load_state_dict(loaded["model"], strict=False)
+    assert not [name for name in told.missing_keys if "_extra_state" not in name]
+    if torch.distributed.get_rank() == 0:
+        target.mkdir(parents=True)
+    barrier()
+    dist_checkpointing.save(
+        {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})}, str(target)
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_there_and_back_is_bit_identical(pool, tmp_path, name):
+    tensors = write_source(tmp_path / "hf", name)
+    for ranks, back in ((1, 2), (2, 1)):
+        (one, *_) = pool(ranks).run(inward, tmp_path / "hf", tmp_path / "megatron", True)
+        assert one["elements"] == sum(tensor.numel() for tensor in tensors.values())
+        (told, *_) = pool(back).run(outward_small, tmp_path / "megatron", tmp_path / f"again{back}")
+        assert told["files"] > 1
+        assert_equal(read(tmp_path / f"again{back}"), tensors)
+        assert json.loads((tmp_path / f"again{back}" / "config.json").read_text())["hidden_size"] == 32
+
+
+def outward_small(source, target):
+    return outward(source, target, shard_bytes=SMALL_FILES, force=True)
+
+
+def test_merged_experts_come_back_split(pool, tmp_path):
+    split = write_source(tmp_path / "split", "mixture")
+    merged = {}
+    for piece in architecture(MIXTURE).pieces(merged=True):
+        for name, shape in piece.stored.items():
+            if name in split:
+                merged[name] = split[name]
+            else:
+                numbered = [name.replace("experts.", f"experts.{number}.") for number in range(shape[0])]
+                merged[name] = torch.stack([split[f"{expert}.weight"] for expert in numbered])
+    write_folder(tmp_path / "merged", MIXTURE, merged)
+    assert set(merged) != set(split)
+    pool(2).run(inward, tmp_path / "merged", tmp_path / "megatron")
+    pool(1).run(outward, tmp_path / "megatron", tmp_path / "again")
+    assert_equal(read(tmp_path / "again"), split)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "layout"),
+    [
+        ("tied", 2, Layout(tensor=2)),
+        ("untied", 4, Layout(tensor=2, pipeline=2)),
+        ("mixture", 2, Layout(expert=2)),
+        ("mixture", 2, Layout(tensor=2)),
+    ],
+)
+def test_stock_models_read_ours_and_we_read_theirs(pool, tmp_path, name, ranks, layout):
+    tensors = write_source(tmp_path / "hf", name, torch.float32)
+    pool(1).run(inward, tmp_path / "hf", tmp_path / "ours")
+    pool(ranks).run(through_stock, tmp_path / "ours" / "release", tmp_path / "theirs", CONFIGS[name], layout)
+    (tmp_path / "theirs" / "hf").mkdir()
+    (tmp_path / "theirs" / "hf" / "config.json").write_text(json.dumps(CONFIGS[name]))
+    pool(1).run(outward, tmp_path / "theirs", tmp_path / "again")
+    assert_equal(read(tmp_path / "again"), tensors)
+
+
+def test_dtype_on_the_way(pool, tmp_path):
+    tensors = write_source(tmp_path / "hf", "mixture", torch.float32)
+    pool(1).run(inward, tmp_path / "hf", tmp_path / "megatron", False, torch.bfloat16)
+    pool(1).run(outward, tmp_path / "megatron", tmp_path / "again")
+    biases = {name for name in tensors if name.endswith("expert_bias")}
+    assert biases
+    assert_equal(
+        read(tmp_path / "again"),
+        {name: tensor if name in biases else tensor.bfloat16() for name, tensor in tensors.items()},
+    )
+
+
+def complaint(function, *args):
+    """Return what a conversion says to the user."""
+    with pytest.raises(CheckpointError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+def test_bad_input_is_told_and_nothing_is_lost(pool, tmp_path):
+    tensors = write_source(tmp_path / "hf", "untied")
+    pool(1).run(inward, tmp_path / "hf", tmp_path / "megatron")
+    assert "--force" in pool(1).run(complaint, inward, tmp_path / "hf", tmp_path / "megatron")[0]
+    assert "no Megatron checkpoint" in pool(1).run(complaint, outward, tmp_path / "hf", tmp_path / "x")[0]
+
+    larger = {**CONFIGS["untied"], "num_hidden_layers": 4}
+    (tmp_path / "megatron" / "hf" / "config.json").write_text(json.dumps(larger))
+    said = pool(2).run(complaint, outward, tmp_path / "megatron", tmp_path / "x")
+    assert all(
+        "misshapen: decoder.layers.mlp.linear_fc1.layer_norm_weight [2, 32] instead" in s for s in said
+    )
+    (tmp_path / "megatron" / "hf" / "config.json").write_text(json.dumps(CONFIGS["untied"]))
+
+    shard = max((tmp_path / "megatron" / "release").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in pool(1).run(complaint, outward, tmp_path / "megatron", tmp_path / "x")[0]
+    assert not (tmp_path / "x").exists()
+    shard.write_bytes(whole)
+    pool(1).run(outward, tmp_path / "megatron", tmp_path / "x")
+    assert_equal(read(tmp_path / "x"), tensors)
+
+
+class Intruder:
+    """What a pickle could do."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_an_index_that_is_a_program_is_refused(pool, tmp_path):
+    write_source(tmp_path / "hf", "tied")
+    pool(1).run(inward, tmp_path / "hf", tmp_path / "megatron")
+    (tmp_path / "megatron" / "release" / ".metadata").write_bytes(pickle.dumps(Intruder()))
+    (said,) = pool(1).run(complaint, outward, tmp_path / "megatron", tmp_path / "x")
+    assert "posix.system" in said
+
+
+def run_limited(command, most):
+    """Run a command that can write no file beyond a size, as on a full disk."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    return subprocess.run(command, check=False, preexec_fn=limit, capture_output=True, text=True)
+
+
+def test_a_conversion_that_was_cut_off_goes_on(pool, tmp_path):
+    tensors = write_source(tmp_path / "hf", "mixture")
+    pool(1).run(inward, tmp_path / "hf", tmp_path / "megatron")
+    (told,) = pool(1).run(outward_small, tmp_path / "megatron", tmp_path / "whole")
+    sizes = [file.stat().st_size for file in sorted((tmp_path / "whole").glob("*.safetensors"))]
+    most = max(sizes[1:])
+    assert sizes[0] < most, "the first file must fit"
+    command = [sys.executable, "-m", "tide_megatron.commands", "convert", "megatron-to-hf"]
+    command += [tmp_path / "megatron", tmp_path / "again", "--shard-gb", str(SMALL_FILES / 1e9)]
+    cut = run_limited(command, most - 1)
+    assert cut.returncode == 2, cut.stderr
+    assert "it goes on" in cut.stderr
+    assert not (tmp_path / "again").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "of an earlier try" in done.stdout
+    assert f"in {told['files']} files" in done.stdout
+    assert_equal(read(tmp_path / "again"), tensors)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    write_source(tmp_path / "hf", "mixture")
+    command = [sys.executable, "-m", "tide_megatron.commands", "convert", "hf-to-megatron"]
+    command += [tmp_path / "hf", tmp_path / "megatron"]
+    cut = run_limited(command, 10_000)
+    assert cut.returncode == 2, cut.stderr
+    assert "cannot be written" in cut.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_shares_are_even():
+    sizes = [5, 1, 1, 1, 4, 4]
+    shares = deal(sizes, 3)
+    assert sorted(number for share in shares for number in share) == list(range(len(sizes)))
+    assert [sum(sizes[number] for number in share) for share in shares] == [6, 5, 5]

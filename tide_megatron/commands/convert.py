@@ -1,0 +1,94 @@
+"""`tide convert`: between Hugging Face folders and Megatron checkpoints."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Dtype(str, Enum):
+    """Dtype of the weights that are written."""
+
+    STORED = "stored"
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+app = typer.Typer(help="Convert weights between Hugging Face and Megatron.", no_args_is_help=True)
+
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Processes to share the work; leave out under torchrun or srun.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at TARGET.")]
+Wanted = Annotated[Dtype, typer.Option(help="Dtype of the weights; a router bias stays as stored.")]
+
+
+@app.command("hf-to-megatron")
+def hf_to_megatron(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder of safetensors.")],
+    target: Annotated[Path, typer.Argument(help="Megatron checkpoint folder to make.")],
+    ranks: Ranks = None,
+    dtype: Wanted = Dtype.STORED,
+    force: Force = False,
+) -> None:
+    """Write a Megatron checkpoint (torch_dist), which any layout of any Megatron tool can load.
+
+    Each process holds its share of the model in memory. Nothing appears at TARGET before it is whole.
+
+    Example: tide convert hf-to-megatron models/wedlm checkpoints/wedlm --ranks 4
+    """
+    import rich
+
+    from tide_megatron.convert.inward import hf_to_megatron as convert
+    from tide_megatron.launch.ranks import run_ranks
+
+    found = run_ranks(convert, (source, target, _torch(dtype), force), ranks, "cpu")
+    rich.print(
+        f"{target}: {found['tensors']} tensors, {found['elements']:,} numbers, {found['seconds']:.1f} s"
+    )
+
+
+@app.command("megatron-to-hf")
+def megatron_to_hf(
+    source: Annotated[Path, typer.Argument(help="Megatron checkpoint (torch_dist), or a run's checkpoints.")],
+    target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face folder of the same model, for config.json and tokenizer; SOURCE/hf."),
+    ] = None,
+    ranks: Ranks = None,
+    dtype: Wanted = Dtype.STORED,
+    shard_gb: Annotated[float, typer.Option(min=0.0, help="Largest file, GB.")] = 5.0,
+    force: Force = False,
+) -> None:
+    """Write safetensors from a Megatron checkpoint, whatever layout wrote it.
+
+    A conversion that was cut off goes on when the same command is given again.
+
+    Example: tide convert megatron-to-hf checkpoints/wedlm models/wedlm-again --ranks 4
+    """
+    import rich
+
+    from tide_megatron.convert.outward import Written
+    from tide_megatron.convert.outward import megatron_to_hf as convert
+    from tide_megatron.launch.ranks import run_ranks
+
+    written = Written(dtype=_torch(dtype), shard_bytes=round(shard_gb * 1e9), force=force)
+    found = run_ranks(convert, (source, target, config, written), ranks, "cpu")
+    kept = f" ({found['files_kept']} of an earlier try)" if found["files_kept"] else ""
+    rich.print(
+        f"{target}: {found['tensors']} tensors in {found['files']} files{kept}, {found['seconds']:.1f} s"
+    )
+
+
+def _torch(dtype: Dtype) -> torch.dtype | None:
+    """Return torch's dtype, or None for as stored."""
+    import torch
+
+    return {Dtype.STORED: None, Dtype.BF16: torch.bfloat16, Dtype.FP32: torch.float32}[dtype]

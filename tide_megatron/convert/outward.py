@@ -1,0 +1,220 @@
+"""From a Megatron checkpoint to a Hugging Face folder; each rank reads and writes files of its own.
+
+Files are written one after the other and named only when whole, so a conversion that was cut off goes on
+with the file it was in. A rank holds one tensor at a time, whatever the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tide_megatron.base.device import Device
+from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.convert.inward import shown
+from tide_megatron.convert.place import copy_companions, find_config, find_files, refuse_existing
+from tide_megatron.convert.reader import MegatronReader
+from tide_megatron.convert.slots import Slot, slots_of
+from tide_megatron.models.convert import listed, read_architecture
+from tide_megatron.models.folder import CONFIG_FILE
+from tide_megatron.models.shards import (
+    SHARD_BYTES,
+    WEIGHTS_FILE,
+    Planned,
+    ShardWriter,
+    split_plan,
+    write_index,
+)
+from tide_megatron.models.writing import replaced_folder, sync, write_config
+from tide_megatron.parallel.collectives import barrier, broadcast_object, fail_together, is_first
+
+_PLAN = "conversion.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Written:
+    """How the folder shall be written."""
+
+    dtype: torch.dtype | None = None
+    """Of parameters; None keeps each as stored. A router bias stays as stored."""
+    shard_bytes: int = SHARD_BYTES
+    """Largest file."""
+    force: bool = False
+    """Replace what stands at the target."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class File:
+    """One file of the folder."""
+
+    name: str
+    plan: Mapping[str, Planned]
+    slots: list[Slot]
+    """What to read for it."""
+
+
+def megatron_to_hf(
+    source: Path, target: Path, config: Path | None, written: Written, *, device: Device, stop: StopFlag
+) -> dict[str, float]:
+    """Convert; a rank function for `launch.run_ranks`. All ranks call it together.
+
+    Args:
+        source: a Megatron checkpoint (`place.find_files`), whatever layout wrote it.
+        target: where the Hugging Face folder shall stand.
+        config: a Hugging Face folder of the same model; None: the one inside the checkpoint.
+        written: how.
+        device: where to work; CPU does.
+        stop: not asked: a conversion that was killed goes on.
+
+    Returns:
+        `tensors` of the model, `files`, `files_kept` of an earlier try, `seconds`.
+
+    Raises:
+        CheckpointError: a target that exists, no checkpoint, tensors that are missing or misshapen (all of
+            them named), a damaged file, a full disk.
+    """
+    started = time.monotonic()
+    with fail_together():
+        refuse_existing(target, force=written.force)
+        files, companions = find_files(source), find_config(source, config)
+        architecture = read_architecture(companions)
+    slots = slots_of(architecture, device).slots
+    with fail_together():
+        reader = MegatronReader(files)
+        planned = _files(slots, _stored_dtypes(files, reader, slots), written)
+    partial = target.with_name(f".{target.name}.converting")
+    with fail_together():
+        kept = _begin(partial, planned, files) if is_first() else set()
+    kept = broadcast_object(kept if is_first() else None)
+    todo = [file for file in planned if file.name not in kept]
+    own = todo[dist.get_rank() :: dist.get_world_size()]
+    with fail_together():
+        _write_files(reader, partial, own)
+    with fail_together():
+        if is_first():
+            _finish(partial, target, planned, companions)
+    barrier()
+    return {
+        "tensors": len(slots),
+        "files": len(planned),
+        "files_kept": len(kept),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _stored_dtypes(files: Path, reader: MegatronReader, slots: Sequence[Slot]) -> dict[str, torch.dtype]:
+    """Return the dtype of every tensor of ours in a checkpoint that has all of them, in their shapes."""
+    found = reader.shapes
+    missing: set[str] = set()
+    misshapen: set[str] = set()
+    dtypes: dict[str, torch.dtype] = {}
+    for slot in slots:
+        for part in slot.parts():
+            wanted, shape = part.global_shape, found.get(part.key)
+            if shape is None:
+                missing.add(part.key)
+                continue
+            # A vocabulary may be filled up to a multiple of whatever wrote it.
+            is_padded = part.allow_shape_mismatch and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
+            if shape != wanted and not is_padded:
+                misshapen.add(f"{part.key} {list(shape)} instead of {list(wanted)}")
+            dtypes[slot.name] = reader.dtype(part.key)
+    lines = [
+        listed(kind, sorted(names))
+        for kind, names in (("missing", missing), ("misshapen", misshapen))
+        if names
+    ]
+    if lines:
+        raise CheckpointError(
+            f"{files}: does not hold the model that config.json describes:\n" + "\n".join(lines)
+        )
+    return dtypes
+
+
+def _files(slots: Sequence[Slot], stored: Mapping[str, torch.dtype], written: Written) -> list[File]:
+    """Say what each file holds, and what must be read for it."""
+    plan, by_source = {}, {}
+    for slot in slots:
+        dtype = stored[slot.name] if written.dtype is None or not slot.piece.is_parameter else written.dtype
+        for name, shape in slot.piece.sources.items():
+            plan[name], by_source[name] = Planned(shape, dtype), slot
+    files = []
+    for file, tensors in split_plan(plan, written.shard_bytes).items():
+        wanted = {by_source[name].name: by_source[name] for name in tensors}
+        files.append(File(name=file, plan=tensors, slots=[*wanted.values()]))
+    return files
+
+
+def _write_files(reader: MegatronReader, partial: Path, files: Sequence[File]) -> None:
+    """Write this rank's files; each has a folder of its own until it is whole."""
+    steps = iter(shown(range(sum(len(file.slots) for file in files)), "converting"))
+    for file in files:
+        room = partial / f"{file.name}.part"
+        try:
+            room.mkdir(exist_ok=True)
+            with ShardWriter(room, file.plan, sys.maxsize) as writer:
+                for slot, _ in zip(file.slots, steps, strict=False):
+                    for name, tensor in _hf_tensors(reader, slot):
+                        if name in file.plan:  # a file may end between the tensors of a slot
+                            writer.write(name, tensor.to(file.plan[name].dtype))
+            sync(room / WEIGHTS_FILE)
+            (room / WEIGHTS_FILE).rename(partial / file.name)
+            room.rmdir()
+        except OSError as fault:
+            raise CheckpointError(
+                f"{partial / file.name}: cannot be written ({fault}); make room, then start the same command "
+                "again: it goes on"
+            ) from fault
+
+
+def _hf_tensors(reader: MegatronReader, slot: Slot) -> Iterator[tuple[str, Tensor]]:
+    """Read a tensor of ours; yield Hugging Face's."""
+    tensor = slot.merged([reader.read(part) for part in slot.parts()])
+    yield from zip(slot.piece.sources, slot.piece.split(tensor), strict=True)
+
+
+def _begin(partial: Path, files: Sequence[File], source: Path) -> set[str]:
+    """Make or take the folder of an unfinished conversion; return its whole files (first rank only)."""
+    told = {file.name: {name: [str(p.dtype), p.shape] for name, p in file.plan.items()} for file in files}
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for name in sorted(path.name for path in source.iterdir() if path.name.endswith("metadata")):
+        digest.update((source / name).read_bytes())
+    try:
+        if (partial / _PLAN).is_file() and (partial / _PLAN).read_text() == digest.hexdigest():
+            return {file.name for file in files if (partial / file.name).is_file()}
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / _PLAN).write_text(digest.hexdigest(), encoding="utf-8")
+    except OSError as fault:
+        raise CheckpointError(f"{partial}: cannot be written ({fault}); choose another folder") from fault
+    return set()
+
+
+def _finish(partial: Path, target: Path, files: Sequence[File], companions: Path) -> None:
+    """Complete a folder of whole files and give it its name (first rank only)."""
+    with replaced_folder(target) as final:
+        copy_companions(companions, final)
+        dtypes = {planned.dtype for file in files for planned in file.plan.values()}
+        config = json.loads((final / CONFIG_FILE).read_text(encoding="utf-8"))
+        if len(dtypes) == 1:
+            (dtype,) = dtypes
+            config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        write_config(final, config)
+        for file in files:
+            (partial / file.name).rename(final / file.name)
+        if len(files) > 1:
+            write_index(final, {file.name: file.plan for file in files})
+    shutil.rmtree(partial, ignore_errors=True)
