@@ -133,6 +133,8 @@ def _gives_a_stream() -> Callable[..., InertStream]:
 
 
 def _redirect_factories() -> None:
+    with torch.device("cpu"):  # torch now notes which functions are factories, before they are wrapped: else
+        torch.empty(0)  # `with torch.device("meta")` overlooks them, and transformers loads models wrongly
     for name in _FACTORIES:
         setattr(torch, name, _made_on_cpu(getattr(torch, name)))
 

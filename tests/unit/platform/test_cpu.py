@@ -46,6 +46,18 @@ def test_factories_with_a_cuda_device_make_cpu_tensors():
 
 
 @needs_no_cuda
+def test_a_device_in_force_still_reaches_the_wrapped_factories():
+    code = (
+        "import tide_megatron.platform, torch\n"
+        "with torch.device('meta'): made = [torch.arange(3), torch.ones(2), torch.tensor([1])]\n"
+        "print({tensor.device.type for tensor in made})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == "{'meta'}"
+
+
 def test_random_state_is_the_cpu_generator():
     torch.cuda.manual_seed(5)
     state = torch.cuda.get_rng_state()
