@@ -19,6 +19,7 @@ from tide_megatron.base.errors import TideError
 from tide_megatron.base.log import start_log
 from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.doctor import doctor
+from tide_megatron.commands.export import export
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.sample import sample
 from tide_megatron.commands.train import train
@@ -28,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "train": train,
     "sample": sample,
+    "export": export,
     "doctor": doctor,
 }
 """`tide <key>` runs the value."""

@@ -19,6 +19,7 @@ SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
     "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
     "sample": "model prompts --context --block-size --new-tokens --steps --device",
+    "export": "model out --flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
 }
 """What users type. Changing it is a decision: change it here too, and say so in the changelog."""

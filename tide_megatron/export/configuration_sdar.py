@@ -1,0 +1,13 @@
+"""What a `config.json` with `model_type: sdar` means: Qwen3's facts, and how blocks are denoised.
+
+A copy of this file lies in every SDAR export. Servers that know the architecture still read the configuration
+through transformers, which does not know the word; with `--trust-remote-code` it finds this class.
+"""
+
+from transformers import Qwen3Config
+
+
+class SDARConfig(Qwen3Config):  # type: ignore[misc] # of a library without types
+    """A Qwen3 that fills blocks of `block_size` tokens, those to predict shown as `mask_token_id`."""
+
+    model_type = "sdar"

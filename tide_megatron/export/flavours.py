@@ -1,0 +1,126 @@
+"""The forms a student goes out in: what each reader expects of `config.json` and of the weights.
+
+All three have Qwen3's tensors under Qwen3's names. What readers do was read in their public sources:
+
+- the dLLM library registers `a2d-qwen3` with transformers itself, takes the mask token from the tokenizer;
+- SGLang takes mask id and block size of `SDARForCausalLM` from a table of its own (151669 and 4), the block
+  size also from the YAML file of `--dllm-algorithm-config`; LMDeploy has the mask id built in and takes the
+  block length from `--dllm-block-length`. Other engines read `mask_token_id` and `block_size`;
+- SGLang looks for a separate `lm_head.weight` in an SDAR model also where the head is tied, and published
+  SDAR models (1.7B, 4B) are untied where Qwen3's are tied: the SDAR form writes the tied head out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tide_megatron.export import configuration_sdar
+from tide_megatron.models.qwen3 import Qwen3
+
+HEAD = "lm_head.weight"
+SERVER_FILE = "sglang_dllm.yaml"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flavour:
+    """One form of an exported student."""
+
+    name: str
+    """The word after `--flavour`, and the folder's name among several."""
+    model_type: str
+    architecture: str
+    """What `architectures` names: the class that readers look for."""
+    readers: str
+    """Who loads it, in a few words."""
+    serves_blocks: bool = False
+    """`config.json` names block size and mask token, and servers have files of their own."""
+    unties: bool = False
+    """A tied head is written as a tensor of its own."""
+    mask_id: int | None = None
+    """The mask token that servers of this form assume, whatever `config.json` says."""
+
+    def sources(self, architecture: Qwen3) -> dict[str, str]:
+        """Return each tensor's name in the export -> its name in the student's folder."""
+        names = [name for piece in architecture.pieces() for name in piece.sources]
+        written_out = {HEAD: architecture.embedding_name} if self.unties and architecture.tied else {}
+        return {name: name for name in names} | written_out
+
+    def config(
+        self, architecture: Qwen3, special: dict[str, int], block_size: int | None, dtype: str
+    ) -> dict[str, Any]:
+        """Return config.json, from what the model is and nothing else that its folder said.
+
+        Args:
+            architecture: of the student.
+            special: ids of special tokens, `mask` among them.
+            block_size: tokens; only forms that serve blocks need it.
+            dtype: of the weights, as torch names it.
+        """
+        facts = {
+            "architectures": [self.architecture],
+            **architecture.common_hf(),
+            "model_type": self.model_type,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "rope_scaling": None,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": architecture.layers,
+            "use_cache": True,
+            **{f"{name}_token_id": number for name, number in special.items() if name != "mask"},
+            "torch_dtype": dtype,
+        }
+        if self.unties:
+            facts["tie_word_embeddings"] = False
+        if self.serves_blocks:
+            facts |= {
+                "auto_map": {"AutoConfig": f"{configuration_sdar.__name__.rpartition('.')[2]}.SDARConfig"},
+                "block_size": block_size,
+                "mask_token_id": special["mask"],
+            }
+        return facts
+
+    def write_files(self, folder: Path, block_size: int | None) -> None:
+        """Write what servers need beside config and weights.
+
+        Args:
+            folder: the export's.
+            block_size: tokens.
+        """
+        if self.serves_blocks:
+            code = Path(configuration_sdar.__file__)
+            (folder / code.name).write_bytes(code.read_bytes())
+            (folder / SERVER_FILE).write_text(yaml.safe_dump({"block_size": block_size}), encoding="utf-8")
+
+
+FLAVOURS: dict[str, Flavour] = {
+    flavour.name: flavour
+    for flavour in (
+        Flavour(
+            name="a2d-qwen3",
+            model_type="a2d-qwen3",
+            architecture="A2DQwen3LMHeadModel",
+            readers="the dLLM and TIDE libraries",
+        ),
+        Flavour(
+            name="sdar",
+            model_type="sdar",
+            architecture="SDARForCausalLM",
+            readers="SGLang, LMDeploy",
+            serves_blocks=True,
+            unties=True,
+            mask_id=151669,
+        ),
+        Flavour(
+            name="qwen3",
+            model_type="qwen3",
+            architecture="Qwen3ForCausalLM",
+            readers="transformers, vLLM: everything that knows Qwen3",
+        ),
+    )
+}
+"""`tide export --flavour <key>` writes the value."""
