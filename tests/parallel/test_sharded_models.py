@@ -4,11 +4,12 @@ Every cell of a mandatory matrix: model x layout. Each rank has samples of its o
 the microbatches of megatron-core's forward-only schedule; the rows of the last stage go to all ranks of the
 replica, each of which multiplies them with its slice of the head, and the slices together are compared with
 logits recorded from the reference. What a rank holds and reads is compared with arithmetic over the shapes in
-the file's header, written here without our table of weights. The last test prints the matrix and fails when
-a cell did not run.
+the file's header, written here without our table of weights; what all ranks hold together gives the file's
+tensors back, bit for bit. The last test prints the matrix and fails when a cell did not run.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from goldens.row import LOGIT_TOLERANCE, error_of
 from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture, view
@@ -29,25 +31,32 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model
 from tide_megatron.models.convert import draw_weights, load_model, read_architecture
+from tide_megatron.models.gather import whole
 from tide_megatron.models.holding import held_parameters
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import Options
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
+
+def layout_name(layout):
+    sizes = zip(("TP", "PP", "EP"), dataclasses.astuple(layout), strict=False)
+    return " ".join(f"{axis}{size}" for axis, size in sizes if size > 1) or "1 rank"
+
+
 BIDIRECTIONAL = Context(kind="bidirectional")
 CAUSAL = Context(kind="block_causal", block_size=1)
 
 CELLS = {
-    "1 rank": (1, Layout()),
-    "TP2": (2, Layout(tensor=2)),
-    "PP2": (2, Layout(pipeline=2)),
-    "TP2 PP2": (4, Layout(tensor=2, pipeline=2)),
+    layout_name(layout): (layout.pipeline * math.lcm(layout.tensor, layout.expert), layout)
+    for layout in (
+        Layout(tensor=tensor, pipeline=pipeline, expert=expert)
+        for tensor, pipeline, expert in itertools.product((1, 2, 4), (1, 2), (1, 2, 4))
+    )
+}
+"""Every product of the axes, on as few ranks as it takes."""
+CELLS |= {
     "TP2 PP2, 2 replicas": (8, Layout(tensor=2, pipeline=2)),
-    "EP2": (2, Layout(expert=2)),
-    "EP4": (4, Layout(expert=4)),
-    "TP2 EP2": (4, Layout(tensor=2, expert=2)),
-    "PP2 EP2": (4, Layout(pipeline=2, expert=2)),
     "PP2 EP2, 8 ranks": (8, Layout(pipeline=2, expert=2)),
     "EP2 ETP2": (4, Layout(expert=2, expert_tensor=2)),
     "TP2 PP2 EP2 ETP2": (8, Layout(tensor=2, pipeline=2, expert=2, expert_tensor=2)),
@@ -61,9 +70,15 @@ RECORDED = {
     "student_a2d_qwen3": [("bidir_ids", BIDIRECTIONAL, "logits_nomask"), ("ids", None, "logits_bd3lm")],
     "teacher_llada2_moe": [("ids", BIDIRECTIONAL, "logits_bidir")],
     "teacher_llada2_moe_g4": [("ids", BIDIRECTIONAL, "logits_bidir")],
+    "teacher_llada": [("ids", BIDIRECTIONAL, "logits_bidir")],
+    "teacher_llada_moe": [("ids", BIDIRECTIONAL, "logits_bidir")],
+    "teacher_dream": [("ids", BIDIRECTIONAL, "logits_shifted")],
 }
-NOT_FOR_DENSE = {"EP2", "EP4", "TP2 EP2", "PP2 EP2", "PP2 EP2, 8 ranks", "EP2 ETP2", "TP2 PP2 EP2 ETP2"}
-"""Cells that two of the models cannot have: they have no experts."""
+NOT_FOR_DENSE = {name for name, (_, layout) in CELLS.items() if layout.expert * layout.expert_tensor > 1}
+"""Cells that models without experts cannot have."""
+KEY_HEADS = {"teacher_llada": 4, "teacher_llada_moe": 4}
+"""Key-value heads where there are more than 2, so that 4 tensor ranks can share them."""
+DENSE_MODELS = {"teacher_wedlm_like", "student_a2d_qwen3", "teacher_llada", "teacher_dream"}
 STAGES = {(2, 1): [{0, 1}], (3, 1): [{0, 1, 2}], (2, 2): [{0}, {1}], (3, 2): [{0, 1}, {2}]}
 """(layers, stages) -> layers of each stage."""
 TOGETHER = {
@@ -143,7 +158,10 @@ def make(read, layout, head=None):
 
 
 def golden_cell(folder, layout, cases):
-    """Return, for each case and seat of this rank's replica, this rank's columns of the logits; and facts."""
+    """Return, for each case and seat of this rank's replica, this rank's columns of the logits; and facts.
+
+    Among these are all tensors this rank holds, as arrays.
+    """
     read = read_architecture(Path(folder))
     rank, world, size = dist.get_rank(), dist.get_world_size(), layout.replica_size
     head = head_range(read.vocabulary, rank % size, size) if size > 1 else None
@@ -154,9 +172,10 @@ def golden_cell(folder, layout, cases):
     for case in cases:
         views = [seat_view(seat, *case)[1] for seat in range(first, first + size)]
         columns.append([rows @ model.head_weight.T for rows in forward_seats(model, views)])
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     planned = held_parameters(read, Shard.of(layout, rank, world, read.layers, head))
-    return columns, shapes, report, planned, model.head_start
+    arrays = {name: value.numpy() for name, value in tensors.items()}
+    return columns, arrays, report, planned, model.head_start
 
 
 def read_cases(folder, name):
@@ -174,12 +193,19 @@ def read_cases(folder, name):
     return cases, golden
 
 
+USUAL_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+LLADA_KEYS = ("embedding_size", "d_model", "n_layers", "weight_tying")
+
+
 def own_share(folder, layout, rank):
     """Return (elements held, elements read, shapes of vocabulary tables) of a rank, from the file."""
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     config = json.loads((folder / "config.json").read_text())
-    vocabulary, hidden, layers = (config[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers"))
+    if config["model_type"] == "llada":
+        vocabulary, hidden, layers, tied = (config[key] for key in LLADA_KEYS)
+    else:
+        vocabulary, hidden, layers, tied = (config[key] for key in USUAL_KEYS)
     tensor, pipeline = rank % layout.tensor, rank // layout.tensor % layout.pipeline
     place = tensor + layout.tensor * (rank // (layout.tensor * layout.pipeline))  # among the stage's ranks
     expert = place // layout.expert_tensor % layout.expert
@@ -187,7 +213,7 @@ def own_share(folder, layout, rank):
     held = read = 0
     for name, shape in shapes.items():
         size = math.prod(shape)
-        layer = re.search(r"\.layers\.(\d+)\.", name)
+        layer = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
         if layer is None or int(layer[1]) not in stage:
             continue
         routed = re.search(r"\.experts\.(\d+)\.", name)
@@ -209,7 +235,7 @@ def own_share(folder, layout, rank):
     size = layout.tensor * layout.pipeline
     start, stop = head_range(vocabulary, rank % size, size)
     embedded = range(tensor * width, (tensor + 1) * width) if pipeline == 0 else range(0)
-    if not config["tie_word_embeddings"] or not set(range(start, stop)) <= set(embedded):
+    if not tied or not set(range(start, stop)) <= set(embedded):
         tables["output_layer.weight"] = (stop - start, hidden)
         held, read = held + (stop - start) * hidden, read + (stop - start) * hidden
     return held, read, tables
@@ -220,18 +246,25 @@ def own_share(folder, layout, rank):
 def test_golden_logits_in_every_layout(pool, goldens, name, cell):
     ranks, layout = CELLS[cell]
     folder = goldens / name
-    if cell in NOT_FOR_DENSE and name in ("teacher_wedlm_like", "student_a2d_qwen3"):
-        with pytest.raises(ConfigError, match="the model has no experts"):
-            layout.check(ranks, experts=read_architecture(folder).num_experts)
-        MATRIX[name, cell] = "no experts"
+    reason = None
+    if cell in NOT_FOR_DENSE and name in DENSE_MODELS:
+        reason = "the model has no experts"
+    if KEY_HEADS.get(name, 2) % layout.tensor:
+        reason = "2 key-value heads cannot be shared evenly by tensor=4"
+    if reason is not None:
+        read = read_architecture(folder)
+        with pytest.raises(ConfigError, match=reason):
+            layout.check(ranks, groups=read.query_groups, experts=read.num_experts)
+        MATRIX[name, cell] = "no experts" if "experts" in reason else "2 key-value heads"
         return
     cases, golden = read_cases(folder, name)
     answers = pool(ranks).run(golden_cell, str(folder), layout, cases)
     worst, size = 0.0, layout.replica_size
-    for rank, (_, shapes, report, planned, start) in enumerate(answers):
+    for rank, (_, arrays, report, planned, start) in enumerate(answers):
         held, read, tables = own_share(folder, layout, rank)
         assert report.parameters == planned == held, f"rank {rank}"
         assert report.bytes_read == 4 * read, f"rank {rank}"
+        shapes = {key: array.shape for key, array in arrays.items()}
         vocabulary = {key: shape for key, shape in shapes.items() if "embedding" in key or "output" in key}
         assert vocabulary == tables, f"rank {rank}"
         first = rank // size * size
@@ -241,8 +274,24 @@ def test_golden_logits_in_every_layout(pool, goldens, name, cell):
             ours = torch.cat(parts, dim=-1)
             worst = max(worst, error_of(ours, logits[pair].flatten(0, 1)[own.rows]))
         assert start == head_range(golden[0].shape[-1], rank - first, size)[0]
-    MATRIX[name, cell] = f"{worst:.1e}"
     assert worst <= LOGIT_TOLERANCE
+    assert_same_file(folder, layout, [arrays for _, arrays, *_ in answers])
+    MATRIX[name, cell] = f"{worst:.1e}"
+
+
+def assert_same_file(folder, layout, ranks):
+    """Hold what all ranks have together against the tensors of the file they read."""
+    read, size = read_architecture(folder), layout.replica_size
+    heads = [head_range(read.vocabulary, place, size) for place in range(size)]
+    shards = [
+        Shard.of(layout, rank, len(ranks), read.layers, heads[rank % size] if size > 1 else None)
+        for rank in range(len(ranks))
+    ]
+    tensors = [{name: torch.from_numpy(array) for name, array in arrays.items()} for arrays in ranks]
+    wanted, found = load_file(folder / "model.safetensors"), dict(whole(read, shards, tensors))
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor.view(torch.int32), wanted[name].view(torch.int32)), name
 
 
 def together(folders, cases):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tests.unit.diffusion.sides import random_batch
-from tests.unit.models.shapes import DENSE, MIXTURE, build
+from tests.unit.models.shapes import DENSE, DREAM, MIXTURE, build
 from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
@@ -20,7 +20,7 @@ from tide_megatron.teachers.sight import Sight
 from tide_megatron.teachers.teacher import Teacher
 
 MASK = 60
-CONFIGS = {"dense": DENSE, "mixture": MIXTURE}
+CONFIGS = {"dense": DENSE, "mixture": MIXTURE, "shifted": DREAM}
 KINDS = ("bidirectional", "block_causal", "block_diffusion")
 LENGTH = 44
 
@@ -94,6 +94,7 @@ CUTS = {  # name -> (ranks, config, layout, head ranks)
     "TP2xPP2": (4, DENSE, Layout(tensor=2, pipeline=2), 4),
     "TP2, two replicas": (4, DENSE, Layout(tensor=2), 4),
     "TP2, heads over 2": (4, MIXTURE, Layout(tensor=2), 2),
+    "TP2xPP2, shifted": (4, DREAM, Layout(tensor=2, pipeline=2), 4),
     "PP2, two replicas": (4, DENSE, Layout(pipeline=2), 4),
     "PP2xEP2": (4, MIXTURE, Layout(pipeline=2, expert=2), 2),
     "TP2xEP2": (4, MIXTURE, Layout(tensor=2, expert=2), 4),

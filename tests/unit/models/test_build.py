@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture, build, view
+from tests.unit.models.shapes import CPU, DENSE, DREAM, LLADA_MOE, MIXTURE, architecture, build, view
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.build import build_model, check_available
 from tide_megatron.models.convert import draw_weights, hf_tensors, save_model
@@ -165,3 +165,39 @@ def test_a_folder_is_written_from_whole_models_only(groups, tmp_path):
         build_model(architecture(UNTIED), groups, Options(device=CPU, head=(5, 9), trainable=True))
     with pytest.raises(AssertionError, match="is a part of"):
         hf_tensors(sliced, dict(sliced.named_parameters()))
+
+
+@pytest.mark.parametrize("kind", ["bidirectional", "block_causal", "block_diffusion"])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_shifted_model_answers_with_the_state_before(groups, kind, trainable):
+    shifted, plain = (
+        build_model(
+            dataclasses.replace(architecture(DREAM), is_shifted=is_shifted),
+            groups,
+            Options(device=CPU, trainable=trainable),
+        )
+        for is_shifted in (True, False)
+    )
+    for model in (shifted, plain):
+        draw_weights(model, 3)
+    seen = view(61, samples=2, length=24, kind=kind)
+    states = plain.rows(seen).view(-1, 24, 32)  # [samples and parts, length, hidden]
+    wanted = torch.cat([states[:, :1], states[:, :-1]], dim=1).flatten(0, 1)
+    assert torch.equal(shifted.rows(seen), wanted)
+    order = torch.randperm(len(wanted))[:17]
+    some = dataclasses.replace(seen, rows=order)
+    torch.testing.assert_close(shifted.rows(some), wanted[order], rtol=1e-6, atol=1e-6)
+    assert shifted.rows(dataclasses.replace(seen, rows=order[:0])).shape == (0, 32)
+
+
+def test_softmax_routers_weigh_by_shares_of_all_experts(groups):
+    model = build(LLADA_MOE, groups)
+    assert [type(layer.mlp).__name__ for layer in model.decoder.layers] == ["MLP", "MoELayer", "MoELayer"]
+    router = model.decoder.layers[1].mlp.router
+    logits = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    weights, chosen = router.routing(logits)
+    shares = logits.softmax(dim=-1)
+    best = torch.zeros_like(shares).scatter(1, shares.topk(2).indices, 1.0)
+    torch.testing.assert_close(weights, shares * best)
+    assert torch.equal(chosen.bool(), best.bool())
+    assert "decoder.layers.1.mlp.router.expert_bias" not in model.state_dict()
