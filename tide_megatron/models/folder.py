@@ -23,6 +23,8 @@ from tide_megatron.models.shard import Part, Shape
 from tide_megatron.models.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE
 
 CONFIG_FILE = "config.json"
+MAPPED_BYTES = 2**28
+"""Of a file that stay mapped, about: pages once read count as this process's memory until they are let go."""
 
 
 class HfFolder:
@@ -40,10 +42,13 @@ class HfFolder:
         self.shapes: dict[str, Shape] = {}
         """Shape of every tensor in the folder."""
         self._open = contextlib.ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, _WeightFile] = {}
         try:
-            for file in _weight_files(folder):
-                self._add(file)
+            for path in _weight_files(folder):
+                file = _WeightFile(path)
+                self._open.callback(file.close)
+                self.shapes.update(file.shapes)
+                self._files.update(dict.fromkeys(file.shapes, file))
         except BaseException:
             self._open.close()
             raise
@@ -61,11 +66,7 @@ class HfFolder:
 
         The zero rows of a part are made here, not read.
         """
-        try:
-            file = self._files[name]
-            tensor: Tensor = file.get_tensor(name) if part is None else part.take(file.get_slice(name))
-        except (SafetensorError, OSError) as fault:
-            raise _damaged(self.folder / name, fault) from None
+        tensor = self._files[name].read(name, part)
         made = 0 if part is None else part.zero_rows * math.prod(tensor.shape[1:])
         self.bytes_read += (tensor.numel() - made) * tensor.element_size()
         return tensor
@@ -76,21 +77,58 @@ class HfFolder:
         Raises:
             CheckpointError: one that no reader here knows.
         """
-        word = self._files[name].get_slice(name).get_dtype()
+        word = self._files[name].dtype(name)
         if word not in DTYPES:
             raise CheckpointError(
                 f"{self.folder / name}: stored as {word}; only {', '.join(DTYPES)} are read"
             )
         return DTYPES[word]
 
-    def _add(self, path: Path) -> None:
+
+class _WeightFile:
+    """One safetensors file: opened, and opened anew now and then, so that not all of it stays in memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header."""
+        self._path, self._mapped = path, 0
+        self._file = self._opened()
         try:
-            file = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as fault:
+            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+        except SafetensorError as fault:
+            self.close()
             raise _damaged(path, fault) from None
-        self.shapes.update(found)
-        self._files.update(dict.fromkeys(found, file))
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.__exit__(None, None, None)
+
+    def dtype(self, name: str) -> str:
+        """Return the format's word for a tensor's dtype."""
+        word: str = self._file.get_slice(name).get_dtype()
+        return word
+
+    def read(self, name: str, part: Part | None) -> Tensor:
+        """Return a tensor, or a part of it, in memory of its own."""
+        try:
+            if self._mapped > MAPPED_BYTES:
+                self.close()
+                self._file, self._mapped = self._opened(), 0
+            if part is None:
+                tensor: Tensor = self._file.get_tensor(name)
+            else:
+                tensor = part.take(self._file.get_slice(name))
+        except (SafetensorError, OSError) as fault:
+            raise _damaged(self._path / name, fault) from None
+        # Columns lie in every page of their tensor.
+        touched = tensor.numel() if part is None or not part.axis else math.prod(self.shapes[name])
+        self._mapped += touched * tensor.element_size()
+        return tensor
+
+    def _opened(self) -> Any:
+        try:
+            return safe_open(self._path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as fault:
+            raise _damaged(self._path, fault) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

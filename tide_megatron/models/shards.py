@@ -129,7 +129,7 @@ class ShardWriter:
         with contextlib.ExitStack() as opened:
             for file, tensors in files.items():
                 handle = opened.enter_context((folder / file).open("wb"))
-                start = handle.write(_header(tensors))
+                start = handle.write(file_header(tensors))
                 for name, (begin, _) in _offsets(tensors).items():
                     self._places[name] = (handle, start + begin)
             self._open = opened.pop_all()
@@ -182,7 +182,7 @@ def _offsets(tensors: Mapping[str, Planned]) -> dict[str, tuple[int, int]]:
     return places
 
 
-def _header(tensors: Mapping[str, Planned]) -> bytes:
+def file_header(tensors: Mapping[str, Planned]) -> bytes:
     """Return what stands before the tensors: the length of the description, and the description."""
     told: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for name, offsets in _offsets(tensors).items():
