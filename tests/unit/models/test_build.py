@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.unit.models.shapes import CPU, DENSE, DREAM, LLADA_MOE, MIXTURE, architecture, build, view
+from tests.unit.models.shapes import CPU, DENSE, DREAM, LLADA, LLADA_MOE, MIXTURE, architecture, build, view
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.build import build_model, check_available
 from tide_megatron.models.convert import draw_weights, hf_tensors, save_model
@@ -75,7 +75,7 @@ def test_frozen_and_trainable(groups):
 
 
 def test_every_weight_gets_a_gradient(groups):
-    for config in (DENSE, UNTIED, MIXTURE):
+    for config in (DENSE, UNTIED, MIXTURE, LLADA, LLADA_MOE, {**DREAM, "initializer_range": 0.2}):
         model = build(config, groups, trainable=True)
         (model.rows(view(config["vocab_size"], samples=8)) @ model.head_weight.T).pow(2).mean().backward()
         silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
