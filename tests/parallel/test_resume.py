@@ -1,4 +1,4 @@
-"""A run that was stopped and started anew goes on bit for bit, across the end of an epoch."""
+"""A run that was stopped and started anew goes on bit for bit, and on other ranks and layouts to 1e-5."""
 
 import json
 import shutil
@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_run import write_cross_run, write_tiny_run
+from tests.tiny_run import PAIR_ON_FOUR, write_cross_run, write_pair_run, write_tiny_run
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.checkpoint.facts import read_facts
+from tide_megatron.checkpoint.names import listed
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import load_recipe
 
@@ -59,6 +61,7 @@ def losses(folder):
         (1, (), write_tiny_run),
         (2, (), write_tiny_run),
         (2, ("student.precision=bf16",), write_tiny_run),
+        (2, ("optimizer.distributed=false", "checkpoints.asynchronous=false"), write_tiny_run),
         (2, ("teachers.own.layout.expert=2",), write_cross_run),
     ],
 )
@@ -78,17 +81,70 @@ def test_a_resumed_run_is_the_uninterrupted_one(pool, tmp_path, ranks, words, wr
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
-def test_another_recipe_and_a_damaged_checkpoint_are_refused(pool, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (1, ("batch.microbatch=2",)),
+        (2, ("teachers.dense.layout.tensor=2", "batch.microbatch=1")),
+        (4, PAIR_ON_FOUR),
+    ],
+)
+def test_other_ranks_layouts_and_accumulation_go_on_with_the_same_stream(pool, tmp_path, ranks, words):
+    """Saved on two ranks, in one microbatch, the mixtures over two ranks and the dense one in two stages."""
+    tiny = write_pair_run(tmp_path / "tiny")
+    on_two = ("teachers.own.layout.expert=2", "teachers.dense.layout.pipeline=2")
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    pool(2).run(run, tiny, whole, 2, 1000, 1, on_two)
+    pool(2).run(run, tiny, parted, 2, 3, 1, on_two)
+    pool(ranks).run(run, tiny, parted, ranks, 1000, 7, words)
+    wanted, got = losses(whole), losses(parted)
+    assert wanted.keys() == got.keys() == set(range(1, STEPS + 1))
+    for step in wanted:
+        assert got[step] == pytest.approx(wanted[step], rel=1e-5), f"step {step}"
+    facts = [read_facts(listed(folder / "checkpoints")[-1]) for folder in (whole, parted)]
+    assert [fact.optimizer_steps for fact in facts] == [[STEPS], [STEPS]]
+    assert facts[0].clock == facts[1].clock
+    assert [fact.ranks for fact in facts] == [2, ranks]
+
+
+def test_another_recipe_and_nothing_whole_are_refused(pool, tmp_path):
     tiny = write_tiny_run(tmp_path / "tiny")
     folder = tmp_path / "run"
     pool(1).run(run, tiny, folder, 1, 3, 1)
     with pytest.raises(Exception, match=r"another recipe(.|\n)*seed: .* -> 5"):
         pool(1).run(run, tiny, folder, 1, 1000, 1, ("seed=5",))
-    checkpoint = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    cut_shard(listed(folder / "checkpoints")[-1])
+    with pytest.raises(Exception, match=f"{CheckpointError.__name__}(.|\n)*none of its checkpoints is whole"):
+        pool(1).run(run, tiny, folder, 1, 1000, 1)
+
+
+def cut_shard(checkpoint):
     shard = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    with pytest.raises(Exception, match=f"{CheckpointError.__name__}(.|\n)*cannot be loaded"):
-        pool(1).run(run, tiny, folder, 1, 1000, 1)
+
+
+def test_a_damaged_checkpoint_costs_one_interval_and_nothing_else(pool, tmp_path):
+    tiny = write_tiny_run(tmp_path / "tiny")
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    pool(2).run(run, tiny, whole, 2, 1000, 1)
+    pool(2).run(run, tiny, parted, 2, 5, 1, ("checkpoints.every=2",))
+    checkpoints = parted / "checkpoints"
+    assert [path.name for path in listed(checkpoints)] == [
+        "step-00000004-000000000032",
+        "step-00000006-000000000048",
+    ]
+    cut_shard(listed(checkpoints)[-1])
+    pool(2).run(run, tiny, parted, 2, 1000, 5, ("checkpoints.every=2", "checkpoints.keep_every=2"))
+    lines = [json.loads(line) for line in (parted / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == list(range(1, STEPS + 1)), "steps that were done again stand once in the history"
+    assert losses(parted) == losses(whole)
+    assert [path.name[:13] for path in listed(checkpoints)] == [
+        "step-00000004",
+        "step-00000006",
+        "step-00000008",
+    ]
+    assert (checkpoints / "step-00000006-000000000048.damaged").is_dir()
 
 
 def test_a_disk_that_refuses_ends_all_ranks_with_one_message(pool, tmp_path):

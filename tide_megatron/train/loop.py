@@ -20,24 +20,19 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Levels, Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.trained_context import write_context
 from tide_megatron.losses.tidal import Tidal
 from tide_megatron.models.convert import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.assemble import Parts, assemble
-from tide_megatron.train.checkpoint import (
-    Origin,
-    find_checkpoint,
-    load_checkpoint,
-    read_facts,
-    save_checkpoint,
-)
-from tide_megatron.train.folder import CHECKPOINTS, MODEL, check_folder, claim_folder, write_result
+from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
 from tide_megatron.train.sanity import check_teachers
+from tide_megatron.train.saving import make_saver, start_or_resume
 from tide_megatron.train.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
@@ -69,13 +64,14 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     with fail_together():  # only now: a start that fails leaves nothing behind and discards nothing
         if is_first():
             claim_folder(folder, tree, resume=resume)
-    clock = _start_or_resume(recipe, tree, parts, folder / CHECKPOINTS)
+    clock = start_or_resume(recipe, tree, parts)
+    saver = make_saver(recipe, tree, parts)
     options = recipe.metrics
     started, cpu = time.monotonic(), time.process_time()
     with Metrics(
         options, folder, clock, phases=parts.run.phases, recipe=tree, is_first=is_first()
     ) as metrics:
-        clock, stopped = _loop(recipe, tree, parts, clock, metrics, stop)
+        clock, stopped = _loop(recipe, parts, saver, clock, metrics, stop)
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
         result = {
             "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
@@ -99,27 +95,17 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     return result
 
 
-def _start_or_resume(recipe: Recipe, tree: Tree, parts: Parts, checkpoints: Path) -> Clock:
-    """Return the latest checkpoint's clock, with the student loaded, or a fresh one. All ranks call it."""
-    with fail_together():
-        found = find_checkpoint(checkpoints)
-        clock = read_facts(found, _origin(tree, parts)) if found else Clock(total_steps=recipe.steps)
-    if found:
-        load_checkpoint(found, parts.run.student)
-        log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)
-    return clock
-
-
 def _loop(
-    recipe: Recipe, tree: Tree, parts: Parts, clock: Clock, metrics: Metrics, stop: StopFlag
+    recipe: Recipe, parts: Parts, saver: Saver, clock: Clock, metrics: Metrics, stop: StopFlag
 ) -> tuple[Clock, bool]:
     """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
     run, every, skipped = parts.run, recipe.checkpoints.every, 0
-    folder = Path(recipe.folder) / CHECKPOINTS
     saved = clock.consumed if clock.consumed else -1
     stopped = False
     while clock.step < clock.total_steps and not stopped:
         before = clock
+        with run.phases("checkpoint"):
+            saver.poll()
         with run.phases("data"):
             batches = parts.loader.update(clock.consumed)
         result = train_step(run, batches, clock)
@@ -127,6 +113,7 @@ def _loop(
         skipped = 0 if result.update.applied else skipped + 1
         _report(metrics, recipe, result, before, clock)
         if skipped >= MOST_SKIPPED:
+            saver.wait()
             raise TideError(
                 f"{skipped} updates in a row were not finite (step {clock.step}); lower "
                 "optimizer.learning_rate or a loss weight, or look for a teacher that answers NaN; "
@@ -140,26 +127,18 @@ def _loop(
             ):
                 _evaluate(recipe, parts, clock, metrics)
             if every and clock.step % every == 0:
-                saved = _save(folder, parts, clock, tree, recipe)
-    if saved != clock.consumed:
-        _save(folder, parts, clock, tree, recipe)
+                with run.phases("checkpoint"):
+                    saver.begin(clock, result.terms)
+                saved = clock.consumed
+    with run.phases("checkpoint"):
+        if saved != clock.consumed:
+            saver.begin(clock, {})
+        saver.wait()
     if stopped:
         log.warning(
             "stopped by %s at step %d; the same command goes on", stop.reason or "another rank", clock.step
         )
     return clock, stopped
-
-
-def _origin(tree: Tree, parts: Parts) -> Origin:
-    """Say what this run's checkpoints belong to."""
-    return Origin(recipe=tree, data=parts.loader.columns.manifest.digest)
-
-
-def _save(folder: Path, parts: Parts, clock: Clock, tree: Tree, recipe: Recipe) -> int:
-    """Save a checkpoint; return the position it stands at. All ranks call it."""
-    with parts.run.phases("checkpoint"):
-        save_checkpoint(folder, parts.run.student, clock, _origin(tree, parts), recipe.checkpoints.keep)
-    return clock.consumed
 
 
 def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock, after: Clock) -> None:

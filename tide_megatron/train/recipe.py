@@ -180,6 +180,11 @@ class Checkpoints:
     """Updates between saves; 0: only at the end and when the run is stopped."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay on disk."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints whose step is a multiple of it stay for good; 0: none."""
+    asynchronous: bool = True
+    """Write while training goes on, over a copy in main memory as large as the rank's share of weights and
+    optimizer; False: training waits for the disk, and nothing is copied."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,0 +1,184 @@
+"""The sharded optimizer's state in pieces: what this rank owns, where it lies in the whole, and a copy of it.
+
+megatron-core writes the fully reshardable format by gathering masters and moments of all parameters on every
+rank, several times over, while training waits (30 GB for 0.6B parameters). The same entries of the same names
+can be written by each rank from its own shard, since a checkpoint's tensor may be cut into any boxes; reading
+is megatron-core's own, on any layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch import Tensor
+
+from tide_megatron.checkpoint.boxes import boxes_of
+
+KEYS = ("param", "exp_avg", "exp_avg_sq")
+"""What Adam keeps for a parameter, by megatron-core's names."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A box of a checkpoint's tensor, which this rank owns."""
+
+    name: str
+    """Of the tensor in the checkpoint."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    source: Tensor
+    """Flat live state that holds the box's elements in order."""
+    start: int
+    """First of them."""
+
+    @property
+    def values(self) -> Tensor:
+        """The box's elements, flat, as they are now."""
+        return self.source[self.start : self.start + math.prod(self.sizes)]
+
+
+def split_pieces(
+    optimizer: Any, weights: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> tuple[Any, list[Piece]]:
+    """Return the optimizer's sharded state without its large tensors, and these in pieces.
+
+    Args:
+        optimizer: megatron's; parts that are not sharded over ranks stay whole in the state.
+        weights: the model's sharded state.
+        metadata: as for `sharded_state_dict`.
+
+    Returns:
+        What is left for megatron-core to save, and this rank's pieces. No collective.
+    """
+    parts = [part for part in _parts(optimizer) if _is_sharded(part)]
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(_not_gathered(part))
+        state = optimizer.sharded_state_dict(weights, is_loading=False, metadata=dict(metadata))
+    pieces: list[Piece] = []
+    chained = _parts(optimizer)
+    for number, part in enumerate(chained):
+        if _is_sharded(part):
+            own = state if len(chained) == 1 else state[number]
+            pieces += _pieces(part, own.pop("param_state"))
+    return state, pieces
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """Return the optimizers of a chain, or the only one."""
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
+
+
+def _is_sharded(part: Any) -> bool:
+    return hasattr(part, "gbuf_ranges")
+
+
+@contextlib.contextmanager
+def _not_gathered(part: Any) -> Iterator[None]:
+    """Let `part` describe its state over tensors without memory in place of gathered ones."""
+
+    def described(*_: Any, **__: Any) -> dict[Any, Any]:
+        state: dict[Any, Any] = {}
+        for number, maps in enumerate(part.gbuf_ranges):
+            size = part.buffers[number].numel
+            whole = {key: torch.empty(size, dtype=torch.float32, device="meta") for key in KEYS}
+            state[number] = {dtype: whole for dtype in maps}
+        return state
+
+    part.get_parameter_state_dp_zero = described
+    try:
+        yield
+    finally:
+        del part.get_parameter_state_dp_zero
+
+
+def _pieces(part: Any, described: Mapping[int, Any]) -> Iterable[Piece]:
+    """Yield what this rank owns of the parameters that `described` lists in buffer order."""
+    number = 0
+    for buffer, maps in zip(part.buffers, part.gbuf_ranges, strict=True):
+        owned = {
+            parameter: ranges["param"]
+            for buckets in maps.values()
+            for bucket in buckets
+            for parameter, ranges in bucket["param_map"].items()
+        }
+        for parameter, (first, _, _) in buffer.param_index_map.items():
+            if parameter in owned:
+                live = part._get_main_param_and_optimizer_states(parameter)
+                for key in KEYS:
+                    entry = apply_factories_to(described[number][key])
+                    yield from _boxed(entry, first, owned[parameter], live[key].detach())
+            number += 1
+
+
+def apply_factories_to(entry: Any) -> list[ShardedTensor]:
+    """Return the tensors that a sharded tensor, or the factory of several, stands for."""
+    box = {"entry": entry}
+    apply_factories(box)
+    return [tensor for tensor in nested_values(box) if isinstance(tensor, ShardedTensor)]
+
+
+def _boxed(entries: list[ShardedTensor], first: int, owned: Any, live: Tensor) -> Iterator[Piece]:
+    """Yield the boxes of one parameter's state.
+
+    Args:
+        entries: tensors that the parameter's state is written as; views of the described buffer.
+        first: where the parameter begins in that buffer.
+        owned: range of the parameter that this rank owns.
+        live: the owned elements, flat.
+    """
+    for entry in entries:
+        assert entry.data.is_contiguous(), f"{entry.key} is no run of its parameter's elements"
+        if any(entry.replica_id[:-1]):  # another tensor rank writes it; over data ranks each has its own part
+            continue
+        begin = entry.data.storage_offset() - first
+        start, stop = max(owned.start - begin, 0), min(owned.end - begin, entry.data.numel())
+        done, extra = start, entry.prepend_axis_num
+        for offsets, sizes in boxes_of(entry.local_shape, start, stop):
+            own = entry.global_offset[extra:]
+            yield Piece(
+                name=entry.key,
+                shape=tuple(entry.global_shape),
+                offsets=(*entry.global_offset[:extra], *(a + b for a, b in zip(own, offsets, strict=True))),
+                sizes=(*(1 for _ in range(extra)), *sizes),
+                source=live,
+                start=done + begin - owned.start,
+            )
+            done += math.prod(sizes)
+
+
+class Staging:
+    """Room for a copy of the pieces, kept from save to save: fresh memory costs as much as the copy.
+
+    On CUDA the room is pinned, so that copies run at the bus's speed.
+    """
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._room: dict[int, Tensor] = {}
+
+    def copy(self, pieces: list[Piece]) -> list[Piece]:
+        """Return the pieces over copies of what they hold now; the copies hold until the next call."""
+        sources = {id(piece.source): piece.source for piece in pieces}
+        copies = {}
+        for place, (key, source) in enumerate(sources.items()):
+            room = self._room.get(place)
+            if room is None or room.shape != source.shape or room.dtype != source.dtype:
+                pinned = source.device.type == "cuda"
+                room = self._room[place] = torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned)
+            copies[key] = room.copy_(source, non_blocking=True)
+        if any(source.device.type == "cuda" for source in sources.values()):
+            torch.cuda.synchronize()
+        return [dataclasses.replace(piece, source=copies[id(piece.source)]) for piece in pieces]

@@ -1,0 +1,62 @@
+"""The sharded state of model and optimizer, described once for saving and once for loading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+import torch
+from torch import Tensor
+
+from tide_megatron.checkpoint.pieces import Piece, split_pieces
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""The one optimizer format both supported megatron-core lines can load into any layout."""
+
+
+def loading_state(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Return what to load into a model and its optimizer. Collective."""
+    metadata = _metadata(model)
+    weights = model.sharded_state_dict(metadata=metadata)
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata),
+    }
+
+
+def saving_state(model: Any, optimizer: Any) -> tuple[dict[str, Any], list[Piece]]:
+    """Return what megatron-core saves, and the pieces of the optimizer that this rank writes."""
+    metadata = _metadata(model)
+    weights = model.sharded_state_dict(metadata=metadata)
+    state, pieces = split_pieces(optimizer, weights, metadata)
+    return {"model": weights, "optimizer": state}, pieces
+
+
+def live_storages(model: Any, optimizer: Any) -> set[int]:
+    """Return the addresses of all that training changes."""
+    tensors = [*model.parameters(), *model.buffers(), *_optimizer_tensors(optimizer)]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def optimizer_steps(optimizer: Any) -> list[int]:
+    """Return the updates that the optimizer has counted, over this rank's parameters, each number once."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    states = [state for part in parts for state in getattr(part.optimizer, "state", {}).values()]
+    return sorted({int(state["step"]) for state in states if "step" in state})
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
+    """Yield masters and moments."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for group in getattr(inner, "param_groups", []):
+            yield from group["params"]
+        for state in getattr(inner, "state", {}).values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _metadata(model: Any) -> dict[str, Any]:
+    """Return the metadata that saving and loading share."""
+    return {**SHARDING, "dp_cp_group": model.groups.dp_cp}

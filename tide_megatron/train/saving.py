@@ -1,0 +1,87 @@
+"""Where training meets checkpoints: what a run's belong to, going on from one, and who saves.
+
+The format is `tide_megatron.checkpoint`'s, which knows no recipes; this file compares them.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.base.errors import CheckpointError
+from tide_megatron.checkpoint.facts import Origin, read_facts
+from tide_megatron.checkpoint.find import find_checkpoint
+from tide_megatron.checkpoint.load import load_checkpoint
+from tide_megatron.checkpoint.save import Keeping, Saver
+from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.train.assemble import Parts
+from tide_megatron.train.folder import CHECKPOINTS
+from tide_megatron.train.recipe import Recipe
+from tide_megatron.train.resolve import Tree, difference, digest, mathematics
+
+log = logging.getLogger(__name__)
+
+
+def origin_of(tree: Tree, parts: Parts) -> Origin:
+    """Say what this run's checkpoints belong to."""
+    return Origin(recipe=tree, recipe_digest=digest(tree), data=parts.loader.columns.manifest.digest)
+
+
+def make_saver(recipe: Recipe, tree: Tree, parts: Parts) -> Saver:
+    """Build what saves this run."""
+    options, student = recipe.checkpoints, parts.run.student
+    return Saver(
+        Path(recipe.folder) / CHECKPOINTS,
+        student.model,
+        student.optimizer,
+        origin_of(tree, parts),
+        Keeping(keep=options.keep, keep_every=options.keep_every, asynchronous=options.asynchronous),
+    )
+
+
+def start_or_resume(recipe: Recipe, tree: Tree, parts: Parts) -> Clock:
+    """Return the newest whole checkpoint's clock, with the student loaded, or a fresh one. Collective.
+
+    Raises:
+        CheckpointError: on every rank, when there are checkpoints and none is whole, or it is another run's.
+    """
+    found = find_checkpoint(Path(recipe.folder) / CHECKPOINTS)
+    with fail_together():
+        clock = checked_clock(found, origin_of(tree, parts)) if found else Clock(total_steps=recipe.steps)
+    if found:
+        load_checkpoint(found, parts.run.student.model, parts.run.student.optimizer)
+        log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)
+    return clock
+
+
+def checked_clock(found: Path, origin: Origin) -> Clock:
+    """Return the clock of a checkpoint after checking that it belongs to this recipe.
+
+    Args:
+        found: a checkpoint folder.
+        origin: recipe and data that want to go on from it.
+
+    Raises:
+        CheckpointError: another recipe (all differing keys are named) or other data, or a newer megatron-core
+            wrote it.
+    """
+    facts = read_facts(found)
+    old = facts.origin
+    try:
+        is_same = digest(old.recipe) == digest(origin.recipe)
+    except (KeyError, TypeError, AttributeError) as fault:
+        raise CheckpointError(f"{found}: its recipe is not readable ({fault}); remove it") from None
+    if not is_same:
+        changed = "\n  ".join(difference(mathematics(old.recipe), mathematics(origin.recipe)))
+        raise CheckpointError(
+            f"{found} belongs to another recipe:\n  {changed}\n"
+            "use another folder=, the old values, or --fresh to discard the old run"
+        )
+    if old.data != origin.data:
+        where = origin.recipe["data"]["train"]
+        raise CheckpointError(
+            f"{found}: data.train {where} was prepared anew since, so the position in it means "
+            "nothing; use the old data, or another folder= or --fresh to start over"
+        )
+    return facts.clock
