@@ -23,6 +23,7 @@ from tide_megatron.evaluate.trained_context import trained_context, write_contex
 from tide_megatron.export import checks, export
 from tide_megatron.export.export import Choices, export_student
 from tide_megatron.export.flavours import FLAVOURS
+from tide_megatron.export.probe import MOST_TOKENS, probe_ids
 from tide_megatron.models.convert import read_architecture
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -205,8 +206,10 @@ def test_students_that_cannot_go_out(student, tmp_path):
     told = refused(mixture, out, alone("qwen3"))
     assert "model_type: 'llada2_moe' cannot become qwen3" in told
     assert "export a student of model_type a2d-qwen3" in told
-    biased = write_model(tmp_path / "biased", student_config(320) | {"model_type": "wedlm"}, seed=1)
-    assert "'wedlm' cannot become" in refused(biased, out)
+    for qk_norm, bias in ((False, False), (True, True)):
+        switches = {"model_type": "wedlm", "qk_norm": qk_norm, "attention_bias": bias}
+        other = write_model(tmp_path / f"other{bias}", student_config(320) | switches, seed=1)
+        assert "'wedlm' cannot become" in refused(other, out)
     small = write_model(tmp_path / "small", student_config(40), seed=1)
     assert "its tokenizer has 312 ids" in refused(small, out)
     write_context(student, Context(kind="bidirectional"))
@@ -265,11 +268,12 @@ def test_a_disk_that_fills_up_keeps_the_old_export(student, tmp_path, monkeypatc
     assert "No space left on device" in told
 
 
-def test_a_stop_leaves_nothing(student, tmp_path):
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_stop_leaves_nothing(student, tmp_path, verify):
     stop = StopFlag()
     stop.request("SIGINT")
     with pytest.raises(TideError, match="stopped by SIGINT"):
-        go(student, tmp_path / "out", stop=stop)
+        go(student, tmp_path / "out", Choices(flavours=("qwen3",), verify=verify), stop=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -308,6 +312,13 @@ def test_verification_refuses_what_reads_back_different(student, tmp_path, monke
 
     monkeypatch.setattr(export, "_verify", spoilt)
     assert said in refused(student, tmp_path / "out", alone("a2d-qwen3"), CheckpointError)
+
+
+def test_the_compared_text_has_hidden_tokens(student):
+    tokenizer = Tokenizer.load(student)
+    ids = probe_ids(tokenizer)
+    assert ids.shape == (1, MOST_TOKENS)
+    assert ((ids == tokenizer.mask_id) == (torch.arange(MOST_TOKENS) % 3 == 0)).all()
 
 
 def test_logits_of_transformers_are_judged(student, tmp_path, monkeypatch):
