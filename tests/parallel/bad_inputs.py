@@ -217,9 +217,9 @@ FAULTS = {
         r"student/config\.json: missing; .*needs it$",
     ),
     "an unknown model type": (
-        edit("student/config.json", model_type="llama"),
+        edit("student/config.json", model_type="gpt2"),
         "Config",
-        r"bad/student: config\.json: model_type: 'llama' is not supported; choose one of: a2d-qwen3, ",
+        r"bad/student: config\.json: model_type: 'gpt2' is not supported; choose one of: a2d-qwen3, ",
     ),
     "no weights": (
         remove("teacher/model.safetensors"),
