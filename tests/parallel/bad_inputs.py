@@ -219,7 +219,7 @@ FAULTS = {
     "an unknown model type": (
         edit("student/config.json", model_type="gpt2"),
         "Config",
-        r"bad/student: config\.json: model_type: 'gpt2' is not supported; choose one of: a2d-qwen3, ",
+        r"bad/student: config\.json: model_type: 'gpt2' is not supported; choose one of: Dream, a2d-qwen3, ",
     ),
     "no weights": (
         remove("teacher/model.safetensors"),
