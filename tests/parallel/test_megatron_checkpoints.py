@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -35,9 +36,9 @@ CONFIGS = {"tied": DENSE, "untied": {**DENSE, "tie_word_embeddings": False}, "mi
 SMALL_FILES = 20_000
 
 
-def write_source(folder, name, dtype=torch.bfloat16):
+def write_source(folder, name, dtype=torch.bfloat16, seed=0):
     """Write a model of random weights as a Hugging Face folder; a router bias is fp32, as in real ones."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {
         source: torch.randn(shape, generator=generator).to(dtype if piece.is_parameter else torch.float32)
         for piece in architecture(CONFIGS[name]).pieces()
@@ -222,7 +223,7 @@ def run_limited(command, most):
 def test_a_conversion_that_was_cut_off_goes_on(pool, tmp_path):
     tensors = write_source(tmp_path / "hf", "mixture")
     pool(1).run(inward, tmp_path / "hf", tmp_path / "megatron")
-    (told,) = pool(1).run(outward_small, tmp_path / "megatron", tmp_path / "whole")
+    (whole,) = pool(1).run(outward_small, tmp_path / "megatron", tmp_path / "whole")
     sizes = [file.stat().st_size for file in sorted((tmp_path / "whole").glob("*.safetensors"))]
     most = max(sizes[1:])
     assert sizes[0] < most, "the first file must fit"
@@ -232,9 +233,15 @@ def test_a_conversion_that_was_cut_off_goes_on(pool, tmp_path):
     assert cut.returncode == 2, cut.stderr
     assert "it goes on" in cut.stderr
     assert not (tmp_path / "again").exists()
+    others = write_source(tmp_path / "hf2", "mixture", seed=1)
+    pool(1).run(inward, tmp_path / "hf2", tmp_path / "megatron2")
+    shutil.copytree(tmp_path / ".again.converting", tmp_path / ".other.converting")
+    told = pool(1).run(outward_small, tmp_path / "megatron2", tmp_path / "other")
+    assert told[0]["files_kept"] == 0
+    assert_equal(read(tmp_path / "other"), others)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "of an earlier try" in done.stdout
-    assert f"in {told['files']} files" in done.stdout
+    assert f"in {whole['files']} files" in done.stdout
     assert_equal(read(tmp_path / "again"), tensors)
 
 

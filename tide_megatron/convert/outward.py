@@ -190,8 +190,9 @@ def _begin(partial: Path, files: Sequence[File], source: Path) -> set[str]:
     """Make or take the folder of an unfinished conversion; return its whole files (first rank only)."""
     told = {file.name: {name: [str(p.dtype), p.shape] for name, p in file.plan.items()} for file in files}
     digest = hashlib.sha256(json.dumps(told).encode())
-    for name in sorted(path.name for path in source.iterdir() if path.name.endswith("metadata")):
-        digest.update((source / name).read_bytes())
+    for path in sorted(source.iterdir()):
+        facts = path.stat()  # another checkpoint of the same shapes may have the same index
+        digest.update(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode())
     try:
         if (partial / _PLAN).is_file() and (partial / _PLAN).read_text() == digest.hexdigest():
             return {file.name for file in files if (partial / file.name).is_file()}
