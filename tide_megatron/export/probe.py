@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tide_megatron.platform  # noqa: F401 - before megatron
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -10,6 +11,8 @@ from typer.testing import CliRunner
 from tide_megatron import __version__, commands
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.commands import VERBS, app, main
+from tide_megatron.export.checks import Check
+from tide_megatron.export.export import Choices
 from tide_megatron.launch import doctor as launch_doctor
 from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
@@ -162,3 +165,25 @@ def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
     assert (sampler.new_tokens, sampler.steps) == (12, 12)
     CliRunner().invoke(app, ["sample", "models/x", *words[-4:]], input="three\n\nfour\n")
     assert calls[1][1][1] == ["three", "four"]
+
+
+@pytest.mark.parametrize(
+    ("words", "forms"), [([], ("a2d-qwen3", "sdar", "qwen3")), (["--flavour", "sdar"], ("sdar",))]
+)
+def test_export_passes_choices_on_and_shows_what_was_verified(monkeypatch, words, forms):
+    calls = []
+
+    def run_ranks(function, args, num_ranks):
+        calls.append((function.__name__, args, num_ranks))
+        return [Check(flavour="sdar", what="servers", found="mask [3]", is_fine=False)]
+
+    monkeypatch.setattr(launch_ranks, "run_ranks", run_ranks)
+    words = ["export", "runs/x", "out", *words, "--shard-size", "2MB", "--dtype", "bf16", "--force"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "note  mask [3]" in result.output
+    wanted = Choices(flavours=forms, shard_bytes=2_000_000, dtype="bf16", force=True)
+    assert calls == [("export_student", (Path("runs/x"), Path("out"), wanted), 1)]
+    quiet = CliRunner().invoke(app, [*words, "--no-verify"])
+    assert (quiet.exit_code, quiet.output) == (0, "")
+    assert not calls[1][1][2].verify
