@@ -10,8 +10,8 @@ import pytest
 
 from tests.parallel.test_resume import losses, run
 from tests.tiny_run import write_tiny_run
+from tide_megatron.base.digests import damage
 from tide_megatron.checkpoint import finish, save
-from tide_megatron.checkpoint.digests import damage
 from tide_megatron.checkpoint.names import listed
 
 

@@ -11,8 +11,8 @@ import logging
 import time
 from pathlib import Path
 
+from tide_megatron.base.digests import damage, read_digests
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.checkpoint.digests import damage, read_digests
 from tide_megatron.checkpoint.durable import point_latest
 from tide_megatron.checkpoint.names import DAMAGED, LATEST, Mark, listed, remove_leftovers
 from tide_megatron.checkpoint.ranks import num_ranks, own_rank

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from tide_megatron.base.digests import Digests, write_digests
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.checkpoint.digests import Digests, write_digests
 from tide_megatron.checkpoint.durable import flush, flush_tree, point_latest
 from tide_megatron.checkpoint.facts import Facts, write_facts
 from tide_megatron.checkpoint.keep import expired

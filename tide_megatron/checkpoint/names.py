@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tide_megatron.base.clock import Clock
 
-LATEST, STATE, DIGESTS, METADATA = "latest", "state.json", "digests.json", ".metadata"
+LATEST, STATE, METADATA = "latest", "state.json", ".metadata"
 PARTIAL, DAMAGED = ".partial", ".damaged"
 _NAME = re.compile(r"step-(\d{8,})-(\d{12,})")
 

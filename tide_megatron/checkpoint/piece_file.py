@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from tide_megatron.checkpoint.digests import DigestingFile
+from tide_megatron.base.digests import DigestingFile
 from tide_megatron.checkpoint.names import METADATA
 from tide_megatron.checkpoint.pieces import Piece
 

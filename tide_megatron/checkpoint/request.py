@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch import Tensor
 
-from tide_megatron.checkpoint.digests import Digests, digest_of
+from tide_megatron.base.digests import Digests, digest_of
 
 _KEYWORDS = (
     {"async_strategy": "mcore"}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.checkpoint.digests import Digests
+from tide_megatron.base.digests import Digests
 from tide_megatron.checkpoint.facts import Facts, Origin
 from tide_megatron.checkpoint.finish import begin_folder, complete_folder, disk
 from tide_megatron.checkpoint.names import name_of

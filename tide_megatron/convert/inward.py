@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import tide_megatron.platform  # noqa: F401 - before megatron
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from rich.progress import track
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tide_megatron import __version__
 from tide_megatron.base.device import Device
+from tide_megatron.base.digests import refuse_damaged
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.convert.place import HF, RELEASE, TRACKER, copy_companions, refuse_existing
@@ -33,7 +33,7 @@ from tide_megatron.convert.slots import Slot, slots_of
 from tide_megatron.models.convert import check_names, read_architecture
 from tide_megatron.models.folder import HfFolder
 from tide_megatron.models.writing import replaced_folder
-from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first
+from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, own_share
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +67,15 @@ def hf_to_megatron(
     started = time.monotonic()
     with fail_together():
         refuse_existing(target, force=force)
+        refuse_damaged(source, own_share())
         architecture = read_architecture(source)
         with HfFolder(source) as folder:
             check_names(architecture, folder)
             merged = architecture.has_merged(folder.shapes)
     model = slots_of(architecture, device, merged=merged)
     elements = [slot.piece.elements for slot in model.slots]
-    share = deal(elements, dist.get_world_size())[dist.get_rank()]
+    rank, ranks = own_share()
+    share = deal(elements, ranks)[rank]
     with fail_together(), HfFolder(source) as folder:
         slots = [model.slots[number] for number in share]
         state: dict[str, Any] = {

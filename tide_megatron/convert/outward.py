@@ -18,10 +18,10 @@ from pathlib import Path
 import tide_megatron.platform  # noqa: F401 - before megatron
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tide_megatron.base.device import Device
+from tide_megatron.base.digests import refuse_damaged
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.convert.inward import shown
@@ -39,7 +39,7 @@ from tide_megatron.models.shards import (
     write_index,
 )
 from tide_megatron.models.writing import replaced_folder, sync, write_config
-from tide_megatron.parallel.collectives import barrier, broadcast_object, fail_together, is_first
+from tide_megatron.parallel.collectives import barrier, broadcast_object, fail_together, is_first, own_share
 
 _PLAN = "conversion.json"
 
@@ -93,6 +93,7 @@ def megatron_to_hf(
         architecture = read_architecture(companions)
     slots = slots_of(architecture, device).slots
     with fail_together():
+        refuse_damaged(files, own_share())
         reader = MegatronReader(files)
         planned = _files(slots, _stored_dtypes(files, reader, slots), written)
     partial = target.with_name(f".{target.name}.converting")
@@ -100,7 +101,8 @@ def megatron_to_hf(
         kept = _begin(partial, planned, files) if is_first() else set()
     kept = broadcast_object(kept if is_first() else None)
     todo = [file for file in planned if file.name not in kept]
-    own = todo[dist.get_rank() :: dist.get_world_size()]
+    rank, ranks = own_share()
+    own = todo[rank::ranks]
     with fail_together():
         _write_files(reader, partial, own)
     with fail_together():

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tide_megatron.base.digests import refuse_damaged
 from tide_megatron.base.errors import CheckpointError, ConfigError, nearest
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.architecture import Architecture
@@ -29,6 +30,7 @@ from tide_megatron.models.holding import held
 from tide_megatron.models.shards import Planned
 from tide_megatron.models.weights import Piece, to_hf
 from tide_megatron.models.writing import stream_folder
+from tide_megatron.parallel.collectives import own_share
 
 _MOST_NAMED = 20  # tensors of one kind that a message names
 
@@ -62,15 +64,23 @@ def read_architecture(folder: Path) -> Architecture:
         raise ConfigError(f"{folder}: {fault}") from None
 
 
-def load_model(model: TideModel, folder: Path) -> LoadReport:
+def load_model(model: TideModel, folder: Path, *, verify: bool = True) -> LoadReport:
     """Fill a model from a Hugging Face folder, casting to the model's dtypes.
 
     Not a collective: each rank reads for itself. With several ranks, wrap the call in
     `parallel.collectives.fail_together`, because a disk may fail one of them.
 
+    Args:
+        model: with its dtypes.
+        folder: config.json and safetensors.
+        verify: where the folder has digests of its weights (`base.digests`), compare them first; the ranks
+            share the files out.
+
     Raises:
-        CheckpointError: with all missing, unknown and misshapen tensors, or the file that is damaged.
+        CheckpointError: with all missing, unknown and misshapen tensors, or the files that are damaged.
     """
+    if verify:
+        refuse_damaged(folder, own_share())
     with HfFolder(folder) as source:
         check_names(model.architecture, source)
         tensors_read = _fill(

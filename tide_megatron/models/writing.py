@@ -12,16 +12,21 @@ from typing import Any
 
 from torch import Tensor
 
+from tide_megatron.base.digests import write_digests
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.models.folder import CONFIG_FILE
 from tide_megatron.models.shards import Plan, Planned, write_tensors
+
+WEIGHTS = (".safetensors", ".distcp")
+"""Files whose digests are recorded; the others are text, which people may edit."""
 
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Give a new folder to fill, which takes the place of `folder` when the block ends without an error.
 
-    What stood at `folder` goes as a whole, and only then; after an error nothing has changed.
+    Beside weights their digests are written (`base.digests`). What stood at `folder` goes as a whole, and
+    only then; after an error nothing has changed.
 
     Args:
         folder: where it shall stand.
@@ -39,6 +44,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        for inner in {path.parent for path in partial.rglob("*") if path.name.endswith(WEIGHTS)}:
+            write_digests(inner, {}, WEIGHTS)
         for path in (*partial.rglob("*"), partial):
             sync(path)
         if folder.exists():

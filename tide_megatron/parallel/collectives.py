@@ -32,6 +32,11 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def own_share() -> tuple[int, int]:
+    """Return (this rank, ranks); (0, 1) where no world was joined. No collective."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def barrier(group: ProcessGroup | None = None) -> None:
     """Wait for all ranks of the group. Every rank of the group must call it."""
     if dist.is_initialized():

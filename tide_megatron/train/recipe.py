@@ -56,6 +56,8 @@ class Model:
     """The tokenizer's mask token; added to the tokenizer when it has none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 on CUDA, fp32 on CPU."""
+    verify: bool = True
+    """Compare the weights with digests.json before they are used, where the folder has one."""
     layout: Layout = Field(default_factory=Layout)
     """How the model is cut over the ranks (machine choice: not part of the digest)."""
 

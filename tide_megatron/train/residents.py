@@ -134,7 +134,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         if choice.initial == "random":
             report = draw_weights(model, recipe.seed)
         else:
-            report = load_model(model, Path(choice.folder))
+            report = load_model(model, Path(choice.folder), verify=choice.verify)
     log.info(
         "%s: %s, %s, layout %s, context %s, %d parameters on this rank, %d bytes read",
         plan.key,

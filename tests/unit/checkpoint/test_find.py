@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
+from tide_megatron.base.digests import write_digests
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.checkpoint.digests import write_digests
 from tide_megatron.checkpoint.durable import point_latest
 from tide_megatron.checkpoint.find import find_checkpoint
 from tide_megatron.checkpoint.keep import expired

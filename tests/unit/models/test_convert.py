@@ -49,6 +49,7 @@ def edit(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+    (folder / "digests.json").unlink(missing_ok=True)
 
 
 def test_there_and_back_is_the_same_bytes(config, folder, groups, tmp_path):
@@ -209,3 +210,16 @@ def test_misshapen_merged_experts_are_named(groups, tmp_path):
     edit(tmp_path / "m", lambda tensors: tensors.update({name: tensors[name][1:].clone()}))
     with pytest.raises(CheckpointError, match=rf"1 misshapen: {name} \[7, 24, 32\] instead of \[8, 24, 32\]"):
         load_model(fresh(tmp_path / "m", groups), tmp_path / "m")
+
+
+def test_weights_with_other_bytes_than_were_written_are_refused(groups, tmp_path):
+    save_model(build(DENSE, groups), tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has other bytes than were written"):
+        load_model(fresh(tmp_path / "m", groups), tmp_path / "m")
+    load_model(fresh(tmp_path / "m", groups), tmp_path / "m", verify=False)
+    (tmp_path / "m" / "digests.json").unlink()
+    load_model(fresh(tmp_path / "m", groups), tmp_path / "m")

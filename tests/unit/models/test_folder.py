@@ -103,6 +103,7 @@ def test_a_folder_replaces_the_old_one_as_a_whole(single, tmp_path):
     write_folder(single, {"new": 1}, {"d": torch.ones(1)}, [extra])
     assert sorted(path.name for path in single.iterdir()) == [
         "config.json",
+        "digests.json",
         "model.safetensors",
         "tokenizer.json",
     ]

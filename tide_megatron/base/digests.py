@@ -1,4 +1,4 @@
-"""`digests.json`: the size and SHA-256 of every other file of a checkpoint.
+"""`digests.json`: the sizes and SHA-256 of files of a folder, such as a checkpoint or a model's weights.
 
 SHA-256 because processors have instructions for it (2 GB/s a core), and disks are slower.
 """
@@ -11,8 +11,9 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 
-from tide_megatron.checkpoint.names import DIGESTS
+from tide_megatron.base.errors import CheckpointError
 
+DIGESTS = "digests.json"
 Digests = dict[str, tuple[int, str]]
 """File name -> (bytes, SHA-256 in hexadecimal)."""
 
@@ -57,15 +58,19 @@ def digest_of(path: Path) -> tuple[int, str]:
     return size, found.hexdigest()
 
 
-def write_digests(folder: Path, known: Mapping[str, tuple[int, str]]) -> None:
-    """Write digests.json over every file of a folder; files that nobody has digested yet are read.
+def write_digests(
+    folder: Path, known: Mapping[str, tuple[int, str]], suffixes: tuple[str, ...] = ("",)
+) -> None:
+    """Write digests.json over the files of a folder; those that nobody has digested yet are read.
 
     Args:
-        folder: a checkpoint that is otherwise complete.
+        folder: otherwise complete.
         known: digests that the writers took while they wrote.
+        suffixes: how the names of the files end that count; all do unless told.
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    files = {name: known.get(name) or digest_of(folder / name) for name in names if name != DIGESTS}
+    counted = [name for name in names if name != DIGESTS and name.endswith(suffixes)]
+    files = {name: known.get(name) or digest_of(folder / name) for name in counted}
     lines = {name: {"bytes": size, "sha256": value} for name, (size, value) in files.items()}
     (folder / DIGESTS).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
 
@@ -87,10 +92,10 @@ def read_digests(folder: Path) -> Digests:
 
 
 def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Say what is wrong with a checkpoint: one line a file, none when it is whole.
+    """Say what is wrong with a folder: one line a file, none when it is whole.
 
     Args:
-        folder: the checkpoint.
+        folder: with digests.json in it.
         share: (this rank, ranks): read only every so many files, the others leave theirs to the others. Names
             and sizes are looked at by all.
     """
@@ -116,3 +121,21 @@ def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
         except OSError as fault:
             faults.append(f"{name} cannot be read ({fault})")
     return faults
+
+
+def refuse_damaged(folder: Path, share: tuple[int, int]) -> None:
+    """Compare a folder with its digests, if it has any.
+
+    Args:
+        folder: of weights.
+        share: see `damage`.
+
+    Raises:
+        CheckpointError: files are missing, cut off or have other bytes; this rank's share of them.
+    """
+    faults = damage(folder, share) if (folder / DIGESTS).is_file() else []
+    if faults:
+        raise CheckpointError(
+            f"{folder}: damaged: {'; '.join(faults)}; copy or download it again, or remove {DIGESTS} if you "
+            "changed it yourself"
+        )

@@ -2,8 +2,7 @@
 
 import pytest
 
-from tide_megatron.checkpoint.digests import DigestingFile, damage, digest_of, write_digests
-from tide_megatron.checkpoint.names import DIGESTS
+from tide_megatron.base.digests import DIGESTS, DigestingFile, damage, digest_of, write_digests
 
 FILES = {".metadata": b"table", "a.distcp": bytes(range(256)) * 5000, "state.json": b"{}"}
 
