@@ -11,23 +11,24 @@ import pytest
 from tests.parallel.test_resume import losses, run
 from tests.tiny_run import write_tiny_run
 from tide_megatron.base.digests import damage
-from tide_megatron.checkpoint import finish, save
+from tide_megatron.checkpoint import finish
 from tide_megatron.checkpoint.names import listed
+from tide_megatron.checkpoint.task import Task
 
 
 def run_on_a_slow_disk(seconds, *args):
     """Train while every save's writing begins so much later."""
-    write = save._Save.write
+    write = Task.write
 
     def late(self):
         time.sleep(seconds)
         write(self)
 
-    save._Save.write = late
+    Task.write = late
     try:
         return run(*args)
     finally:
-        save._Save.write = write
+        Task.write = write
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_a_second_save_waits_for_the_first_and_a_stop_for_the_last(pool, tmp_pat
     assert [path.name[:13] for path in listed(folder / "checkpoints")] == [f"step-{n:08d}" for n in (1, 2, 3)]
     assert not any(damage(path) for path in listed(folder / "checkpoints"))
     assert not list((folder / "checkpoints").glob("*.partial"))
-    assert any("the last checkpoint is not written yet; waiting for it" in line for line in heard[0])
+    assert any("is not written yet; waiting for it" in line for line in heard[0])
 
 
 def hear(function, *args):

@@ -13,10 +13,9 @@ from tide_megatron.base.digests import Digests, write_digests
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.checkpoint.durable import flush, flush_tree, point_latest
 from tide_megatron.checkpoint.facts import Facts, write_facts
-from tide_megatron.checkpoint.keep import expired
-from tide_megatron.checkpoint.names import PARTIAL, listed, remove
+from tide_megatron.checkpoint.names import PARTIAL, remove
 from tide_megatron.checkpoint.piece_file import Entry, enter_pieces
-from tide_megatron.parallel.collectives import fail_together, gather_objects, is_first
+from tide_megatron.parallel.collectives import fail_together, is_first
 
 
 def begin_folder(folder: Path, name: str) -> Path:
@@ -33,40 +32,31 @@ def begin_folder(folder: Path, name: str) -> Path:
     return partial
 
 
-def complete_folder(
-    partial: Path, facts: Facts, entries: Sequence[Entry], digests: Digests, keep: int, keep_every: int
-) -> Path:
-    """Give a checkpoint that all ranks have written its table, facts, digests and name. Collective.
+def complete_folder(partial: Path, facts: Facts, entries: Sequence[Entry], digests: Digests) -> Path:
+    """Give a checkpoint that all ranks have written its table, facts, digests and name (rank 0).
 
     Args:
         partial: the folder.
         facts: what state.json will say.
-        entries: the pieces that this rank wrote.
-        digests: of the files that this rank wrote.
-        keep: how many of the newest checkpoints stay.
-        keep_every: those whose step is a multiple of it stay for good.
+        entries: the pieces that the ranks wrote.
+        digests: of the files that the ranks wrote.
 
     Returns:
         The finished checkpoint's folder.
 
     Raises:
-        CheckpointError: on every rank, when the disk refuses.
+        OSError: the disk refuses.
     """
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    gathered = gather_objects((entries, digests))
-    with fail_together(), disk(partial):
-        if is_first():
-            enter_pieces(partial, [entry for of_rank, _ in gathered for entry in of_rank])
-            write_facts(partial, facts)
-            write_digests(partial, {name: value for _, known in gathered for name, value in known.items()})
-            flush_tree(partial)
-            if final.exists():
-                remove(final)
-            partial.rename(final)
-            flush(final.parent)
-            point_latest(final.parent, final.name)
-            for old in expired(listed(final.parent), keep, keep_every):
-                remove(old)
+    enter_pieces(partial, entries)
+    write_facts(partial, facts)
+    write_digests(partial, digests)
+    flush_tree(partial)
+    if final.exists():
+        remove(final)
+    partial.rename(final)
+    flush(final.parent)
+    point_latest(final.parent, final.name)
     return final
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tide_megatron.checkpoint.names import Mark
+from tide_megatron.checkpoint.names import Mark, listed, remove
 
 
 def expired(checkpoints: Sequence[Path], keep: int, keep_every: int) -> list[Path]:
@@ -18,3 +18,9 @@ def expired(checkpoints: Sequence[Path], keep: int, keep_every: int) -> list[Pat
     """
     old = checkpoints[: max(0, len(checkpoints) - keep)]
     return [path for path in old if not keep_every or Mark.of(path).step % keep_every]
+
+
+def keep_newest(folder: Path, keep: int, keep_every: int) -> None:
+    """Remove the checkpoints of a folder that may go (rank 0)."""
+    for old in expired(listed(folder), keep, keep_every):
+        remove(old)

@@ -17,6 +17,7 @@ import typer
 from tide_megatron import __version__
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.log import start_log
+from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.doctor import doctor
 from tide_megatron.commands.export import export
@@ -44,6 +45,7 @@ app = typer.Typer(
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
 app.add_typer(convert, name="convert")
+app.add_typer(checkpoint, name="checkpoint")
 
 
 def _show_version(is_wanted: bool) -> None:

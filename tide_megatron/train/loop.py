@@ -105,7 +105,10 @@ def _loop(
     while clock.step < clock.total_steps and not stopped:
         before = clock
         with run.phases("checkpoint"):
-            saver.poll()
+            if every and (clock.step + 1) % every == 0:
+                saver.wait()  # here and not after the step, so that a kill costs one save at most
+            else:
+                saver.poll()
         with run.phases("data"):
             batches = parts.loader.update(clock.consumed)
         result = train_step(run, batches, clock)

@@ -1,0 +1,82 @@
+"""`tide checkpoint inspect|verify|diff`: what is inside, is it whole, how do two differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Place = Annotated[Path, typer.Argument(help="A step-* folder; or a run folder, for its newest checkpoint.")]
+
+app = typer.Typer(help="Look into training checkpoints.", no_args_is_help=True)
+
+
+@app.command()
+def inspect(
+    path: Place,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, too.")] = False,
+) -> None:
+    """Show what a checkpoint is: step, samples, recipe, data, versions, sizes.
+
+    Example: tide checkpoint inspect runs/kl --tensors
+    """
+    import rich
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tide_megatron.checkpoint.report import facts_of, tensors_of
+
+    shown = Table(box=None, show_header=False)
+    for name, value in facts_of(path).items():
+        shown.add_row(name, escape(value))
+    rich.print(shown)
+    if tensors:
+        listed = Table("tensor", "shape", "dtype", box=None)
+        for row in tensors_of(path):
+            listed.add_row(*row)
+        rich.print(listed)
+
+
+@app.command()
+def verify(path: Place) -> None:
+    """Read every file of a checkpoint and compare its digest. The exit code is 2 if it is not whole.
+
+    Example: tide checkpoint verify runs/kl/checkpoints/step-00000200-000000012800
+    """
+    from tide_megatron.base.digests import damage, read_digests
+    from tide_megatron.base.errors import CheckpointError
+    from tide_megatron.checkpoint.choose import chosen
+
+    found = chosen(path)
+    faults = damage(found)
+    if faults:
+        lines = "\n  ".join(faults)
+        raise CheckpointError(f"{found} is not whole:\n  {lines}\na run goes on from the newest whole one")
+    typer.echo(f"{found} is whole: {len(read_digests(found))} files")
+
+
+@app.command()
+def diff(first: Place, second: Place) -> None:
+    """Show how two checkpoints differ: recipes, clocks, and the tensors that are not equal.
+
+    Example: tide checkpoint diff runs/a runs/b
+    """
+    import rich
+    from rich.table import Table
+
+    from tide_megatron.checkpoint.choose import chosen
+    from tide_megatron.checkpoint.compare import differences
+    from tide_megatron.checkpoint.report import differing_facts
+
+    one, other = chosen(first), chosen(second)
+    for line in differing_facts(one, other):
+        typer.echo(line)
+    shown = Table("tensor", "largest difference", "relative", box=None)
+    for found in differences(one, other):
+        numbers = (found.words, "") if found.words else (f"{found.absolute:.3g}", f"{found.relative:.3g}")
+        shown.add_row(found.name, *numbers)
+    if shown.row_count:
+        rich.print(shown)
+    else:
+        typer.echo("all tensors are equal")

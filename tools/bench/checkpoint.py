@@ -1,0 +1,177 @@
+"""What a checkpoint costs training: one written in the background against one that training waits for.
+
+    python tools/bench/checkpoint.py --json                    (the quickstart's student: half a minute)
+    python tools/bench/checkpoint.py --shape 0.6b --json       (28 x 1024, V = 151,936, 8.3 GB a checkpoint)
+
+Each way runs in a fresh process on random weights: bf16 parameters with fp32 masters and Adam's moments for
+0.6b, fp32 for the quickstart. Between saves the optimizer makes real updates. `stall` is what training stood
+still for a save, all of it (copying, planning, table of contents); the first save, which also allocates the
+room for the copy, is told apart. `slowdown` is what the updates made while a save was being written took
+beyond as many undisturbed ones: on a machine whose cores are all busy, writing takes time from training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
+
+from bench.cost import apart, machine
+from tide_megatron.base.clock import Clock
+from tide_megatron.base.device import Device
+from tide_megatron.base.digests import damage
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.checkpoint.facts import Origin
+from tide_megatron.checkpoint.names import listed
+from tide_megatron.checkpoint.save import Keeping, Saver
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.models import ARCHITECTURES
+from tide_megatron.models.build import build_model
+from tide_megatron.models.convert import draw_weights
+from tide_megatron.models.precision import Precision
+from tide_megatron.models.spec import Options
+from tide_megatron.parallel.groups import make_groups
+from tide_megatron.parallel.layout import Layout
+from tide_megatron.train.recipe import Optimizer
+from tide_megatron.train.student import Student
+
+SHAPES: dict[str, dict[str, int]] = {
+    "quickstart": {
+        "num_hidden_layers": 2,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 48,
+        "vocab_size": 512,
+    },
+    "0.6b": {
+        "num_hidden_layers": 28,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+    },
+}
+PRECISION = {"quickstart": "fp32", "0.6b": "bf16"}
+WAYS = ("asynchronous", "waiting")
+
+
+def make_student(shape: str, device: Device) -> Student:
+    """Build a student of a shape with random weights and gradients."""
+    config = {
+        "model_type": "a2d-qwen3",
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        **SHAPES[shape],
+    }
+    precision = Precision.choose(PRECISION[shape], device.type)
+    how = Options(device=device, precision=precision, trainable=True)
+    model = build_model(ARCHITECTURES["a2d-qwen3"].from_hf(config), make_groups(Layout()), how)
+    draw_weights(model, 1)
+    return Student(model, Context(kind="block_diffusion", block_size=16), 1, Optimizer(warmup=0.0))
+
+
+def measure(
+    shape: str, way: str, saves: int, folder: Path, *, device: Device, stop: StopFlag
+) -> dict[str, Any]:
+    """Save again and again between updates on this rank; return what it cost."""
+    student, total = make_student(shape, device), 10**6
+    clock = Clock(total_steps=total)
+
+    def update() -> float:
+        nonlocal clock
+        started = time.perf_counter()
+        for buffer in student.wrapped.buffers:
+            buffer.grad_data.fill_(1e-3)
+        assert student.update(clock, finite=True).applied
+        clock = clock.after_step(applied=True, samples=1)
+        return time.perf_counter() - started
+
+    saver = Saver(
+        folder,
+        student.model,
+        student.optimizer,
+        Origin(recipe={}, recipe_digest="", data=""),
+        Keeping(keep=1, asynchronous=way == "asynchronous"),
+    )
+    update()
+    undisturbed = statistics.median(update() for _ in range(5))
+    slowdowns = []
+    for _ in range(saves):
+        saver.begin(clock, {})
+        spent = []
+        while saver.is_saving:
+            spent.append(update())
+            saver.poll()
+        slowdowns.append(sum(spent) - undisturbed * len(spent))
+        update()
+    newest = listed(folder)[-1]
+    started = time.perf_counter()
+    assert not damage(newest)
+    return {
+        "stall_seconds": [times.stall for times in saver.times],
+        "write_seconds": [times.write + times.complete for times in saver.times],
+        "slowdown_seconds": slowdowns,
+        "update_seconds": undisturbed,
+        "verify_seconds": time.perf_counter() - started,
+        "bytes": sum(path.stat().st_size for path in newest.iterdir()),
+        "parts_seconds": dataclasses.asdict(saver.times[-1]),
+    }
+
+
+def measured(shape: str, way: str, saves: int, ranks: int, at: str) -> dict[str, Any]:
+    """Measure one way in a folder of its own; importable, for a fresh process."""
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(dir=at))
+    try:
+        found: dict[str, Any] = run_ranks(measure, (shape, way, saves, folder / "checkpoints"), ranks, "cpu")
+        return found
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    """Parse, measure both ways, print a table and, if asked, one line of JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="quickstart", choices=SHAPES)
+    parser.add_argument(
+        "--saves", type=int, default=4, help="for each way, at least two; the first is told apart"
+    )
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found: dict[str, Any] = {
+        way: apart(measured, given.shape, way, given.saves, given.ranks, given.folder) for way in WAYS
+    }
+    stalls = {way: statistics.median(found[way]["stall_seconds"][1:]) for way in WAYS}
+    found["stall_ratio"] = stalls["asynchronous"] / stalls["waiting"]
+    found["first_stall_ratio"] = found["asynchronous"]["stall_seconds"][0] / stalls["waiting"]
+    for way in WAYS:
+        later = found[way]["slowdown_seconds"][1:]
+        print(f"{way:14}stall {stalls[way]:.3f} s, updates slowed by {statistics.median(later):.3f} s a save")
+    print(f"{'ratio':14}{found['stall_ratio']:.3f} (first save {found['first_stall_ratio']:.3f})")
+    if given.json:
+        print(json.dumps({"shape": given.shape, "ranks": given.ranks, **found, **machine()}))
+
+
+if __name__ == "__main__":
+    main()
