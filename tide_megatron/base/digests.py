@@ -75,6 +75,20 @@ def write_digests(
     (folder / DIGESTS).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
 
 
+def record_digests(folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Write digests.json into a folder that has none.
+
+    Raises:
+        CheckpointError: it has one, or the disk refuses.
+    """
+    if (folder / DIGESTS).exists():
+        raise CheckpointError(f"{folder / DIGESTS} is there already; remove it first if you mean new weights")
+    try:
+        write_digests(folder, {}, suffixes)
+    except OSError as fault:
+        raise CheckpointError(f"{folder / DIGESTS}: cannot be written ({fault})") from None
+
+
 def read_digests(folder: Path) -> Digests:
     """Return what digests.json says.
 

@@ -39,15 +39,30 @@ def inspect(
 
 
 @app.command()
-def verify(path: Place) -> None:
+def verify(
+    path: Place,
+    record: Annotated[
+        bool, typer.Option("--record", help="First write digests.json into a model folder that has none.")
+    ] = False,
+) -> None:
     """Read every file of a checkpoint and compare its digest. The exit code is 2 if it is not whole.
 
+    Takes model folders, too: their weights are compared again whenever they are loaded. Record what you have
+    downloaded once, and a copy of it that was cut off is noticed.
+
     Example: tide checkpoint verify runs/kl/checkpoints/step-00000200-000000012800
+
+    Example: tide checkpoint verify models/wedlm --record
     """
-    from tide_megatron.base.digests import damage, read_digests
+    from tide_megatron.base.digests import damage, read_digests, record_digests
     from tide_megatron.base.errors import CheckpointError
     from tide_megatron.checkpoint.choose import chosen
+    from tide_megatron.models.folder import check_weights
+    from tide_megatron.models.writing import WEIGHTS
 
+    if record:
+        check_weights(path)
+        record_digests(path, WEIGHTS)
     found = chosen(path)
     faults = damage(found)
     if faults:

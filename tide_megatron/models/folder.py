@@ -131,6 +131,16 @@ class _WeightFile:
             raise _damaged(self._path, fault) from None
 
 
+def check_weights(folder: Path) -> None:
+    """Read the headers of a folder's weights.
+
+    Raises:
+        CheckpointError: naming the file that is missing or damaged.
+    """
+    with HfFolder(folder):
+        pass
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the parsed config.json of a folder.
 

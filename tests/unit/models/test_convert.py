@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from tests.unit.models.shapes import (
     CPU,
@@ -18,7 +19,9 @@ from tests.unit.models.shapes import (
     build,
     view,
 )
+from tide_megatron.base.digests import record_digests
 from tide_megatron.base.errors import CheckpointError, ConfigError
+from tide_megatron.commands import app
 from tide_megatron.models.build import build_model
 from tide_megatron.models.convert import hf_tensors, load_model, read_architecture, save_model
 from tide_megatron.models.folder import HfFolder
@@ -26,6 +29,7 @@ from tide_megatron.models.holding import held
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import Options
+from tide_megatron.models.writing import WEIGHTS
 
 FAMILIES = [DENSE, MIXTURE, WEDLM, LLADA, LLADA_MOE, DREAM]
 
@@ -223,3 +227,17 @@ def test_weights_with_other_bytes_than_were_written_are_refused(groups, tmp_path
     load_model(fresh(tmp_path / "m", groups), tmp_path / "m", verify=False)
     (tmp_path / "m" / "digests.json").unlink()
     load_model(fresh(tmp_path / "m", groups), tmp_path / "m")
+
+
+def test_what_was_downloaded_is_recorded_once(groups, tmp_path):
+    save_model(build(DENSE, groups), tmp_path / "m")
+    with pytest.raises(CheckpointError, match="is there already"):
+        record_digests(tmp_path / "m", WEIGHTS)
+    (tmp_path / "m" / "digests.json").unlink()
+    told = CliRunner().invoke(app, ["checkpoint", "verify", str(tmp_path / "m"), "--record"])
+    assert told.exit_code == 0, told.output
+    assert "is whole: 1 files" in " ".join(told.output.split())
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"bytes instead of"):
+        load_model(fresh(tmp_path / "m", groups), tmp_path / "m")
