@@ -6,6 +6,7 @@
 #   make shared-tokenizer    TIDAL along each of its axes, with and without CompDemo (about 6 minutes)
 #   make test                all tests but the slow ones
 #   make check               format, lint, strict types, layer contract, house rules
+#   make kill-test           kill a run 100 times: is anything lost? (about 25 minutes)
 #   make faults              spoil the code on purpose in a copy: do the tests notice? (about 5 minutes)
 #
 # Variables: PYTHON (interpreter to build with), VENV, TORCH (what to install as torch), TORCH_INDEX (where the CPU
@@ -24,7 +25,7 @@ SOURCES = tide_megatron tools examples tests
 
 .PHONY: help quickstart quickstart-full quickstart-models \
   cross-tokenizer cross-tokenizer-full cross-models shared-tokenizer shared-tokenizer-full \
-  test test-all test-312 check faults format environment clean
+  test test-all test-312 check faults kill-test format environment clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -80,6 +81,9 @@ check: $(BUILT)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/unit/test_house.py
+
+kill-test: $(BUILT)
+	$(BIN)/python tools/kill_test.py
 
 faults: $(BUILT)
 	$(BIN)/python tools/planted_faults.py --mutations 50 --seed 1

@@ -6,6 +6,7 @@ The clock is the whole of loader position, noise clock and schedule: all three a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +52,7 @@ class Facts:
         return Facts(
             clock=clock,
             origin=origin,
-            megatron_core=version("megatron-core"),
+            megatron_core=_here(),
             ranks=ranks,
             optimizer_steps=optimizer_steps,
             metrics=metrics,
@@ -78,13 +79,18 @@ def read_facts(found: Path) -> Facts:
         facts = Facts(origin=Origin(**{name: tree.pop(name) for name in names}), **tree)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(f"{found / STATE}: not readable ({fault}); choose another checkpoint") from None
-    here = version("megatron-core")
+    here = _here()
     if _line(facts.megatron_core) > _line(here):
         raise CheckpointError(
             f"{found} was written by megatron-core {facts.megatron_core}; {here} cannot read it: "
             f"install {facts.megatron_core} or newer"
         )
     return facts
+
+
+@functools.cache
+def _here() -> str:
+    return version("megatron-core")
 
 
 def _line(name: str) -> tuple[int, ...]:

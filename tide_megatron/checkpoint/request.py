@@ -1,4 +1,4 @@
-"""megatron-core's part of a save: weights, whatever is not in pieces, and the table of contents.
+"""megatron-core's part of a save: whatever is not in pieces, and the table of contents.
 
 Its asynchronous request is taken apart: it plans together at once, hands out what to write, and finishes
 together later. Its own writers fork (0.16.1) the training process with all its threads, or copy nothing of
@@ -33,11 +33,25 @@ _KEYWORDS = (
 class Request:
     """One planned save of megatron-core's."""
 
-    def __init__(self, state: dict[str, Any], partial: Path, metadata: Mapping[str, Any]) -> None:
-        """Plan and collect what this rank writes; small common values are written at once. Collective."""
+    def __init__(
+        self, state: dict[str, Any], partial: Path, metadata: Mapping[str, Any], *, is_checked: bool
+    ) -> None:
+        """Plan and collect what this rank writes; small common values are written at once. Collective.
+
+        Args:
+            state: sharded state of this rank.
+            partial: the folder to write in.
+            metadata: how the state is sharded, for whoever reads it.
+            is_checked: compare with all ranks that every tensor is written once and common values agree.
+        """
         self._results = keep_results_here()
         request = dist_checkpointing.save(
-            state, str(partial), async_sharded_save=True, content_metadata=dict(metadata), **_KEYWORDS
+            state,
+            str(partial),
+            async_sharded_save=True,
+            validate_access_integrity=is_checked,
+            content_metadata=dict(metadata),
+            **_KEYWORDS,
         )
         assert request is not None, "an asynchronous save answers with a request"
         self._finish = request.finalize_fns

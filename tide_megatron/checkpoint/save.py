@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class Saver:
         self._model, self._optimizer = model, optimizer
         self._origin, self._keeping = origin, keeping
         self._staging = Staging()
+        # One thread for all saves: to start another, training would wait for the interpreter.
+        self._background = ThreadPoolExecutor(1, "checkpoint") if keeping.asynchronous else None
         self._task: Task | None = None
         self.times: list[Times] = []
         """What the finished saves cost, in their order."""
@@ -80,19 +83,21 @@ class Saver:
             CheckpointError: on every rank, when the disk refuses; older checkpoints stay as they are.
         """
         self.wait()
-        started, is_asynchronous = time.monotonic(), self._keeping.asynchronous
+        started = time.monotonic()
         partial = begin_folder(self.folder, name_of(clock))
         state, pieces = saving_state(self._model, self._optimizer)
         facts = Facts.now(clock, self._origin, optimizer_steps(self._optimizer), metrics, num_ranks())
         with disk(partial):
-            request = Request(state, partial, SHARDING)
-        if is_asynchronous:
+            request = Request(state, partial, SHARDING, is_checked=not self.times)  # it stays so
+        if self._background:
             request.copy(live_storages(self._model, self._optimizer))
             pieces = self._staging.copy(pieces)
         self._task = task = Task(partial, facts, request, pieces)
+        if self._background:
+            task.start(task.write, self._background)
         task.times.begin = time.monotonic() - started
-        task.start(task.write, is_asynchronous=is_asynchronous)
-        if not is_asynchronous:
+        if not self._background:
+            task.start(task.write, None)
             self.wait()
             task.times.wait = task.times.write + task.times.complete
 
@@ -137,7 +142,5 @@ class Saver:
         keeping = self._keeping
         task.times.gather = time.monotonic() - started
         if is_first():
-            task.start(
-                lambda: task.complete(keeping.keep, keeping.keep_every), is_asynchronous=keeping.asynchronous
-            )
+            task.start(lambda: task.complete(keeping.keep, keeping.keep_every), self._background)
         self._task = task

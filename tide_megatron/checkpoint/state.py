@@ -10,7 +10,7 @@ import tide_megatron.platform  # noqa: F401 - before megatron
 import torch
 from torch import Tensor
 
-from tide_megatron.checkpoint.pieces import Piece, split_pieces
+from tide_megatron.checkpoint.pieces import Piece, split_optimizer, split_weights
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The one optimizer format both supported megatron-core lines can load into any layout."""
@@ -27,11 +27,12 @@ def loading_state(model: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def saving_state(model: Any, optimizer: Any) -> tuple[dict[str, Any], list[Piece]]:
-    """Return what megatron-core saves, and the pieces of the optimizer that this rank writes."""
+    """Return what megatron-core saves, and the pieces that this rank writes."""
     metadata = _metadata(model)
     weights = model.sharded_state_dict(metadata=metadata)
-    state, pieces = split_pieces(optimizer, weights, metadata)
-    return {"model": weights, "optimizer": state}, pieces
+    state, pieces = split_optimizer(optimizer, weights, metadata)
+    rest, own = split_weights(weights)
+    return {"model": rest, "optimizer": state}, [*own, *pieces]
 
 
 def live_storages(model: Any, optimizer: Any) -> set[int]:

@@ -6,9 +6,9 @@ Nothing here but `gather` is a collective; a fault in a thread is kept until all
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 from tide_megatron.base.digests import Digests
@@ -55,7 +55,7 @@ class Task:
             partial: the folder that was made for it.
             facts: what state.json will say.
             request: megatron-core's part.
-            pieces: this rank's pieces of the optimizer.
+            pieces: this rank's pieces of weights and optimizer.
         """
         self.partial = partial
         self.times = Times()
@@ -64,7 +64,7 @@ class Task:
         self._facts, self._request, self._pieces = facts, request, pieces
         self._entries: list[Entry] = []
         self._digests: Digests = {}
-        self._thread: threading.Thread | None = None
+        self._future: Future[None] | None = None
 
     @property
     def name(self) -> str:
@@ -74,10 +74,10 @@ class Task:
     @property
     def is_busy(self) -> bool:
         """Whether a thread of this rank works on it."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._future is not None and not self._future.done()
 
-    def start(self, part: Callable[[], None], *, is_asynchronous: bool) -> None:
-        """Do a part, in the background or at once; what it raises becomes `fault`."""
+    def start(self, part: Callable[[], None], background: Executor | None) -> None:
+        """Do a part, in the background or (None) at once; what it raises becomes `fault`."""
 
         def guarded() -> None:
             try:
@@ -86,23 +86,22 @@ class Task:
             except Exception as fault:
                 self.fault = fault
 
-        if is_asynchronous:
-            self._thread = threading.Thread(target=guarded, name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
+        if background is None:
             guarded()
+        else:
+            self._future = background.submit(guarded)
 
     def join(self) -> None:
         """Wait for this rank's thread."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._future is not None:
+            self._future.result()
 
     def write(self) -> None:
         """Write all that is this rank's."""
         started = time.monotonic()
         self._digests = self._request.write()
         if self._pieces:
-            path = self.partial / f"optimizer_{own_rank():05d}.distcp"
+            path = self.partial / f"pieces_{own_rank():05d}.distcp"
             self._entries, self._digests[path.name] = write_pieces(path, self._pieces)
         self._pieces = []
         self.times.write = time.monotonic() - started
