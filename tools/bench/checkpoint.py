@@ -8,6 +8,8 @@ Each way runs in a fresh process on random weights: bf16 parameters with fp32 ma
 still for a save, all of it (copying, planning, table of contents); the first save, which also allocates the
 room for the copy, is told apart. `slowdown` is what the updates made while a save was being written took
 beyond as many undisturbed ones: on a machine whose cores are all busy, writing takes time from training.
+`megatron` is the synchronous save of megatron-core itself, with its gathering of the optimizer and its forked
+writers, before anything is digested: what ours replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tide_megatron.platform  # noqa: F401 - before megatron
+
 import torch
+from megatron.core import dist_checkpointing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
 
@@ -32,9 +37,12 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.digests import damage
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.checkpoint.durable import flush, flush_tree
 from tide_megatron.checkpoint.facts import Origin
+from tide_megatron.checkpoint.finish import begin_folder
 from tide_megatron.checkpoint.names import listed
 from tide_megatron.checkpoint.save import Keeping, Saver
+from tide_megatron.checkpoint.state import SHARDING
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models import ARCHITECTURES
@@ -42,6 +50,7 @@ from tide_megatron.models.build import build_model
 from tide_megatron.models.convert import draw_weights
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import Options
+from tide_megatron.parallel.collectives import barrier, is_first
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.recipe import Optimizer
@@ -68,7 +77,10 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 PRECISION = {"quickstart": "fp32", "0.6b": "bf16"}
+UNDISTURBED = 3
+"""Updates between two saves."""
 WAYS = ("asynchronous", "waiting")
+MEGATRON = "megatron"
 
 
 def make_student(shape: str, device: Device) -> Student:
@@ -111,28 +123,49 @@ def measure(
         Keeping(keep=1, asynchronous=way == "asynchronous"),
     )
     update()
-    undisturbed = statistics.median(update() for _ in range(5))
-    slowdowns = []
+    undisturbed, disturbed = [update() for _ in range(UNDISTURBED)], []
     for _ in range(saves):
         saver.begin(clock, {})
         spent = []
         while saver.is_saving:
             spent.append(update())
             saver.poll()
-        slowdowns.append(sum(spent) - undisturbed * len(spent))
-        update()
+        disturbed.append(spent)
+        undisturbed += [update() for _ in range(UNDISTURBED)]
+    usual = statistics.median(undisturbed)
     newest = listed(folder)[-1]
     started = time.perf_counter()
     assert not damage(newest)
     return {
         "stall_seconds": [times.stall for times in saver.times],
         "write_seconds": [times.write + times.complete for times in saver.times],
-        "slowdown_seconds": slowdowns,
-        "update_seconds": undisturbed,
+        "slowdown_seconds": [sum(spent) - usual * len(spent) for spent in disturbed],
+        "update_seconds": usual,
         "verify_seconds": time.perf_counter() - started,
         "bytes": sum(path.stat().st_size for path in newest.iterdir()),
         "parts_seconds": dataclasses.asdict(saver.times[-1]),
     }
+
+
+def megatron_saves(shape: str, saves: int, folder: Path, *, device: Device, stop: StopFlag) -> list[float]:
+    """Return the seconds of synchronous saves as megatron-core makes them, made durable as ours are."""
+    student, seconds = make_student(shape, device), []
+    metadata = {**SHARDING, "dp_cp_group": student.groups.dp_cp}
+    for number in range(saves):
+        started = time.perf_counter()
+        partial = begin_folder(folder, f"step-{number:08d}-{number:012d}")
+        weights = student.model.sharded_state_dict(metadata=metadata)
+        optimizer = student.optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
+        dist_checkpointing.save(
+            {"model": weights, "optimizer": optimizer}, str(partial), content_metadata=dict(SHARDING)
+        )
+        if is_first():
+            flush_tree(partial)
+            partial.rename(partial.with_suffix(""))
+            flush(folder)
+        barrier()
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def measured(shape: str, way: str, saves: int, ranks: int, at: str) -> dict[str, Any]:
@@ -140,6 +173,9 @@ def measured(shape: str, way: str, saves: int, ranks: int, at: str) -> dict[str,
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(dir=at))
     try:
+        if way == MEGATRON:
+            seconds = run_ranks(megatron_saves, (shape, saves, folder / "checkpoints"), ranks, "cpu")
+            return {"stall_seconds": seconds}
         found: dict[str, Any] = run_ranks(measure, (shape, way, saves, folder / "checkpoints"), ranks, "cpu")
         return found
     finally:
@@ -164,11 +200,17 @@ def main() -> None:
     }
     stalls = {way: statistics.median(found[way]["stall_seconds"][1:]) for way in WAYS}
     found["stall_ratio"] = stalls["asynchronous"] / stalls["waiting"]
+    if given.shape == "quickstart":  # at 0.6b it wants 30 GB
+        own = apart(measured, given.shape, MEGATRON, given.saves, given.ranks, given.folder)
+        found[MEGATRON] = own
+        found["stall_ratio_megatron"] = stalls[WAYS[0]] / statistics.median(own["stall_seconds"][1:])
     found["first_stall_ratio"] = found["asynchronous"]["stall_seconds"][0] / stalls["waiting"]
     for way in WAYS:
         later = found[way]["slowdown_seconds"][1:]
         print(f"{way:14}stall {stalls[way]:.3f} s, updates slowed by {statistics.median(later):.3f} s a save")
     print(f"{'ratio':14}{found['stall_ratio']:.3f} (first save {found['first_stall_ratio']:.3f})")
+    if MEGATRON in found:
+        print(f"{'of megatron':14}{found['stall_ratio_megatron']:.3f}: what its own synchronous save takes")
     if given.json:
         print(json.dumps({"shape": given.shape, "ranks": given.ranks, **found, **machine()}))
 
