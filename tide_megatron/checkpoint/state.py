@@ -44,7 +44,11 @@ def live_storages(model: Any, optimizer: Any) -> set[int]:
 def optimizer_steps(optimizer: Any) -> list[int]:
     """Return the updates that the optimizer has counted, over this rank's parameters, each number once."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    states = [state for part in parts for state in getattr(part.optimizer, "state", {}).values()]
+    inner = [part.optimizer for part in parts]
+    states = [state for one in inner for state in getattr(one, "state", {}).values()]
+    states += [
+        group for one in inner for group in getattr(one, "param_groups", [])
+    ]  # fused Adams count there
     return sorted({int(state["step"]) for state in states if "step" in state})
 
 

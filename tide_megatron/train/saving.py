@@ -84,4 +84,10 @@ def checked_clock(found: Path, origin: Origin) -> Clock:
             f"{found}: data.train {where} was prepared anew since, so the position in it means "
             "nothing; use the old data, or another folder= or --fresh to start over"
         )
+    was, wanted = (recipe["optimizer"]["distributed"] for recipe in (old.recipe, origin.recipe))
+    if was != wanted:  # no mathematics, but megatron-core keeps the two kinds of state in two forms
+        raise CheckpointError(
+            f"{found} was written with optimizer.distributed={was}, another form than {wanted} reads; "
+            f"go on with optimizer.distributed={was}"
+        )
     return facts.clock

@@ -76,3 +76,9 @@ def test_what_a_newer_megatron_wrote_is_refused(checkpoint, tree, wrote, is_read
 def test_data_that_was_prepared_anew_is_refused(checkpoint, tree):
     with pytest.raises(CheckpointError, match=r"data\.train .* was prepared anew since.*--fresh"):
         checked_clock(checkpoint, origin(tree, data="other"))
+
+
+def test_the_other_form_of_optimizer_state_is_refused_by_name(checkpoint, tree):
+    other = {**tree, "optimizer": {**tree["optimizer"], "distributed": False}}
+    with pytest.raises(CheckpointError, match=r"go on with optimizer\.distributed=True$"):
+        checked_clock(checkpoint, origin(other))
