@@ -46,10 +46,12 @@ def optimizer_steps(optimizer: Any) -> list[int]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     inner = [part.optimizer for part in parts]
     states = [state for one in inner for state in getattr(one, "state", {}).values()]
-    states += [
-        group for one in inner for group in getattr(one, "param_groups", [])
-    ]  # fused Adams count there
-    return sorted({int(state["step"]) for state in states if "step" in state})
+    groups = [group for one in inner for group in getattr(one, "param_groups", [])]
+    for counting in (states, groups):  # fused Adams count in groups; torch's leaves what it loaded there
+        found = {int(counted["step"]) for counted in counting if "step" in counted}
+        if found:
+            return sorted(found)
+    return []
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
