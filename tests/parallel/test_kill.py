@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from kill_test import run
 
 pytestmark = pytest.mark.timeout(280)
