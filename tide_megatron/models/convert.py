@@ -79,10 +79,10 @@ def load_model(model: TideModel, folder: Path, *, verify: bool = True) -> LoadRe
     Raises:
         CheckpointError: with all missing, unknown and misshapen tensors, or the files that are damaged.
     """
-    if verify:
-        refuse_damaged(folder, own_share())
     with HfFolder(folder) as source:
         check_names(model.architecture, source)
+        if verify:
+            refuse_damaged(folder, own_share())
         tensors_read = _fill(
             model,
             lambda piece: [source.read(name, piece.part(name)) for name in piece.sources],
