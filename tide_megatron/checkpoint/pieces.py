@@ -85,18 +85,33 @@ def split_optimizer(
     Returns:
         What is left for megatron-core to save, and this rank's pieces. No collective.
     """
-    parts = [part for part in _parts(optimizer) if _is_sharded(part)]
-    with contextlib.ExitStack() as stack:
-        for part in parts:
-            stack.enter_context(_not_gathered(part, metadata))
-        state = optimizer.sharded_state_dict(weights, is_loading=False, metadata=dict(metadata))
+    state = _state(optimizer, weights, metadata, with_tensors=True)
     pieces: list[Piece] = []
-    chained = _parts(optimizer)
-    for number, part in enumerate(chained):
+    for number, part in enumerate(_parts(optimizer)):
         if _is_sharded(part):
-            own = state if len(chained) == 1 else state[number]
-            pieces += _pieces(part, own.pop("param_state"))
+            pieces += _pieces(part, _state_of(state, optimizer, number).pop("param_state"))
     return state, pieces
+
+
+def optimizer_rest(optimizer: Any, weights: Mapping[str, Any], metadata: Mapping[str, Any]) -> Any:
+    """Return the first part of what `split_optimizer` does: pieces stay the same from save to save."""
+    return _state(optimizer, weights, metadata, with_tensors=False)
+
+
+def _state(
+    optimizer: Any, weights: Mapping[str, Any], metadata: Mapping[str, Any], *, with_tensors: bool
+) -> Any:
+    """Return the optimizer's sharded state; its sharded parts describe their tensors or leave them out."""
+    with contextlib.ExitStack() as stack:
+        for part in _parts(optimizer):
+            if _is_sharded(part):
+                stack.enter_context(_not_gathered(part, metadata, with_tensors=with_tensors))
+        return optimizer.sharded_state_dict(weights, is_loading=False, metadata=dict(metadata))
+
+
+def _state_of(state: Any, optimizer: Any, number: int) -> Any:
+    """Return the state of one optimizer of a chain."""
+    return state if len(_parts(optimizer)) == 1 else state[number]
 
 
 def _parts(optimizer: Any) -> list[Any]:
@@ -110,7 +125,7 @@ def _is_sharded(part: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _not_gathered(part: Any, metadata: Mapping[str, Any]) -> Iterator[None]:
+def _not_gathered(part: Any, metadata: Mapping[str, Any], *, with_tensors: bool) -> Iterator[None]:
     """Let `part` describe its state over tensors without memory in place of gathered ones.
 
     Its own method would also collect garbage, for the sake of what it has gathered: 0.2 s of a small save.
@@ -118,7 +133,8 @@ def _not_gathered(part: Any, metadata: Mapping[str, Any]) -> Iterator[None]:
 
     def described(weights: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
         state: dict[str, Any] = part.state_dict()
-        state["param_state"] = part.sharded_param_state_fully_reshardable(weights, False, dict(metadata))
+        if with_tensors:
+            state["param_state"] = part.sharded_param_state_fully_reshardable(weights, False, dict(metadata))
         state["param_state_sharding_type"] = metadata["distrib_optim_sharding_type"]
         return state
 

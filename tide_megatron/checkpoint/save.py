@@ -25,7 +25,7 @@ from tide_megatron.checkpoint.names import name_of
 from tide_megatron.checkpoint.pieces import Staging
 from tide_megatron.checkpoint.ranks import num_ranks
 from tide_megatron.checkpoint.request import Request
-from tide_megatron.checkpoint.state import SHARDING, live_storages, optimizer_steps, saving_state
+from tide_megatron.checkpoint.state import SHARDING, SavingState, live_storages, optimizer_steps
 from tide_megatron.checkpoint.task import Task, Times
 from tide_megatron.parallel.collectives import all_agree, fail_together, is_first
 
@@ -60,6 +60,7 @@ class Saver:
         self.folder = folder
         self._model, self._optimizer = model, optimizer
         self._origin, self._keeping = origin, keeping
+        self._state = SavingState(model, optimizer)
         self._staging = Staging()
         # One thread for all saves: to start another, training would wait for the interpreter.
         self._background = ThreadPoolExecutor(1, "checkpoint") if keeping.asynchronous else None
@@ -85,7 +86,7 @@ class Saver:
         self.wait()
         started = time.monotonic()
         partial = begin_folder(self.folder, name_of(clock))
-        state, pieces = saving_state(self._model, self._optimizer)
+        state, pieces = self._state.now()
         facts = Facts.now(clock, self._origin, optimizer_steps(self._optimizer), metrics, num_ranks())
         with disk(partial):
             request = Request(state, partial, SHARDING, is_checked=not self.times)  # it stays so

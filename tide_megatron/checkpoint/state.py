@@ -10,7 +10,7 @@ import tide_megatron.platform  # noqa: F401 - before megatron
 import torch
 from torch import Tensor
 
-from tide_megatron.checkpoint.pieces import Piece, split_optimizer, split_weights
+from tide_megatron.checkpoint.pieces import Piece, optimizer_rest, split_optimizer, split_weights
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The one optimizer format both supported megatron-core lines can load into any layout."""
@@ -26,13 +26,30 @@ def loading_state(model: Any, optimizer: Any) -> dict[str, Any]:
     }
 
 
-def saving_state(model: Any, optimizer: Any) -> tuple[dict[str, Any], list[Piece]]:
-    """Return what megatron-core saves, and the pieces that this rank writes."""
-    metadata = _metadata(model)
-    weights = model.sharded_state_dict(metadata=metadata)
-    state, pieces = split_optimizer(optimizer, weights, metadata)
-    rest, own = split_weights(weights)
-    return {"model": rest, "optimizer": state}, [*own, *pieces]
+class SavingState:
+    """What there is to save; most of it is described once, for it stays where it is for a run's length."""
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        """Describe nothing yet: an optimizer may still be loaded, which moves its state."""
+        self._model, self._optimizer = model, optimizer
+        self._weights: dict[str, Any] | None = None
+        self._rest: dict[str, Any] = {}
+        self._pieces: list[Piece] = []
+
+    def now(self) -> tuple[dict[str, Any], list[Piece]]:
+        """Return what megatron-core saves, and the pieces that this rank writes.
+
+        From the first call on weights and optimizer state must be changed in place only.
+        """
+        metadata = _metadata(self._model)
+        if self._weights is None:
+            self._weights = self._model.sharded_state_dict(metadata=metadata)
+            state, pieces = split_optimizer(self._optimizer, self._weights, metadata)
+            self._rest, own = split_weights(self._weights)
+            self._pieces = [*own, *pieces]
+        else:
+            state = optimizer_rest(self._optimizer, self._weights, metadata)
+        return {"model": dict(self._rest), "optimizer": state}, list(self._pieces)
 
 
 def live_storages(model: Any, optimizer: Any) -> set[int]:
