@@ -9,6 +9,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -24,7 +25,8 @@ from safetensors.torch import load_file
 from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.convert.inward import deal, hf_to_megatron
+from tide_megatron.convert import inward as inward_module
+from tide_megatron.convert.inward import hf_to_megatron
 from tide_megatron.convert.outward import Written, megatron_to_hf
 from tide_megatron.models.spec import Options, transformer_config
 from tide_megatron.models.writing import write_folder
@@ -245,18 +247,40 @@ def test_a_conversion_that_was_cut_off_goes_on(pool, tmp_path):
     assert_equal(read(tmp_path / "again"), tensors)
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path):
-    write_source(tmp_path / "hf", "mixture")
-    command = [sys.executable, "-m", "tide_megatron.commands", "convert", "hf-to-megatron"]
-    command += [tmp_path / "hf", tmp_path / "megatron"]
-    cut = run_limited(command, 10_000)
-    assert cut.returncode == 2, cut.stderr
-    assert "cannot be written" in cut.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+def inward_small(source, target):
+    """Convert into files of few tensors each."""
+    usual = inward_module.FILE_ELEMENTS
+    inward_module.FILE_ELEMENTS = 16_000
+    try:
+        return inward(source, target)
+    finally:
+        inward_module.FILE_ELEMENTS = usual
 
 
-def test_shares_are_even():
-    sizes = [5, 1, 1, 1, 4, 4]
-    shares = deal(sizes, 3)
-    assert sorted(number for share in shares for number in share) == list(range(len(sizes)))
-    assert [sum(sizes[number] for number in share) for share in shares] == [6, 5, 5]
+def inward_on_a_full_disk(source, target, most):
+    """Convert while this rank can write no larger file than so many bytes."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, usual[1]))
+    try:
+        return complaint(inward_small, source, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_loses_nothing_and_the_way_in_goes_on(pool, tmp_path, ranks):
+    tensors = write_source(tmp_path / "hf", "mixture", torch.float32)
+    (whole,) = pool(1).run(inward_small, tmp_path / "hf", tmp_path / "whole")
+    sizes = [file.stat().st_size for file in (tmp_path / "whole" / "release").glob("weights_*.distcp")]
+    assert max(sizes) > (tmp_path / "whole" / "release" / ".metadata").stat().st_size, (
+        "weights are what fails"
+    )
+    said = pool(ranks).run(inward_on_a_full_disk, tmp_path / "hf", tmp_path / "megatron", max(sizes) - 1)
+    assert all("it goes on" in words for words in said)
+    assert not (tmp_path / "megatron").exists()
+    (told, *_) = pool(3 - ranks).run(inward_small, tmp_path / "hf", tmp_path / "megatron")
+    assert 0 < told["files_kept"] < told["files"] == whole["files"]
+    assert not list(tmp_path.glob(".*")), "nothing half written stays"
+    pool(1).run(outward, tmp_path / "megatron", tmp_path / "again")
+    assert_equal(read(tmp_path / "again"), tensors)

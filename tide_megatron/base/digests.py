@@ -30,10 +30,14 @@ class DigestingFile:
         self.position = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append bytes."""
-        self._hash.update(data)
-        self.position += len(data)
-        return self._stream.write(data)
+        """Append bytes, all of them: a stream without buffer may take a part, as on a disk that gets full."""
+        left = memoryview(data).cast("B")
+        self._hash.update(left)
+        self.position += left.nbytes
+        size = left.nbytes
+        while left.nbytes:
+            left = left[self._stream.write(left) :]
+        return size
 
     def flush(self) -> None:
         """Hand what was written to the system."""

@@ -39,7 +39,8 @@ def hf_to_megatron(
 ) -> None:
     """Write a Megatron checkpoint (torch_dist), which any layout of any Megatron tool can load.
 
-    Each process holds its share of the model in memory. Nothing appears at TARGET before it is whole.
+    Nothing appears at TARGET before it is whole. A conversion that was cut off goes on when the same command
+    is given again.
 
     Example: tide convert hf-to-megatron models/wedlm checkpoints/wedlm --ranks 4
     """
@@ -81,10 +82,13 @@ def megatron_to_hf(
 
     written = Written(dtype=_torch(dtype), shard_bytes=round(shard_gb * 1e9), force=force)
     found = run_ranks(convert, (source, target, config, written), ranks, "cpu")
+    rich.print(f"{target}: {_told(found)}")
+
+
+def _told(found: dict[str, float]) -> str:
+    """Say what was written, and how much of it by an earlier try."""
     kept = f" ({found['files_kept']} of an earlier try)" if found["files_kept"] else ""
-    rich.print(
-        f"{target}: {found['tensors']} tensors in {found['files']} files{kept}, {found['seconds']:.1f} s"
-    )
+    return f"{found['tensors']} tensors in {found['files']} files{kept}, {found['seconds']:.1f} s"
 
 
 def _torch(dtype: Dtype) -> torch.dtype | None:

@@ -1,16 +1,19 @@
-"""From a Hugging Face folder to a Megatron checkpoint; each rank reads and writes its share of the tensors.
+"""From a Hugging Face folder to a Megatron checkpoint; each rank reads and writes files of its own.
 
-megatron-core writes a checkpoint in one call, so a rank's share is in memory at once: with N ranks, an Nth of
-the model. A conversion that was killed leaves nothing under the target's name and starts anew.
+megatron-core would write a checkpoint in one call, from memory. Here it writes the table of contents and
+whatever is no tensor; tensors are written one by one in torch's format, as training checkpoints are
+(`checkpoint.piece_file`), and entered into the table. A rank holds one tensor at a time, and a conversion
+that was cut off goes on with the file it was in.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
+import json
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,16 +31,20 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.digests import refuse_damaged
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.checkpoint.piece_file import Entry, enter_pieces, write_pieces
+from tide_megatron.checkpoint.pieces import Piece
 from tide_megatron.convert.place import HF, RELEASE, TRACKER, copy_companions, refuse_existing
 from tide_megatron.convert.slots import Slot, slots_of
+from tide_megatron.convert.unfinished import begin, unfinished
 from tide_megatron.models.convert import check_names, read_architecture
 from tide_megatron.models.folder import HfFolder
 from tide_megatron.models.writing import replaced_folder
 from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, own_share
 
-log = logging.getLogger(__name__)
-
 Item = TypeVar("Item")
+
+FILE_ELEMENTS = 2**28
+"""Of a file, unless one tensor alone is larger."""
 
 ASIDE = {"checkpoint_version": 3.0, "iteration": 0}
 """Megatron-LM's own words; its trainer asks for them."""
@@ -57,7 +64,7 @@ def hf_to_megatron(
         stop: not asked, the work is minutes.
 
     Returns:
-        `tensors` and `elements` of the whole model, `bytes` that this rank wrote, `seconds`.
+        `tensors` and `elements` of the model, `files`, `files_kept` of an earlier try, `seconds`.
 
     Raises:
         CheckpointError: a target that exists, weights that do not fit config.json, a damaged file, a full
@@ -73,41 +80,115 @@ def hf_to_megatron(
             check_names(architecture, folder)
             merged = architecture.has_merged(folder.shapes)
     model = slots_of(architecture, device, merged=merged)
-    elements = [slot.piece.elements for slot in model.slots]
+    files = _files(model.slots)
+    partial, kept = unfinished(target), None
+    told = [str(dtype), [[file.name, [slot.name for slot in file.slots]] for file in files]]
+    with fail_together():
+        if is_first():
+            begin(partial, told, source)
+            kept = {file.name for file in files if file.table(partial).is_file()}
+    kept = broadcast_object(kept)
+    todo = [file for file in files if file.name not in kept]
     rank, ranks = own_share()
-    share = deal(elements, ranks)[rank]
     with fail_together(), HfFolder(source) as folder:
-        slots = [model.slots[number] for number in share]
-        state: dict[str, Any] = {
-            slot.name: slot.filled(_read(folder, slot, dtype)) for slot in shown(slots, "reading")
-        }
-    num_bytes = sum(entry.data.nbytes for entry in state.values())
-    log.info("writing %.2f GB of %d tensors", num_bytes / 1e9, len(share))
-    if is_first():
-        state |= {name: dataclasses.replace(entry, replica_id=0) for name, entry in model.extra.items()}
-    with replaced_together(target) as partial:
-        _save(state, partial / RELEASE)
+        _write_files(folder, partial, todo[rank::ranks], dtype)
+    with replaced_together(target) as final:
+        _save(dict(model.extra), final / RELEASE)
         with fail_together():
             if is_first():
-                (partial / TRACKER).write_text(RELEASE + "\n", encoding="utf-8")
-                copy_companions(source, partial / HF)
+                _finish(partial, final, files)
+                copy_companions(source, final / HF)
     return {
-        "tensors": len(elements),
-        "elements": sum(elements),
-        "bytes": num_bytes,
+        "tensors": len(model.slots),
+        "elements": sum(slot.piece.elements for slot in model.slots),
+        "files": len(files),
+        "files_kept": len(kept),
         "seconds": time.monotonic() - started,
     }
 
 
-def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal items out to ranks, the largest first and each to whoever has least; numbers, in order."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        least = loads.index(min(loads))
-        shares[least].append(number)
-        loads[least] += sizes[number]
-    return [sorted(share) for share in shares]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class File:
+    """One file of the checkpoint."""
+
+    name: str
+    slots: list[Slot]
+
+    def table(self, folder: Path) -> Path:
+        """Return where stands, once the file is whole, what lies where in it."""
+        return folder / f"{self.name}.json"
+
+
+def _files(slots: Sequence[Slot]) -> list[File]:
+    """Cut a model into files, the same ones for any number of ranks."""
+    runs: list[list[Slot]] = []
+    room = 0
+    for slot in slots:
+        if slot.piece.elements > room:
+            runs.append([])
+            room = FILE_ELEMENTS
+        runs[-1].append(slot)
+        room -= slot.piece.elements
+    return [File(name=f"weights_{number:05d}.distcp", slots=run) for number, run in enumerate(runs)]
+
+
+def _write_files(folder: HfFolder, partial: Path, files: Sequence[File], dtype: torch.dtype | None) -> None:
+    """Write this rank's files."""
+    steps = iter(shown(range(sum(len(file.slots) for file in files)), "converting"))
+    for file in files:
+        path = partial / f"{file.name}.part"
+        read = (
+            piece
+            for slot, _ in zip(file.slots, steps, strict=False)
+            for piece in _pieces(slot, _read(folder, slot, dtype))
+        )
+        try:
+            entries, _ = write_pieces(path, read)
+            path.rename(partial / file.name)
+            lines = [_line(dataclasses.replace(entry, file=file.name)) for entry in entries]
+            path.write_text(json.dumps(lines), encoding="utf-8")
+            path.rename(file.table(partial))
+        except OSError as fault:
+            raise CheckpointError(
+                f"{partial / file.name}: cannot be written ({fault}); make room, then start the same command "
+                "again: it goes on"
+            ) from fault
+
+
+def _line(entry: Entry) -> dict[str, Any]:
+    """Return plain values of an entry; `_entry` undoes it."""
+    return {**dataclasses.asdict(entry), "dtype": str(entry.dtype).removeprefix("torch.")}
+
+
+def _entry(line: Mapping[str, Any]) -> Entry:
+    axes = {name: tuple(line[name]) for name in ("shape", "offsets", "sizes")}
+    return Entry(**{**line, **axes, "dtype": getattr(torch, line["dtype"])})
+
+
+def _pieces(slot: Slot, tensor: Tensor) -> Iterator[Piece]:
+    """Yield what a tensor of ours is in the checkpoint."""
+    for part in slot.parts(tensor):
+        assert part.data is not None, "it was given"
+        yield Piece(
+            name=part.key,
+            shape=tuple(part.global_shape),
+            offsets=tuple(part.global_offset),
+            sizes=(*(1 for _ in range(part.prepend_axis_num)), *part.local_shape),
+            source=part.data.contiguous().view(-1),
+            start=0,
+        )
+
+
+def _finish(partial: Path, final: Path, files: Sequence[File]) -> None:
+    """Move the files to a checkpoint and enter them into its table of contents (first rank only)."""
+    entries = []
+    for file in files:
+        lines = json.loads(file.table(partial).read_text(encoding="utf-8"))
+        entries += [_entry(line) for line in lines]
+        (partial / file.name).rename(final / RELEASE / file.name)
+    enter_pieces(final / RELEASE, entries)
+    (final / TRACKER).write_text(RELEASE + "\n", encoding="utf-8")
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def shown(items: Sequence[Item], what: str) -> Iterator[Item]:
@@ -139,7 +220,7 @@ def _read(folder: HfFolder, slot: Slot, dtype: torch.dtype | None) -> Tensor:
 
 
 def _save(state: dict[str, Any], files: Path) -> None:
-    """Let megatron-core write all ranks' tensors."""
+    """Let megatron-core write the table of contents and what is no tensor."""
     with fail_together():
         files.mkdir(exist_ok=True)
     facts = {"tide_megatron": __version__, "megatron_core": version("megatron-core")}

@@ -7,7 +7,6 @@ with the file it was in. A rank holds one tensor at a time, whatever the model.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import sys
@@ -28,6 +27,7 @@ from tide_megatron.convert.inward import shown
 from tide_megatron.convert.place import copy_companions, find_config, find_files, refuse_existing
 from tide_megatron.convert.reader import MegatronReader
 from tide_megatron.convert.slots import Slot, slots_of
+from tide_megatron.convert.unfinished import begin, unfinished
 from tide_megatron.models.convert import listed, read_architecture
 from tide_megatron.models.folder import CONFIG_FILE
 from tide_megatron.models.shards import (
@@ -40,8 +40,6 @@ from tide_megatron.models.shards import (
 )
 from tide_megatron.models.writing import replaced_folder, sync, write_config
 from tide_megatron.parallel.collectives import barrier, broadcast_object, fail_together, is_first, own_share
-
-_PLAN = "conversion.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,10 +94,14 @@ def megatron_to_hf(
         refuse_damaged(files, own_share())
         reader = MegatronReader(files)
         planned = _files(slots, _stored_dtypes(files, reader, slots), written)
-    partial = target.with_name(f".{target.name}.converting")
+    partial = unfinished(target)
+    told = {file.name: {name: [str(p.dtype), p.shape] for name, p in file.plan.items()} for file in planned}
+    kept = None
     with fail_together():
-        kept = _begin(partial, planned, files) if is_first() else set()
-    kept = broadcast_object(kept if is_first() else None)
+        if is_first():
+            begin(partial, told, files)
+            kept = {file.name for file in planned if (partial / file.name).is_file()}
+    kept = broadcast_object(kept)
     todo = [file for file in planned if file.name not in kept]
     rank, ranks = own_share()
     own = todo[rank::ranks]
@@ -186,24 +188,6 @@ def _hf_tensors(reader: MegatronReader, slot: Slot) -> Iterator[tuple[str, Tenso
     """Read a tensor of ours; yield Hugging Face's."""
     tensor = slot.merged([reader.read(part) for part in slot.parts()])
     yield from zip(slot.piece.sources, slot.piece.split(tensor), strict=True)
-
-
-def _begin(partial: Path, files: Sequence[File], source: Path) -> set[str]:
-    """Make or take the folder of an unfinished conversion; return its whole files (first rank only)."""
-    told = {file.name: {name: [str(p.dtype), p.shape] for name, p in file.plan.items()} for file in files}
-    digest = hashlib.sha256(json.dumps(told).encode())
-    for path in sorted(source.iterdir()):
-        facts = path.stat()  # another checkpoint of the same shapes may have the same index
-        digest.update(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode())
-    try:
-        if (partial / _PLAN).is_file() and (partial / _PLAN).read_text() == digest.hexdigest():
-            return {file.name for file in files if (partial / file.name).is_file()}
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / _PLAN).write_text(digest.hexdigest(), encoding="utf-8")
-    except OSError as fault:
-        raise CheckpointError(f"{partial}: cannot be written ({fault}); choose another folder") from fault
-    return set()
 
 
 def _finish(partial: Path, target: Path, files: Sequence[File], companions: Path) -> None:

@@ -44,9 +44,11 @@ class Slot:
             return dataclasses.replace(self.entry, data=tensor, dtype=tensor.dtype, replica_id=0)
         return dataclasses.replace(self.entry, data=tensor, replica_id=0)
 
-    def parts(self) -> list[ShardedTensor]:
-        """Return what of the checkpoint's tensors it is."""
-        entry = self.filled(torch.empty(self.piece.joined_shape, device="meta"))
+    def parts(self, tensor: Tensor | None = None) -> list[ShardedTensor]:
+        """Return what of the checkpoint's tensors it is, over its data where they are given."""
+        if tensor is None:
+            tensor = torch.empty(self.piece.joined_shape, device="meta")
+        entry = self.filled(tensor)
         return [entry] if isinstance(entry, ShardedTensor) else list(entry.build())
 
     def merged(self, parts: list[Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """Any changed, cut or missing file of a checkpoint is named."""
 
+import hashlib
+
 import pytest
 
 from tide_megatron.base.digests import DIGESTS, DigestingFile, damage, digest_of, write_digests
@@ -56,3 +58,23 @@ def test_a_file_knows_the_digest_of_what_went_through_it(tmp_path):
             file.write(part)
     assert file.facts() == digest_of(path)
     assert file.position == 6
+
+
+class ShortStream:
+    """A stream that takes three bytes at a time, as an unbuffered one may."""
+
+    def __init__(self):
+        self.content = b""
+
+    def write(self, data):
+        taken = bytes(data[:3])
+        self.content += taken
+        return len(taken)
+
+
+def test_a_stream_that_takes_a_part_is_given_the_rest():
+    stream = ShortStream()
+    file = DigestingFile(stream)
+    assert file.write(b"0123456789") == 10
+    assert stream.content == b"0123456789"
+    assert file.facts() == (10, hashlib.sha256(b"0123456789").hexdigest())
