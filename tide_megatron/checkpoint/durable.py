@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from tide_megatron.base.durable import flush
 from tide_megatron.checkpoint.names import LATEST, PARTIAL
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def flush_tree(folder: Path) -> None:

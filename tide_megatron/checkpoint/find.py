@@ -15,8 +15,13 @@ from tide_megatron.base.digests import damage, read_digests
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.checkpoint.durable import point_latest
 from tide_megatron.checkpoint.names import DAMAGED, LATEST, Mark, listed, remove_leftovers
-from tide_megatron.checkpoint.ranks import num_ranks, own_rank
-from tide_megatron.parallel.collectives import broadcast_object, fail_together, gather_objects, is_first
+from tide_megatron.parallel.collectives import (
+    broadcast_object,
+    fail_together,
+    gather_objects,
+    is_first,
+    own_share,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +60,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 def _damage_together(path: Path) -> list[str]:
     """Say what is wrong with a checkpoint, each rank having read its share."""
     started = time.monotonic()
-    seen = gather_objects(damage(path, (own_rank(), num_ranks())))
+    seen = gather_objects(damage(path, own_share()))
     faults = list(dict.fromkeys(fault for of_rank in seen for fault in of_rank))
     if not faults:
         size = sum(bytes_ for bytes_, _ in read_digests(path).values())

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tide_megatron.base.digests import Digests, write_digests
+from tide_megatron.base.durable import flush
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.checkpoint.durable import flush, flush_tree, point_latest
+from tide_megatron.checkpoint.durable import flush_tree, point_latest
 from tide_megatron.checkpoint.facts import Facts, write_facts
 from tide_megatron.checkpoint.names import PARTIAL, remove
 from tide_megatron.checkpoint.piece_file import Entry, enter_pieces

@@ -42,6 +42,23 @@ class Piece:
     start: int
     """First of them."""
 
+    @classmethod
+    def of(cls, part: ShardedTensor, values: Tensor) -> Piece:
+        """Return all of a part of a checkpoint's tensor.
+
+        Args:
+            part: where it lies.
+            values: contiguous, what it holds.
+        """
+        return cls(
+            name=part.key,
+            shape=tuple(part.global_shape),
+            offsets=tuple(part.global_offset),
+            sizes=(*(1 for _ in range(part.prepend_axis_num)), *part.local_shape),
+            source=values.view(-1),
+            start=0,
+        )
+
     @property
     def values(self) -> Tensor:
         """The box's elements, flat, as they are now."""
@@ -59,16 +76,7 @@ def split_weights(weights: Mapping[str, Any]) -> tuple[dict[str, Any], list[Piec
             if not any(tensor.replica_id):  # else another rank writes it
                 live = tensor.data.detach()
                 assert live.is_contiguous(), f"{tensor.key} is not contiguous"
-                pieces.append(
-                    Piece(
-                        name=tensor.key,
-                        shape=tuple(tensor.global_shape),
-                        offsets=tuple(tensor.global_offset),
-                        sizes=(*(1 for _ in range(tensor.prepend_axis_num)), *tensor.local_shape),
-                        source=live.view(-1),
-                        start=0,
-                    )
-                )
+                pieces.append(Piece.of(tensor, live))
     return rest, pieces
 
 

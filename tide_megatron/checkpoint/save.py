@@ -23,11 +23,10 @@ from tide_megatron.checkpoint.facts import Facts, Origin
 from tide_megatron.checkpoint.finish import begin_folder, disk
 from tide_megatron.checkpoint.names import name_of
 from tide_megatron.checkpoint.pieces import Staging
-from tide_megatron.checkpoint.ranks import num_ranks
 from tide_megatron.checkpoint.request import Request
 from tide_megatron.checkpoint.state import SHARDING, SavingState, live_storages, optimizer_steps
 from tide_megatron.checkpoint.task import Task, Times
-from tide_megatron.parallel.collectives import all_agree, fail_together, is_first
+from tide_megatron.parallel.collectives import all_agree, fail_together, is_first, own_share
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class Saver:
         started = time.monotonic()
         partial = begin_folder(self.folder, name_of(clock))
         state, pieces = self._state.now()
-        facts = Facts.now(clock, self._origin, optimizer_steps(self._optimizer), metrics, num_ranks())
+        facts = Facts.now(clock, self._origin, optimizer_steps(self._optimizer), metrics, own_share()[1])
         with disk(partial):
             request = Request(state, partial, SHARDING, is_checked=not self.times)  # it stays so
         if self._background:

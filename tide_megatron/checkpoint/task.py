@@ -18,9 +18,8 @@ from tide_megatron.checkpoint.keep import keep_newest
 from tide_megatron.checkpoint.names import PARTIAL
 from tide_megatron.checkpoint.piece_file import Entry, write_pieces
 from tide_megatron.checkpoint.pieces import Piece
-from tide_megatron.checkpoint.ranks import own_rank
 from tide_megatron.checkpoint.request import Request
-from tide_megatron.parallel.collectives import gather_objects
+from tide_megatron.parallel.collectives import gather_objects, own_share
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -101,7 +100,7 @@ class Task:
         started = time.monotonic()
         self._digests = self._request.write()
         if self._pieces:
-            path = self.partial / f"pieces_{own_rank():05d}.distcp"
+            path = self.partial / f"pieces_{own_share()[0]:05d}.distcp"
             self._entries, self._digests[path.name] = write_pieces(path, self._pieces)
         self._pieces = []
         self.times.write = time.monotonic() - started

@@ -169,14 +169,7 @@ def _pieces(slot: Slot, tensor: Tensor) -> Iterator[Piece]:
     """Yield what a tensor of ours is in the checkpoint."""
     for part in slot.parts(tensor):
         assert part.data is not None, "it was given"
-        yield Piece(
-            name=part.key,
-            shape=tuple(part.global_shape),
-            offsets=tuple(part.global_offset),
-            sizes=(*(1 for _ in range(part.prepend_axis_num)), *part.local_shape),
-            source=part.data.contiguous().view(-1),
-            start=0,
-        )
+        yield Piece.of(part, part.data.contiguous())
 
 
 def _finish(partial: Path, final: Path, files: Sequence[File]) -> None:

@@ -17,15 +17,17 @@ from pathlib import Path
 import tide_megatron.platform  # noqa: F401 - before megatron
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from tide_megatron.base.device import Device
 from tide_megatron.base.digests import refuse_damaged
+from tide_megatron.base.durable import flush
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.checkpoint.table import Table
 from tide_megatron.convert.inward import shown
 from tide_megatron.convert.place import copy_companions, find_config, find_files, refuse_existing
-from tide_megatron.convert.reader import MegatronReader
 from tide_megatron.convert.slots import Slot, slots_of
 from tide_megatron.convert.unfinished import begin, unfinished
 from tide_megatron.models.convert import listed, read_architecture
@@ -38,7 +40,7 @@ from tide_megatron.models.shards import (
     split_plan,
     write_index,
 )
-from tide_megatron.models.writing import replaced_folder, sync, write_config
+from tide_megatron.models.writing import replaced_folder, write_config
 from tide_megatron.parallel.collectives import barrier, broadcast_object, fail_together, is_first, own_share
 
 
@@ -92,8 +94,8 @@ def megatron_to_hf(
     slots = slots_of(architecture, device).slots
     with fail_together():
         refuse_damaged(files, own_share())
-        reader = MegatronReader(files)
-        planned = _files(slots, _stored_dtypes(files, reader, slots), written)
+        table = Table(files)
+        planned = _files(slots, _stored_dtypes(files, table, slots), written)
     partial = unfinished(target)
     told = {file.name: {name: [str(p.dtype), p.shape] for name, p in file.plan.items()} for file in planned}
     kept = None
@@ -106,7 +108,7 @@ def megatron_to_hf(
     rank, ranks = own_share()
     own = todo[rank::ranks]
     with fail_together():
-        _write_files(reader, partial, own)
+        _write_files(table, partial, own)
     with fail_together():
         if is_first():
             _finish(partial, target, planned, companions)
@@ -119,23 +121,22 @@ def megatron_to_hf(
     }
 
 
-def _stored_dtypes(files: Path, reader: MegatronReader, slots: Sequence[Slot]) -> dict[str, torch.dtype]:
+def _stored_dtypes(files: Path, table: Table, slots: Sequence[Slot]) -> dict[str, torch.dtype]:
     """Return the dtype of every tensor of ours in a checkpoint that has all of them, in their shapes."""
-    found = reader.shapes
     missing: set[str] = set()
     misshapen: set[str] = set()
     dtypes: dict[str, torch.dtype] = {}
     for slot in slots:
         for part in slot.parts():
-            wanted, shape = part.global_shape, found.get(part.key)
-            if shape is None:
+            if part.key not in table.tensors:
                 missing.add(part.key)
                 continue
+            wanted, shape = part.global_shape, table.shape(part.key)
             # A vocabulary may be filled up to a multiple of whatever wrote it.
             is_padded = part.allow_shape_mismatch and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
             if shape != wanted and not is_padded:
                 misshapen.add(f"{part.key} {list(shape)} instead of {list(wanted)}")
-            dtypes[slot.name] = reader.dtype(part.key)
+            dtypes[slot.name] = table.dtype(part.key)
     lines = [
         listed(kind, sorted(names))
         for kind, names in (("missing", missing), ("misshapen", misshapen))
@@ -162,7 +163,7 @@ def _files(slots: Sequence[Slot], stored: Mapping[str, torch.dtype], written: Wr
     return files
 
 
-def _write_files(reader: MegatronReader, partial: Path, files: Sequence[File]) -> None:
+def _write_files(table: Table, partial: Path, files: Sequence[File]) -> None:
     """Write this rank's files; each has a folder of its own until it is whole."""
     steps = iter(shown(range(sum(len(file.slots) for file in files)), "converting"))
     for file in files:
@@ -171,10 +172,10 @@ def _write_files(reader: MegatronReader, partial: Path, files: Sequence[File]) -
             room.mkdir(exist_ok=True)
             with ShardWriter(room, file.plan, sys.maxsize) as writer:
                 for slot, _ in zip(file.slots, steps, strict=False):
-                    for name, tensor in _hf_tensors(reader, slot):
+                    for name, tensor in _hf_tensors(table, slot):
                         if name in file.plan:  # a file may end between the tensors of a slot
                             writer.write(name, tensor.to(file.plan[name].dtype))
-            sync(room / WEIGHTS_FILE)
+            flush(room / WEIGHTS_FILE)
             (room / WEIGHTS_FILE).rename(partial / file.name)
             room.rmdir()
         except OSError as fault:
@@ -184,10 +185,16 @@ def _write_files(reader: MegatronReader, partial: Path, files: Sequence[File]) -
             ) from fault
 
 
-def _hf_tensors(reader: MegatronReader, slot: Slot) -> Iterator[tuple[str, Tensor]]:
+def _hf_tensors(table: Table, slot: Slot) -> Iterator[tuple[str, Tensor]]:
     """Read a tensor of ours; yield Hugging Face's."""
-    tensor = slot.merged([reader.read(part) for part in slot.parts()])
+    tensor = slot.merged([_part(table, part) for part in slot.parts()])
     yield from zip(slot.piece.sources, slot.piece.split(tensor), strict=True)
+
+
+def _part(table: Table, part: ShardedTensor) -> Tensor:
+    """Read a part of a checkpoint's tensor."""
+    sizes = (*(1 for _ in range(part.prepend_axis_num)), *part.local_shape)
+    return table.read(part.key, part.global_offset, sizes).view(part.local_shape)
 
 
 def _finish(partial: Path, target: Path, files: Sequence[File], companions: Path) -> None:

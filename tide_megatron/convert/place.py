@@ -11,10 +11,11 @@ import shutil
 from pathlib import Path
 
 from tide_megatron.base.errors import CheckpointError
+from tide_megatron.checkpoint.names import LATEST
 from tide_megatron.models.folder import CONFIG_FILE
 
 TRACKER, RELEASE, HF = "latest_checkpointed_iteration.txt", "release", "hf"
-_METADATA, _LATEST = "metadata.json", "latest"
+_METADATA = "metadata.json"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -29,7 +30,7 @@ def find_files(folder: Path) -> Path:
     """
     if (folder / _METADATA).is_file():
         return folder
-    for pointer in (TRACKER, _LATEST):
+    for pointer in (TRACKER, LATEST):
         if (folder / pointer).is_file():
             word = (folder / pointer).read_text(encoding="utf-8").strip()
             found = folder / (f"iter_{int(word):07d}" if word.isdigit() else word)
@@ -37,7 +38,7 @@ def find_files(folder: Path) -> Path:
                 return found
             raise CheckpointError(f"{folder / pointer} names {word}, but {found / _METADATA} is missing")
     raise CheckpointError(
-        f"{folder}: no Megatron checkpoint: neither {_METADATA}, {TRACKER} nor {_LATEST} is there; only the "
+        f"{folder}: no Megatron checkpoint: neither {_METADATA}, {TRACKER} nor {LATEST} is there; only the "
         "torch_dist format is read"
     )
 

@@ -19,8 +19,6 @@ depends on a run's block size and is the loader's.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,8 @@ from numpy.typing import NDArray
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
 
 
+from tide_megatron.base.digests import digest_of
+from tide_megatron.base.durable import flush
 from tide_megatron.base.errors import DataError
 from tide_megatron.data.manifest import Manifest, read_manifest
 
@@ -165,20 +165,7 @@ class Columns:
 
 def digest_file(file: Path) -> str:
     """Return the sha256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Have a file's content, or a folder's entries, written to disk for good."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return digest_of(file)[1]
 
 
 def _check_file(file: Path, facts: Mapping[str, Any], *, is_compared: bool) -> None:

@@ -22,8 +22,9 @@ from pathlib import Path
 import rich
 import rich.progress
 
+from tide_megatron.base.durable import flush
 from tide_megatron.base.errors import DataError
-from tide_megatron.data.columns import ColumnWriter, digest_file, flush
+from tide_megatron.data.columns import ColumnWriter, digest_file
 from tide_megatron.data.manifest import MANIFEST_FILE, Manifest, SideFacts, Statistics, TokenizerFacts
 from tide_megatron.data.record import Record, read_records
 from tide_megatron.data.sample import Encoder, OnLong, SideChoice, Window

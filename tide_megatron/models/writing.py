@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tide_megatron.base.digests import write_digests
+from tide_megatron.base.durable import flush
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.models.folder import CONFIG_FILE
 from tide_megatron.models.shards import Plan, Planned, write_tensors
@@ -47,12 +47,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         for inner in {path.parent for path in partial.rglob("*") if path.name.endswith(WEIGHTS)}:
             write_digests(inner, {}, WEIGHTS)
         for path in (*partial.rglob("*"), partial):
-            sync(path)
+            flush(path)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         partial.rename(folder)
-        sync(folder.parent)
+        flush(folder.parent)
     except BaseException as fault:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not folder.exists():
@@ -103,12 +103,3 @@ def write_folder(
     """Write a model folder of tensors that are all there, by Hugging Face name; see `stream_folder`."""
     plan = {name: Planned(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     stream_folder(folder, config, plan, tensors.items(), files)
-
-
-def sync(path: Path) -> None:
-    """Make a file, or a folder's names, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

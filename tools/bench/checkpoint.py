@@ -36,8 +36,9 @@ from bench.cost import apart, machine
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.digests import damage
+from tide_megatron.base.durable import flush
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.checkpoint.durable import flush, flush_tree
+from tide_megatron.checkpoint.durable import flush_tree
 from tide_megatron.checkpoint.facts import Origin
 from tide_megatron.checkpoint.finish import begin_folder
 from tide_megatron.checkpoint.names import listed
