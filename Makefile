@@ -7,14 +7,22 @@
 #   make test                all tests but the slow ones
 #   make check               format, lint, strict types, layer contract, house rules
 #   make kill-test           kill a run 100 times: is anything lost? (about 25 minutes)
+#   make gpu-rehearse        the GPU check in small, on a CPU (about a minute; `make test` makes it too)
+#   make gpu-assets          what the GPU check needs, made on a CPU machine: .gpu/ (about 5 minutes)
+#   make gpu-check           what CUDA has to prove, on a machine with a GPU and .gpu/ (at most 8 minutes)
 #   make faults              spoil the code on purpose in a copy: do the tests notice? (about 5 minutes)
 #
 # Variables: PYTHON (interpreter to build with), VENV, TORCH (what to install as torch), TORCH_INDEX (where the CPU
-# build of torch is looked for when the configured index does not offer it).
+# build of torch is looked for when the configured index does not offer it); GPU_PACK (a folder of packages for a GPU
+# machine without a network, or empty: `make gpu-check` then builds its environment from its index), GPU_PYTHON (the
+# interpreter that holds a CUDA build of torch there), GPU_OUT (where results go).
 
 PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV ?= .venv
+GPU_PACK ?=
+GPU_PYTHON ?= python3
+GPU_OUT ?= .gpu-results
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -25,7 +33,7 @@ SOURCES = tide_megatron tools examples tests
 
 .PHONY: help quickstart quickstart-full quickstart-models \
   cross-tokenizer cross-tokenizer-full cross-models shared-tokenizer shared-tokenizer-full \
-  test test-all test-312 check faults kill-test format environment clean
+  gpu-assets gpu-check gpu-rehearse test test-all test-312 check faults kill-test format environment clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -84,6 +92,18 @@ check: $(BUILT)
 
 kill-test: $(BUILT)
 	$(BIN)/python tools/kill_test.py
+
+gpu-rehearse: $(BUILT)
+	PYTHONPATH=.:tools $(BIN)/python -m gpu_check --rehearse --out $(GPU_OUT)
+
+gpu-assets: $(BUILT)
+	PYTHONPATH=.:tools $(BIN)/python -m gpu_check.assets --out .gpu $(if $(GPU_PACK),--pack "$(GPU_PACK)")
+
+# With a pack nothing is installed; without one the environment is built with torch as the index has it.
+gpu-check:
+	@if [ -d .gpu/pack ]; then PYTHONPATH=.:tools $(GPU_PYTHON) -m gpu_check --out "$(GPU_OUT)"; else \
+	  $(MAKE) --no-print-directory environment TORCH="torch>=2.11" && \
+	  PYTHONPATH=.:tools $(BIN)/python -m gpu_check --out "$(GPU_OUT)"; fi
 
 faults: $(BUILT)
 	$(BIN)/python tools/planted_faults.py --mutations 50 --seed 1

@@ -52,11 +52,14 @@ FACTORS = (1, 2, 4, 8, 16)
 class Way:
     """How our side runs."""
 
-    budget_mib: int = 256
+    budget_mib: int | None = 256
+    """None: the device's default."""
     threads: int = 1
     rounds: int = 5
     form: str = "fused"
     """`fused`, or `plain`: the autograd form that is its oracle."""
+    compiled: bool = False
+    """Let torch.compile fuse the elementwise parts of the fused form."""
 
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -125,10 +128,13 @@ def _form(way: Way) -> Callable[..., Any]:
     """Find the function under measurement."""
     if way.form == "plain":
         return head_loss
+    budget = None if way.budget_mib is None else way.budget_mib * MIB
     workspace = Workspace()  # empty; what it keeps between calls counts in the first call's peak
 
     def evaluate(*args: Any, **options: Any) -> Any:
-        return fused_head_loss(*args, **options, budget_bytes=way.budget_mib * MIB, workspace=workspace)
+        return fused_head_loss(
+            *args, **options, budget_bytes=budget, workspace=workspace, compiled=way.compiled
+        )
 
     return evaluate
 

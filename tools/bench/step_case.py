@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -88,6 +89,23 @@ class Setting:
     """Of noise and views."""
     initial_deviation: float = 0.02
     """Of every drawn matrix."""
+    shapes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """`student` or `teacher` -> config.json of a model of another size than the bench's."""
+    optimizer: Optimizer = OPTIMIZER
+    is_drawn_there: bool = False
+    """Draw weights on the device, any numbers: billions take a while on a host."""
+
+    def config(self, name: str, body: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
+        """Return config.json of the student or the teacher: the bench's own body, or what `shapes` says."""
+        width = {
+            "hidden_size": self.hidden,
+            "head_dim": self.hidden // 4,
+            "intermediate_size": 3 * self.hidden,
+            "moe_intermediate_size": self.hidden * 5 // 4,
+            "vocab_size": vocabulary,
+            "initializer_range": self.initial_deviation,
+        }
+        return {**body, **width, **self.shapes.get(name, {})}
 
     @property
     def first_maskable(self) -> int:
@@ -107,7 +125,8 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
     size = setting.vocabulary if is_shared else setting.teacher_vocabulary
     head, layout = make_head_group(head_ranks), Layout()
     cut = Cut.of([setting.vocabulary, size], head.ranks, head.place)
-    model = _model(DENSE if is_shared else MIXTURE, size, setting, device, head=cut.columns(size))
+    config = setting.config("teacher", DENSE if is_shared else MIXTURE, size)
+    model = _model(config, setting, device, head=cut.columns(size))
     sight = Sight(
         context=BLOCKS if is_shared else Context(kind="bidirectional"),
         mask_id=MASK,
@@ -136,25 +155,21 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
 
 def make_student(setting: Setting, device: Device) -> Student:
     """Build a student with its optimizer; equal settings give equal weights."""
-    model = _model(STUDENT, setting.vocabulary, setting, device, trainable=True)
-    return Student(model, BLOCKS, MASK, OPTIMIZER)
+    config = setting.config("student", STUDENT, setting.vocabulary)
+    return Student(_model(config, setting, device, trainable=True), BLOCKS, MASK, setting.optimizer)
 
 
-def _model(
-    config: dict[str, Any], vocabulary: int, setting: Setting, device: Device, **options: Any
-) -> TideModel:
-    width = {
-        "hidden_size": setting.hidden,
-        "head_dim": setting.hidden // 4,
-        "intermediate_size": 3 * setting.hidden,
-        "moe_intermediate_size": setting.hidden * 5 // 4,
-        "vocab_size": vocabulary,
-        "initializer_range": setting.initial_deviation,
-    }
-    architecture = ARCHITECTURES[config["model_type"]].from_hf(config | width)
+def _model(config: dict[str, Any], setting: Setting, device: Device, **options: Any) -> TideModel:
+    architecture = ARCHITECTURES[config["model_type"]].from_hf(config)
     how = Options(device=device, precision=Precision(setting.precision), **options)
     model = build_model(architecture, make_groups(Layout()), how)
-    draw_weights(model, 1 if options.get("trainable") else 2)
+    if setting.is_drawn_there:
+        for parameter in model.parameters():
+            parameter.data.normal_(
+                0, setting.initial_deviation
+            ) if parameter.dim() > 1 else parameter.data.fill_(1)
+    else:
+        draw_weights(model, 1 if options.get("trainable") else 2)
     return model
 
 
