@@ -1,6 +1,7 @@
 """Number formats: chosen by device, refused by name."""
 
 import tide_megatron.platform  # noqa: F401 - before megatron
+from tide_megatron.platform.router import use_torch_for_routers
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from megatron.core.transformer.moe import moe_utils
 from tests.unit.models.shapes import DENSE, MIXTURE, build, view
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.precision import Precision
-from tide_megatron.platform.router import use_torch_for_routers
 
 
 def test_auto_follows_the_device():
