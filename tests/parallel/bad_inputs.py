@@ -171,6 +171,12 @@ FAULTS = {
         "Config",
         r"^head\.budget_mib: 9 MiB do not hold .* single row here; use at least 10, or more head\.ranks$",
     ),
+    "a head budget above what is free": (
+        ["head.budget_mib=99999999"],
+        "Config",
+        r"^head\.budget_mib: 99999999 MiB are more than there is, rank 0 has \d+ MiB of cpu memory free "
+        r"beside its models; use at most \d+, or leave it out$",
+    ),
     "a temperature of nothing": (
         ["losses.kl.temperature=0"],
         "Config",

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.parallel.bad_inputs import FAULTS, LAYOUTS, attempt, cut, one_rank_sees, plant
 from tests.small_tokenizer import write_chats, write_other, write_tokenizer
@@ -28,6 +29,7 @@ from tide_megatron.base.errors import TideError
 from tide_megatron.data.prepare import prepare
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.train import head_form
 from tide_megatron.train.folder import claim_folder
 from tide_megatron.train.resolve import load_recipe
 
@@ -146,6 +148,24 @@ def test_faults_with_two_tokenizers_are_one_message(pool, cross, name):
     assert answer is not None, "the run went on"
     assert re.search(said, answer[1]), answer[1]
     assert not (cross.parent / "run").exists()
+
+
+def attempt_with_one_poor_rank(file, words, poor):
+    """Train where one rank's device is as good as full."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == poor:
+            patch.setattr(head_form, "free_bytes", lambda device: 40 * 2**20)
+        return attempt(file, words)
+
+
+def test_a_head_budget_that_one_rank_has_not_free_is_refused_on_all(pool, tiny, tmp_path):
+    file = copy_tiny_run(tiny, tmp_path / "bad")
+    before = everything(tmp_path)
+    said = "head.budget_mib: 60 MiB are more than there is, rank 2 has 40 MiB of cpu memory free beside its "
+    said += "models; use at most 40, or leave it out"
+    answers = pool(4).run(attempt_with_one_poor_rank, file, ["head.budget_mib=60"], 2)
+    assert answers == [("ConfigError", said)] * 4
+    assert everything(tmp_path) == before
 
 
 def test_the_run_without_a_fault_goes_on(pool, tiny, tmp_path):

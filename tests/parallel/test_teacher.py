@@ -12,6 +12,7 @@ from tests.unit.models.shapes import DENSE, DREAM, MIXTURE, build
 from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
+from tide_megatron.models.flex import CompiledFlex
 from tide_megatron.parallel.collectives import gather_objects
 from tide_megatron.parallel.groups import make_across, make_groups, make_head_group
 from tide_megatron.parallel.layout import Layout
@@ -112,7 +113,7 @@ def seat_microbatches(rank):
     return [noised_batch(10 * rank + index, time * (rank > 0)) for index, time in enumerate(TIMES)]
 
 
-def group_answers(config, layout, head_ranks, kind, forwards):
+def group_answers(config, layout, head_ranks, kind, forwards, *, make_kernel=None):
     head = make_head_group(head_ranks)
     sight = Sight(
         context=Context(kind=kind, block_size=8),
@@ -121,6 +122,8 @@ def group_answers(config, layout, head_ranks, kind, forwards):
         forwards=forwards or 1,
     )
     teacher = teacher_of(config, layout, sight, "t0", head, attention="structured")
+    if make_kernel is not None:
+        teacher.model.make_kernel = make_kernel
     return answer(teacher, seat_microbatches(dist.get_rank()), head), list(head.world_ranks)
 
 
@@ -150,3 +153,24 @@ def test_every_place_hears_what_each_seat_asked(pool, name, kind, forwards):
         for microbatch, rows in enumerate(found):
             wanted = torch.cat([alone[place][microbatch] for place in places])
             torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-5)
+
+
+def group_answers_by_flex(*args):
+    """Answer with FlexAttention as on CUDA, traced and not compiled; count the shapes of this rank."""
+    make = CompiledFlex("teacher", backend="eager")
+    return *group_answers(*args, make_kernel=make), make.compilations
+
+
+@pytest.mark.parametrize(("kind", "forwards"), [("bidirectional", 0), ("block_diffusion", 1)])
+@pytest.mark.parametrize("name", ["TP2xPP2", "PP2xEP2"])
+def test_stages_agree_on_the_shapes_that_flex_attention_rounds_up_to(pool, name, kind, forwards):
+    ranks, config, layout, head_ranks = CUTS[name]
+    (alone,) = pool(1).run(each_alone, config, kind, forwards, ranks)
+    for found, places, compilations in pool(ranks).run(
+        group_answers_by_flex, config, layout, head_ranks, kind, forwards
+    ):
+        for microbatch, rows in enumerate(found):
+            wanted = torch.cat([alone[place][microbatch] for place in places])
+            torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-5)
+        # Views of 20 to 47 tokens have one length; where the last block is not full, its pads are hidden.
+        assert compilations == (1 if kind == "bidirectional" else 2)

@@ -13,6 +13,7 @@ one view each are kept as the oracle.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -69,6 +70,22 @@ class View:
             lengths = torch.cat([lengths, lengths.new_ones(more[0])])
         rows = self.rows // self.length * length + self.rows % self.length
         return view_of_parts(ids, self.context, lengths, rows)
+
+    def rounded(self, multiple: int) -> View:
+        """Return the view with a whole multiple of so many tokens a sample; rows stay the same ones.
+
+        What the real tokens see does not change: pads that they would see, a bidirectional context's or those
+        in a last, unfinished block, are hidden by `lengths`.
+        """
+        step = multiple // math.gcd(multiple, self.context.parts)
+        length = -(-self.length // step) * step
+        if length == self.length:
+            return self
+        is_open = self.context.kind == "bidirectional" or self.length % self.context.block_size
+        lengths = self.lengths
+        if lengths is None and is_open:
+            lengths = self.rows.new_full((len(self.ids),), self.length)
+        return dataclasses.replace(self, lengths=lengths).padded(len(self.ids), length)
 
 
 def view_of_parts(ids: Tensor, context: Context, lengths: Tensor | None, rows: Tensor) -> View:

@@ -25,15 +25,12 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.head.budget import BUDGET_MIB, MIB
 from tide_megatron.head.parts import HeadInput, HeadLoss, check_rows, exactly
 from tide_megatron.head.work import Work
 from tide_megatron.head.workspace import Workspace
 from tide_megatron.losses.rows import Loss, Rows
 from tide_megatron.parallel.exchange import size_of
-
-BUDGET_MIB = {"cpu": 256, "cuda": 2048}
-"""Default budget by device. CPU: about 400 rows of a 152k vocabulary fit twice in bf16, and each further slab
-reads both weights and the gradient buffer once more. CUDA: the same reason at its batch sizes."""
 
 
 def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of its own
@@ -88,7 +85,7 @@ def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of it
     work = Work(student, answers, active, counts, clock, (group, own), means)
     if active and len(rows.gold):
         device = student.hidden.device.type
-        work.all(rows, BUDGET_MIB[device] * 2**20 if budget_bytes is None else budget_bytes)
+        work.all(rows, BUDGET_MIB[device] * MIB if budget_bytes is None else budget_bytes)
     value = torch.stack(
         [active[name].weight * total for name, total in work.sums.items()] or [work.zero]
     ).sum()

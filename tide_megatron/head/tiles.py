@@ -19,13 +19,14 @@ from tide_megatron.losses.columns import Columns
 
 CPU_TILE = 2**18
 """Numbers of a tile: 1 MiB in fp32, of which several stand in a second-level cache (measured)."""
-CUDA_TILE = 2**26
-"""On CUDA kernels should be long; a tile is a quarter of a GiB."""
+CUDA_TILE = 2**24
+"""On CUDA kernels should be long: 64 MiB in fp32 (not measured)."""
 TILES_ALIVE = 9
 """Tiles of temporaries in fp32 that stand at the same time, at most."""
 _MULTIPLE, _LEAST = 64, 128
-_MOST = {"cpu": 1024, "cuda": 2**17}
-"""Columns of a tile, at most: with few rows it would be wide, and its weight gradient large."""
+_MOST = {"cpu": 1024, "cuda": 2**15}
+"""Columns of a tile, at most: with few rows it would be wide, and its weight gradient large (on CUDA as large
+as two tiles, at a hidden size of 1,024)."""
 
 
 def tile_numbers(device: torch.device) -> int:

@@ -4,7 +4,7 @@ Who may attend to whom is `diffusion.mask.may_attend`; everything here renders i
 `dense` hands the whole bool mask to scaled-dot-product attention. `structured` cuts the sequence into chunks
 and lets each query chunk see only the key chunks that the predicate allows at all, so that [x_t ; x_0] costs
 about l^2 and not 4 l^2 (1.5-3 times faster on CPU); it knows no context kind, only the mask. `flex` is
-FlexAttention with a BlockMask, for training on CUDA. A test holds all of them equal.
+FlexAttention with a BlockMask, for training on CUDA (`flex.py`). A test holds all of them equal.
 
 An `AttentionPlan` is made once per view and shared by all layers: the kernel with its masks, and the rotary
 angles of the view's own positions (positions restart in each part, which stock RoPE cannot know). It travels
@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tide_megatron.base.errors import ConfigError, nearest
-from tide_megatron.diffusion.mask import Context, dense_mask, may_attend
+from tide_megatron.diffusion.mask import Context, dense_mask
 from tide_megatron.diffusion.views import View
+from tide_megatron.models.flex import CompiledFlex, fitting, make_plain_flex
 
 logger = logging.getLogger(__name__)
 
@@ -87,19 +88,6 @@ class Structured:
         return torch.cat([answers[chunk] for chunk in range(len(self.sizes))], dim=2)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Flex:
-    """FlexAttention: compiled on CUDA; on CPU plain and forward only, where tests compare it."""
-
-    block_mask: Any
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend; see `Kernel`."""
-        flex = _compiled_flex_attention() if query.is_cuda else _plain_flex_attention()
-        answer: Tensor = flex(query, key, value, block_mask=self.block_mask, enable_gqa=True)
-        return answer
-
-
 def make_dense(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Kernel:
     """Render the mask whole."""
     if lengths is None:
@@ -119,24 +107,22 @@ def make_structured(context: Context, length: int, lengths: Tensor | None, devic
     return dataclasses.replace(unpadded, calls=calls)
 
 
-def make_flex(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Kernel:
-    """Render the mask as a FlexAttention BlockMask, by the same rule as `dense_mask`."""
-    if lengths is None:
-        return _cached_flex(context, length, device)
-    return Flex(block_mask=_block_mask(context, length, lengths.to(device), device))
+KERNELS: dict[str, KernelMaker] = {
+    "dense": make_dense,
+    "structured": make_structured,
+    "flex": make_plain_flex,
+}
+"""Word in a recipe -> how a view's kernel is made; on CUDA `flex` is compiled instead (`choose_kernel`)."""
 
 
-KERNELS: dict[str, KernelMaker] = {"dense": make_dense, "structured": make_structured, "flex": make_flex}
-"""Word in a recipe -> how a view's kernel is made."""
-
-
-def choose_kernel(wanted: str, device_type: str, *, trainable: bool) -> KernelMaker:
+def choose_kernel(wanted: str, device_type: str, *, trainable: bool, owner: str = "a model") -> KernelMaker:
     """Choose the attention kernel of one model, in this one place, and log it.
 
     Args:
         wanted: `auto` (flex on CUDA, structured on CPU) or a key of KERNELS.
         device_type: `cpu` or `cuda`.
         trainable: whether gradients are needed; FlexAttention has none on CPU.
+        owner: whose attention it is, for the log.
 
     Raises:
         ConfigError: for an unknown word, or for training with flex on CPU.
@@ -147,7 +133,16 @@ def choose_kernel(wanted: str, device_type: str, *, trainable: bool) -> KernelMa
     if name == "flex" and trainable and device_type != "cuda":
         raise ConfigError("attention: flex has no backward pass on CPU; use structured, dense or auto")
     logger.info("attention kernel: %s on %s%s", name, device_type, "" if wanted == name else f" ({wanted})")
-    return KERNELS[name]
+    return CompiledFlex(owner) if name == "flex" and device_type == "cuda" else KERNELS[name]
+
+
+def fit(view: View, make: KernelMaker) -> View:
+    """Return a view in a shape that a model's kernel is made for; what real tokens see does not change.
+
+    Compiled FlexAttention wants whole blocks and few shapes, the others take any. All stages of a model must
+    read views of one shape, so whoever tells them the shape fits the views first.
+    """
+    return view.rounded(fitting(view.ids.shape[1])) if isinstance(make, CompiledFlex) else view
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,35 +292,3 @@ def _between(mask: Tensor, sizes: tuple[int, ...], asking: tuple[int, ...], seen
 def _unless_full(mask: Tensor) -> Tensor | None:
     """Return None for a mask that allows everything: attention without a mask is faster."""
     return None if bool(mask.all()) else mask
-
-
-@functools.lru_cache(maxsize=32)
-def _cached_flex(context: Context, length: int, device: torch.device) -> Flex:
-    return Flex(block_mask=_block_mask(context, length, None, device))
-
-
-def _block_mask(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def allowed(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = may_attend(context, length, query, key)
-        if lengths is None:
-            return seen
-        real_query, real_key = query % length < lengths[sample], key % length < lengths[sample]
-        return (seen & real_query & real_key) | (~real_query & (query == key))
-
-    size = context.parts * length
-    samples = None if lengths is None else len(lengths)
-    return create_block_mask(allowed, samples, None, size, size, device=str(device))
-
-
-@functools.cache
-def _compiled_flex_attention() -> Any:
-    """Compile FlexAttention once per process; without that it materialises every score."""
-    return torch.compile(_plain_flex_attention())
-
-
-def _plain_flex_attention() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention  # imports dynamo: seconds, only where used
-
-    return flex_attention

@@ -27,7 +27,7 @@ from torch import Tensor
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.attention import AttentionPlan, choose_kernel, rotary_frequencies
+from tide_megatron.models.attention import AttentionPlan, choose_kernel, fit, rotary_frequencies
 from tide_megatron.models.lookup import look_up
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import Options, block_spec, transformer_config
@@ -68,7 +68,9 @@ class TideModel(GPTModel):  # type: ignore[misc]
         device = options.device.torch_device
         if not options.trainable:
             self._add_end(spec, device)
-        self._make_kernel = choose_kernel(options.attention, device.type, trainable=options.trainable)
+        self.make_kernel = choose_kernel(
+            options.attention, device.type, trainable=options.trainable, owner=architecture.model_type
+        )
         self._frequencies = rotary_frequencies(architecture.rotary_dim, architecture.rotary_base, device)
 
     def _add_end(self, spec: Any, device: torch.device) -> None:
@@ -127,8 +129,8 @@ class TideModel(GPTModel):  # type: ignore[misc]
             On the last stage the final-norm hidden states [rows, hidden] that predict `view.rows`, in their
             order; on others [tokens, samples, hidden] for the next stage.
         """
-        view = view.shifted() if self.architecture.is_shifted else view
-        plan = AttentionPlan.of(view, self._make_kernel, self._frequencies, self.config.params_dtype)
+        view = fit(view.shifted() if self.architecture.is_shifted else view, self.make_kernel)
+        plan = AttentionPlan.of(view, self.make_kernel, self._frequencies, self.config.params_dtype)
         embedded = self._embed(view) if self.is_first_stage else None
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=plan)
         if not self.is_last_stage:

@@ -190,10 +190,6 @@ def _redirect_megatron() -> None:
 
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    if not hasattr(
-        moe_utils, "te_general_gemm"
-    ):  # without Transformer Engine some releases leave it undefined
-        moe_utils.te_general_gemm = None
     moe_utils.maybe_move_tensor_to_cpu = _as_host_value
     token_dispatcher.maybe_move_tensor_to_cpu = _as_host_value
 

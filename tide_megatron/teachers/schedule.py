@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_pipelinin
 from torch import Tensor
 
 from tide_megatron.diffusion.views import View
+from tide_megatron.models.attention import fit
 from tide_megatron.models.build import TideModel
 
 
@@ -36,8 +37,9 @@ def forward_views(model: TideModel, views: Sequence[View]) -> list[Tensor]:
     """
     if model.groups.pp.size() == 1:
         return [model(view)[: len(view.rows)] for view in views]
-    samples, length = max(len(view.ids) for view in views), max(view.length for view in views)
-    equal = [view.padded(samples, length) for view in views]
+    fitted = [fit(view, model.make_kernel) for view in views]  # before a stage is told what it receives
+    samples, length = max(len(view.ids) for view in fitted), max(view.length for view in fitted)
+    equal = [view.padded(samples, length) for view in fitted]
     outputs: list[Tensor] = forward_backward_pipelining_without_interleaving(
         forward_step_func=_forward_step,
         data_iterator=iter(equal),

@@ -7,7 +7,6 @@ What cannot work (layouts, vocabularies, schedules) is refused before any weight
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,18 +22,12 @@ from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.schedule import SCHEDULES
-from tide_megatron.head.fused import BUDGET_MIB, fused_head_loss
-from tide_megatron.head.parts import HeadLossForm
-from tide_megatron.head.plain import head_loss
-from tide_megatron.head.slabs import rows_within
-from tide_megatron.head.tiles import fixed_bytes
-from tide_megatron.head.workspace import Workspace
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.shared_vocabulary import SharedVocabulary
-from tide_megatron.models.precision import Precision
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.text.vocabulary import differing_ids, require_shared
+from tide_megatron.train.head_form import check_head_budget, choose_head_loss
 from tide_megatron.train.metrics import Phases
 from tide_megatron.train.plans import ModelPlan, check_layout, head_ranks, read_plan, under
 from tide_megatron.train.recipe import Recipe
@@ -74,7 +67,7 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         if recipe.data.held_out:
             held_out = open_loader(recipe, recipe.data.held_out, tokenizer, readers, is_trained_on=False)
         _check_terms(recipe, plans, loader)
-        _check_head_budget(recipe, plans, ranks, device)
+        check_head_budget(recipe, plans, ranks, device)
     residents = build_residents(recipe, plans, device)
     for name, teacher in residents.teachers.items():
         reading = loader.sides.get(name)
@@ -99,56 +92,9 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         device=device.torch_device,
         head=residents.head,
         cut=residents.cut,
-        head_loss=_head_loss(recipe, device),
+        head_loss=choose_head_loss(recipe, plans, ranks, device),
     )
     return Parts(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer)
-
-
-def _check_head_budget(recipe: Recipe, plans: Mapping[str, ModelPlan], ranks: int, device: Device) -> None:
-    """Refuse a budget that does not hold one row, before any weight is read; a row for a row is assumed."""
-    if recipe.head.form == "plain":
-        return
-    kept = {
-        "student",
-        *(loss.teacher for loss in recipe.terms.values() if isinstance(loss, SharedVocabulary)),
-    }
-    sizes = [
-        -(-plan.architecture.vocabulary // ranks) * _product_bytes(recipe, plan, device)
-        for name, plan in plans.items()
-        if name in kept
-    ]
-    rows_within(_budget_bytes(recipe, device), sum(sizes), fixed_bytes(device.torch_device))
-
-
-def _product_bytes(recipe: Recipe, plan: ModelPlan, device: Device) -> int:
-    """Return the bytes of a logit that a model's head keeps."""
-    if recipe.head.precision == "fp32":
-        return 4
-    return Precision.choose(plan.choice.precision, device.type).dtype.itemsize
-
-
-def _budget_bytes(recipe: Recipe, device: Device) -> int:
-    return (recipe.head.budget_mib or BUDGET_MIB[device.type]) * 2**20
-
-
-def _head_loss(recipe: Recipe, device: Device) -> HeadLossForm:
-    """Choose how the head loss is computed, in this one place, and log it."""
-    exact = recipe.head.precision == "fp32"
-    words = ", products in fp32" if exact else ""
-    if recipe.head.form == "plain":
-        log.info("head loss: plain, by autograd%s", words)
-        return functools.partial(head_loss, is_exact=exact)
-    compiled = device.type == "cuda" if recipe.head.compiled is None else recipe.head.compiled
-    words += ", compiled" if compiled else ""
-    budget = _budget_bytes(recipe, device)
-    log.info("head loss: fused, slabs of %d MiB%s", budget // 2**20, words)
-    return functools.partial(
-        fused_head_loss,
-        budget_bytes=budget,
-        workspace=Workspace(),
-        compiled=compiled,
-        is_exact=exact,
-    )
 
 
 def open_loader(

@@ -197,8 +197,8 @@ class Head:
     """`fused`: values and gradients in one pass over slabs of rows; `plain`: by autograd, with several times
     the memory (the oracle)."""
     budget_mib: int | None = Field(default=None, ge=1)
-    """What a slab may take beside weights, hidden rows and their gradients, in MiB; None: 256 on CPU, 2048 on
-    CUDA. Smaller slabs read weights and gradients more often."""
+    """What a slab may take beside weights, hidden rows and their gradients, in MiB; None: 256 on CPU, 6144 on
+    CUDA, less where less is free. Smaller slabs read weights and gradients more often."""
     precision: HeadPrecision = "weights"
     """In which the heads' products run: `weights`, the dtype of each model, or `fp32`. Statistics, values and
     the head's gradient are fp32 always; FP8 is refused for heads."""

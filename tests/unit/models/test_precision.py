@@ -1,7 +1,11 @@
 """Number formats: chosen by device, refused by name."""
 
+import tide_megatron.platform  # noqa: F401 - before megatron
+from tide_megatron.platform.router import use_torch_for_routers
+
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
 
 from tests.unit.models.shapes import DENSE, MIXTURE, build, view
 from tide_megatron.base.errors import ConfigError
@@ -39,3 +43,16 @@ def test_routers_keep_fp32_weights_in_a_bf16_model(groups):
     assert routers == {
         f"decoder.layers.{i}.mlp.router.{part}" for i in (1, 2) for part in ("weight", "expert_bias")
     }
+
+
+def one_dtype_only(weight, inputs, *args, **kwargs):
+    """Stand in for Transformer Engine's product, as far as it would get."""
+    raise AssertionError(f"asked to multiply {weight.dtype} by {inputs.dtype}")
+
+
+def test_a_bf16_mixture_with_fp32_routers_runs_where_transformer_engine_is(groups, monkeypatch):
+    monkeypatch.setattr(moe_utils, "te_general_gemm", one_dtype_only)
+    use_torch_for_routers()
+    model = build(MIXTURE, groups, precision=Precision("bf16"))
+    assert model.decoder.layers[1].mlp.router.weight.dtype is torch.float32
+    assert torch.isfinite(model.rows(view(MIXTURE["vocab_size"]))).all()
