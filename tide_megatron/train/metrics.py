@@ -11,13 +11,11 @@ the lines of steps that were done but not saved, so the file reads as if the run
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import resource
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
@@ -27,6 +25,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.phases import Phases
 from tide_megatron.train.progress import Progress
 from tide_megatron.train.sinks import JsonLines, Record, Sink, TensorBoard, WeightsAndBiases, guarded
 
@@ -48,54 +47,6 @@ class MetricsOptions:
     """Weights & Biases; its failures are logged once and never end a run."""
     project: str = "tide-megatron"
     """wandb project."""
-
-
-class Phases:
-    """Exclusive times of the parts of a step: inside `with phases("head")`, time belongs to `head`.
-
-    A phase opened inside another pauses the outer one, so the sums never exceed the wall clock. On CUDA the
-    marks are events in the current stream, which cost no synchronisation: a phase then has the time the GPU
-    spent between its marks, and what the host did meanwhile does not show.
-    """
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        """Start with nothing measured; `device` says whose clock counts."""
-        self._on_cuda = device is not None and device.type == "cuda"
-        self._open: list[str] = []
-        self._since: Any = None
-        self._spans: list[tuple[str, Any, Any]] = []
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Count the block's time as `name`."""
-        self._switch()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._switch()
-            self._open.pop()
-
-    def take(self) -> dict[str, float]:
-        """Return seconds by phase since the last `take`, and start anew; waits for a CUDA device."""
-        self._switch()
-        seconds: dict[str, float] = defaultdict(float)
-        if self._on_cuda and self._spans:
-            self._spans[-1][2].synchronize()
-        for name, start, end in self._spans:
-            seconds[name] += start.elapsed_time(end) / 1000 if self._on_cuda else end - start
-        self._spans.clear()
-        return dict(seconds)
-
-    def _switch(self) -> None:
-        """Close the running span at this moment; the next one starts here."""
-        now: Any = time.perf_counter()
-        if self._on_cuda:
-            now = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            now.record()
-        if self._open:
-            self._spans.append((self._open[-1], self._since, now))
-        self._since = now
 
 
 @dataclasses.dataclass(kw_only=True)

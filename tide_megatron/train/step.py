@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.batch import Batch
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.cut import Cut
@@ -26,7 +27,6 @@ from tide_megatron.parallel.groups import HeadGroup
 from tide_megatron.parallel.ledger import KINDS, LEDGER
 from tide_megatron.teachers.teacher import Teacher
 from tide_megatron.train.counts import count
-from tide_megatron.train.metrics import Phases
 from tide_megatron.train.optimizer import Update
 from tide_megatron.train.shared_rows import share_rows, share_student
 from tide_megatron.train.student import Student
@@ -44,12 +44,18 @@ class Run:
     losses: Mapping[str, Loss]
     noiser: Noiser
     phases: Phases
+    """The one timer of all parts."""
     device: torch.device
     head: HeadGroup
     """The ranks that share every vocabulary head with this one."""
     cut: Cut
     """Which ids each of them owns."""
     head_loss: HeadLossForm
+
+    def __post_init__(self) -> None:
+        """Hold the teachers to this run's timer: else what they exchange would count as their own time."""
+        apart = [name for name, teacher in self.teachers.items() if teacher.phases is not self.phases]
+        assert not apart, f"teachers {apart} book their time elsewhere than the run; give both one Phases"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
