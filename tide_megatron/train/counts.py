@@ -62,8 +62,8 @@ def count(
     mine: dict[str, list[float]] = {
         "divisors": [float(sum(loss.count(example) for example in noised)) for loss in losses.values()],
         "totals": [
-            float(sum(example.batch.lengths.sum() for example in noised)),
-            float(sum(example.hidden.sum() for example in noised)),
+            float(sum(sum(example.batch.host_lengths) for example in noised)),
+            float(sum(len(part.gold) for part in rows)),
         ],
         "rows": [float(size) for part in rows for size in row_sizes(part, links)],
         "fingerprints": [float(number) for number in fingerprints],
