@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
@@ -23,7 +22,8 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Levels, Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.trained_context import write_context
-from tide_megatron.losses.tidal import Tidal
+from tide_megatron.losses.mixture import Mixture
+from tide_megatron.losses.rows import Loss
 from tide_megatron.models.convert import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.assemble import Parts, assemble
@@ -158,12 +158,6 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
             log.warning(
                 "teachers.%s: its answer is not finite for samples %s of data.train", name, _listed(ids)
             )
-    start = torch.zeros(1)
-    shares: dict[str, Tensor] = {
-        name: loss.teacher_share(start, before)
-        for name, loss in recipe.terms.items()
-        if isinstance(loss, Tidal)
-    }
     metrics.step(
         after,
         averaged={
@@ -176,10 +170,24 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
         },
         latest={
             "learning_rate": result.update.learning_rate,
-            **{f"lambda/{name}": float(share) for name, share in shares.items()},
+            **{f"lambda/{name}": share for name, share in teacher_shares(recipe.terms, before).items()},
         },
         tokens=result.tokens,
     )
+
+
+def teacher_shares(losses: Mapping[str, Loss], clock: Clock) -> dict[str, float]:
+    """Return the lambda of every term that has one, at noise level t -> 0.
+
+    That is the largest of this moment of the run: where a term lets lambda follow the noise level too, a
+    sample at level t has (1 - t) times as much.
+    """
+    clean = torch.zeros(1)
+    return {
+        name: float(loss.teacher_share(clean, clock))
+        for name, loss in losses.items()
+        if isinstance(loss, Mixture)
+    }
 
 
 def _listed(ids: Sequence[int], most: int = 10) -> str:

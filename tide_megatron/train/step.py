@@ -104,7 +104,7 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
     for microbatch, example in enumerate(noised):
         with run.phases("teacher"):
             answers = {name: next(stream) for name, stream in streams.items()}
-            watch.look(answers, microbatch, example)
+        watch.keep(answers, example)
         with run.phases("student"):
             own = run.student.rows(run.student.view(example))
         with run.phases("exchange"):
