@@ -1,4 +1,4 @@
-"""Where a step's time is booked: what teachers collect and deliver is exchange, whatever their layout."""
+"""Where a step's time is booked, and what it is held against, whatever the layout."""
 
 import time
 
@@ -12,6 +12,7 @@ from tide_megatron.teachers import teacher as module
 from tide_megatron.teachers.route import Route
 from tide_megatron.teachers.teacher import Teacher
 from tide_megatron.train.assemble import assemble
+from tide_megatron.train.cost import peak_memory_bytes
 from tide_megatron.train.resolve import load_recipe
 from tide_megatron.train.step import Run, train_step
 
@@ -67,3 +68,31 @@ def two_timers(file, folder):
 def test_a_run_refuses_teachers_that_book_their_time_elsewhere(pool, pair, tmp_path):
     ((message, _),) = pool(1).run(two_timers, pair, tmp_path)
     assert message.startswith("teachers ['moe'] book their time elsewhere than the run")
+
+
+def step_cost(file, folder, words):
+    """Step once; return what it needed and held before over all ranks, and what this rank has held since."""
+    recipe, _ = load_recipe(file, [f"folder={folder}", *words])
+    parts = assemble(recipe, choose_device("cpu"))
+    result = train_step(parts.run, parts.loader.update(0), Clock(total_steps=4))
+    return result.cost, peak_memory_bytes()
+
+
+def test_what_a_step_needs_is_the_same_on_any_ranks_layouts_and_padding(pool, pair, tmp_path):
+    ((wanted, _),) = pool(1).run(step_cost, pair, tmp_path, ["batch.samples=8"])
+    assert wanted.flops > 1e8
+    ways = {1: ["batch.samples=8", "data.fixed_length=160"], 4: PAIR_ON_FOUR}
+    for ranks, words in ways.items():
+        found = pool(ranks).run(step_cost, pair, tmp_path, words)
+        assert [cost.flops for cost, _ in found] == [wanted.flops] * ranks
+    told, own = zip(*((cost.peak_memory_bytes, memory) for cost, memory in found), strict=True)
+    assert len(set(told)) == 1
+    assert max(own) * 0.5 < told[0] <= max(own), "the largest of all ranks, as it was before the step"
+
+
+def test_two_forwards_of_complementary_views_need_no_more_than_one(pool, pair, tmp_path):
+    one, two = (
+        pool(1).run(step_cost, pair, tmp_path, ["batch.samples=8", *words])[0][0].flops
+        for words in ([], ["teachers.moe.forwards=two", "teachers.own.forwards=two"])
+    )
+    assert one == two

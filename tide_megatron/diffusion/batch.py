@@ -106,7 +106,7 @@ class Noised:
             hidden=self.hidden,
             asked=self.hidden,
             index=self.row_index,
-            longest=max(self.batch.host_lengths),
+            host_lengths=self.batch.host_lengths,
             unit=place,
         )
 

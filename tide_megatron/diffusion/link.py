@@ -30,8 +30,8 @@ class Reading:
     """[samples, length] bool: positions whose hidden states are wanted, a subset of `hidden`."""
     index: tuple[Tensor, Tensor]
     """([rows], [rows]) int64: sample and position of what is asked, in (sample, position) order."""
-    longest: int
-    """Real tokens of the longest sample."""
+    host_lengths: tuple[int, ...]
+    """`lengths` as plain numbers."""
     unit: Tensor
     """[samples, length] int64: what a position's complementary draw is keyed by, its own number or its
     chunk's; positions of one chunk share a draw. Meaningless where nothing is hidden."""
@@ -106,7 +106,7 @@ def read_side(side: Side, hidden: Tensor) -> Reading:
         hidden=masked,
         asked=asked,
         index=(rows, columns),
-        longest=max(side.host_lengths),
+        host_lengths=side.host_lengths,
         unit=unit,
     )
 

@@ -201,7 +201,7 @@ def _seen_lengths(reading: Reading, context: Context) -> Tensor | None:
 def _needed(reading: Reading, context: Context) -> int:
     """Return how many positions the longest sample has, in whole blocks where there are blocks."""
     block = 1 if context.kind == "bidirectional" else context.block_size
-    return min(-(-reading.longest // block) * block, reading.ids.shape[1])
+    return min(-(-max(reading.host_lengths) // block) * block, reading.ids.shape[1])
 
 
 def _trim(reading: Reading, context: Context) -> Reading:

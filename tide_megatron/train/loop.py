@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
@@ -27,6 +28,7 @@ from tide_megatron.losses.rows import Loss
 from tide_megatron.models.convert import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.assemble import Parts, assemble
+from tide_megatron.train.cost import Devices
 from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
@@ -67,9 +69,11 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     clock = start_or_resume(recipe, tree, parts)
     saver = make_saver(recipe, tree, parts)
     options = recipe.metrics
+    dtype = parts.run.student.model.config.params_dtype
+    devices = Devices.of(device, dtype, dist.get_world_size(), told_tflops=options.peak_tflops)
     started, cpu = time.monotonic(), time.process_time()
     with Metrics(
-        options, folder, clock, phases=parts.run.phases, recipe=tree, is_first=is_first()
+        options, folder, clock, phases=parts.run.phases, devices=devices, recipe=tree if is_first() else None
     ) as metrics:
         clock, stopped = _loop(recipe, parts, saver, clock, metrics, stop)
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
@@ -173,6 +177,7 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
             **{f"lambda/{name}": share for name, share in teacher_shares(recipe.terms, before).items()},
         },
         tokens=result.tokens,
+        cost=result.cost,
     )
 
 
