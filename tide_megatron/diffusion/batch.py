@@ -50,15 +50,28 @@ class Batch:
         return (self.maskable * place).amax(dim=1)
 
     @functools.cached_property
+    def host_lengths(self) -> tuple[int, ...]:
+        """`lengths` as plain numbers."""
+        return tuple(self.lengths.tolist())
+
+    @functools.cached_property
+    def num_maskable(self) -> int:
+        """How many tokens of all samples may be hidden."""
+        return int(self.maskable.sum())
+
+    @functools.cached_property
     def fingerprint(self) -> int:
         """Number of the samples and their epochs, in order: two batches share it when they hold the same."""
         return zlib.crc32(torch.stack([self.sample_ids, self.epochs]).cpu().numpy().tobytes())
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
+        """Return the batch on a device, with the plain numbers that would cost a wait there."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         sides = {name: side.to(device) for name, side in values.pop("sides").items()}
-        return Batch(**{name: value.to(device) for name, value in values.items()}, sides=sides)
+        moved = Batch(**{name: value.to(device) for name, value in values.items()}, sides=sides)
+        for name in ("host_lengths", "num_maskable", "fingerprint"):
+            object.__setattr__(moved, name, getattr(self, name))
+        return moved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,22 +84,29 @@ class Noised:
     hidden: Tensor
     """[samples, length] bool: positions the model must predict (a subset of maskable)."""
 
-    @property
+    @functools.cached_property
     def row_index(self) -> tuple[Tensor, Tensor]:
-        """([rows], [rows]) int64: sample and position of each hidden row, in (sample, position) order."""
+        """([rows], [rows]) int64: sample and position of each hidden row, in (sample, position) order.
+
+        The host waits for the device to learn how many there are, once.
+        """
         sample, position = self.hidden.nonzero(as_tuple=True)
         return sample, position
 
     def reading(self, teacher: str) -> Reading:
         """Return what a teacher reads: its own side of the batch, or the student's tokens."""
-        if teacher in self._readings:
-            return self._readings[teacher]
+        return self._readings.get(teacher) or self._shared_reading
+
+    @functools.cached_property
+    def _shared_reading(self) -> Reading:
         place = torch.arange(self.hidden.shape[1], device=self.hidden.device).expand_as(self.hidden)
         return Reading(
             ids=self.batch.ids,
             lengths=self.batch.lengths,
             hidden=self.hidden,
             asked=self.hidden,
+            index=self.row_index,
+            host_lengths=self.batch.host_lengths,
             unit=place,
         )
 

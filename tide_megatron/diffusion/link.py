@@ -28,6 +28,10 @@ class Reading:
     """[samples, length] bool: positions this teacher must not see."""
     asked: Tensor
     """[samples, length] bool: positions whose hidden states are wanted, a subset of `hidden`."""
+    index: tuple[Tensor, Tensor]
+    """([rows], [rows]) int64: sample and position of what is asked, in (sample, position) order."""
+    host_lengths: tuple[int, ...]
+    """`lengths` as plain numbers."""
     unit: Tensor
     """[samples, length] int64: what a position's complementary draw is keyed by, its own number or its
     chunk's; positions of one chunk share a draw. Meaningless where nothing is hidden."""
@@ -95,7 +99,16 @@ def read_side(side: Side, hidden: Tensor) -> Reading:
     masked[sample, position] = (counts > 0)[chunk]
     asked[sample, position] = (counts == sizes)[chunk]
     unit[sample, position] = side.number[chunk]
-    return Reading(ids=side.ids, lengths=side.lengths, hidden=masked, asked=asked, unit=unit)
+    rows, columns = asked.nonzero(as_tuple=True)
+    return Reading(
+        ids=side.ids,
+        lengths=side.lengths,
+        hidden=masked,
+        asked=asked,
+        index=(rows, columns),
+        host_lengths=side.host_lengths,
+        unit=unit,
+    )
 
 
 def link_side(side: Side, ids: Tensor, hidden: Tensor, asked: Tensor) -> Link:

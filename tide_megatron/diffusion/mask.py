@@ -89,6 +89,18 @@ def may_attend(context: Context, length: int, query: Tensor, key: Tensor) -> Ten
     return own_noised_block | clean_before | clean_up_to_own
 
 
+def allowed_pairs(context: Context, length: int) -> int:
+    """Count the (query, key) pairs that the predicate allows in one sample of `length` real tokens a part."""
+    if context.kind == "bidirectional":
+        return (context.parts * length) ** 2
+    # Whatever its part, a token sees as many keys as stand before its block's end: own block and clean ones.
+    size = context.block_size
+    ends = [min(start + size, length) for start in range(0, length, size)]
+    return context.parts * sum(
+        (end - start) * end for start, end in zip(range(0, length, size), ends, strict=True)
+    )
+
+
 def dense_mask(context: Context, length: int, lengths: Tensor | None = None) -> Tensor:
     """Render the predicate as a bool mask for SDPA; True where attention is allowed.
 

@@ -12,6 +12,7 @@ memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -32,10 +33,17 @@ class Side:
     number: Tensor
     """[chunks] int64: the chunk's number within its sample, which keys its noise."""
 
+    @functools.cached_property
+    def host_lengths(self) -> tuple[int, ...]:
+        """`lengths` as plain numbers; a side that was moved brings them along, so no device is asked."""
+        return tuple(self.lengths.tolist())
+
     def to(self, device: torch.device) -> Side:
         """Return the side on a device."""
-        moved = {field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}
-        return Side(**moved)
+        values = {field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}
+        moved = Side(**values)
+        object.__setattr__(moved, "host_lengths", self.host_lengths)
+        return moved
 
     @property
     def num_chunks(self) -> int:

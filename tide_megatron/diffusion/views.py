@@ -137,7 +137,7 @@ def teacher_view(reading: Reading, context: Context, mask_id: int) -> View:
         mask_id: its mask token.
     """
     reading = _trim(reading, context)
-    return _pass(reading, reading.hidden, reading.asked, context, mask_id)
+    return _pass(reading, reading.hidden, reading.index, context, mask_id)
 
 
 def complementary_view(reading: Reading, shown: Tensor, context: Context, mask_id: int) -> View:
@@ -155,7 +155,7 @@ def complementary_view(reading: Reading, shown: Tensor, context: Context, mask_i
     second = reading.ids.masked_fill(reading.hidden & shown, mask_id)
     samples, length = reading.ids.shape
     lengths = _seen_lengths(reading, context)
-    sample, position = reading.asked.nonzero(as_tuple=True)
+    sample, position = reading.index
     is_second = shown[sample, position].long()
     if context.kind == "block_diffusion":
         both = TwoViews(kind=context.kind, block_size=context.block_size)
@@ -179,17 +179,28 @@ def complementary_passes(
     """
     reading = _trim(reading, context)
     shown = shown[:, : reading.ids.shape[1]]
+    first, second = ((reading.asked & part).nonzero(as_tuple=True) for part in (~shown, shown))
     return (
-        _pass(reading, reading.hidden & ~shown, reading.asked & ~shown, context, mask_id),
-        _pass(reading, reading.hidden & shown, reading.asked & shown, context, mask_id),
+        _pass(reading, reading.hidden & ~shown, first, context, mask_id),
+        _pass(reading, reading.hidden & shown, second, context, mask_id),
     )
 
 
-def _pass(reading: Reading, hidden: Tensor, asked: Tensor, context: Context, mask_id: int) -> View:
-    """Build one view of a trimmed reading: what it hides and what it answers, both [samples, length] bool."""
+def _pass(
+    reading: Reading, hidden: Tensor, asked: tuple[Tensor, ...], context: Context, mask_id: int
+) -> View:
+    """Build one view of a trimmed reading: what it hides [samples, length] bool, and what it answers.
+
+    Args:
+        reading: trimmed.
+        hidden: shown as the mask token.
+        asked: ([rows], [rows]) sample and position.
+        context: the teacher's.
+        mask_id: the teacher's.
+    """
     noisy = reading.ids.masked_fill(hidden, mask_id)
     copies = [noisy, *[reading.ids] * (context.parts - context.noised_parts)]
-    sample, position = asked.nonzero(as_tuple=True)
+    sample, position = asked
     rows = sample * context.parts * reading.ids.shape[1] + position
     return _view(copies, context, _seen_lengths(reading, context), rows)
 
@@ -207,12 +218,14 @@ def _seen_lengths(reading: Reading, context: Context) -> Tensor | None:
 def _needed(reading: Reading, context: Context) -> int:
     """Return how many positions the longest sample has, in whole blocks where there are blocks."""
     block = 1 if context.kind == "bidirectional" else context.block_size
-    longest = int(reading.lengths.max())
-    return min(-(-longest // block) * block, reading.ids.shape[1])
+    return min(-(-max(reading.host_lengths) // block) * block, reading.ids.shape[1])
 
 
 def _trim(reading: Reading, context: Context) -> Reading:
-    """Cut the padding behind the longest sample; it may be long where the loader pads to a fixed length."""
+    """Cut the padding behind the longest sample; it may be long where the loader pads to a fixed length.
+
+    What is asked lies before the cut, so `index` stays.
+    """
     length = _needed(reading, context)
     cut = {name: getattr(reading, name)[:, :length] for name in ("ids", "hidden", "asked", "unit")}
     return dataclasses.replace(reading, **cut)

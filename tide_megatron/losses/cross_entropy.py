@@ -50,8 +50,8 @@ class CrossEntropy:
         if self.normalization == "hidden":
             return num_hidden(noised)
         if self.normalization == "token":
-            return noised.batch.maskable.sum().double()
-        return torch.tensor(len(noised.time), dtype=torch.float64, device=noised.time.device)
+            return torch.tensor(noised.batch.num_maskable, dtype=torch.float64)
+        return torch.tensor(len(noised.time), dtype=torch.float64)
 
     def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
         """Return the timestep weight of each row, over its sample's maskable tokens for `sequence`."""

@@ -72,8 +72,8 @@ def one_per_row(rows: Rows) -> Tensor:
 
 
 def num_hidden(noised: Noised) -> Tensor:
-    """Count a microbatch's hidden rows: the divisor of a mean over rows, fp64 scalar."""
-    return noised.hidden.sum().double()
+    """Count a microbatch's hidden rows: the divisor of a mean over rows, fp64 scalar on CPU."""
+    return torch.tensor(len(noised.row_index[0]), dtype=torch.float64)
 
 
 @runtime_checkable
@@ -95,7 +95,10 @@ class Loss(Protocol):
         """Factor of this term in the objective."""
 
     def count(self, noised: Noised) -> Tensor:
-        """Return this microbatch's contribution to the divisor (summed over the step), fp64 scalar."""
+        """Return this microbatch's contribution to the divisor (summed over the step), fp64 scalar on CPU.
+
+        It should ask no device: `Batch` and `Noised` have plain numbers.
+        """
 
     def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
         """Return per-item factors that no logit changes (timestep weights), [items] fp32.

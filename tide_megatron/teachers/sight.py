@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.complementary import Complementary
-from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.mask import Context, TwoViews
 from tide_megatron.diffusion.views import View, complementary_passes, complementary_view, teacher_view
 
 
@@ -35,6 +35,17 @@ class Sight:
         if self.forwards == 1:
             return (complementary_view(reading, shown, self.context, self.mask_id),)
         return complementary_passes(reading, shown, self.context, self.mask_id)
+
+    def reads(self, lengths: Sequence[int]) -> tuple[Context, list[int]]:
+        """Return what is read in one forward of samples of these lengths: context and sequence lengths.
+
+        Two forwards of complementary views answer the same and are no reason to count more.
+        """
+        if self.complementary is None:
+            return self.context, list(lengths)
+        if self.context.kind == "block_diffusion":
+            return TwoViews(kind=self.context.kind, block_size=self.context.block_size), list(lengths)
+        return self.context, [*lengths, *lengths]
 
 
 def merge_passes(views: Sequence[View], answers: Sequence[Tensor]) -> Tensor:

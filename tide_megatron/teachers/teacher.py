@@ -6,6 +6,10 @@ A rank asks for its own microbatches; the replica reads them seat by seat; the a
 ranks of the head group, because each of them owns a slice of the head's columns. With an expert-parallel
 layout a rank forwards for itself and its tokens travel inside the mixture layers. Whoever asks never learns
 which of these ways was taken.
+
+In a run's times, collect and deliver are `exchange` and the rest is `teacher`. What megatron-core itself
+sends in the forward pass (sums over tensor ranks, states from stage to stage, tokens to their experts) stays
+in `teacher`: it is woven into the layers, and so is the waiting for other ranks that it brings.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.views import View
 from tide_megatron.head.parts import HeadInput
@@ -30,7 +35,14 @@ class Teacher:
     """One frozen model, resident on this rank beside the student and other teachers."""
 
     def __init__(
-        self, name: str, model: TideModel, sight: Sight, route: Route, *, shared_schedule: int = 1
+        self,
+        name: str,
+        model: TideModel,
+        sight: Sight,
+        route: Route,
+        *,
+        shared_schedule: int = 1,
+        phases: Phases | None = None,
     ) -> None:
         """Keep a model that was built with `trainable=False`.
 
@@ -40,11 +52,14 @@ class Teacher:
             sight: how it sees a microbatch.
             route: how its rows travel.
             shared_schedule: how many microbatches of a step are read in one pipeline schedule, at most.
+            phases: the timer of the run it is part of, which insists on its own (`train.step.Run`); None: a
+                timer that nobody reads, for a teacher outside a run.
         """
         self.name = name
         self.model = model
         self.sight = sight
         self.route = route
+        self.phases = Phases() if phases is None else phases
         self.shared_schedule = 1 if route.is_alone else shared_schedule
 
     def request(self, noised: Sequence[Noised]) -> Request:
@@ -75,7 +90,9 @@ class Teacher:
                 range(start, stop), self._forward(request, sizes, range(start, stop)), strict=True
             ):
                 seat_rows = [num_rows(place[microbatch]) for place in sizes]
-                yield self.head_input(self.route.deliver(rows, seat_rows))
+                with self.phases("exchange"):
+                    delivered = self.route.deliver(rows, seat_rows)
+                yield self.head_input(delivered)
             start = stop
 
     def head_input(self, hidden: Tensor) -> HeadInput:
@@ -93,7 +110,8 @@ class Teacher:
         seats = [
             [size for microbatch in window for size in sizes[place][microbatch]] for place in self.route.seats
         ]
-        views = [own] if self.route.is_alone else collect(own, seats, self.route.replica)
+        with self.phases("exchange"):
+            views = [own] if self.route.is_alone else collect(own, seats, self.route.replica)
         passes = len(request.views[0])
         ordered = [
             view

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.base.phases import Phases
 from tide_megatron.data.columns import Columns
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
@@ -28,7 +29,6 @@ from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.text.vocabulary import differing_ids, require_shared
 from tide_megatron.train.head_form import check_head_budget, choose_head_loss
-from tide_megatron.train.metrics import Phases
 from tide_megatron.train.plans import ModelPlan, check_layout, head_ranks, read_plan, under
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.residents import build_residents
@@ -68,7 +68,8 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
             held_out = open_loader(recipe, recipe.data.held_out, tokenizer, readers, is_trained_on=False)
         _check_terms(recipe, plans, loader)
         check_head_budget(recipe, plans, ranks, device)
-    residents = build_residents(recipe, plans, device)
+    phases = Phases(device.torch_device)
+    residents = build_residents(recipe, plans, device, phases)
     for name, teacher in residents.teachers.items():
         reading = loader.sides.get(name)
         log.info(
@@ -88,7 +89,7 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
             time_epsilon=recipe.noise.time_epsilon,
             whole_chunks_of=_kept_whole(recipe, loader),
         ),
-        phases=Phases(device.torch_device),
+        phases=phases,
         device=device.torch_device,
         head=residents.head,
         cut=residents.cut,

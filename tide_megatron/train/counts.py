@@ -20,6 +20,7 @@ from tide_megatron.losses.transport import row_sizes
 from tide_megatron.parallel.collectives import gather_objects, gather_vectors
 from tide_megatron.parallel.groups import HeadGroup
 from tide_megatron.teachers.request import Request, Sizes
+from tide_megatron.train.cost import Cost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Counts:
     """Rows to predict, over all ranks."""
     rows: Sequence[Sequence[Sequence[int]]]
     """[place of the head group][microbatch]: how that place's `Rows` are packed."""
+    cost: Cost
+    """Of all ranks."""
     asked: Mapping[str, Sequence[Sizes]]
     """Teacher -> [place of the head group][microbatch][pass]."""
 
@@ -44,6 +47,7 @@ def count(
     requests: Mapping[str, Request],
     losses: Mapping[str, Loss],
     head: HeadGroup,
+    cost: Cost,
 ) -> Counts:
     """Exchange a step's numbers in ONE collective. All ranks call it together.
 
@@ -53,6 +57,7 @@ def count(
         requests: what this rank asks of each teacher.
         losses: the terms, by name.
         head: this rank's head group.
+        cost: this rank's.
 
     Raises:
         TideError: on every rank, when a teacher's views and the student's rows are of different samples.
@@ -62,9 +67,11 @@ def count(
     mine: dict[str, list[float]] = {
         "divisors": [float(sum(loss.count(example) for example in noised)) for loss in losses.values()],
         "totals": [
-            float(sum(example.batch.lengths.sum() for example in noised)),
-            float(sum(example.hidden.sum() for example in noised)),
+            float(sum(sum(example.batch.host_lengths) for example in noised)),
+            float(sum(len(part.gold) for part in rows)),
+            cost.flops,
         ],
+        "memory": [cost.peak_memory_bytes],
         "rows": [float(size) for part in rows for size in row_sizes(part, links)],
         "fingerprints": [float(number) for number in fingerprints],
     }
@@ -74,12 +81,13 @@ def count(
     table = _Table(gather_vectors([value for part in mine.values() for value in part]), mine)
     _check_samples(table, requests, noised)
     divisors = table["divisors"].sum(dim=0)
-    tokens, hidden = table["totals"].sum(dim=0).tolist()
+    tokens, hidden, flops = table["totals"].sum(dim=0).tolist()
     here = slice(head.first, head.first + head.ranks)
     return Counts(
         divisors=dict(zip(losses, divisors, strict=True)),
         tokens=int(tokens),
         hidden=int(hidden),
+        cost=Cost(flops=flops, peak_memory_bytes=float(table["memory"].max())),
         rows=[list(_split(line, len(noised))) for line in table["rows"][here].long().tolist()],
         asked={
             name: [request.sizes(line) for line in table[f"views of {name}"][here].long().tolist()]

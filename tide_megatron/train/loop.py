@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
@@ -23,10 +23,12 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Levels, Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.trained_context import write_context
-from tide_megatron.losses.tidal import Tidal
+from tide_megatron.losses.mixture import Mixture
+from tide_megatron.losses.rows import Loss
 from tide_megatron.models.convert import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.assemble import Parts, assemble
+from tide_megatron.train.cost import Devices
 from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
@@ -67,9 +69,11 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     clock = start_or_resume(recipe, tree, parts)
     saver = make_saver(recipe, tree, parts)
     options = recipe.metrics
+    dtype = parts.run.student.model.config.params_dtype
+    devices = Devices.of(device, dtype, dist.get_world_size(), told_tflops=options.peak_tflops)
     started, cpu = time.monotonic(), time.process_time()
     with Metrics(
-        options, folder, clock, phases=parts.run.phases, recipe=tree, is_first=is_first()
+        options, folder, clock, phases=parts.run.phases, devices=devices, recipe=tree if is_first() else None
     ) as metrics:
         clock, stopped = _loop(recipe, parts, saver, clock, metrics, stop)
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
@@ -158,12 +162,6 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
             log.warning(
                 "teachers.%s: its answer is not finite for samples %s of data.train", name, _listed(ids)
             )
-    start = torch.zeros(1)
-    shares: dict[str, Tensor] = {
-        name: loss.teacher_share(start, before)
-        for name, loss in recipe.terms.items()
-        if isinstance(loss, Tidal)
-    }
     metrics.step(
         after,
         averaged={
@@ -176,10 +174,25 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
         },
         latest={
             "learning_rate": result.update.learning_rate,
-            **{f"lambda/{name}": float(share) for name, share in shares.items()},
+            **{f"lambda/{name}": share for name, share in teacher_shares(recipe.terms, before).items()},
         },
         tokens=result.tokens,
+        cost=result.cost,
     )
+
+
+def teacher_shares(losses: Mapping[str, Loss], clock: Clock) -> dict[str, float]:
+    """Return the lambda of every term that has one, at noise level t -> 0.
+
+    That is the largest of this moment of the run: where a term lets lambda follow the noise level too, a
+    sample at level t has (1 - t) times as much.
+    """
+    clean = torch.zeros(1)
+    return {
+        name: float(loss.teacher_share(clean, clock))
+        for name, loss in losses.items()
+        if isinstance(loss, Mixture)
+    }
 
 
 def _listed(ids: Sequence[int], most: int = 10) -> str:

@@ -1,9 +1,10 @@
-"""What a run tells while it goes: phase times, and log lines to console, JSONL, TensorBoard and wandb.
+"""What a run tells while it goes: records to console, JSONL, TensorBoard and wandb.
 
-`Phases` says where the time goes; `Metrics` collects what the loop hands it after every step, and every few
-steps writes one record to each sink. Names are flat (`loss`, `loss/kl`, `phase/teacher`), the same in every
-sink. Only rank 0 has sinks; the other ranks call the same methods and nothing happens, so loops need no `if
-rank == 0`. The loop's values are already the same on every rank; nothing here is a collective.
+`Metrics` collects what the loop hands it after every step, and every few steps writes one record to each
+sink. Names are flat (`loss`, `loss/kl`, `phase/teacher`), the same in every sink; docs/metrics.md has every
+one of them, with its unit. Only rank 0 has sinks; the other ranks call the same methods and nothing happens,
+so loops need no `if rank == 0`. The loop's values are already the same on every rank; nothing here is a
+collective.
 
 `metrics.jsonl` is the record that plots are made from: one flushed line per record; a resumed run first drops
 the lines of steps that were done but not saved, so the file reads as if the run had never stopped.
@@ -11,22 +12,20 @@ the lines of steps that were done but not saved, so the file reads as if the run
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import resource
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.phases import Phases
+from tide_megatron.train.cost import Cost, Devices, peak_memory_bytes
 from tide_megatron.train.progress import Progress
 from tide_megatron.train.sinks import JsonLines, Record, Sink, TensorBoard, WeightsAndBiases, guarded
 
@@ -48,54 +47,9 @@ class MetricsOptions:
     """Weights & Biases; its failures are logged once and never end a run."""
     project: str = "tide-megatron"
     """wandb project."""
-
-
-class Phases:
-    """Exclusive times of the parts of a step: inside `with phases("head")`, time belongs to `head`.
-
-    A phase opened inside another pauses the outer one, so the sums never exceed the wall clock. On CUDA the
-    marks are events in the current stream, which cost no synchronisation: a phase then has the time the GPU
-    spent between its marks, and what the host did meanwhile does not show.
-    """
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        """Start with nothing measured; `device` says whose clock counts."""
-        self._on_cuda = device is not None and device.type == "cuda"
-        self._open: list[str] = []
-        self._since: Any = None
-        self._spans: list[tuple[str, Any, Any]] = []
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Count the block's time as `name`."""
-        self._switch()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._switch()
-            self._open.pop()
-
-    def take(self) -> dict[str, float]:
-        """Return seconds by phase since the last `take`, and start anew; waits for a CUDA device."""
-        self._switch()
-        seconds: dict[str, float] = defaultdict(float)
-        if self._on_cuda and self._spans:
-            self._spans[-1][2].synchronize()
-        for name, start, end in self._spans:
-            seconds[name] += start.elapsed_time(end) / 1000 if self._on_cuda else end - start
-        self._spans.clear()
-        return dict(seconds)
-
-    def _switch(self) -> None:
-        """Close the running span at this moment; the next one starts here."""
-        now: Any = time.perf_counter()
-        if self._on_cuda:
-            now = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            now.record()
-        if self._open:
-            self._spans.append((self._open[-1], self._since, now))
-        self._since = now
+    peak_tflops: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """What one device could do at most, in TFLOP/s of dense products in the student's dtype, which `mfu` is
+    held against; None: from a table of GPUs (`base.peak`), and on others no `mfu`."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -105,6 +59,8 @@ class _Window:
     started_seconds: float
     steps: int = 0
     tokens: int = 0
+    flops: float = 0.0
+    peak_memory_bytes: float = 0.0
     averaged: list[Mapping[str, float]] = dataclasses.field(default_factory=list)
 
 
@@ -118,25 +74,27 @@ class Metrics:
         clock: Clock,
         *,
         phases: Phases,
-        recipe: Mapping[str, Any],
-        is_first: bool,
+        devices: Devices,
+        recipe: Mapping[str, Any] | None,
     ) -> None:
-        """Open the sinks on rank 0.
+        """Open the sinks on rank 0, and forget the times of whatever was before the first step.
 
         Args:
             options: where to and how often.
             folder: the run folder.
             clock: where the run starts or goes on; later records of an earlier attempt are dropped.
             phases: the timer that the step uses.
-            recipe: the resolved recipe, for wandb.
-            is_first: whether this is rank 0.
+            devices: what the run computes on.
+            recipe: the resolved recipe, for wandb, on rank 0; None: this is another rank, without sinks.
         """
         self.options = options
         self.phases = phases
+        self.devices = devices
+        phases.take()
         self._window = _Window(started_seconds=time.monotonic())
         self._progress: Progress | None = None
         self._sinks: list[Sink] = []
-        if is_first:
+        if recipe is not None:
             self._progress = Progress(clock)
             self._sinks = [self._progress, JsonLines(folder, clock)]
             if options.tensorboard:
@@ -156,7 +114,13 @@ class Metrics:
         self.close()
 
     def step(
-        self, clock: Clock, *, averaged: Mapping[str, float], latest: Mapping[str, float], tokens: int
+        self,
+        clock: Clock,
+        *,
+        averaged: Mapping[str, float],
+        latest: Mapping[str, float],
+        tokens: int,
+        cost: Cost,
     ) -> None:
         """Take the values of one attempted update; every rank may call it after every step.
 
@@ -166,10 +130,13 @@ class Metrics:
                 are not finite are left out of the mean.
             latest: values reported as they are now (learning rate, lambda).
             tokens: tokens read by all ranks in this step.
+            cost: of all ranks.
         """
         window = self._window
         window.steps += 1
         window.tokens += tokens
+        window.flops += cost.flops
+        window.peak_memory_bytes = cost.peak_memory_bytes
         window.averaged.append(averaged)
         attempts = clock.step + clock.skipped
         if self._progress is not None:
@@ -197,16 +164,24 @@ class Metrics:
             sink.write(record)
 
     def _costs(self) -> dict[str, float]:
-        """Return rates, shares of the time by phase, and the largest memory so far."""
+        """Return rates, shares of the time by phase, and the largest memory so far.
+
+        Rates are over the time of training: what `PAUSES` took is left out.
+        """
         window = self._window
         seconds = max(time.monotonic() - window.started_seconds, 1e-9)
         phases = self.phases.take()
         training = max(seconds - sum(phases.get(name, 0.0) for name in PAUSES), 1e-9)
+        device_seconds, peak = training * self.devices.number, self.devices.peak_flops
         return {
             "seconds": seconds,
             "tokens_per_second": window.tokens / training,
+            "tokens_per_second_per_device": window.tokens / device_seconds,
             "seconds_per_step": training / window.steps,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "tflops_per_device": window.flops / device_seconds / 1e12,
+            **({} if peak is None else {"mfu": window.flops / (device_seconds * peak)}),
+            # The other ranks' is as of the last step's beginning: no collective is made for it.
+            "peak_memory_bytes": max(window.peak_memory_bytes, peak_memory_bytes()),
             **{f"phase/{name}": spent / seconds for name, spent in phases.items()},
         }
 
@@ -219,10 +194,3 @@ def means(steps: list[Mapping[str, float]]) -> dict[str, float]:
         finite = [step[name] for step in steps if name in step and math.isfinite(step[name])]
         result[name] = sum(finite) / len(finite) if finite else math.nan
     return result
-
-
-def peak_memory_bytes() -> float:
-    """Return the largest memory of this process so far: allocated on a GPU in use, else resident."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

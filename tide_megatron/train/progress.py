@@ -115,13 +115,28 @@ def describe_step(values: Mapping[str, float]) -> str:
     for name, value in values.items():
         if name.split("/")[0] == "lambda":
             words.append(f"{name.replace('lambda', 'λ', 1)} {value:.3f}")
-    words.append(f"{_thousands(values['tokens_per_second'])} tokens/s")
+    words += _costs(values)
     moved = _moved(values)
     if moved:
         words.append(f"{in_bytes(sum(moved.values()))} exchanged")
     longest = sorted(_phases(values).items(), key=lambda item: -item[1])[:3]
     words.append(" ".join(f"{name} {share:.0%}" for name, share in longest))
     return "  ".join(word for word in words if word)
+
+
+def _costs(values: Mapping[str, float]) -> list[str]:
+    """Say rates, utilisation and memory."""
+    all_of_them, of_one = (
+        _thousands(values[name]) for name in ("tokens_per_second", "tokens_per_second_per_device")
+    )
+    words = [
+        f"{all_of_them} tokens/s ({of_one} a device)",
+        f"{values['tflops_per_device']:.3g} TFLOP/s a device",
+        f"{in_bytes(values['peak_memory_bytes'])} peak",
+    ]
+    if "mfu" in values:
+        words.insert(2, f"MFU {values['mfu']:.1%}")
+    return words
 
 
 def describe_scores(values: Mapping[str, float]) -> str:

@@ -12,6 +12,7 @@ import tide_megatron.platform  # noqa: F401 - before megatron
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device
+from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.head.cut import Cut
 from tide_megatron.models.build import TideModel, build_model
@@ -41,13 +42,16 @@ class Residents:
     cut: Cut
 
 
-def build_residents(recipe: Recipe, plans: Mapping[str, ModelPlan], device: Device) -> Residents:
+def build_residents(
+    recipe: Recipe, plans: Mapping[str, ModelPlan], device: Device, phases: Phases
+) -> Residents:
     """Build all models of a run, each with groups of its own. All ranks call it together.
 
     Args:
         recipe: the run.
         plans: `student` and every teacher by name, in one order on all ranks; layouts are checked.
         device: where to.
+        phases: the run's timer, in which teachers book what they exchange.
 
     Raises:
         TideError: on every rank alike, for weights that do not fit or cannot be read.
@@ -65,7 +69,7 @@ def build_residents(recipe: Recipe, plans: Mapping[str, ModelPlan], device: Devi
         recipe.optimizer,
     )
     teachers = {
-        name: _teacher(recipe, name, plan, _build(recipe, plan, device, _owned(plan, cut)), head)
+        name: _teacher(recipe, name, plan, _build(recipe, plan, device, _owned(plan, cut)), head, phases)
         for name, plan in plans.items()
         if plan is not student
     }
@@ -77,7 +81,9 @@ def _owned(plan: ModelPlan, cut: Cut) -> tuple[int, int]:
     return cut.columns(plan.architecture.vocabulary)
 
 
-def _teacher(recipe: Recipe, name: str, plan: ModelPlan, model: TideModel, head: HeadGroup) -> Teacher:
+def _teacher(
+    recipe: Recipe, name: str, plan: ModelPlan, model: TideModel, head: HeadGroup, phases: Phases
+) -> Teacher:
     """Join a teacher's model with how it sees and how its rows travel. All ranks call it together."""
     route = Route(
         layout=plan.choice.layout,
@@ -94,7 +100,8 @@ def _teacher(recipe: Recipe, name: str, plan: ModelPlan, model: TideModel, head:
             plan.key,
             layout.tensor,
         )
-    return Teacher(name, model, sight, route, shared_schedule=recipe.teachers[name].shared_schedule)
+    shared = recipe.teachers[name].shared_schedule
+    return Teacher(name, model, sight, route, shared_schedule=shared, phases=phases)
 
 
 def _sight(recipe: Recipe, name: str, plan: ModelPlan) -> Sight:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.batch import Batch
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.cut import Cut
@@ -25,8 +26,9 @@ from tide_megatron.parallel.collectives import sum_over
 from tide_megatron.parallel.groups import HeadGroup
 from tide_megatron.parallel.ledger import KINDS, LEDGER
 from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.train.cost import Cost
 from tide_megatron.train.counts import count
-from tide_megatron.train.metrics import Phases
+from tide_megatron.train.flops import own_cost
 from tide_megatron.train.optimizer import Update
 from tide_megatron.train.shared_rows import share_rows, share_student
 from tide_megatron.train.student import Student
@@ -44,12 +46,18 @@ class Run:
     losses: Mapping[str, Loss]
     noiser: Noiser
     phases: Phases
+    """The one timer of all parts."""
     device: torch.device
     head: HeadGroup
     """The ranks that share every vocabulary head with this one."""
     cut: Cut
     """Which ids each of them owns."""
     head_loss: HeadLossForm
+
+    def __post_init__(self) -> None:
+        """Hold the teachers to this run's timer: else what they exchange would count as their own time."""
+        apart = [name for name, teacher in self.teachers.items() if teacher.phases is not self.phases]
+        assert not apart, f"teachers {apart} book their time elsewhere than the run; give both one Phases"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,8 @@ class StepResult:
     """Tokens of clean text that were read, without pads, over all ranks."""
     hidden: int
     """Rows that were predicted, over all ranks."""
+    cost: Cost
+    """Operations that the step needed, of all ranks; the largest memory of a rank before it."""
     bytes: dict[str, int]
     """What our own collectives brought to all ranks together, by kind (`parallel.ledger`)."""
     broken: dict[str, list[int]]
@@ -88,31 +98,26 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         noised = [run.noiser(batch.to(run.device)) for batch in batches]
         rows = [rows_of(example) for example in noised]
         requests = {name: teacher.request(noised) for name, teacher in run.teachers.items()}
-        counts = count(noised, rows, requests, run.losses, run.head)
+        cost = own_cost(run.student, run.teachers, noised)
+        counts = count(noised, rows, requests, run.losses, run.head, cost)
+    divisors = counts.divisors
     with run.phases("exchange"):
         shared = list(share_rows(rows, counts.rows, sorted(batches[0].sides), run.head))
     streams = {name: run.teachers[name].answers(requests[name], counts.asked[name]) for name in requests}
     run.student.clear()
     watch = AnswerWatch(run.teachers, run.head, counts)
     sums: dict[str, Tensor] = {}
-    for microbatch, example in enumerate(noised):
+    for example, known in zip(noised, shared, strict=True):
         with run.phases("teacher"):
             answers = {name: next(stream) for name, stream in streams.items()}
-            watch.look(answers, microbatch, example)
+        watch.keep(answers, example)
         with run.phases("student"):
             own = run.student.rows(run.student.view(example))
         with run.phases("exchange"):
-            student = share_student(own, shared[microbatch].sizes, run.cut, run.head)
+            student = share_student(own, known.sizes, run.cut, run.head)
         with run.phases("head"):
             loss = run.head_loss(
-                student,
-                answers,
-                run.losses,
-                shared[microbatch].rows,
-                counts.divisors,
-                clock,
-                group=run.head.group,
-                own=shared[microbatch].own,
+                student, answers, run.losses, known.rows, divisors, clock, group=run.head.group, own=known.own
             )
         with run.phases("backward"):
             run.student.release(loss.objective)
@@ -124,11 +129,12 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         update = run.student.update(clock, finite=math.isfinite(objective))
     return StepResult(
         terms=terms,
-        items={name: float(value) for name, value in counts.divisors.items()},
+        items={name: float(value) for name, value in divisors.items()},
         objective=objective,
         update=update,
         tokens=counts.tokens,
         hidden=counts.hidden,
+        cost=counts.cost,
         bytes=moved,
         broken={} if update.applied else watch.report(),
     )

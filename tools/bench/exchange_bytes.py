@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
+from tide_megatron.base.phases import Phases
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.batch import IGNORED, Batch
 from tide_megatron.diffusion.mask import Context
@@ -42,7 +43,6 @@ from tide_megatron.teachers.request import num_rows
 from tide_megatron.teachers.route import Route
 from tide_megatron.teachers.sight import Sight
 from tide_megatron.teachers.teacher import Teacher
-from tide_megatron.train.metrics import Phases
 from tide_megatron.train.recipe import Optimizer
 from tide_megatron.train.step import Run, train_step
 from tide_megatron.train.student import Student
@@ -98,10 +98,11 @@ def make_run(shapes: Shapes, device: Device) -> Run:
     cut = Cut.of([size for _, size in (shapes.student, shapes.dense, shapes.mixture)], head.ranks, head.place)
     student = _model(STUDENT, shapes.student, Layout(), shapes, device, trainable=True)
     optimizer = Optimizer(name="sgd", learning_rate=1e-3, distributed=False)
+    phases = Phases(device.torch_device)
     return Run(
         student=Student(student, CONTEXT, MASK, optimizer),
         teachers={
-            name: _teacher(name, config, of, layout, (shapes, device, head, cut))
+            name: _teacher(name, config, of, layout, (shapes, device, head, cut), phases)
             for name, config, of, layout in (
                 ("dense", DENSE, shapes.dense, Layout(tensor=2, pipeline=2)),
                 ("mixture", MIXTURE, shapes.mixture, Layout(expert=4)),
@@ -113,7 +114,7 @@ def make_run(shapes: Shapes, device: Device) -> Run:
             "reverse_calm": ReverseCalm(teacher="mixture"),
         },
         noiser=Noiser(seed=1),
-        phases=Phases(device.torch_device),
+        phases=phases,
         device=device.torch_device,
         head=head,
         cut=cut,
@@ -127,13 +128,15 @@ def _teacher(
     size: tuple[int, int],
     layout: Layout,
     where: tuple[Shapes, Device, HeadGroup, Cut],
+    phases: Phases,
 ) -> Teacher:
     shapes, device, head, cut = where
     model = _model(config, size, layout, shapes, device, head=cut.columns(size[1]))
     route = Route(
         layout=layout, replica=model.groups.mp, across=make_across(layout, head.ranks), place=head.place
     )
-    return Teacher(name, model, Sight(context=CONTEXT, mask_id=MASK), route, shared_schedule=2)
+    sight = Sight(context=CONTEXT, mask_id=MASK)
+    return Teacher(name, model, sight, route, shared_schedule=2, phases=phases)
 
 
 @torch.no_grad()

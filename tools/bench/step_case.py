@@ -27,6 +27,7 @@ from bench.plain_head import ChunkLikelihoods, Microbatch, MovingTarget
 from bench.plain_step import Given
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
+from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.batch import IGNORED, Batch
 from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
@@ -49,7 +50,6 @@ from tide_megatron.parallel.layout import Layout
 from tide_megatron.teachers.route import Route
 from tide_megatron.teachers.sight import Sight
 from tide_megatron.teachers.teacher import Teacher
-from tide_megatron.train.metrics import Phases
 from tide_megatron.train.recipe import Optimizer
 from tide_megatron.train.step import Run
 from tide_megatron.train.student import Student
@@ -136,16 +136,17 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
         layout=layout, replica=model.groups.mp, across=make_across(layout, head.ranks), place=head.place
     )
     losses: dict[str, Loss] = {"cross_entropy": CrossEntropy()}
+    phases = Phases(device.torch_device)
     if is_shared:
         losses["tidal"] = Tidal(teacher=TEACHER, shared_vocab_size=setting.vocabulary - 290)
     else:
         losses["reverse_calm"] = ReverseCalm(teacher=TEACHER, temperature=5.0)
     return Run(
         student=make_student(setting, device),
-        teachers={TEACHER: Teacher(TEACHER, model, sight, route)},
+        teachers={TEACHER: Teacher(TEACHER, model, sight, route, phases=phases)},
         losses=losses,
         noiser=Noiser(seed=setting.seed, whole_chunks_of=() if is_shared else (TEACHER,)),
-        phases=Phases(device.torch_device),
+        phases=phases,
         device=device.torch_device,
         head=head,
         cut=cut,

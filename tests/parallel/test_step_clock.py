@@ -1,0 +1,98 @@
+"""Where a step's time is booked, and what it is held against, whatever the layout."""
+
+import time
+
+import pytest
+
+from tests.tiny_run import PAIR_ON_FOUR, write_pair_run
+from tide_megatron.base.clock import Clock
+from tide_megatron.base.device import choose_device
+from tide_megatron.base.phases import Phases
+from tide_megatron.teachers import teacher as module
+from tide_megatron.teachers.route import Route
+from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.train.assemble import assemble
+from tide_megatron.train.cost import peak_memory_bytes
+from tide_megatron.train.resolve import load_recipe
+from tide_megatron.train.step import Run, train_step
+
+DELAY = 0.3
+"""Seconds that every collect and every deliver takes longer here: far more than the step takes itself."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return write_pair_run(tmp_path_factory.mktemp("pair"))
+
+
+def slow_step(file, folder):
+    """Step once with slow exchanges; return seconds by phase, and how many exchanges were slow."""
+    recipe, _ = load_recipe(file, [f"folder={folder}", *PAIR_ON_FOUR])
+    parts = assemble(recipe, choose_device("cpu"))
+    slept = []
+
+    def slow(function):
+        def wrapped(*arguments):
+            slept.append(time.sleep(DELAY))
+            return function(*arguments)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "collect", slow(module.collect))
+        patch.setattr(Route, "deliver", slow(Route.deliver))
+        parts.run.phases.take()
+        train_step(parts.run, parts.loader.update(0), Clock(total_steps=4))
+    return parts.run.phases.take(), len(slept)
+
+
+def test_collect_and_deliver_are_exchange_and_not_teacher(pool, pair, tmp_path):
+    for seconds, slept in pool(4).run(slow_step, pair, tmp_path):
+        assert slept == 7, (
+            "one collect and two deliveries of `dense`, two each of the teachers that sit alone"
+        )
+        assert seconds["exchange"] >= slept * DELAY
+        assert seconds["teacher"] < slept * DELAY / 2
+
+
+def two_timers(file, folder):
+    """Give a run's teachers another timer than the run's; return what the run says."""
+    recipe, _ = load_recipe(file, [f"folder={folder}"])
+    run = assemble(recipe, choose_device("cpu")).run
+    found = run.teachers["moe"]
+    with pytest.raises(AssertionError) as caught:
+        Run(**vars(run) | {"teachers": {"moe": Teacher("moe", found.model, found.sight, found.route)}})
+    return str(caught.value), isinstance(found.phases, Phases)
+
+
+def test_a_run_refuses_teachers_that_book_their_time_elsewhere(pool, pair, tmp_path):
+    ((message, _),) = pool(1).run(two_timers, pair, tmp_path)
+    assert message.startswith("teachers ['moe'] book their time elsewhere than the run")
+
+
+def step_cost(file, folder, words):
+    """Step once; return what it needed and held before over all ranks, and what this rank has held since."""
+    recipe, _ = load_recipe(file, [f"folder={folder}", *words])
+    parts = assemble(recipe, choose_device("cpu"))
+    result = train_step(parts.run, parts.loader.update(0), Clock(total_steps=4))
+    return result.cost, peak_memory_bytes()
+
+
+def test_what_a_step_needs_is_the_same_on_any_ranks_layouts_and_padding(pool, pair, tmp_path):
+    ((wanted, _),) = pool(1).run(step_cost, pair, tmp_path, ["batch.samples=8"])
+    assert wanted.flops > 1e8
+    ways = {1: ["batch.samples=8", "data.fixed_length=160"], 4: PAIR_ON_FOUR}
+    for ranks, words in ways.items():
+        found = pool(ranks).run(step_cost, pair, tmp_path, words)
+        assert [cost.flops for cost, _ in found] == [wanted.flops] * ranks
+    told, own = zip(*((cost.peak_memory_bytes, memory) for cost, memory in found), strict=True)
+    assert len(set(told)) == 1
+    assert max(own) * 0.5 < told[0] <= max(own), "the largest of all ranks, as it was before the step"
+
+
+def test_two_forwards_of_complementary_views_need_no_more_than_one(pool, pair, tmp_path):
+    one, two = (
+        pool(1).run(step_cost, pair, tmp_path, ["batch.samples=8", *words])[0][0].flops
+        for words in ([], ["teachers.moe.forwards=two", "teachers.own.forwards=two"])
+    )
+    assert one == two
