@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tide_megatron.models.flex import CompiledFlex
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -15,6 +14,7 @@ from gpu_check.rows import Place, Row, judged
 from gpu_check.timing import milliseconds
 from tide_megatron.diffusion.mask import Context, TwoViews
 from tide_megatron.models.attention import make_dense
+from tide_megatron.models.flex import CompiledFlex
 
 HEADS, GROUPS, HEAD_DIM, SAMPLES = 16, 8, 128, 2
 """Qwen3-0.6B's."""
