@@ -68,6 +68,33 @@ def test_the_ledger_has_what_arrived(pool, name):
         assert sum(traffic.values()) == (5 * longest * WIDTH * 4 if moved else 0)
 
 
+def shares_that_cancel(rank, rows):
+    """Return one rank's share of the rows' gradients: a thousand times their sum over four ranks, fp32."""
+    draw = torch.Generator().manual_seed(7)
+    large, small = torch.randn(2, 4, rows, WIDTH, generator=draw, dtype=torch.float64)
+    large[3] = -large[:3].sum(0)
+    return (1000 * large + small)[rank].float()
+
+
+def gathered_in_bf16(sizes):
+    rank = dist.get_rank()
+    rows = part_of(rank, sizes[rank]).bfloat16().requires_grad_()
+    whole = gather_rows(rows, sizes, dist.group.WORLD)
+    whole.backward(shares_that_cancel(rank, len(whole)))
+    return whole.detach(), rows.grad
+
+
+def test_gradients_of_bf16_rows_are_summed_in_fp32_and_rounded_once(pool):
+    sizes = SIZES["uneven"]
+    exact = sum(shares_that_cancel(rank, sum(sizes)).double() for rank in range(4))
+    wanted = torch.split(exact, list(sizes))
+    for rank, (whole, gradient) in enumerate(pool(4).run(gathered_in_bf16, sizes)):
+        assert torch.equal(whole, torch.cat([part_of(r, size).bfloat16() for r, size in enumerate(sizes)]))
+        assert gradient.dtype is torch.bfloat16
+        once = 2**-8 * wanted[rank].abs() + 1e-3  # of one rounding to bf16, and of fp32 sums of thousands
+        assert ((gradient.double() - wanted[rank]).abs() <= once).all()
+
+
 def statistics(numbers):
     packed = (torch.arange(float(numbers)) + dist.get_rank()).requires_grad_()
     LEDGER.take()

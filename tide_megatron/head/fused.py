@@ -106,7 +106,7 @@ class _Release(Function):
 
     @staticmethod
     def backward(context: Any, *incoming: Tensor) -> tuple[Tensor, None, None]:
-        """Hand the gradient on; the head's was added with factor 1 already, so no other may come."""
+        """Hand the gradient on, fp32; the head's was added with factor 1 already, so no other may come."""
         torch._assert_async((incoming[0] == 1).all(), "the head loss was scaled after it was computed")
         (gradient,) = context.saved_tensors
         return gradient, None, None

@@ -21,7 +21,8 @@ class HeadInput:
     """One model's final hidden rows with its output weight, or the rows of the weight that this rank owns."""
 
     hidden: Tensor
-    """[rows, hidden size], final norm applied."""
+    """[rows, hidden size], final norm applied; in the weight's dtype or in fp32, which holds the same numbers
+    where rows were gathered (`parallel.exchange.gather_rows`)."""
     weight: Tensor
     """[own ids, hidden size]: of the ids from `start` on."""
     start: int = 0

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from tide_megatron.base.clock import Clock
 from tide_megatron.head.elementwise import column_tile
 from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.products import product
 from tide_megatron.head.running import Merged, Running, merge
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
 from tide_megatron.head.statistics import Normaliser, gold_here, picked_golds
@@ -48,7 +49,8 @@ class Work:
         device = student.hidden.device
         self.zero = torch.zeros((), dtype=torch.float64, device=device)
         self.sums = {name: self.zero.clone() for name in losses}
-        self.hidden_gradient = torch.zeros_like(student.hidden, requires_grad=False)
+        # fp32, because the shares of a head group's ranks may cancel: their owner rounds the sum, once.
+        self.hidden_gradient = torch.zeros(student.hidden.shape, device=device)
 
     @property
     def chunked(self) -> set[str]:
@@ -256,8 +258,8 @@ class Work:
         gradient = self.student.gradient
         assert gradient is not None, "evaluation writes nothing"
         slope = slope.to(head.hidden.dtype)
-        gradient[start:stop] += slope.T @ head.hidden
-        return slope @ head.weight(start, stop)
+        gradient[start:stop].add_(product(slope.T, head.hidden))
+        return product(slope, head.weight(start, stop))
 
 
 def _gold(slab: Slab, name: str | None) -> Tensor:

@@ -84,6 +84,10 @@ def broadcast_rows(tensor: Tensor, source: int, group: ProcessGroup) -> Tensor:
 def gather_rows(rows: Tensor, sizes: Sequence[int], group: ProcessGroup | None) -> Tensor:
     """Gather the student's hidden rows; the gradients of all ranks are summed back to each row's owner.
 
+    Rows travel in their own dtype. Their gradients travel and are summed in fp32, because the ranks' shares
+    may cancel, and are rounded to the rows' dtype once, by the owner. autograd gives a gradient the dtype of
+    the tensor it is the gradient of, so the gathered rows are handed out in fp32.
+
     Every rank of the group must call it, and must run the backward pass through it: that is a collective too.
 
     Args:
@@ -92,7 +96,7 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], group: ProcessGroup | None) 
         group: the head group.
 
     Returns:
-        [sum of sizes, hidden].
+        [sum of sizes, hidden] in fp32; `rows` itself where nothing travels.
     """
     if group is None or group.size() == 1 or not any(sizes):
         return rows
@@ -120,7 +124,7 @@ def gather_statistics(packed: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 class _Gather(Function):
-    """All-gather of uneven parts, with reduce-scatter as its adjoint."""
+    """All-gather of uneven parts, handed out in fp32, with reduce-scatter in fp32 as its adjoint."""
 
     @staticmethod
     def forward(
@@ -128,11 +132,11 @@ class _Gather(Function):
     ) -> Tensor:
         """Gather; `there` and `back` are what both directions count as."""
         context.sizes, context.group, context.kind = sizes, group, back
-        return gather_parts(tensor.detach(), sizes, group, there)
+        return gather_parts(tensor.detach(), sizes, group, there).float()
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Sum the gradient of each rank's part over all ranks, onto that rank."""
+        """Sum the gradient of each rank's part over all ranks, onto that rank, in fp32."""
         sizes, group = context.sizes, context.group
         longest = padded(max(sizes))
         parts = torch.split(gradients[0], list(sizes))

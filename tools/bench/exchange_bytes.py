@@ -198,9 +198,9 @@ class Formula:
         return {
             "collect": self._collect(),
             "deliver": self._deliver(),
-            "rows": self._rows() + self._gathered(self.shapes.student[0]),
+            "rows": self._rows() + self._gathered(self.shapes.student[0], self.shapes.bytes_per_number),
             "statistics": self._statistics(),
-            "gradients": self._gathered(self.shapes.student[0]),
+            "gradients": self._gathered(self.shapes.student[0], bytes_per_number=4),
         }
 
     def _collect(self) -> int:
@@ -225,10 +225,10 @@ class Formula:
         packed = [sum(2 * rows + 2 * self.shapes.samples for rows in mine) for mine in self.rows]
         return RANKS * (RANKS - 1) * _up(max(packed)) * 8
 
-    def _gathered(self, width: int) -> int:
-        """Hidden rows of the student there, their gradients back: padded parts each way."""
+    def _gathered(self, width: int, bytes_per_number: int) -> int:
+        """Hidden rows of the student there, their gradients in fp32 back: padded parts each way."""
         longest = [max(mine[k] for mine in self.rows) for k in range(self.shapes.accumulation)]
-        return RANKS * (RANKS - 1) * sum(map(_up, longest)) * width * self.shapes.bytes_per_number
+        return RANKS * (RANKS - 1) * sum(map(_up, longest)) * width * bytes_per_number
 
     def _statistics(self) -> int:
         """One slab, fp32, none back: 3 numbers a row of student and mixture, 4 a pair of TIDAL."""
