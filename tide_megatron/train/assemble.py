@@ -36,7 +36,7 @@ from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.text.vocabulary import differing_ids, require_shared
 from tide_megatron.train.metrics import Phases
-from tide_megatron.train.plans import ModelPlan, check_layout, head_ranks, read_plan, under
+from tide_megatron.train.plans import ModelPlan, check_layout, check_precision, head_ranks, read_plan, under
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.residents import build_residents
 from tide_megatron.train.step import Run
@@ -66,6 +66,7 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         plans |= {name: read_plan(model, f"teachers.{name}") for name, model in recipe.teachers.items()}
         for plan in plans.values():
             check_layout(plan.choice, plan.architecture, world, plan.key)
+            check_precision(plan, device)
         ranks = head_ranks(recipe, world)
         tokenizer = plans["student"].tokenizer
         readers = {name: plan for name, plan in plans.items() if name != "student"}
@@ -124,7 +125,7 @@ def _product_bytes(recipe: Recipe, plan: ModelPlan, device: Device) -> int:
     """Return the bytes of a logit that a model's head keeps."""
     if recipe.head.precision == "fp32":
         return 4
-    return Precision.choose(plan.choice.precision, device.type).dtype.itemsize
+    return Precision.on(plan.choice.precision, device).dtype.itemsize
 
 
 def _budget_bytes(recipe: Recipe, device: Device) -> int:
