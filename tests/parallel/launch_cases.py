@@ -10,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+from tide_megatron.platform import prepare_platform
+
 import torch
 import torch.distributed as dist
 
 from tide_megatron.base.errors import ConfigError, DataError, TideError
 from tide_megatron.launch.failure import RanksFailed
 from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.parallel.groups import make_across, make_groups, make_head_group
+from tide_megatron.parallel.layout import Layout
 
 
 def add_ranks(folder, *, device, stop):
@@ -29,6 +33,42 @@ def one_bad_file(folder, *, device, stop):
         raise DataError("data/train.jsonl line 7: no reply; remove the record")
     dist.all_reduce(torch.zeros(1))
     time.sleep(60)
+
+
+def what_is_visible(folder, *, device, stop):
+    """Tell which process this is, and what it saw of GPUs before Python was loaded and afterwards."""
+    started_with = Path("/proc/self/environ").read_bytes().split(b"\0")
+    return {
+        **add_ranks(folder, device=device, stop=stop),
+        "process": os.getpid(),
+        "hidden at start": b"CUDA_VISIBLE_DEVICES=" in started_with,
+        "hidden": os.environ.get("CUDA_VISIBLE_DEVICES") == "",
+        "prepared for the CPU": prepare_platform().redirected_to_cpu,
+    }
+
+
+def group_timeouts(folder, *, device, stop):
+    """Make groups of all kinds; return how long each of this process waits, megatron-core's included."""
+    make_head_group(2)
+    make_groups(Layout(tensor=2, pipeline=2))
+    make_across(Layout(), 2)
+    known = list(dist.distributed_c10d._world.pg_map)
+    waits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in known]
+    return sorted({group.size() for group in known}), len(known), waits
+
+
+def wait_in_vain(folder, *, device, stop):
+    """Let rank 1 stay away from a collective of its pair; rank 0 tells how long it waited for it."""
+    pair = make_groups(Layout(tensor=2)).tp
+    dist.all_reduce(torch.zeros(1), group=pair)
+    if dist.get_rank() == 1:
+        time.sleep(60)
+    start = time.monotonic()
+    try:
+        dist.all_reduce(torch.zeros(1), group=pair)
+    except RuntimeError:
+        (Path(folder) / f"waited-{dist.get_rank()}").write_text(str(time.monotonic() - start))
+        raise
 
 
 def add_then_fail(folder, *, device, stop):

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from tide_megatron.parallel.groups import make_groups
+from tide_megatron.parallel import groups as module
+from tide_megatron.parallel.groups import make_across, make_groups, make_head_group
 from tide_megatron.parallel.layout import Layout
 
 # Megatron's field -> ours.
@@ -83,6 +84,37 @@ def test_groups_are_cached_by_their_ranks_and_work(pool):
     sums, shared = zip(*pool(4).run(sums_and_sharing), strict=True)
     assert list(sums) == [[3, 5, 5, 15], [3, 10, 10, 15], [12, 5, 5, 15], [12, 10, 10, 15]]
     assert all(shared)
+
+
+def groups_with_host_values():
+    """Make groups in the order of a run; return which ranks' groups were asked to carry host values."""
+    stock, asked = module.new_group, []
+
+    def new_group(ranks, *, for_host_values):
+        asked.append((tuple(ranks), for_host_values))
+        return stock(ranks, for_host_values=for_host_values)
+
+    module.new_group = new_group
+    module._CACHE.clear()
+    try:
+        head = make_head_group(2)
+        layout = Layout(tensor=2)
+        shared = make_groups(layout).tp is head.group
+        make_across(Layout(), 4)
+        whole = make_head_group(4).group is dist.group.WORLD
+    finally:
+        module.new_group = stock
+        module._CACHE.clear()
+    return asked, shared, whole
+
+
+def test_only_head_groups_carry_host_values_and_models_share_them(pool):
+    for asked, shared, whole in pool(4).run(groups_with_host_values):
+        assert [ranks for ranks, carries in asked if carries] == [(0, 1), (2, 3)]
+        assert {ranks for ranks, carries in asked if not carries} >= {(0, 2), (1, 3), (0,)}
+        assert len({ranks for ranks, _ in asked}) == len(asked), "each is made once"
+        assert shared
+        assert whole
 
 
 def make_for_wrong_world():

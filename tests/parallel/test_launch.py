@@ -4,7 +4,9 @@ Most cases call `run_ranks` from the test process, whose warm server makes ranks
 of its own (its death, torchrun) runs `tests.parallel.launch_cases` as a command.
 """
 
+import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -190,6 +192,60 @@ def test_ranks_of_slurm_are_taken(tmp_path, monkeypatch):
     for name, value in {"PROCID": "0", "LOCALID": "0", "NTASKS": "1", "STEP_ID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert run(cases.add_ranks, tmp_path, num_ranks=None)["world"] == 1
+
+
+@pytest.fixture
+def with_gpus(tmp_path):
+    """Give a function that runs ranks on the CPU from a process that was prepared for the GPUs it sees."""
+
+    def run_it(num_ranks, folder=tmp_path, **variables):
+        script = (
+            "import torch; torch.cuda.is_available = lambda: True\n"
+            "from tests.parallel import launch_cases as cases\n"
+            "assert not cases.prepare_platform().redirected_to_cpu\n"
+            f"sys.argv[1:] = ['what_is_visible', '{num_ranks}', '{folder}']\n"
+            "print('parent', os.getpid()); cases.main()"
+        )
+        command = [sys.executable, "-c", f"import os, sys\n{script}"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", **variables}
+        return subprocess.run(
+            command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=180, env=environment
+        )
+
+    return run_it
+
+
+def test_even_one_rank_on_the_cpu_is_started_where_it_sees_no_gpus(with_gpus):
+    done = with_gpus(1)
+    assert done.returncode == 0, done.stderr
+    parent, seen = re.fullmatch(r"parent (\d+)\nvalue (\{.*\})\n", done.stdout).groups()
+    seen = ast.literal_eval(seen)
+    assert seen.pop("process") != int(parent)
+    assert [seen.pop(name) for name in ("world", "sum")] == [1, 1.0]
+    seen.pop("threads")
+    assert seen == {"hidden at start": True, "hidden": True, "prepared for the CPU": True}
+
+
+def test_ranks_of_others_on_the_cpu_that_see_gpus_are_told_how_to_hide_them(with_gpus):
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    done = with_gpus(0, **place, MASTER_PORT="1")  # where nobody waits, and nobody is waited for
+    assert done.returncode == 2, done.stderr
+    assert "[rank 0 of 2] device: 'cpu' is asked of ranks that see GPUs" in done.stderr
+    assert "put CUDA_VISIBLE_DEVICES= (empty) before the command" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_group_waits_as_long_as_the_run_says(tmp_path):
+    sizes, number, waits = run(cases.group_timeouts, tmp_path, num_ranks=4, timeout_seconds=37.5)
+    assert sizes == [1, 2, 4]
+    assert waits == [37.5] * number
+    assert number > 10
+
+
+def test_a_rank_that_never_comes_ends_a_collective_of_a_part_of_the_ranks(tmp_path):
+    with pytest.raises(RanksFailed, match=r"rank 0 of 4 failed first: (?s:.*)[Tt]imed out"):
+        run(cases.wait_in_vain, tmp_path, num_ranks=4, timeout_seconds=10.0)
+    assert 9 < float((tmp_path / "waited-0").read_text()) < 20  # torch's own is 30 minutes
 
 
 def test_numbers_of_ranks_that_cannot_be(tmp_path, monkeypatch):

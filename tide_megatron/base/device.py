@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 from typing import Literal
 
 import torch
@@ -17,11 +18,17 @@ import torch
 from tide_megatron.base.errors import ConfigError, nearest
 
 Wanted = Literal["auto", "cpu", "cuda"]
+Kind = Literal["cpu", "cuda"]
 
 # (rank, local rank, world size, address, port) under torchrun, then under srun.
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "MASTER_ADDR", "MASTER_PORT")
 _LOCALHOST, _DEFAULT_PORT = "127.0.0.1", 29500
+# Set by torchrun and by `launch/ranks.py`, whose ranks of one machine all see the same GPUs.
+_LOCAL_SIZE = "LOCAL_WORLD_SIZE"
+# Set by who puts several ranks on one GPU on purpose: NCCL then takes them for ranks of several machines.
+_HOST_ID = "NCCL_HOSTID"
+_BF16_SINCE = (8, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,22 +49,37 @@ class Ranks:
 class Device:
     """Where this process computes and how it talks: chosen once, logged once, handed down."""
 
-    type: Literal["cpu", "cuda"]
+    type: Kind
     index: int
     backend: Literal["gloo", "nccl"]
     threads: int
+    name: str = ""
+    """Of the GPU; empty on a CPU."""
+    capability: tuple[int, int] | None = None
+    """Of the GPU as torch tells it, (8, 0) for sm_80; None on a CPU, and for a GPU that is only planned."""
 
     @property
     def torch_device(self) -> torch.device:
         """Return the device in torch's words."""
         return torch.device("cpu") if self.type == "cpu" else torch.device("cuda", self.index)
 
+    @property
+    def has_bf16(self) -> bool:
+        """Whether bf16 runs here: on every CPU, and on GPUs from sm_80 on."""
+        return self.capability is None or self.capability >= _BF16_SINCE
+
+    @property
+    def described(self) -> str:
+        """Name the GPU with its capability, or the CPU's kind."""
+        if self.capability is None:
+            return self.name or platform.machine()
+        return f"{self.name} (sm_{self.capability[0]}{self.capability[1]})"
+
     def facts(self) -> dict[str, str | int]:
         """Describe device and software for the log and for `tide doctor`."""
-        name = torch.cuda.get_device_name(self.index) if self.type == "cuda" else platform.machine()
         return {
             "device": str(self.torch_device),
-            "name": name,
+            "name": self.described,
             "backend": self.backend,
             "threads": self.threads,
             "python": platform.python_version(),
@@ -69,14 +91,17 @@ def read_ranks() -> Ranks | None:
     """Read this process's place from torchrun's variables, or from SLURM's; None when neither started it.
 
     Raises:
-        ConfigError: when a variable of the set is missing, not a number, or the rank is outside the world.
+        ConfigError: when a variable of the set is missing, not a number, the rank is outside the world, or
+            ranks of several machines are not told where rank 0 is.
     """
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return _ranks_from(_TORCHRUN)
-    # An interactive `salloc` shell has SLURM_NTASKS too; only a step that srun started has a step id.
-    if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
-        return _ranks_from(_SLURM)
-    return None
+    return _ranks_from(_SLURM) if _is_slurm_task() else None
+
+
+def _is_slurm_task() -> bool:
+    """Say whether srun started this process; a shell of `salloc` has its variables too, but no step id."""
+    return "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ
 
 
 def _ranks_from(names: tuple[str, str, str, str, str]) -> Ranks:
@@ -87,8 +112,34 @@ def _ranks_from(names: tuple[str, str, str, str, str]) -> Ranks:
             f"{names[0]}={rank} is outside a world of {names[2]}={world_size} ranks; "
             "start with torchrun or srun"
         )
-    address = os.environ.get(names[3], _LOCALHOST)
+    address = _address(names[3], world_size)
     return Ranks(rank=rank, local_rank=local_rank, world_size=world_size, address=address, port=port)
+
+
+def _address(name: str, world_size: int) -> str:
+    """Return where rank 0 listens: this machine where nothing else is said and no other takes part."""
+    address = os.environ.get(name)
+    if not address and _spans_machines(world_size):
+        raise ConfigError(
+            f"{name} is not set, but the {world_size} ranks of this run are on several machines; put "
+            f'export {name}=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+            "before the command that starts them"
+        )
+    return address or _LOCALHOST
+
+
+def _spans_machines(world_size: int) -> bool:
+    """Say whether the run has ranks on other machines, as far as the environment tells."""
+    local_size = _local_size()
+    if local_size is not None:
+        return world_size > local_size
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or "1"
+    return world_size > 1 and nodes != "1"
+
+
+def _local_size() -> int | None:
+    """Return how many ranks a launcher started on this machine; None where none said so."""
+    return _number(_LOCAL_SIZE) if os.environ.get(_LOCAL_SIZE) else None
 
 
 def _number(name: str) -> int:
@@ -102,8 +153,8 @@ def _number(name: str) -> int:
         ) from None
 
 
-def choose_device(wanted: Wanted = "auto") -> Device:
-    """Choose device, backend and thread count for this process.
+def choose_kind(wanted: Wanted = "auto") -> Kind:
+    """Choose between CPU and CUDA. It starts nothing on a GPU, so a process that starts ranks may ask.
 
     Args:
         wanted: `auto` takes CUDA where it works; `cpu` and `cuda` insist.
@@ -113,24 +164,94 @@ def choose_device(wanted: Wanted = "auto") -> Device:
     """
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device: {wanted!r} is unknown; {nearest(str(wanted), ('auto', 'cpu', 'cuda'))}")
-    ranks = read_ranks()
-    local_rank = ranks.local_rank if ranks else 0
+    if wanted == "cpu":
+        return "cpu"
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
         raise ConfigError("device: 'cuda' was asked for but torch finds no usable GPU; use 'cpu' or 'auto'")
-    if has_cuda and wanted != "cpu":
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
-                "start at most one process per GPU"
-            )
-        return Device(type="cuda", index=local_rank, backend="nccl", threads=_threads(ranks))
-    return Device(type="cpu", index=0, backend="gloo", threads=_threads(ranks))
+    return "cuda" if has_cuda else "cpu"
+
+
+def choose_device(wanted: Wanted = "auto") -> Device:
+    """Choose device, backend and thread count for this process.
+
+    Args:
+        wanted: as for `choose_kind`.
+
+    Raises:
+        ConfigError: as for `choose_kind`, or when there are more ranks on this machine than GPUs.
+    """
+    kind, ranks = choose_kind(wanted), read_ranks()
+    if kind == "cpu":
+        return Device(type="cpu", index=0, backend="gloo", threads=_threads(ranks))
+    index = _gpu_of(ranks) if ranks else 0
+    return Device(
+        type="cuda",
+        index=index,
+        backend="nccl",
+        threads=_threads(ranks),
+        name=torch.cuda.get_device_name(index),
+        capability=torch.cuda.get_device_capability(index),
+    )
+
+
+def check_gpus(ranks: int) -> None:
+    """Refuse more ranks than GPUs on this machine, where all ranks see the same GPUs.
+
+    Raises:
+        ConfigError: names what NCCL would say, and what to do.
+    """
+    visible = torch.cuda.device_count()
+    if ranks > visible:
+        raise ConfigError(
+            f"{ranks} ranks on a machine that shows {visible} GPU(s): NCCL refuses two ranks on one GPU "
+            f'("Duplicate GPU detected"); start at most {visible} here, or set device=cpu'
+        )
+
+
+def _gpu_of(ranks: Ranks) -> int:
+    """Return the number of this rank's GPU among those it sees.
+
+    Ranks of torchrun and of our own launcher see the same GPUs. A task of srun may see one that is its own,
+    and its local rank is then no index; whether two tasks see the same one only they can tell each other
+    (`launch.here`).
+    """
+    visible, local_size = torch.cuda.device_count(), _local_size()
+    if local_size is None and visible == 1:
+        return 0
+    if _HOST_ID not in os.environ:
+        check_gpus(local_size or _slurm_tasks() or 1)
+    if ranks.local_rank >= visible:
+        raise ConfigError(
+            f"local rank {ranks.local_rank} has no GPU: this machine shows {visible}; "
+            "start at most one process per GPU"
+        )
+    return ranks.local_rank
+
+
+def _slurm_tasks() -> int | None:
+    """Return how many tasks srun started on this machine; None where SLURM does not say."""
+    if not _is_slurm_task():
+        return None
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        counts = tasks_by_node(os.environ.get(name, ""))
+        if counts:
+            node = int(os.environ.get("SLURM_NODEID") or 0)
+            return counts[node] if node < len(counts) else counts[0]
+    return None
+
+
+def tasks_by_node(text: str) -> list[int]:
+    """Read SLURM's short form, "4(x2),3" for [4, 4, 3]; empty for anything else."""
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))] if all(parts) else []
 
 
 def _threads(ranks: Ranks | None) -> int:
-    """Return OMP_NUM_THREADS where set, else this machine's cores shared among its processes."""
+    """Return OMP_NUM_THREADS where set, else this process's share of the machine's cores."""
     if "OMP_NUM_THREADS" in os.environ:
         return max(1, _number("OMP_NUM_THREADS"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or (ranks.world_size if ranks else 1))
-    return max(1, len(os.sched_getaffinity(0)) // local_size)
+    cores, local_size = len(os.sched_getaffinity(0)), _local_size()
+    if local_size is None and _is_slurm_task() and "SLURM_CPUS_PER_TASK" in os.environ:
+        return max(1, min(cores, _number("SLURM_CPUS_PER_TASK")))
+    return max(1, cores // (local_size or _slurm_tasks() or (ranks.world_size if ranks else 1)))

@@ -51,4 +51,10 @@ def train(
     else:
         from tide_megatron.train.loop import train as run
 
-        run_ranks(run, (resolved, tree, resume), ranks, resolved.device)
+        run_ranks(
+            run,
+            (resolved, tree, resume),
+            ranks,
+            resolved.device,
+            timeout_seconds=resolved.timeout_seconds,
+        )

@@ -59,7 +59,7 @@ def answer_prompts(
 def open_model(folder: Path, device: Device) -> TideModel:
     """Build a frozen model whole on this rank and load it. All ranks of the world call it together."""
     layout = Layout()
-    options = Options(device=device, layout=layout, precision=Precision.choose("auto", device.type))
+    options = Options(device=device, layout=layout, precision=Precision.on("auto", device))
     model = build_model(read_architecture(folder), make_groups(layout), options)
     load_model(model, folder)
     return model

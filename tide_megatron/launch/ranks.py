@@ -1,7 +1,8 @@
 """Run one function on every rank of a run, whoever starts the ranks.
 
 - torchrun or srun started us: this process is one rank already.
-- one rank: run it here.
+- one rank: run it here, unless it is to run on the CPU and this process sees GPUs: megatron-core has been
+  prepared for them (`platform`), so a process that does not see them is started.
 - several ranks on this node: start and supervise them.
 
 The supervisor is 100 lines of our own over torch's multiprocessing, because torch's two launchers do not do
@@ -35,10 +36,13 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from tide_megatron.platform import prepare_platform
+from tide_megatron.platform.distributed import TIMEOUT_SECONDS
+
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from tide_megatron.base.device import Ranks, Wanted, choose_device, read_ranks
+from tide_megatron.base.device import Ranks, Wanted, check_gpus, choose_kind, read_ranks
 from tide_megatron.base.errors import ConfigError, TideError
 from tide_megatron.base.log import start_log
 from tide_megatron.launch.failure import Failure, RanksFailed, first_failure
@@ -57,6 +61,9 @@ EXIT_SECONDS = 10.0
 PRELOADED = ("tide_megatron.platform", "tide_megatron.train.loop")
 """What ranks on CPU find imported already."""
 _THREADS = "OMP_NUM_THREADS"
+_COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+"""Else every rank starts a process per core, at most 32, to compile in."""
+_NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_ranks(
@@ -66,6 +73,7 @@ def run_ranks(
     device: Wanted = "auto",
     *,
     grace_seconds: float = GRACE_SECONDS,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Any:
     """Call `function(*args, device=..., stop=...)` on every rank and return rank 0's value.
 
@@ -78,6 +86,7 @@ def run_ranks(
         num_ranks: how many ranks; None takes what torchrun or srun started, else one.
         device: `auto`, `cpu` or `cuda`.
         grace_seconds: time for saving after a stop signal.
+        timeout_seconds: how long a collective waits for a rank that never comes.
 
     Raises:
         TideError: what one of the ranks raised, with the rank named.
@@ -86,11 +95,18 @@ def run_ranks(
     """
     world_size, given = num_ranks_for(num_ranks), read_ranks()
     if given is not None:
-        return _run_given(function, args, device, given)
-    if world_size == 1:
+        return _run_given(function, args, device, given, timeout_seconds)
+    if world_size == 1 and not _must_hide_gpus(device):
         with watch_signals() as stop:
-            return run_here(function, args, wanted=device, ranks=None, stop=stop)
-    return _run_started(function, args, world_size, device, grace_seconds)
+            return run_here(
+                function, args, wanted=device, ranks=None, stop=stop, timeout_seconds=timeout_seconds
+            )
+    return _run_started(function, args, world_size, device, grace_seconds, timeout_seconds)
+
+
+def _must_hide_gpus(wanted: Wanted) -> bool:
+    """Say whether ranks on the CPU need processes in which the GPUs that this one sees are hidden."""
+    return wanted == "cpu" and not prepare_platform().redirected_to_cpu
 
 
 def num_ranks_for(wanted: int | None) -> int:
@@ -110,12 +126,16 @@ def num_ranks_for(wanted: int | None) -> int:
     return given.world_size if given is not None else wanted or 1
 
 
-def _run_given(function: RankFunction, args: tuple[Any, ...], wanted: Wanted, ranks: Ranks) -> Any:
+def _run_given(
+    function: RankFunction, args: tuple[Any, ...], wanted: Wanted, ranks: Ranks, timeout_seconds: float
+) -> Any:
     """Run as the rank that torchrun or srun made this process; torchrun's summary learns the first error."""
     start_log(ranks.rank)
     try:
         with watch_signals() as stop:
-            return record(run_here)(function, args, wanted=wanted, ranks=ranks, stop=stop)
+            return record(run_here)(
+                function, args, wanted=wanted, ranks=ranks, stop=stop, timeout_seconds=timeout_seconds
+            )
     except TideError as error:
         raise type(error)(f"[rank {ranks.rank} of {ranks.world_size}] {error}") from error
     except Exception as error:
@@ -178,9 +198,16 @@ class _Relay:
 
 
 def _run_started(
-    function: RankFunction, args: tuple[Any, ...], num_ranks: int, wanted: Wanted, grace_seconds: float
+    function: RankFunction,
+    args: tuple[Any, ...],
+    num_ranks: int,
+    wanted: Wanted,
+    grace_seconds: float,
+    timeout_seconds: float,
 ) -> Any:
     """Start ranks on this node, supervise them, and return rank 0's value."""
+    if choose_kind(wanted) == "cuda":
+        check_gpus(num_ranks)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     job = Job(
         function=function,
@@ -188,7 +215,8 @@ def _run_started(
         wanted=wanted,
         world_size=num_ranks,
         port=store.port,
-        environment=_environment(num_ranks),
+        environment=_environment(num_ranks, wanted),
+        timeout_seconds=timeout_seconds,
     )
     ranks: list[_Rank] = []
     relay = _Relay(ranks)
@@ -223,7 +251,7 @@ def _start(ranks: list[_Rank], job: Job) -> None:
         "starting %d ranks on this node with %s thread(s) each", job.world_size, job.environment[_THREADS]
     )
     resource_tracker.ensure_running()  # else the first start of a process would end the hold on signals
-    with signals_held(), _start_environment():
+    with signals_held(), _start_environment(job.wanted):
         context = _start_method(job.wanted)
         for number in range(job.world_size):
             mine, theirs = context.Pipe(duplex=False)
@@ -234,12 +262,12 @@ def _start(ranks: list[_Rank], job: Job) -> None:
 
 
 def _start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
-    """Choose how processes start: fresh ones beside CUDA, which survives no fork; else forks of a server.
+    """Choose how processes start: fresh ones for CUDA, which survives no fork; else forks of a server.
 
     The server has imported torch and megatron-core once: a rank starts in 0.1 s instead of 4 s of CPU, and
-    shares those pages.
+    shares those pages. It is a fresh process itself, that sees no GPUs, whatever this one has done with them.
     """
-    if choose_device(wanted).type == "cuda":
+    if choose_kind(wanted) == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -248,13 +276,18 @@ def _start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
 
 
 @contextlib.contextmanager
-def _start_environment() -> Iterator[None]:
-    """Set what must stand before Python and torch are loaded; ranks get their own number of threads later."""
+def _start_environment(wanted: Wanted) -> Iterator[None]:
+    """Set what must stand before Python and torch are loaded; ranks get their own number of threads later.
+
+    This process asks CUDA nothing meanwhile: its answer would stay as it is for good.
+    """
     # A thread pool would not survive the server's forks; megatron-core and torch warn once per rank and
     # import.
-    wanted = {_THREADS: "1", "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    defaults = {"PYTHONWARNINGS": "ignore", **_COMPILERS}
+    early = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    early |= {_THREADS: "1", **_hiding(wanted)}
+    before = {name: os.environ.get(name) for name in early}
+    os.environ.update(early)
     try:
         yield
     finally:
@@ -265,10 +298,15 @@ def _start_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _environment(num_ranks: int) -> dict[str, str]:
+def _environment(num_ranks: int, wanted: Wanted) -> dict[str, str]:
     """Return this process's environment, with the cores shared among the ranks unless it says otherwise."""
     share = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-    return {_THREADS: str(share), **os.environ}
+    return {_THREADS: str(share), **_COMPILERS, **os.environ, **_hiding(wanted)}
+
+
+def _hiding(wanted: Wanted) -> dict[str, str]:
+    """Return the variables that hide the GPUs from ranks on the CPU."""
+    return _NO_GPUS if wanted == "cpu" else {}
 
 
 def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float) -> None:

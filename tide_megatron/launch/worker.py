@@ -40,6 +40,8 @@ class Job:
     """Where the parent keeps the store."""
     environment: dict[str, str]
     """The parent's variables: a rank forked from a server has the server's."""
+    timeout_seconds: float
+    """How long a collective waits for a rank that never comes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,14 @@ def work(rank: int, job: Job, report: Connection) -> None:
     with watch_signals() as stop:
         release_signals()
         try:
-            value = run_here(job.function, job.args, wanted=job.wanted, ranks=read_ranks(), stop=stop)
+            value = run_here(
+                job.function,
+                job.args,
+                wanted=job.wanted,
+                ranks=read_ranks(),
+                stop=stop,
+                timeout_seconds=job.timeout_seconds,
+            )
             report.send(Done(value=value if rank == 0 else None))
         except BaseException as error:
             report.send(_failure(rank, error))

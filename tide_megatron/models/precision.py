@@ -12,6 +12,7 @@ import dataclasses
 
 import torch
 
+from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError, nearest
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,6 +37,22 @@ class Precision:
         if wanted == "auto":
             return cls("bf16" if device_type == "cuda" else "fp32")
         return cls(wanted)
+
+    @classmethod
+    def on(cls, wanted: str, device: Device) -> Precision:
+        """Return the format of a model on this device; `auto` is fp32 on a GPU without bf16.
+
+        Raises:
+            ConfigError: bf16 was asked of such a GPU.
+        """
+        chosen = cls.choose(wanted, device.type)
+        if chosen.name != "bf16" or device.has_bf16:
+            return chosen
+        if wanted == "auto":
+            return cls("fp32")
+        raise ConfigError(
+            f"precision: 'bf16' needs a GPU of sm_80 or newer, and this run has {device.described}; use fp32"
+        )
 
     @property
     def dtype(self) -> torch.dtype:

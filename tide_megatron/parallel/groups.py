@@ -3,8 +3,9 @@
 Each model of a run, student or teacher, has a `ProcessGroupCollection` of its own, and every field that
 megatron-core needs in models, DDP and optimizer is set: a field left out falls back to the global state in
 some releases and raises in others. Groups are cached by their ranks, so layouts that share a group share
-its communicator (dozens of NCCL communicators cost memory). Left out: the newer optional fields of the
-collection, which no path of ours needs.
+its communicator (dozens of NCCL communicators cost memory). On CUDA only the world and the head groups can
+carry host values; all others carry device tensors, ours and megatron-core's. Left out: the newer optional
+fields of the collection, which no path of ours needs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import weakref
 from collections.abc import Sequence
 
 import tide_megatron.platform  # noqa: F401 - before megatron
+from tide_megatron.platform.distributed import new_group
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,8 +24,10 @@ from torch.distributed import ProcessGroup
 from tide_megatron.parallel.head_group import across_replicas, head_groups
 from tide_megatron.parallel.layout import Layout, RankList
 
-# World -> its subgroups by ranks. It dies with the world, so the next one never meets stale groups.
-_CACHE: weakref.WeakKeyDictionary[ProcessGroup, dict[RankList, ProcessGroup]] = weakref.WeakKeyDictionary()
+# World -> its subgroups by ranks and by whether they carry host values; None where this rank is not in one.
+# It dies with the world, so the next one never meets stale groups.
+_Made = dict[tuple[RankList, bool], ProcessGroup | None]
+_CACHE: weakref.WeakKeyDictionary[ProcessGroup, _Made] = weakref.WeakKeyDictionary()
 
 
 def make_groups(layout: Layout, world: int | None = None) -> ProcessGroupCollection:
@@ -90,10 +94,11 @@ class HeadGroup:
 def make_head_group(ranks: int) -> HeadGroup:
     """Make, or find again, this rank's head group of a checked size (`head_group_size`).
 
-    Every rank of the world must call it.
+    Every rank of the world must call it, before groups of the same ranks are made for a model: those then
+    share this one, which carries host values too.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    group = _own(head_groups(world, ranks)) if ranks > 1 else None
+    group = _own(head_groups(world, ranks), for_host_values=True) if ranks > 1 else None
     return HeadGroup(ranks=ranks, place=rank % ranks, first=rank // ranks * ranks, group=group)
 
 
@@ -111,7 +116,7 @@ def make_across(layout: Layout, ranks: int) -> ProcessGroup | None:
     return _own(across_replicas(layout, dist.get_world_size(), ranks))
 
 
-def _own(lists: tuple[RankList, ...]) -> ProcessGroup | None:
+def _own(lists: tuple[RankList, ...], *, for_host_values: bool = False) -> ProcessGroup | None:
     """Make all the groups of a field, also those this rank is not in, and return the one it is in."""
     world = dist.group.WORLD
     assert world is not None, "groups are made after start_distributed"
@@ -120,8 +125,9 @@ def _own(lists: tuple[RankList, ...]) -> ProcessGroup | None:
     for ranks in lists:
         if len(ranks) == world.size():
             return world
-        if ranks not in made:
-            made[ranks] = dist.new_group(list(ranks))
+        carries = for_host_values or (ranks, True) in made
+        if (ranks, carries) not in made:
+            made[ranks, carries] = new_group(ranks, for_host_values=carries)
         if world.rank() in ranks:
-            own = made[ranks]
+            own = made[ranks, carries]
     return own

@@ -6,13 +6,21 @@ ranks data-parallel, like the student. Every layout of ours travels in explicit 
 (`parallel.groups`), never through that global state.
 
 On CUDA the world gets NCCL for GPU tensors and gloo for host values, so that small agreements cost no GPU
-synchronisation. Left out: starting processes (`launch/`).
+synchronisation; groups of some ranks get NCCL alone, unless they exchange host values too, for gloo connects
+every rank with every other. All of them wait equally long for a rank that never comes. Left out: starting
+processes (`launch/`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
+import functools
 import random
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy
 import torch
@@ -20,10 +28,25 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed import ProcessGroup
 
 from tide_megatron.base.device import Device, Ranks
 
+TIMEOUT_SECONDS = 600.0
+"""How long a collective waits for a rank that never comes, where a run does not say."""
 _BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _World:
+    """What the groups of a world take over from it."""
+
+    backend: Literal["gloo", "nccl"]
+    timeout: datetime.timedelta
+
+
+# It dies with the world, so the next one never meets stale choices.
+_WORLDS: weakref.WeakKeyDictionary[ProcessGroup, _World] = weakref.WeakKeyDictionary()
 
 
 def start_distributed(
@@ -31,7 +54,7 @@ def start_distributed(
     ranks: Ranks | None = None,
     *,
     seed: int = 0,
-    timeout_seconds: float = 600.0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
     store: Store | None = None,
 ) -> None:
     """Join the process world, set threads and device, initialise Megatron's state, and seed every generator.
@@ -40,7 +63,7 @@ def start_distributed(
         device: what `choose_device` chose.
         ranks: this process's place; None makes a world of one rank that needs no address or port.
         seed: the same on every rank; the noise of training does not use these generators.
-        timeout_seconds: how long a collective waits for a rank that never comes.
+        timeout_seconds: how long a collective of the world or of any group waits for a rank that never comes.
         store: a rendezvous that exists already (tests); else rank 0's address and port are used.
 
     Every rank of the run must call it once, before any model or group is made.
@@ -50,16 +73,65 @@ def start_distributed(
         torch.cuda.set_device(device.index)
     if ranks is None:
         ranks, store = Ranks(rank=0, local_rank=0, world_size=1), store or HashStore()
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group(
         backend=_BACKENDS[device.backend],
         init_method=None if store else f"tcp://{ranks.address}:{ranks.port}",
         store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        timeout=timeout,
     )
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    world = dist.group.WORLD
+    assert world is not None, "it was joined just now"
+    _WORLDS[world] = _World(backend=device.backend, timeout=timeout)
+    with _device_groups(device.backend):
+        parallel_state.initialize_model_parallel(
+            create_gloo_process_groups=False, distributed_timeout_minutes=timeout_seconds / 60
+        )
     seed_all(seed)
+
+
+@contextlib.contextmanager
+def _device_groups(backend: Literal["gloo", "nccl"]) -> Iterator[None]:
+    """Let megatron-core make its own groups for device tensors alone: it takes the world's backends else."""
+    stock = parallel_state.create_group
+    chosen = subgroup_backend(backend, for_host_values=False)
+    parallel_state.create_group = functools.partial(stock, backend=chosen)
+    try:
+        yield
+    finally:
+        parallel_state.create_group = stock
+
+
+def subgroup_backend(backend: Literal["gloo", "nccl"], *, for_host_values: bool) -> str:
+    """Say by what the ranks of a group talk, in torch's words.
+
+    Args:
+        backend: the device's (`Device.backend`).
+        for_host_values: whether they exchange Python values or CPU tensors over the group too.
+    """
+    return _BACKENDS[backend] if for_host_values else backend
+
+
+def new_group(ranks: Sequence[int], *, for_host_values: bool = False) -> ProcessGroup | None:
+    """Make a group of some ranks with the world's device and timeout; None for a rank outside it.
+
+    Every rank of the world must call it, members or not.
+
+    Args:
+        ranks: of the world, ascending.
+        for_host_values: as for `subgroup_backend`.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "groups are made after start_distributed"
+    chosen = _WORLDS[world]
+    group = dist.new_group(
+        list(ranks),
+        timeout=chosen.timeout,
+        backend=subgroup_backend(chosen.backend, for_host_values=for_host_values),
+    )
+    return group if isinstance(group, ProcessGroup) else None
 
 
 def seed_all(seed: int) -> None:

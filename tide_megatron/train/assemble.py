@@ -29,7 +29,7 @@ from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.text.vocabulary import differing_ids, require_shared
 from tide_megatron.train.head_form import check_head_budget, choose_head_loss
-from tide_megatron.train.plans import ModelPlan, check_layout, head_ranks, read_plan, under
+from tide_megatron.train.plans import ModelPlan, check_layout, check_precision, head_ranks, read_plan, under
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.residents import build_residents
 from tide_megatron.train.step import Run
@@ -59,6 +59,7 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         plans |= {name: read_plan(model, f"teachers.{name}") for name, model in recipe.teachers.items()}
         for plan in plans.values():
             check_layout(plan.choice, plan.architecture, world, plan.key)
+            check_precision(plan, device)
         ranks = head_ranks(recipe, world)
         tokenizer = plans["student"].tokenizer
         readers = {name: plan for name, plan in plans.items() if name != "student"}

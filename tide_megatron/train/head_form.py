@@ -95,4 +95,4 @@ def _product_bytes(recipe: Recipe, plan: ModelPlan, device: Device) -> int:
     """Return the bytes of a logit that a model's head keeps."""
     if recipe.head.precision == "fp32":
         return 4
-    return Precision.choose(plan.choice.precision, device.type).dtype.itemsize
+    return Precision.on(plan.choice.precision, device).dtype.itemsize

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import check_available, check_widths
@@ -65,12 +66,18 @@ def head_ranks(recipe: Recipe, world: int) -> int:
     return head_group_size([model.layout for model in recipe.teachers.values()], world, recipe.head.ranks)
 
 
-def placed(choice: Model, architecture: Architecture, device_type: str) -> Placed:
+def check_precision(plan: ModelPlan, device: Device) -> None:
+    """Refuse a number format that the device does not have, naming the key of the model it belongs to."""
+    with under(plan.key):
+        Precision.on(plan.choice.precision, device)
+
+
+def placed(choice: Model, architecture: Architecture, device: Device) -> Placed:
     """Say of a model what the placement picture needs."""
     return Placed(
         architecture=architecture,
         layout=choice.layout,
-        bytes_per_parameter=Precision.choose(choice.precision, device_type).dtype.itemsize,
+        bytes_per_parameter=Precision.on(choice.precision, device).dtype.itemsize,
         is_student=isinstance(choice, StudentModel),
     )
 

@@ -4,8 +4,8 @@ A recipe is the whole truth about a run; the ranks it runs on are not part of it
 given as samples per update (`batch.samples`), and accumulation follows from the number of ranks, so that the
 same recipe means the same mathematics on 1 rank or 64. `train/resolve.py` builds a `Recipe` from YAML.
 
-Fields that choose machines (device, folder, metrics, layouts, microbatch) do not enter the digest that a
-run folder is compared with on resume; fields that change the mathematics do.
+Fields that choose machines (device, folder, metrics, layouts, microbatch, timeout) do not enter the digest
+that a run folder is compared with on resume; fields that change the mathematics do.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Model:
     mask: str = Field(default="<|mask|>", min_length=1)
     """The tokenizer's mask token; added to the tokenizer when it has none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 on CUDA, fp32 on CPU."""
+    """`auto`: bf16 on CUDA, fp32 on CPU and on GPUs older than sm_80, which have no bf16."""
     verify: bool = True
     """Compare the weights with digests.json before they are used, where the folder has one."""
     layout: Layout = Field(default_factory=Layout)
@@ -232,6 +232,8 @@ class Recipe:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "dense", "structured", "flex"] = "auto"
     head: Head = Field(default_factory=Head)
+    timeout_seconds: float = Field(default=600.0, ge=1.0, le=604_800.0)
+    """How long any collective waits for a rank that never comes before the run fails (machine choice)."""
 
     @property
     def terms(self) -> dict[str, Loss]:
@@ -239,5 +241,8 @@ class Recipe:
         return dict(self.losses)
 
 
-MACHINE_KEYS = ("folder", "evaluation", "checkpoints", "metrics", "device", "attention", "head")
+MACHINE_KEYS = (
+    *("folder", "evaluation", "checkpoints", "metrics"),
+    *("device", "attention", "head", "timeout_seconds"),
+)
 """Top-level fields that choose machines or reports, never mathematics."""

@@ -59,7 +59,7 @@ def build_residents(
     world = dist.get_world_size()
     head = make_head_group(head_ranks(recipe, world))
     cut = Cut.of([plan.architecture.vocabulary for plan in plans.values()], head.ranks, head.place)
-    picture = {name: placed(plan.choice, plan.architecture, device.type) for name, plan in plans.items()}
+    picture = {name: placed(plan.choice, plan.architecture, device) for name, plan in plans.items()}
     log.info("%s", drawn(placement_table(picture, world, head.ranks)))
     student = plans["student"]
     trained = Student(
@@ -130,7 +130,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
     options = Options(
         device=device,
         layout=choice.layout,
-        precision=Precision.choose(choice.precision, device.type),
+        precision=Precision.on(choice.precision, device),
         trainable=is_student,
         attention=recipe.attention,
         head=head,

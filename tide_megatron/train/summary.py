@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from tide_megatron.base.device import choose_device
+from tide_megatron.base.device import Device, choose_device
 from tide_megatron.models.convert import read_architecture
 from tide_megatron.train.placement import Placed, placement_table
-from tide_megatron.train.plans import check_layout, head_ranks, placed
+from tide_megatron.train.plans import check_layout, head_ranks, placed, under
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, digest
 
@@ -52,18 +52,21 @@ def place(recipe: Recipe, world: int) -> tuple[dict[str, Placed], int]:
     Raises:
         ConfigError: a layout or `head.ranks` does not fit; CheckpointError: a model folder is missing.
     """
-    found = {}
+    device, found = _device(recipe), {}
     for name, model in {"student": recipe.student, **recipe.teachers}.items():
         architecture = read_architecture(Path(model.folder))
         where = "student" if model is recipe.student else f"teachers.{name}"
         check_layout(model, architecture, world, where)
-        found[name] = placed(model, architecture, _device_type(recipe))
+        with under(where):
+            found[name] = placed(model, architecture, device)
     return found, head_ranks(recipe, world)
 
 
-def _device_type(recipe: Recipe) -> str:
+def _device(recipe: Recipe) -> Device:
     """Return the device that a run would take; one that is insisted on need not be here to plan for it."""
-    return "cuda" if recipe.device == "cuda" else choose_device(recipe.device).type
+    if recipe.device == "cuda":
+        return Device(type="cuda", index=0, backend="nccl", threads=1)
+    return choose_device(recipe.device)
 
 
 def _models(recipe: Recipe, models: Mapping[str, Placed], world: int) -> Table:

@@ -1,11 +1,20 @@
 """The machine is read right: ranks of torchrun and srun, device words, threads; what is broken is named."""
 
 import os
+import platform
 
 import pytest
 import torch
 
-from tide_megatron.base.device import Device, Ranks, choose_device, read_ranks
+from tide_megatron.base.device import (
+    Device,
+    Ranks,
+    check_gpus,
+    choose_device,
+    choose_kind,
+    read_ranks,
+    tasks_by_node,
+)
 from tide_megatron.base.errors import ConfigError
 
 VARIABLES = (
@@ -18,7 +27,9 @@ VARIABLES = (
         "LOCAL_WORLD_SIZE",
         "OMP_NUM_THREADS",
     ),
-    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_NODEID"),
+    *("SLURM_NNODES", "SLURM_STEP_NUM_NODES", "SLURM_CPUS_PER_TASK"),
+    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "NCCL_HOSTID"),
 )
 
 
@@ -36,9 +47,27 @@ def machine(monkeypatch):
     return shows
 
 
-def with_gpus(monkeypatch, count):
+def with_gpus(monkeypatch, count, capability=(9, 0), name="NVIDIA H100"):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+
+
+def task(rank, ntasks=4, **others):
+    """Return the variables of a task of srun, ranks counted on one machine."""
+    given = {"PROCID": rank, "LOCALID": rank, "NTASKS": ntasks, "STEP_ID": 0, **others}
+    return {f"SLURM_{name}": str(value) for name, value in given.items()}
+
+
+def torchrun(rank, local_size, world_size=None):
+    world_size = world_size or local_size
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_size),
+    }
 
 
 def test_a_plain_process_has_no_ranks(machine):
@@ -79,7 +108,8 @@ def test_auto_takes_what_there_is(machine, monkeypatch):
     assert choose_device().backend == "gloo"
     with_gpus(monkeypatch, 2)
     machine(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", OMP_NUM_THREADS="3")
-    assert choose_device() == Device(type="cuda", index=1, backend="nccl", threads=3)
+    h100 = {"name": "NVIDIA H100", "capability": (9, 0)}
+    assert choose_device() == Device(type="cuda", index=1, backend="nccl", threads=3, **h100)
     assert choose_device("cpu") == Device(type="cpu", index=0, backend="gloo", threads=3)
     assert choose_device("cuda").torch_device == torch.device("cuda", 1)
 
@@ -101,7 +131,7 @@ def test_threads_are_shared_among_the_processes_of_a_machine(machine, monkeypatc
     assert choose_device("cpu").threads == 8
     machine(RANK="0", LOCAL_RANK="0", WORLD_SIZE="4")
     assert choose_device("cpu").threads == 2
-    machine(RANK="0", LOCAL_RANK="0", WORLD_SIZE="64", LOCAL_WORLD_SIZE="2")
+    machine(RANK="0", LOCAL_RANK="0", WORLD_SIZE="64", LOCAL_WORLD_SIZE="2", MASTER_ADDR="node0")
     assert choose_device("cpu").threads == 4
     machine(RANK="0", LOCAL_RANK="0", WORLD_SIZE="64")
     assert choose_device("cpu").threads == 1
@@ -109,7 +139,114 @@ def test_threads_are_shared_among_the_processes_of_a_machine(machine, monkeypatc
     assert choose_device("cpu").threads == 1
 
 
+def test_threads_of_slurms_tasks_are_those_of_one_machine(machine, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
+    machine(**task(7, 64, TASKS_PER_NODE="8(x8)"))
+    assert choose_device("cpu").threads == 3
+    machine(**task(7, 11, TASKS_PER_NODE="4(x2),3", NODEID=2))
+    assert choose_device("cpu").threads == 8
+    machine(**task(7, 11, TASKS_PER_NODE="8,3", STEP_TASKS_PER_NODE="4(x2),3", NODEID=1))
+    assert choose_device("cpu").threads == 6
+    machine(**task(7, 64, NTASKS_PER_NODE=8))
+    assert choose_device("cpu").threads == 3
+    machine(**task(7, 64, TASKS_PER_NODE="8(x8)", CPUS_PER_TASK=6))
+    assert choose_device("cpu").threads == 6
+    machine(**task(7, 64, CPUS_PER_TASK=96))  # more than it may use
+    assert choose_device("cpu").threads == 24
+    # One torchrun a machine, started by srun: the CPUs of a task are those of all its ranks.
+    machine(**task(0, 8, CPUS_PER_TASK=24), **torchrun(5, 12, 96), MASTER_ADDR="node1")
+    assert choose_device("cpu").threads == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [("4", [4]), ("4(x2),3", [4, 4, 3]), ("2,8(x1)", [2, 8]), ("", []), ("4(x)", []), ("four", [])],
+)
+def test_tasks_of_each_node_are_read(text, counts):
+    assert tasks_by_node(text) == counts
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_task_of_srun_takes_the_one_gpu_that_it_sees(machine, monkeypatch, rank):
+    with_gpus(monkeypatch, 1)
+    machine(**task(rank, TASKS_PER_NODE=4))
+    assert choose_device("auto").index == 0
+    machine(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="4", **task(rank))  # a wrapper's variables
+    assert choose_device("auto").index == 0
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_more_ranks_than_gpus_are_refused_on_every_rank_alike(machine, monkeypatch, rank):
+    with_gpus(monkeypatch, 1)
+    machine(**torchrun(rank, 4))
+    said = (
+        r'^4 ranks on a machine that shows 1 GPU\(s\): .*"Duplicate GPU detected".*at most 1 here, or set dev'
+    )
+    with pytest.raises(ConfigError, match=said):
+        choose_device("auto")
+    with_gpus(monkeypatch, 2)
+    machine(**task(rank, TASKS_PER_NODE=4))
+    with pytest.raises(ConfigError, match=r"^4 ranks on a machine that shows 2 GPU\(s\)"):
+        choose_device("auto")
+    with_gpus(monkeypatch, 4)
+    machine(**task(rank, 32, TASKS_PER_NODE="4(x8)"), MASTER_ADDR="node1")
+    assert choose_device("auto").index == rank
+
+
+def test_ranks_may_share_a_gpu_on_purpose(machine, monkeypatch):
+    with_gpus(monkeypatch, 1)
+    for rank in range(4):
+        machine(RANK=f"{rank}", LOCAL_RANK="0", WORLD_SIZE="4", NCCL_HOSTID=f"r{rank}")
+        assert choose_device("cuda").index == 0
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        assert choose_device("cuda").index == 0
+
+
+@pytest.mark.parametrize("address", [None, ""])
+@pytest.mark.parametrize(
+    "variables",
+    [task(0, 16, NNODES=2), task(0, 16, NNODES=1, STEP_NUM_NODES=2), torchrun(0, 8, 16)],
+    ids=["nodes of the job", "nodes of the step", "torchrun"],
+)
+def test_ranks_of_several_machines_must_be_told_where_rank_0_is(machine, monkeypatch, variables, address):
+    machine(**variables, **({} if address is None else {"MASTER_ADDR": address}))
+    with pytest.raises(ConfigError, match=r"^MASTER_ADDR is not set, but the 16 ranks .*scontrol show hostn"):
+        read_ranks()
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    assert read_ranks().address == "node7"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [task(0, 8, NNODES=1), task(0, 8, NNODES=4, STEP_NUM_NODES=1), task(0, 1, NNODES=2), torchrun(0, 8)],
+)
+def test_ranks_of_one_machine_find_each_other(machine, variables):
+    machine(**variables)
+    assert read_ranks().address == "127.0.0.1"
+
+
+def test_a_process_that_starts_ranks_asks_nothing_of_a_gpu(machine, monkeypatch):
+    with_gpus(monkeypatch, 2)
+    for name in ("get_device_capability", "get_device_name", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, lambda index: pytest.fail("it starts CUDA in this process"))
+    assert [choose_kind(wanted) for wanted in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+    check_gpus(2)
+    with pytest.raises(ConfigError, match="3 ranks on a machine that shows 2"):
+        check_gpus(3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_bf16"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)]
+)
+def test_a_gpu_is_described_with_what_it_can_do(machine, monkeypatch, capability, has_bf16):
+    with_gpus(monkeypatch, 1, capability, "Tesla T4")
+    device = choose_device("cuda")
+    assert device.has_bf16 is has_bf16
+    assert device.facts()["name"] == f"Tesla T4 (sm_{capability[0]}{capability[1]})"
+
+
 def test_facts_are_told(machine):
     facts = choose_device("cpu").facts()
     assert facts["device"] == "cpu"
+    assert facts["name"] == platform.machine()
     assert facts["torch"] == torch.__version__

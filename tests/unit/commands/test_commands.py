@@ -1,5 +1,6 @@
 """The command line: a frozen surface, instant help, errors in one message, words passed on."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,29 @@ def test_doctor_shows_findings_and_fails_on_faults(monkeypatch, verdict, code):
     assert "torch" in result.output
     assert "hung [here]" in result.output
     assert verdict in result.output
+
+
+def test_train_passes_the_recipes_timeout_on(monkeypatch, tmp_path):
+    calls = []
+
+    def run_ranks(function, args, num_ranks, device, *, timeout_seconds):
+        calls.append((function.__name__, args[2], num_ranks, device, timeout_seconds))
+
+    monkeypatch.setattr(launch_ranks, "run_ranks", run_ranks)
+    context = {"kind": "block_diffusion", "block_size": 8}
+    tree = {
+        "folder": "runs/x",
+        "student": {"folder": "models/x", "context": context},
+        "data": {"train": "data/x"},
+        "losses": {"ce": {"kind": "cross_entropy"}},
+        "steps": 1,
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    words = ["train", str(tmp_path / "run.yaml"), "--ranks", "2", "--device", "cpu"]
+    for more in ([], ["timeout_seconds=90"]):
+        result = CliRunner().invoke(app, [*words, *more])
+        assert result.exit_code == 0, result.output
+    assert calls == [("train", True, 2, "cpu", seconds) for seconds in (600.0, 90.0)]
 
 
 def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):

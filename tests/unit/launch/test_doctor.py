@@ -12,6 +12,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.launch import doctor
 from tide_megatron.launch.doctor import check_ranks, examine, judge
 from tide_megatron.launch.failure import RanksFailed
+from tide_megatron.parallel.layout import Layout
 
 GOOD = {"sum": 3.0, "difference": 2e-7, "alltoall_bytes": 4288, "backend": "gloo"}
 
@@ -44,6 +45,21 @@ def test_one_gpu_is_a_note(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     (finding,) = check_ranks(SimpleNamespace(type="cuda"))
     assert finding.verdict == "note"
+
+
+def test_the_check_asks_for_attention_that_runs_and_is_counted_on_every_device(monkeypatch):
+    class Built(Exception):
+        pass
+
+    def build_model(architecture, groups, options):
+        assert architecture.head_dim >= 16  # Inductor compiles no smaller one
+        assert options.attention == "dense"  # on CUDA `auto` is flex, for which `Traffic` has no rule
+        raise Built
+
+    monkeypatch.setattr(doctor, "build_model", build_model)
+    monkeypatch.setattr(doctor, "make_groups", lambda layout: None)
+    with pytest.raises(Built):
+        doctor._hidden(None, Layout(), choose_device("cpu"))
 
 
 def test_packages_and_engines_are_found_or_not(monkeypatch):

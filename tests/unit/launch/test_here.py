@@ -1,9 +1,33 @@
 """Telling a rank's own failure from the echo of another's."""
 
+import dataclasses
+
 import pytest
 import torch.distributed as dist
 
+from tide_megatron.base.device import Device
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.launch import here
 from tide_megatron.launch.here import is_echo
+
+
+def test_ranks_agree_on_their_gpus_before_the_function_is_called(monkeypatch):
+    chosen = Device(type="cuda", index=2, backend="nccl", threads=1, name="H100", capability=(9, 0))
+    weakest = dataclasses.replace(chosen, name="T4", capability=(7, 5))
+    done = []
+    monkeypatch.setattr(here, "choose_device", lambda wanted: chosen)
+    monkeypatch.setattr(here, "start_distributed", lambda *args, **options: done.append((args, options)))
+    monkeypatch.setattr(here, "agree_on_gpus", lambda device: done.append(device) or weakest)
+    monkeypatch.setattr(here, "stop_distributed", lambda: done.append("stop"))
+
+    def function(number, *, device, stop):
+        done.append((number, device, stop))
+        return "value"
+
+    stop = StopFlag()
+    options = {"wanted": "auto", "ranks": None, "stop": stop, "timeout_seconds": 7.0}
+    assert here.run_here(function, (5,), **options) == "value"
+    assert done == [((chosen, None), {"timeout_seconds": 7.0}), chosen, (5, weakest, stop), "stop"]
 
 
 def chained(outer, inner):

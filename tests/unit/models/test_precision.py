@@ -7,7 +7,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe import moe_utils
 
-from tests.unit.models.shapes import DENSE, MIXTURE, build, view
+from tests.unit.models.shapes import CPU, DENSE, MIXTURE, build, view
+from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.precision import Precision
 
@@ -16,6 +17,24 @@ def test_auto_follows_the_device():
     assert Precision.choose("auto", "cuda") == Precision("bf16")
     assert Precision.choose("auto", "cpu") == Precision("fp32")
     assert Precision.choose("bf16", "cpu").dtype is torch.bfloat16
+
+
+def gpu(name, capability):
+    return Device(type="cuda", index=0, backend="nccl", threads=1, name=name, capability=capability)
+
+
+def test_auto_never_chooses_what_a_gpu_does_not_have():
+    assert Precision.on("auto", gpu("H100", (9, 0))) == Precision("bf16")
+    assert Precision.on("auto", gpu("A100", (8, 0))) == Precision("bf16")
+    assert Precision.on("auto", gpu("T4", (7, 5))) == Precision("fp32")
+    assert Precision.on("auto", CPU) == Precision("fp32")
+
+
+def test_bf16_on_a_gpu_that_does_not_have_it_is_refused_with_the_gpu_and_the_remedy():
+    with pytest.raises(ConfigError, match=r"^precision: 'bf16' needs .* has Tesla T4 \(sm_75\); use fp32$"):
+        Precision.on("bf16", gpu("Tesla T4", (7, 5)))
+    assert Precision.on("fp32", gpu("Tesla T4", (7, 5))) == Precision("fp32")
+    assert Precision.on("bf16", CPU) == Precision("bf16")
 
 
 @pytest.mark.parametrize(("name", "told"), [("fp8", "not available yet"), ("bf61", "did you mean 'bf16'")])

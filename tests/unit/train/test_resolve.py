@@ -255,6 +255,7 @@ MACHINE = [
     {"folder": "elsewhere"},
     {"device": "auto"},
     {"attention": "dense"},
+    {"timeout_seconds": 60.0},
     {"evaluation__every": 3},
     {"checkpoints__every": 3},
     {"metrics__every": 3},

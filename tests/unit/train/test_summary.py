@@ -5,7 +5,9 @@ import json
 import pytest
 import yaml
 
+from tide_megatron.base.device import Device
 from tide_megatron.base.errors import CheckpointError, ConfigError
+from tide_megatron.train import summary
 from tide_megatron.train.resolve import build_recipe, digest
 from tide_megatron.train.summary import print_summary
 
@@ -80,6 +82,19 @@ def test_ranks_that_do_not_fit_are_refused(tree, world, words):
     recipe, resolved = build_recipe(tree)
     with pytest.raises(ConfigError, match=words):
         print_summary(recipe, resolved, world)
+
+
+def test_bf16_on_a_gpu_that_does_not_have_it_is_refused_with_the_models_key(tree, monkeypatch):
+    old = Device(type="cuda", index=0, backend="nccl", threads=1, name="Tesla T4", capability=(7, 5))
+    monkeypatch.setattr(summary, "choose_device", lambda wanted: old)
+    recipe, resolved = build_recipe(tree)
+    print_summary(recipe, resolved, 4)  # auto is fp32 there
+    tree["teachers"]["big"]["precision"] = "bf16"
+    recipe, resolved = build_recipe(tree)
+    with pytest.raises(
+        ConfigError, match=r"^teachers\.big\.precision: 'bf16' needs .*Tesla T4 \(sm_75\); use"
+    ):
+        print_summary(recipe, resolved, 4)
 
 
 def test_a_missing_model_folder_is_named(tree):
