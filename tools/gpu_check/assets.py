@@ -19,14 +19,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gpu_check.identity import FILE, ROOT, commit_of, digest_of
 from gpu_check.ranks import STEPS as RANK_STEPS
+from gpu_check.ranks import run_world
 from gpu_check.recorded import LAYOUTS, load_run, record_steps, write_record
-from gpu_check.rows import Place
+from gpu_check.rows import Place, Row
 from gpu_check.training import quickstart
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import SideChoice
@@ -44,6 +44,9 @@ SMALL = 48
 PLAIN = ("attention=dense", "head.form=plain")
 """How everything is recorded: whole masks, the head by autograd."""
 SEEDS = range(11, 31)
+WORDS = ("steps=200", f"seed={SEEDS[0]}")
+SMALL_WORDS = ("steps=2", "batch.samples=4", "evaluation.times=[0.5]", "metrics.every=1")
+"""Of the quickstart's run, for a check and for a rehearsal."""
 SMALLEST_GAP = 1e-5
 """Routers whose scores come closer may choose another expert on another device."""
 PACK_FILES = ("MANIFEST.json", "README.md", "unpack.py", "check_pack.py")
@@ -74,7 +77,7 @@ def make_assets(out: Path, pack: Path | None) -> None:
         )
         write_data(partial, _spread(train, TRAINED), _spread(test, HELD_OUT))
     _copy_pack(pack, partial)
-    record_expected(partial, worlds=LAYOUTS, steps=200)
+    record_expected(partial, worlds=LAYOUTS, words=WORDS)
     size = _finish(partial)
     if size > MOST_BYTES:
         raise SystemExit(
@@ -85,8 +88,9 @@ def make_assets(out: Path, pack: Path | None) -> None:
     print(f"{out}: {size / 1e6:.1f} MB in {time.monotonic() - began:.0f} s")
 
 
-def make_small(out: Path) -> Path:
-    """Make the assets of a rehearsal in seconds, from this repository's own functions; return the folder."""
+def make_small(place: Place) -> list[Row]:
+    """Make the assets of a rehearsal in seconds, from this repository's own functions; as a check does."""
+    out = place.assets
     sys.path.insert(0, str(ROOT / "examples/quickstart"))
     from corpus import extract
 
@@ -94,9 +98,9 @@ def make_small(out: Path) -> Path:
     pairs = [pair for file in files for pair in extract("tide_megatron", file.parent, file.name)]
     lines = [pair.chat() for pair in pairs]
     write_data(out, lines[:SMALL], lines[SMALL : SMALL + 16])
-    record_expected(out, worlds=(4,), steps=3)
-    _finish(out)
-    return out
+    record_expected(out, worlds=(4,), words=SMALL_WORDS)
+    size = _finish(out)
+    return [Row(check="assets", text=f"a rehearsal's, {size / 1e6:.1f} MB")]
 
 
 def _spread(lines: Sequence[str], number: int) -> list[str]:
@@ -117,32 +121,34 @@ def write_data(out: Path, train: Sequence[str], held_out: Sequence[str]) -> None
         text.unlink()
 
 
-def record_expected(out: Path, worlds: Sequence[int] | dict[int, Any], steps: int) -> None:
+def record_expected(out: Path, worlds: Iterable[int], words: Sequence[str]) -> None:
     """Record what runs give here, by the plain forms: dense attention, the head by autograd.
 
     Args:
         out: assets with data.
         worlds: numbers of ranks whose figures are wanted.
-        steps: of the quickstart's run.
+        words: of the quickstart's run.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Place(device="cpu", assets=out.resolve(), scratch=Path(folder))
-        for name in ("cross", "shared"):
-            _record(out, name, name, place, 1)
-        for world in worlds:
+        for world in worlds:  # first, while this process has no threads that its forks would miss
             _record(out, f"ranks{world}", "cross", place, world, *LAYOUTS[world], f"steps={RANK_STEPS}")
-        words = [f"steps={steps}", f"seed={SEEDS[0]}"]
+        for name in ("cross", "shared"):
+            _record(out, name, name, place, 0)
         score = quickstart(place, *words)["nll_per_byte"]
-    expected = {"words": words, "steps": steps, "nll_per_byte": score}
+    expected = {"words": list(words), "nll_per_byte": score}
     (out / "expected/quickstart.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
 
 
 def _record(out: Path, name: str, run: str, place: Place, world: int, *words: str) -> None:
-    """Record one run, with the first seed that keeps its routers' scores apart."""
+    """Record one run, on ranks of their own or (0) here, with the first seed that keeps its routers' scores apart."""
     for seed in SEEDS:
         chosen = [*words, f"seed={seed}"]
-        recipe, _ = load_run(run, place, *PLAIN, *chosen)
-        found = run_ranks(record_steps, (recipe,), world, "cpu")
+        if world:
+            found = run_world(place, world, [*PLAIN, *chosen])
+        else:
+            recipe, _ = load_run(run, place, *PLAIN, *chosen)
+            found = run_ranks(record_steps, (recipe,), 1, "cpu")
         objective, gap = found["steps"][0]["objective"], found["router_gap"]
         print(f"{name}: seed {seed}, objective {objective:.6f}, smallest router gap {gap:.1e}", flush=True)
         if gap >= SMALLEST_GAP:

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def check_ranks(place: Place) -> list[Row]:
     tried = []
     for world in (4, 2, 1):
         try:
-            found = run_world(place, world)
+            found = run_world(place, world, read_expected(place, f"ranks{world}")["words"])
         except NotMeasured as fault:
             tried.append(str(fault))
             continue
@@ -58,8 +59,8 @@ def _row(place: Place, world: int, found: dict[str, Any], tried: list[str]) -> R
     return judged("ranks", text, [*tried, *faults], world=world, **figures)
 
 
-def run_world(place: Place, world: int) -> dict[str, Any]:
-    """Start the ranks and return what rank 0 recorded.
+def run_world(place: Place, world: int, words: Sequence[str]) -> dict[str, Any]:
+    """Start ranks on the cross-tokenizer run, changed by words, and return what rank 0 recorded.
 
     Raises:
         NotMeasured: a rank failed, or the world hangs; with the end of the first failing rank's log.
@@ -72,7 +73,8 @@ def run_world(place: Place, world: int) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        context.Process(target=work_rank, args=(place, folder, rank, world, port)) for rank in range(world)
+        context.Process(target=work_rank, args=(place, folder, rank, (world, port), words))
+        for rank in range(world)
     ]
     for rank in ranks:
         rank.start()
@@ -99,8 +101,9 @@ def run_world(place: Place, world: int) -> dict[str, Any]:
     return read_record(folder / "record.json")
 
 
-def work_rank(place: Place, folder: Path, rank: int, world: int, port: int) -> None:
-    """Be one rank: in a fresh process, with a log of its own."""
+def work_rank(place: Place, folder: Path, rank: int, where: tuple[int, int], words: Sequence[str]) -> None:
+    """Be one rank, in a fresh process, with a log of its own; `where` is number of ranks and port."""
+    world, port = where
     log = (folder / f"rank{rank}.log").open("w")
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
@@ -114,7 +117,7 @@ def work_rank(place: Place, folder: Path, rank: int, world: int, port: int) -> N
     )
     if place.device == "cuda":  # each rank is told that it is alone on its machine
         os.environ.update(ONE_GPU, NCCL_HOSTID=f"rank{rank}", LOCAL_WORLD_SIZE="1", OMP_NUM_THREADS="2")
-    recipe, _ = load_run("cross", place, *read_expected(place, f"ranks{world}")["words"])
+    recipe, _ = load_run("cross", place, *words)
     found = run_ranks(record_steps, (recipe,), None, place.device)
     if rank == 0:
         write_record(found, folder / "record.json")

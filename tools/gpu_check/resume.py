@@ -41,6 +41,8 @@ WORDS = (
     "optimizer.distributed=true",
     "optimizer.clip_norm=1.0",
 )
+FEWER = ("batch.samples=4", "batch.microbatch=4")
+"""In a rehearsal."""
 REPEATS = 3
 DRAWN = ("empty", "new_empty", "rand", "normal", "uniform")
 """Operators whose answers are arbitrary, or drawn: they are not compared."""
@@ -111,7 +113,8 @@ def _work(place: Place, name: str, until: int, answer: Path) -> None:
 
 
 def _found(place: Place, name: str, until: int) -> dict[str, Any]:
-    recipe, tree = load_run("shared", place, *WORDS, f"folder={place.scratch / name}")
+    words = (*WORDS, *(FEWER if place.is_rehearsal else ()))
+    recipe, tree = load_run("shared", place, *words, f"folder={place.scratch / name}")
     if name == "operators":
         return run_ranks(repeat_operators, (recipe,), 1, place.device)  # type: ignore[no-any-return]
     return run_ranks(train_until, (recipe, tree, until), 1, place.device)  # type: ignore[no-any-return]

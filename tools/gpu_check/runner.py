@@ -22,7 +22,7 @@ from pathlib import Path
 from gpu_check.checks import Check
 from gpu_check.rows import NotMeasured, Place, Row
 
-PRELOADED = ("tide_megatron.platform", "tide_megatron.train.loop", "gpu_check.recorded")
+PRELOADED = ("tide_megatron.platform", "tide_megatron.train.loop", "gpu_check.assets")
 """What a rehearsal's checks find imported already; beside CUDA every process starts from nothing."""
 
 

@@ -49,10 +49,9 @@ def check_quickstart(place: Place) -> list[Row]:
     if place.is_rehearsal:  # a few steps on a few samples, and a CPU that is slow in bf16
         precision, near = precision[:1], 0.1
     result = quickstart(place, *expected["words"], *precision)
+    words = ", ".join(expected["words"])
     score, wanted = result["nll_per_byte"], expected["nll_per_byte"]
-    text = (
-        f"bf16 ends at {score:.4f} nats/byte, the CPU's fp32 at {wanted:.4f}, after {expected['steps']} steps"
-    )
+    text = f"bf16 ends at {score:.4f} nats/byte, the CPU's fp32 at {wanted:.4f} ({words})"
     faults = [] if abs(score - wanted) <= near else [f"{abs(score - wanted):.4f} apart, more than {near}"]
     return [
         judged(
