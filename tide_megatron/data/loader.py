@@ -77,9 +77,9 @@ class Loader:
     main: str | None = None
     """Read this side in the student's place (`of_teacher`); None: the student's tokens."""
     known: Readers | None = None
-    """Refuse ids of the tokens that stand in the student's place when some model that reads them does not know
-    them; None: nobody looks. An id outside a table would end a GPU's context without saying whose it is, so
-    it is found here, before any device sees it."""
+    """Refuse ids of the tokens in the student's place that some model which reads them does not know; None:
+    nobody looks. An id outside a table would end a GPU's context without saying whose it is, so it is found
+    here, before any device sees it."""
 
     def __post_init__(self) -> None:
         rank, world = self.ranks
@@ -183,7 +183,7 @@ class Loader:
         return torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded])
 
     def _check_known(self, ids: Tensor, rows: Sequence[int], known: Readers | None) -> None:
-        """Refuse ids [samples, length] that nobody's table has; a comparison of what is on the host anyway."""
+        """Refuse ids [samples, length] that a reader does not know; all of it is on the host."""
         if known is None:
             return
         limit, reader = known
@@ -191,8 +191,8 @@ class Loader:
         if len(outside):
             sample, place = outside[0].tolist()
             raise DataError(
-                f"{self.columns.folder}: sample {rows[sample]} has the token id {int(ids[sample, place])}, but "
-                f"{reader} knows the ids 0 to {limit - 1}; prepare the data again with its tokenizer"
+                f"{self.columns.folder}: sample {rows[sample]} has the token id {int(ids[sample, place])}, "
+                f"but {reader} knows the ids 0 to {limit - 1}; prepare the data again with its tokenizer"
             )
 
     def _side(self, read: Sequence[Row], rows: Sequence[int], reading: SideReading) -> Side:

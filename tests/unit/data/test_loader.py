@@ -161,7 +161,7 @@ def test_an_id_that_a_reader_does_not_know_is_named_before_a_device_sees_it(colu
     sample = int((ids == highest).any(1).nonzero()[0])
     with pytest.raises(
         DataError,
-        match=rf"prepared: sample {sample} has the token id {highest}, but teachers\.small knows the ids 0 to "
-        rf"{highest - 1}; prepare the data again with its tokenizer$",
+        match=rf"prepared: sample {sample} has the token id {highest}, but teachers\.small knows the ids 0 "
+        rf"to {highest - 1}; prepare the data again with its tokenizer$",
     ):
         Loader(columns=columns, samples=4, known=(highest, "teachers.small")).batch_of(range(23))
