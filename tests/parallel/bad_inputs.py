@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
@@ -97,6 +98,16 @@ def mix_columns(run, *, same_size):
             shutil.copy(run / "data/held_out" / name, folder / name)
         file = folder / name
         manifest.files[name] = {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+    dataclasses.replace(manifest).write(folder)
+
+
+def write_an_id_beyond_all_vocabularies(run):
+    """Spoil every sample's first token, and sign for it in the manifest."""
+    folder, manifest = run / "data/train", read_manifest(run / "data/train")
+    ids, file = numpy.fromfile(folder / "ids.bin", dtype=numpy.int32), folder / "ids.bin"
+    ids[:] = numpy.where(ids == ids[0], 70_000, ids)
+    ids.tofile(file)
+    manifest.files["ids.bin"] = {"bytes": file.stat().st_size, "sha256": digest_file(file)}
     dataclasses.replace(manifest).write(folder)
 
 

@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.parallel.bad_inputs import FAULTS, LAYOUTS, attempt, cut, one_rank_sees, plant
+from tests.parallel.bad_inputs import (
+    FAULTS,
+    LAYOUTS,
+    attempt,
+    cut,
+    one_rank_sees,
+    plant,
+    write_an_id_beyond_all_vocabularies,
+)
 from tests.small_tokenizer import write_chats, write_other, write_tokenizer
 from tests.tiny_run import (
     copy_tiny_run,
@@ -166,6 +174,17 @@ def test_a_head_budget_that_one_rank_has_not_free_is_refused_on_all(pool, tiny, 
     answers = pool(4).run(attempt_with_one_poor_rank, file, ["head.budget_mib=60"], 2)
     assert answers == [("ConfigError", said)] * 4
     assert everything(tmp_path) == before
+
+
+def test_an_id_that_no_model_knows_is_named_when_it_is_read(pool, tiny, tmp_path):
+    file = copy_tiny_run(tiny, tmp_path / "bad")
+    plant(write_an_id_beyond_all_vocabularies, file.parent)
+    (answer,) = pool(1).run(attempt, file, [])
+    assert answer is not None, "the run went on"
+    assert re.search(
+        r"data/train: sample \d+ has the token id 70000, but student knows the ids 0 to 319; prepare",
+        answer[1],
+    ), answer[1]
 
 
 def test_the_run_without_a_fault_goes_on(pool, tiny, tmp_path):

@@ -27,13 +27,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data.columns import Columns
 from tide_megatron.diffusion.batch import IGNORED, Batch
 from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
 from tide_megatron.diffusion.side import Side
 from tide_megatron.text.chat import labels_of
 
+Readers = tuple[int, str]
+"""How many ids the models that read some tokens all know, and the model that knows the fewest."""
 Row = Mapping[str, NDArray[numpy.int32]]
 """One sample's values in every column."""
 
@@ -46,6 +48,8 @@ class SideReading:
     """Name of the side in the data."""
     block_size: int = 1
     """Fill the teacher's last block with its end tokens up to a multiple of this; 1: add none."""
+    known: Readers | None = None
+    """Refuse ids that the teacher does not know; None: nobody looks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,10 @@ class Loader:
     """Teacher name -> the side it reads; every batch carries them."""
     main: str | None = None
     """Read this side in the student's place (`of_teacher`); None: the student's tokens."""
+    known: Readers | None = None
+    """Refuse ids of the tokens in the student's place that some model which reads them does not know; None:
+    nobody looks. An id outside a table would end a GPU's context without saying whose it is, so it is found
+    here, before any device sees it."""
 
     def __post_init__(self) -> None:
         rank, world = self.ranks
@@ -124,16 +132,20 @@ class Loader:
         Args:
             rows: sample numbers; what evaluation asks for.
             epochs: of each sample; default 0.
+
+        Raises:
+            DataError: a token id that a model which reads it does not know.
         """
         read = [self.columns.row(row) for row in rows]
         ids, labels = self._pad(read, self.main, self.block_size, self.fixed_length)
+        self._check_known(ids, rows, self.known)
         return Batch(
             sample_ids=torch.tensor(rows, dtype=torch.int64),
             epochs=torch.tensor(epochs or [0] * len(rows), dtype=torch.int64),
             ids=ids,
             labels=labels,
             reply_bytes=torch.tensor([int(row["reply_bytes"][0]) for row in read], dtype=torch.int64),
-            sides={name: self._side(read, reading) for name, reading in self.sides.items()},
+            sides={name: self._side(read, rows, reading) for name, reading in self.sides.items()},
         )
 
     def of_teacher(self, teacher: str, block_size: int) -> Loader:
@@ -147,7 +159,12 @@ class Loader:
         if reading is None:
             return dataclasses.replace(self, sides={}, block_size=block_size)
         return dataclasses.replace(
-            self, sides={}, main=reading.side, block_size=reading.block_size, fixed_length=None
+            self,
+            sides={},
+            main=reading.side,
+            block_size=reading.block_size,
+            fixed_length=None,
+            known=reading.known,
         )
 
     def _pad(
@@ -165,9 +182,23 @@ class Loader:
         padded = [pad_to_length(ids, labels, length, facts.pad_id) for ids, labels in examples]
         return torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded])
 
-    def _side(self, read: Sequence[Row], reading: SideReading) -> Side:
+    def _check_known(self, ids: Tensor, rows: Sequence[int], known: Readers | None) -> None:
+        """Refuse ids [samples, length] that a reader does not know; all of it is on the host."""
+        if known is None:
+            return
+        limit, reader = known
+        outside = ((ids < 0) | (ids >= limit)).nonzero()
+        if len(outside):
+            sample, place = outside[0].tolist()
+            raise DataError(
+                f"{self.columns.folder}: sample {rows[sample]} has the token id {int(ids[sample, place])}, "
+                f"but {reader} knows the ids 0 to {limit - 1}; prepare the data again with its tokenizer"
+            )
+
+    def _side(self, read: Sequence[Row], rows: Sequence[int], reading: SideReading) -> Side:
         """Return the same samples in a teacher's tokens, with their chunks."""
         ids, _ = self._pad(read, reading.side, reading.block_size, None)
+        self._check_known(ids, rows, reading.known)
         spans = [torch.from_numpy(row[f"{reading.side}.chunks"]).long().view(-1, 4) for row in read]
         sizes = [len(row[f"{reading.side}.ids"]) for row in read]
         block = reading.block_size

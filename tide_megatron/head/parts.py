@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import TideError
+from tide_megatron.head.statistics import check_golds
 from tide_megatron.losses.columns import Columns
 from tide_megatron.losses.rows import Loss, Rows
 
@@ -81,7 +82,7 @@ def check_rows(
     """Refuse rows that do not belong together; every rank of a head group has all of them and sees it alike.
 
     Raises:
-        TideError: naming the model, with both numbers of rows, or the ids that no rank owns.
+        TideError: naming the model, with both numbers of rows.
     """
     told = [("the student", student, rows.gold)]
     for name in sorted({loss.teacher for loss in losses.values() if loss.teacher is not None}):
@@ -96,11 +97,7 @@ def check_rows(
                 f"{name}: {len(head.hidden)} hidden rows where the microbatch's rows are {len(gold)}; make "
                 "views and rows from the same noised batches"
             )
-        # Asynchronous: nothing waits for a GPU here. On CPU it raises at once.
-        torch._assert_async(
-            ((gold >= 0) & (gold < head.num_ids)).all(),
-            f"{name}: a gold id lies outside the head's {head.num_ids} ids, so no rank owns it",
-        )
+        check_golds(gold, head.num_ids, f"{name}: ")
 
 
 class HeadLossForm(Protocol):

@@ -129,7 +129,8 @@ class TideModel(GPTModel):  # type: ignore[misc]
             On the last stage the final-norm hidden states [rows, hidden] that predict `view.rows`, in their
             order; on others [tokens, samples, hidden] for the next stage.
         """
-        view = fit(view.shifted() if self.architecture.is_shifted else view, self.make_kernel)
+        view = view.shifted() if self.architecture.is_shifted else view
+        view = fit(view, self.make_kernel)
         plan = AttentionPlan.of(view, self.make_kernel, self._frequencies, self.config.params_dtype)
         embedded = self._embed(view) if self.is_first_stage else None
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=plan)

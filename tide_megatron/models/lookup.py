@@ -44,6 +44,31 @@ class _LookUp(Function):
         rows = incoming[0].flatten(0, 1).to(context.buffer.dtype)
         if rows.device.type == "cpu":
             context.buffer.index_add_(0, ids.flatten(), rows)  # one row after the other
-        else:  # sorted by id first, where index_add_ would use atomics in any order
-            context.buffer.index_put_((ids.flatten(),), rows, accumulate=True)
+        else:
+            add_by_id(context.buffer, ids.flatten(), rows)
         return None, None
+
+
+def add_by_id(table: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """Add rows to the rows of a table that their ids name, in an order that does not change; for CUDA.
+
+    There `index_add_` adds by atomics in any order, and `index_put_` one occurrence of an id after the other,
+    while a third of all tokens may be the mask or the pad. Here distinct ids are numbered, torch's embedding
+    gradient sums the rows of each number in segments, and each sum is added once. Nothing waits for the
+    device: how many distinct ids there are stays unknown to the host.
+
+    Args:
+        table: [vocabulary, hidden], added to in place.
+        ids: [tokens] int64.
+        rows: [tokens, hidden] in the table's dtype.
+    """
+    tokens = len(ids)
+    if not tokens:
+        return
+    ordered, order = ids.sort(stable=True)
+    is_new = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).long(), (1, 0))
+    number = torch.empty_like(ids).scatter_(0, order, is_new.cumsum(0))  # [tokens] of the token's id
+    sums = torch.ops.aten.embedding_dense_backward(rows, number, tokens, -1, False)  # [tokens, hidden]
+    # There are as many sums as tokens; those of no id are zero and go to rows of their own, not all to one.
+    place = torch.arange(tokens, device=ids.device).remainder_(len(table)).scatter_(0, number, ids)
+    table.index_add_(0, place, sums)

@@ -67,6 +67,8 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         held_out = None
         if recipe.data.held_out:
             held_out = open_loader(recipe, recipe.data.held_out, tokenizer, readers, is_trained_on=False)
+        loader = _with_vocabularies(loader, plans)
+        held_out = held_out and _with_vocabularies(held_out, plans)
         _check_terms(recipe, plans, loader)
         check_head_budget(recipe, plans, ranks, device)
     phases = Phases(device.torch_device)
@@ -142,6 +144,19 @@ def open_loader(
             fixed_length=recipe.data.fixed_length,
             sides=sides,
         )
+
+
+def _with_vocabularies(loader: Loader, plans: Mapping[str, ModelPlan]) -> Loader:
+    """Return the loader that knows how many ids each model that reads from it has rows for."""
+    known = {name: (plan.architecture.vocabulary, plan.key) for name, plan in plans.items()}
+    return dataclasses.replace(
+        loader,
+        known=min(limit for name, limit in known.items() if name not in loader.sides),
+        sides={
+            name: dataclasses.replace(reading, known=known.get(name))
+            for name, reading in loader.sides.items()
+        },
+    )
 
 
 def _filled_blocks(context: Context) -> int:

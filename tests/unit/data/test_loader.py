@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data.columns import Columns
 from tide_megatron.data.loader import Loader, order_of_epoch
 from tide_megatron.diffusion.batch import IGNORED
@@ -151,3 +151,17 @@ def test_sizes_that_cannot_be_are_refused(columns):
     for name in ("samples", "accumulate", "block_size"):
         with pytest.raises(ConfigError, match=f"{name}: 0 is too few"):
             Loader(columns=columns, **({"samples": 1} | {name: 0}))
+
+
+def test_an_id_that_a_reader_does_not_know_is_named_before_a_device_sees_it(columns):
+    loader = Loader(columns=columns, samples=4)
+    ids = loader.batch_of(range(23)).ids
+    highest = int(ids.max())
+    Loader(columns=columns, samples=4, known=(highest + 1, "student")).batch_of(range(23))
+    sample = int((ids == highest).any(1).nonzero()[0])
+    with pytest.raises(
+        DataError,
+        match=rf"prepared: sample {sample} has the token id {highest}, but teachers\.small knows the ids 0 "
+        rf"to {highest - 1}; prepare the data again with its tokenizer$",
+    ):
+        Loader(columns=columns, samples=4, known=(highest, "teachers.small")).batch_of(range(23))

@@ -107,8 +107,8 @@ def test_a_cut_teacher_leaves_whole_chunks(run):
             assert row["own.ids"].tolist() == full["own.ids"][: len(row["own.ids"])].tolist()
 
 
-def loader_of(columns, block_size=4):
-    sides = {"big": SideReading(side="own", block_size=block_size)}
+def loader_of(columns, block_size=4, known=None):
+    sides = {"big": SideReading(side="own", block_size=block_size, known=known)}
     return Loader(columns=columns, samples=2, block_size=8, sides=sides)
 
 
@@ -127,6 +127,18 @@ def test_a_batch_carries_the_side_padded_with_the_teachers_own_tokens(run, token
         assert side.spans[mine].tolist() == columns.row(sample)["own.chunks"].reshape(-1, 4).tolist()
         assert side.number[mine].tolist() == list(range(int(mine.sum())))
     assert side.ids.shape[1] == int(side.lengths.max())
+
+
+def test_an_id_that_a_sides_teacher_does_not_know_is_named(run):
+    columns = run()
+    highest = int(loader_of(columns).batch_of([0]).sides["big"].ids.max())
+    loader_of(columns, known=(highest + 1, "teachers.big")).batch_of([0])
+    few = loader_of(columns, known=(highest, "teachers.big"))
+    for loader in (few, few.of_teacher("big", 4)):
+        with pytest.raises(
+            DataError, match=rf"sample 0 has the token id {highest}, but teachers\.big knows "
+        ):
+            loader.batch_of([0])
 
 
 def test_a_teacher_can_be_scored_on_its_own_tokens(run):

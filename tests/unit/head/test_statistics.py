@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tide_megatron.head.parts import HeadInput
 from tide_megatron.head.plain import head_loss
 from tide_megatron.head.score import score_rows
-from tide_megatron.head.statistics import LOWEST, exchange_statistics, gold_logits
+from tide_megatron.head.statistics import LOWEST, check_golds, exchange_statistics, gold_logits
 from tide_megatron.losses.columns import Columns
 from tide_megatron.losses.cross_entropy import CrossEntropy
 
@@ -97,3 +99,25 @@ def test_no_term_gives_zero_with_a_graph():
     assert found.sums == {}
     assert not hidden.grad.any()
     assert not weight.grad.any()
+
+
+def test_nothing_is_asserted_on_a_device_whose_context_it_would_end():
+    """The loader has looked at every id on the host (tests/unit/data/test_loader.py)."""
+    with FakeTensorMode(), Names() as seen:
+        gold = torch.empty_strided((3,), (1,), dtype=torch.int64, device="cuda")
+        check_golds(gold, 5)
+        check_golds(torch.empty_strided((3,), (1,), dtype=torch.int64), 5)
+    assert seen.devices == ["cpu"]
+
+
+class Names(TorchDispatchMode):
+    """Note on which devices something is asserted."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_assert_async" in func.overloadpacket.__name__:
+            self.devices.append(args[0].device.type)
+        return func(*args, **(kwargs or {}))
