@@ -141,7 +141,7 @@ def record_expected(out: Path, worlds: Iterable[int], words: Sequence[str]) -> N
 
 
 def _record(out: Path, name: str, run: str, place: Place, world: int, *words: str) -> None:
-    """Record one run, on ranks of their own or (0) here, with the first seed that keeps its routers' scores apart."""
+    """Record a run, with the first seed that keeps its routers' scores apart; 0 ranks: in this process."""
     for seed in SEEDS:
         chosen = [*words, f"seed={seed}"]
         if world:

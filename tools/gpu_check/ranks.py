@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -66,6 +67,7 @@ def run_world(place: Place, world: int, words: Sequence[str]) -> dict[str, Any]:
         NotMeasured: a rank failed, or the world hangs; with the end of the first failing rank's log.
     """
     folder = place.scratch / f"world{world}"
+    shutil.rmtree(folder, ignore_errors=True)  # of another seed
     folder.mkdir()
     # Spawned beside CUDA, which survives no fork; forked on a CPU, where everything is imported already.
     context = multiprocessing.get_context("spawn" if place.device == "cuda" else "fork")
