@@ -5,8 +5,8 @@ a second one ends the process at once. Launchers often deliver one request twice
 foreground group, then torchrun forwards the signal again), so within two seconds of the first request every
 further signal is an echo of it.
 
-Python hears a signal only between two of its own instructions, so a process that stands in a library's call (a
-CUDA synchronisation, a store that waits for a rank) would be deaf. A thread hears with it, told by the
+Python hears a signal only between two of its own instructions, so a process that stands in a library's call
+(a CUDA synchronisation, a store that waits for a rank) would be deaf. A thread hears with it, told by the
 interpreter's wake-up descriptor, and ends the process at the second request when nothing else has.
 """
 
