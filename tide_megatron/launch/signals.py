@@ -4,6 +4,10 @@ One Ctrl-C (SIGINT), `kill` (SIGTERM), SLURM warning (SIGUSR1) or lost terminal 
 a second one ends the process at once. Launchers often deliver one request twice (a terminal signals the whole
 foreground group, then torchrun forwards the signal again), so within two seconds of the first request every
 further signal is an echo of it.
+
+Python hears a signal only between two of its own instructions, so a process that stands in a library's call
+(a CUDA synchronisation, a store that waits for a rank) would be deaf. A thread hears with it, told by the
+interpreter's wake-up descriptor, and ends the process at the second request when nothing else has.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 ECHO_SECONDS = 2.0
 """Signals this soon after the first belong to the same request."""
+DEAF_SECONDS = 1.0
+"""So long may the main thread take to end at the second request by itself."""
 
 
 @contextlib.contextmanager
@@ -43,8 +49,39 @@ def watch_signals() -> Iterator[StopFlag]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    with heard_by(hear):
+    with heard_by(hear), _heard_in_libraries():
         yield stop
+
+
+@contextlib.contextmanager
+def _heard_in_libraries() -> Iterator[None]:
+    """End this process at the second request while the main thread hears nothing; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_the_second, args=(reader,), name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # and with it the thread ends
+
+
+def _end_at_the_second(reader: int) -> None:
+    """Read the numbers of signals as they come; end the process at the second request."""
+    first_heard: float | None = None
+    while number := os.read(reader, 1):
+        if number[0] not in STOP_SIGNALS:
+            continue
+        if first_heard is None:
+            first_heard = time.monotonic()
+        elif time.monotonic() - first_heard > ECHO_SECONDS:
+            time.sleep(DEAF_SECONDS)  # the main thread ends by the signal itself, if it hears it
+            os._exit(128 + number[0])
+    os.close(reader)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,8 @@ class Options:
     head: tuple[int, int] | None = None
     """Ids [start, stop) whose rows of the output head this rank holds, on whatever stage; None: all. Frozen
     models only: a trainable one keeps its head whole."""
+    recompute: bool = False
+    """Keep only each layer's input and run it again in the backward pass; trainable models only."""
     router_bias_rate: float = 0.0
     """Step of the load-balancing router bias after each update; 0 leaves the bias as it is."""
 
@@ -97,9 +99,17 @@ def transformer_config(architecture: Architecture, options: Options) -> Transfor
         pipeline_model_parallel_size=layout.pipeline,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        **_recompute_config(options),
         **_stage_config(architecture, layout),
         **_mixture_config(architecture, options),
     )
+
+
+def _recompute_config(options: Options) -> dict[str, Any]:
+    """Return what makes megatron-core run every layer of a trained model again in the backward pass."""
+    if not (options.recompute and options.trainable):
+        return {}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def _stage_config(architecture: Architecture, layout: Layout) -> dict[str, int]:

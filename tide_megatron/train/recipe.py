@@ -83,6 +83,9 @@ class TeacherModel(Model):
 class StudentModel(Model):
     """The model that is trained."""
 
+    recompute: bool = False
+    """Keep only each layer's input for the backward pass and run the layer again there: a fraction of the
+    activations' memory for one more forward pass of the body (machine choice: equal numbers)."""
     router_bias_rate: float = Field(default=0.0, ge=0.0)
     """Step of the load-balancing router bias after each update (MoE students only; 0 leaves it)."""
 

@@ -134,6 +134,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         trainable=is_student,
         attention=recipe.attention,
         head=head,
+        recompute=choice.recompute if isinstance(choice, StudentModel) else False,
         router_bias_rate=choice.router_bias_rate if isinstance(choice, StudentModel) else 0.0,
     )
     model = build_model(plan.architecture, make_groups(choice.layout), options)

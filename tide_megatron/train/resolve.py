@@ -81,7 +81,7 @@ def mathematics(tree: Tree) -> Tree:
     kept: Tree = _without(tree, *MACHINE_KEYS)
     kept["batch"] = _without(tree["batch"], "microbatch")
     kept["optimizer"] = _without(tree["optimizer"], "distributed")
-    kept["student"] = _without(tree["student"], "layout", "verify")
+    kept["student"] = _without(tree["student"], "layout", "verify", "recompute")
     choices = ("layout", "verify", "sanity", "forwards", "shared_schedule")
     kept["teachers"] = {name: _without(model, *choices) for name, model in tree["teachers"].items()}
     return kept

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -20,6 +21,21 @@ with signals.watch_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
     print(stop.reason)
+"""
+
+
+DEAF = """
+import datetime, os, signal, sys, threading, time
+from torch._C._distributed_c10d import HashStore
+from tide_megatron.launch import signals
+signals.ECHO_SECONDS = signals.DEAF_SECONDS = 0.1
+def ask():
+    for _ in range(2):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+with signals.watch_signals() as stop:
+    threading.Thread(target=ask).start()
+    HashStore().wait(["never"], datetime.timedelta(seconds=50))
 """
 
 
@@ -53,6 +69,25 @@ def test_a_second_signal_is_an_echo_at_first_and_the_end_later(echo_seconds, cod
         [sys.executable, "-c", TWICE, echo_seconds], check=False, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (code, said)
+
+
+def test_a_second_signal_ends_a_process_that_stands_in_a_library():
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", DEAF], check=False, capture_output=True, timeout=100)
+    assert done.returncode in (128 + signal.SIGINT, -signal.SIGINT), done.stderr
+    assert time.monotonic() - began < 40
+
+
+def test_the_wake_up_descriptor_is_put_back():
+    threads = threading.active_count()
+    for _ in range(20):
+        with watch_signals():
+            pass
+    assert signal.set_wakeup_fd(-1) == -1
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= threads
 
 
 def test_nohup_stays():
