@@ -94,6 +94,7 @@ def groups_with_host_values():
         asked.append((tuple(ranks), for_host_values))
         return stock(ranks, for_host_values=for_host_values)
 
+    before = dict(module._CACHE)  # every group of gloo's keeps a thread awake, so what is made here goes again
     module.new_group = new_group
     module._CACHE.clear()
     try:
@@ -104,7 +105,10 @@ def groups_with_host_values():
         whole = make_head_group(4).group is dist.group.WORLD
     finally:
         module.new_group = stock
+        for group in filter(None, module._CACHE[dist.group.WORLD].values()):
+            dist.destroy_process_group(group)
         module._CACHE.clear()
+        module._CACHE.update(before)
     return asked, shared, whole
 
 

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Sequence
 
 import tide_megatron.platform  # noqa: F401 - before megatron
-from tide_megatron.platform.distributed import new_group
+from tide_megatron.platform.distributed import group_backend, new_group
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,9 +24,9 @@ from torch.distributed import ProcessGroup
 from tide_megatron.parallel.head_group import across_replicas, head_groups
 from tide_megatron.parallel.layout import Layout, RankList
 
-# World -> its subgroups by ranks and by whether they carry host values; None where this rank is not in one.
+# World -> its subgroups by ranks and backend (on gloo all are alike); None where this rank is not in one.
 # It dies with the world, so the next one never meets stale groups.
-_Made = dict[tuple[RankList, bool], ProcessGroup | None]
+_Made = dict[tuple[RankList, str], ProcessGroup | None]
 _CACHE: weakref.WeakKeyDictionary[ProcessGroup, _Made] = weakref.WeakKeyDictionary()
 
 
@@ -121,13 +121,15 @@ def _own(lists: tuple[RankList, ...], *, for_host_values: bool = False) -> Proce
     world = dist.group.WORLD
     assert world is not None, "groups are made after start_distributed"
     made = _CACHE.setdefault(world, {})
+    widest, narrow = (group_backend(for_host_values=also) for also in (True, False))
     own = None
     for ranks in lists:
         if len(ranks) == world.size():
             return world
-        carries = for_host_values or (ranks, True) in made
-        if (ranks, carries) not in made:
-            made[ranks, carries] = new_group(ranks, for_host_values=carries)
+        carries = for_host_values or (ranks, widest) in made
+        backend = widest if carries else narrow
+        if (ranks, backend) not in made:
+            made[ranks, backend] = new_group(ranks, for_host_values=carries)
         if world.rank() in ranks:
-            own = made[ranks, carries]
+            own = made[ranks, backend]
     return own

@@ -114,6 +114,13 @@ def subgroup_backend(backend: Literal["gloo", "nccl"], *, for_host_values: bool)
     return _BACKENDS[backend] if for_host_values else backend
 
 
+def group_backend(*, for_host_values: bool) -> str:
+    """Say by what a group of this world's ranks talks; see `subgroup_backend`. Not a collective."""
+    world = dist.group.WORLD
+    assert world is not None, "groups are made after start_distributed"
+    return subgroup_backend(_WORLDS[world].backend, for_host_values=for_host_values)
+
+
 def new_group(ranks: Sequence[int], *, for_host_values: bool = False) -> ProcessGroup | None:
     """Make a group of some ranks with the world's device and timeout; None for a rank outside it.
 
@@ -125,12 +132,8 @@ def new_group(ranks: Sequence[int], *, for_host_values: bool = False) -> Process
     """
     world = dist.group.WORLD
     assert world is not None, "groups are made after start_distributed"
-    chosen = _WORLDS[world]
-    group = dist.new_group(
-        list(ranks),
-        timeout=chosen.timeout,
-        backend=subgroup_backend(chosen.backend, for_host_values=for_host_values),
-    )
+    backend = group_backend(for_host_values=for_host_values)
+    group = dist.new_group(list(ranks), timeout=_WORLDS[world].timeout, backend=backend)
     return group if isinstance(group, ProcessGroup) else None
 
 
