@@ -94,7 +94,9 @@ def groups_with_host_values():
         asked.append((tuple(ranks), for_host_values))
         return stock(ranks, for_host_values=for_host_values)
 
-    before = dict(module._CACHE)  # every group of gloo's keeps a thread awake, so what is made here goes again
+    before = dict(
+        module._CACHE
+    )  # every group of gloo's keeps a thread awake, so what is made here goes again
     module.new_group = new_group
     module._CACHE.clear()
     try:
