@@ -42,7 +42,7 @@ class Devices:
             number: ranks.
             told_tflops: `metrics.peak_tflops`, which goes before the table.
         """
-        name, word = str(device.facts()["name"]), str(dtype).removeprefix("torch.")
+        name, word = device.name or device.described, str(dtype).removeprefix("torch.")
         if told_tflops is not None:
             log.info("MFU: against %g TFLOP/s a device (metrics.peak_tflops)", told_tflops)
             return cls(number=number, peak_flops=told_tflops * 1e12)

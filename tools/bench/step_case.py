@@ -150,7 +150,11 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
         device=device.torch_device,
         head=head,
         cut=cut,
-        head_loss=functools.partial(fused_head_loss, workspace=Workspace()),
+        head_loss=functools.partial(
+            fused_head_loss,
+            workspace=Workspace(),
+            compiled=device.type == "cuda",  # a run's default
+        ),
     )
 
 

@@ -95,7 +95,7 @@ def measure(small: bool, *, device: Device, stop: StopFlag) -> dict[str, Any]:
     wait()
     seconds = (time.perf_counter() - began) / steps
     achieved = result.cost.flops / seconds
-    peak = peak_flops(str(device.facts()["name"]), torch.bfloat16)
+    peak = peak_flops(device.name, torch.bfloat16)
     found = {
         "milliseconds": 1e3 * seconds,
         "tokens": result.tokens,

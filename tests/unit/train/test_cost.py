@@ -9,12 +9,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.train.cost import Devices, peak_memory_bytes
 
 CPU = Device(type="cpu", index=0, backend="gloo", threads=1)
-GPU = Device(type="cuda", index=0, backend="nccl", threads=1)
-
-
-@pytest.fixture
-def h100(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+GPU = Device(type="cuda", index=0, backend="nccl", threads=1, name="NVIDIA H100 80GB HBM3", capability=(9, 0))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +22,7 @@ def h100(monkeypatch):
         (CPU, torch.float32, None, None, "no peak is known of"),
     ],
 )
-def test_the_peak_and_why(h100, caplog, device, dtype, told, peak, words):
+def test_the_peak_and_why(caplog, device, dtype, told, peak, words):
     caplog.set_level(logging.INFO)
     assert Devices.of(device, dtype, 8, told_tflops=told) == Devices(number=8, peak_flops=peak)
     (line,) = [record.getMessage() for record in caplog.records]
