@@ -98,7 +98,7 @@ def make_small(place: Place) -> list[Row]:
     pairs = [pair for file in files for pair in extract("tide_megatron", file.parent, file.name)]
     lines = [pair.chat() for pair in pairs]
     write_data(out, lines[:SMALL], lines[SMALL : SMALL + 16])
-    record_expected(out, worlds=(4,), words=SMALL_WORDS)
+    record_expected(out, worlds=(4,), words=SMALL_WORDS, steps=("steps=3",))
     size = _finish(out)
     return [Row(check="assets", text=f"a rehearsal's, {size / 1e6:.1f} MB")]
 
@@ -121,20 +121,23 @@ def write_data(out: Path, train: Sequence[str], held_out: Sequence[str]) -> None
         text.unlink()
 
 
-def record_expected(out: Path, worlds: Iterable[int], words: Sequence[str]) -> None:
+def record_expected(
+    out: Path, worlds: Iterable[int], words: Sequence[str], *, steps: Sequence[str] = ()
+) -> None:
     """Record what runs give here, by the plain forms: dense attention, the head by autograd.
 
     Args:
         out: assets with data.
         worlds: numbers of ranks whose figures are wanted.
         words: of the quickstart's run.
+        steps: words that shorten the two runs whose gradients are recorded.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Place(device="cpu", assets=out.resolve(), scratch=Path(folder))
         for world in worlds:  # first, while this process has no threads that its forks would miss
             _record(out, f"ranks{world}", "cross", place, world, *LAYOUTS[world], f"steps={RANK_STEPS}")
         for name in ("cross", "shared"):
-            _record(out, name, name, place, 0)
+            _record(out, name, name, place, 0, *steps)
         score = quickstart(place, *words)["nll_per_byte"]
     expected = {"words": list(words), "nll_per_byte": score}
     (out / "expected/quickstart.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
