@@ -7,12 +7,12 @@ import pytest
 from tests.tiny_run import PAIR_ON_FOUR, write_pair_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
+from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import Phases
 from tide_megatron.teachers import teacher as module
 from tide_megatron.teachers.route import Route
 from tide_megatron.teachers.teacher import Teacher
 from tide_megatron.train.assemble import assemble
-from tide_megatron.train.cost import peak_memory_bytes
 from tide_megatron.train.resolve import load_recipe
 from tide_megatron.train.step import Run, train_step
 

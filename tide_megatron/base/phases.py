@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 
-class Mark(Protocol):
+class TimingEvent(Protocol):
     """A moment on some clock; `torch.cuda.Event(enable_timing=True)` is one."""
 
     def record(self) -> None:
@@ -33,7 +33,7 @@ class Mark(Protocol):
         """Return the milliseconds from here to another moment of this clock; both have passed."""
 
 
-class HostMark:
+class HostEvent:
     """A moment on the host's clock; it has passed as soon as it is recorded."""
 
     def __init__(self) -> None:
@@ -47,13 +47,13 @@ class HostMark:
         """Say that it has passed."""
         return True
 
-    def elapsed_time(self, end_event: HostMark) -> float:
+    def elapsed_time(self, end_event: HostEvent) -> float:
         """Return the milliseconds to another moment of the host."""
         return end_event._milliseconds - self._milliseconds
 
 
-def _cuda_mark() -> Mark:
-    mark: Mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def _cuda_mark() -> TimingEvent:
+    mark: TimingEvent = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     return mark
 
 
@@ -67,11 +67,11 @@ class Phases:
     def __init__(self, device: torch.device | None = None) -> None:
         """Start with nothing measured; `device` says whose clock counts, None: the host's."""
         on_cuda = device is not None and device.type == "cuda"
-        self._make_mark: Callable[[], Mark] = _cuda_mark if on_cuda else HostMark
+        self._make_mark: Callable[[], TimingEvent] = _cuda_mark if on_cuda else HostEvent
         self._open: list[str] = []
-        self._marks: deque[tuple[Mark, str | None]] = deque()
+        self._marks: deque[tuple[TimingEvent, str | None]] = deque()
         """Each with the phase that begins there, oldest first; what lies before the first has been read."""
-        self._unused: list[Mark] = []
+        self._unused: list[TimingEvent] = []
         self._milliseconds: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import resource
 
 import torch
 
@@ -52,14 +51,3 @@ class Devices:
         else:
             log.info("MFU: against %g TFLOP/s a device (%s, %s, dense)", found / 1e12, name, word)
         return cls(number=number, peak_flops=found)
-
-
-def peak_memory_bytes() -> float:
-    """Return the largest memory of this process since it started: allocated on a GPU in use, else resident.
-
-    It asks the allocator's own record, never the device, and is never reset here: loading, evaluations and
-    saves are in it.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.models.flops import body_flops, head_flops
 from tide_megatron.teachers.teacher import Teacher
-from tide_megatron.train.cost import Cost, peak_memory_bytes
+from tide_megatron.train.cost import Cost
 from tide_megatron.train.student import Student
 
 TRAINED = 3

@@ -24,8 +24,9 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import Phases
-from tide_megatron.train.cost import Cost, Devices, peak_memory_bytes
+from tide_megatron.train.cost import Cost, Devices
 from tide_megatron.train.progress import Progress
 from tide_megatron.train.sinks import JsonLines, Record, Sink, TensorBoard, WeightsAndBiases, guarded
 

@@ -26,7 +26,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
 
 from bench.cost import machine, peak_bytes
-from bench.sparse_model import LLADA2_MINI, write_sparse
+from bench.shapes import LLADA2_MINI, QWEN3_06B
+from bench.sparse_model import write_sparse
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.base.units import in_bytes
@@ -45,18 +46,6 @@ from tide_megatron.parallel.layout import Layout
 RANKS = 8
 LAYOUT = Layout(expert=RANKS)
 """Each rank also holds its slice of the head, an eighth of the ids."""
-STUDENT = {
-    "model_type": "a2d-qwen3",
-    "num_hidden_layers": 28,
-    "hidden_size": 1024,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 3072,
-    "vocab_size": 151_936,
-    "rope_theta": 1_000_000.0,
-    "tie_word_embeddings": True,
-}
 RECIPE = """
 folder: {folder}/run
 steps: 1
@@ -107,7 +96,7 @@ def slice_all(folder: Path) -> dict[str, Any]:
 
 def dry_run(folder: Path) -> list[str]:
     """Return the teacher's column of what `tide train --dry-run` draws."""
-    write_sparse(folder / "student", STUDENT)
+    write_sparse(folder / "student", QWEN3_06B)
     recipe = folder / "run.yaml"
     recipe.write_text(RECIPE.format(folder=folder, ranks=RANKS), encoding="utf-8")
     command = [sys.executable, "-m", "tide_megatron.commands", "train", recipe]

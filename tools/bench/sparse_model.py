@@ -17,31 +17,6 @@ from tide_megatron.models.convert import read_architecture
 from tide_megatron.models.shards import Planned, file_header, planned_bytes, split_plan, write_index
 from tide_megatron.models.writing import write_config
 
-LLADA2_MINI: dict[str, Any] = {
-    "model_type": "llada2_moe",
-    "num_hidden_layers": 20,
-    "hidden_size": 2048,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "intermediate_size": 5120,
-    "vocab_size": 157_184,
-    "max_position_embeddings": 32_768,
-    "rope_theta": 600_000.0,
-    "partial_rotary_factor": 0.5,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "num_experts": 256,
-    "num_experts_per_tok": 8,
-    "num_shared_experts": 1,
-    "moe_intermediate_size": 512,
-    "first_k_dense_replace": 1,
-    "n_group": 8,
-    "topk_group": 4,
-    "routed_scaling_factor": 2.5,
-}
-"""The paper's teacher (spec section 6.2): 16 billion parameters."""
-
 
 def write_sparse(folder: Path, config: Mapping[str, Any], shard_bytes: int = 5_000_000_000) -> Architecture:
     """Make a model folder of holes, bf16 but for router biases, and return what it holds."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.shapes import QWEN3_06B, WEDLM_8B
 from bench.step_case import CLOCK, Setting, batch_of, make_run
 from gpu_check.rows import Place, Row
 from tide_megatron.base.device import Device
@@ -22,25 +23,8 @@ from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.train.recipe import Optimizer
 from tide_megatron.train.step import train_step
 
-QWEN3 = {
-    "model_type": "a2d-qwen3",
-    "num_hidden_layers": 28,
-    "hidden_size": 1024,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 3072,
-    "vocab_size": 151_936,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
-WEDLM = QWEN3 | {
-    "num_hidden_layers": 8,  # of 36
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "intermediate_size": 12_288,
-    "tie_word_embeddings": False,
-}
+WEDLM_LAYERS = 8
+"""Of 36, so that a student and its optimizer fit beside them on one GPU."""
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"head_dim": 16, "intermediate_size": 96, "vocab_size": 1_024}
 SAMPLES, LENGTH = 4, 512
@@ -111,7 +95,7 @@ def measure(small: bool, *, device: Device, stop: StopFlag) -> dict[str, Any]:
 
 def _case(small: bool, device: Device) -> tuple[Any, Any]:
     """Build models and text."""
-    shapes = {"student": QWEN3, "teacher": WEDLM}
+    shapes = {"student": QWEN3_06B, "teacher": WEDLM_8B | {"num_hidden_layers": WEDLM_LAYERS}}
     setting = Setting(
         pipeline="shared",
         samples=SAMPLES,

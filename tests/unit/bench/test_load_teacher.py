@@ -2,7 +2,8 @@
 
 from bench.cost import peak_bytes
 from bench.load_teacher import RANKS, slice_all
-from bench.sparse_model import LLADA2_MINI, write_sparse
+from bench.shapes import LLADA2_MINI
+from bench.sparse_model import write_sparse
 from tide_megatron.models.folder import HfFolder
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 1001, "num_experts": 16, "num_attention_heads": 4}

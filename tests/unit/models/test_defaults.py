@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from bench.shapes import LLADA2_MINI, QWEN3_06B, WEDLM_8B
 from tests.small_tokenizer import write_chats, write_tokenizer
 from tide_megatron.base.device import Device
 from tide_megatron.data.prepare import prepare
@@ -26,46 +27,8 @@ from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train import assemble, head_form, residents
 from tide_megatron.train.resolve import build_recipe
 
-STUDENT = {
-    "model_type": "a2d-qwen3",
-    "num_hidden_layers": 2,
-    "hidden_size": 1024,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 3072,
-    "vocab_size": 151_936,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
-WEDLM = STUDENT | {
-    "model_type": "wedlm",
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "intermediate_size": 12_288,
-    "tie_word_embeddings": False,
-    "qk_norm": True,
-}
-MINI = {
-    "model_type": "llada2_moe",
-    "num_hidden_layers": 2,
-    "hidden_size": 2048,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "intermediate_size": 5120,
-    "vocab_size": 157_184,
-    "rope_theta": 600_000.0,
-    "partial_rotary_factor": 0.5,
-    "num_experts": 256,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 512,
-    "num_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 8,
-    "topk_group": 4,
-    "routed_scaling_factor": 2.5,
-}
+LAYERS = {"num_hidden_layers": 2}
+"""Of each model; all widths are the paper's."""
 CONTEXT = {"kind": "block_diffusion", "block_size": 32}
 GIB = 2**30
 GRADIENTLESS = SimpleNamespace(
@@ -77,9 +40,9 @@ GRADIENTLESS = SimpleNamespace(
 @pytest.fixture
 def recipe(tmp_path):
     """Return a recipe of the paper's pair in which nothing is set that has a default."""
-    for name, config in {"student": STUDENT, "mini": MINI, "wedlm": WEDLM}.items():
+    for name, config in {"student": QWEN3_06B, "mini": LLADA2_MINI, "wedlm": WEDLM_8B}.items():
         write_tokenizer(tmp_path / name)
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "config.json").write_text(json.dumps(config | LAYERS))
     chats = write_chats(tmp_path / "chats.jsonl", [(f"ask {n}", f"tell {n}") for n in range(70)])
     prepare([chats], Tokenizer.load(tmp_path / "student"), tmp_path / "data", max_length=128)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tide_megatron.base.device import Device
-from tide_megatron.train.cost import Devices, peak_memory_bytes
+from tide_megatron.base.memory import peak_memory_bytes
+from tide_megatron.train.cost import Devices
 
 CPU = Device(type="cpu", index=0, backend="gloo", threads=1)
 GPU = Device(type="cuda", index=0, backend="nccl", threads=1, name="NVIDIA H100 80GB HBM3", capability=(9, 0))
