@@ -6,7 +6,6 @@ NCCL refuses two ranks on one GPU when host hash and bus id agree, so every rank
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -26,7 +25,7 @@ from gpu_check.recorded import (
     record_steps,
     write_record,
 )
-from gpu_check.rows import NotMeasured, Place, Row, judged
+from gpu_check.rows import NotMeasured, Place, Row, fresh_processes, judged
 from tide_megatron.launch.ranks import run_ranks
 
 STEPS = 2
@@ -69,8 +68,7 @@ def run_world(place: Place, world: int, words: Sequence[str]) -> dict[str, Any]:
     folder = place.scratch / f"world{world}"
     shutil.rmtree(folder, ignore_errors=True)  # of another seed
     folder.mkdir()
-    # Spawned beside CUDA, which survives no fork; forked on a CPU, where everything is imported already.
-    context = multiprocessing.get_context("spawn" if place.device == "cuda" else "fork")
+    context = fresh_processes(place)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

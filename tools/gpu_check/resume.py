@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 import traceback
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpu_check.recorded import load_run
-from gpu_check.rows import NotMeasured, Place, Row, judged
+from gpu_check.rows import NotMeasured, Place, Row, fresh_processes, judged
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
@@ -88,9 +87,8 @@ def _operators(place: Place) -> Row:
 
 def _apart(place: Place, name: str, until: int) -> Any:
     """Run `train_until` (or `repeat_operators`) in a new process and return its value."""
-    context = multiprocessing.get_context("spawn" if place.device == "cuda" else "fork")
     answer = place.scratch / f"{name}-{until}.json"
-    process = context.Process(target=_work, args=(place, name, until, answer))
+    process = fresh_processes(place).Process(target=_work, args=(place, name, until, answer))
     process.start()
     process.join()
     if not answer.exists():

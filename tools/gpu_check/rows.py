@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,14 @@ class Place:
     def is_rehearsal(self) -> bool:
         """Whether there is no GPU: smaller shapes, gloo, and what only CUDA has is not measured."""
         return self.device == "cpu"
+
+
+def fresh_processes(place: Place) -> Any:
+    """Return how a check starts processes of its own: a `multiprocessing` context.
+
+    Beside CUDA, which survives no fork, they are spawned; on a CPU forked, where everything is imported.
+    """
+    return multiprocessing.get_context("spawn" if place.device == "cuda" else "fork")
 
 
 class NotMeasured(Exception):
