@@ -18,8 +18,9 @@ import torch.distributed as dist
 from tide_megatron.base.errors import ConfigError, DataError, TideError
 from tide_megatron.launch.failure import RanksFailed
 from tide_megatron.launch.ranks import run_ranks
-from tide_megatron.parallel.groups import make_across, make_groups, make_head_group
+from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.parallel.vocab_group import make_across, make_vocab_group
 
 
 def add_ranks(folder, *, device, stop):
@@ -49,7 +50,7 @@ def what_is_visible(folder, *, device, stop):
 
 def group_timeouts(folder, *, device, stop):
     """Make groups of all kinds; return how long each of this process waits, megatron-core's included."""
-    make_head_group(2)
+    make_vocab_group([100], 2)
     make_groups(Layout(tensor=2, pipeline=2))
     make_across(Layout(), 2)
     known = list(dist.distributed_c10d._world.pg_map)

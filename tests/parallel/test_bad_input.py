@@ -35,9 +35,9 @@ from tests.tiny_run import (
 from tide_megatron import commands
 from tide_megatron.base.errors import TideError
 from tide_megatron.data.prepare import prepare
+from tide_megatron.head import loss as head_loss
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.text.tokenizer import Tokenizer
-from tide_megatron.train import head_form
 from tide_megatron.train.folder import claim_folder
 from tide_megatron.train.resolve import load_recipe
 
@@ -162,7 +162,7 @@ def attempt_with_one_poor_rank(file, words, poor):
     """Train where one rank's device is as good as full."""
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == poor:
-            patch.setattr(head_form, "free_bytes", lambda device: 40 * 2**20)
+            patch.setattr(head_loss, "free_bytes", lambda device: 40 * 2**20)
         return attempt(file, words)
 
 

@@ -10,9 +10,9 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.parallel.collectives import Traffic
-from tide_megatron.train.assemble import assemble
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import load_recipe
+from tide_megatron.train.setup import set_up
 from tide_megatron.train.step import train_step
 
 WORDS = [*PAIR_ON_FOUR, "steps=2"]
@@ -40,7 +40,7 @@ def test_at_the_papers_shapes_a_ninth_of_the_logits_travels(pool):
 def step_and_run(file, folder):
     """Return the bytes of a first step by kind, and what a run of the same recipe wrote into its log."""
     recipe, tree = load_recipe(file, [f"folder={folder}/run", *WORDS])
-    parts = assemble(recipe, choose_device("cpu"))
+    parts = set_up(recipe, choose_device("cpu"))
     with Traffic() as traffic:
         result = train_step(parts.run, parts.loader.update(0), Clock(total_steps=2))
     train(recipe, tree, True, device=choose_device("cpu"), stop=StopFlag())

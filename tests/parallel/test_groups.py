@@ -8,8 +8,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from tide_megatron.parallel import groups as module
-from tide_megatron.parallel.groups import make_across, make_groups, make_head_group
+from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.parallel.vocab_group import make_across, make_vocab_group
 
 # Megatron's field -> ours.
 FIELDS = {
@@ -100,11 +101,11 @@ def groups_with_host_values():
     module.new_group = new_group
     module._CACHE.clear()
     try:
-        head = make_head_group(2)
+        head = make_vocab_group([100], 2)
         layout = Layout(tensor=2)
         shared = make_groups(layout).tp is head.group
         make_across(Layout(), 4)
-        whole = make_head_group(4).group is dist.group.WORLD
+        whole = make_vocab_group([100], 4).group is dist.group.WORLD
     finally:
         module.new_group = stock
         for group in filter(None, module._CACHE[dist.group.WORLD].values()):
@@ -114,7 +115,7 @@ def groups_with_host_values():
     return asked, shared, whole
 
 
-def test_only_head_groups_carry_host_values_and_models_share_them(pool):
+def test_only_vocabulary_groups_carry_host_values_and_models_share_them(pool):
     for asked, shared, whole in pool(4).run(groups_with_host_values):
         assert [ranks for ranks, carries in asked if carries] == [(0, 1), (2, 3)]
         assert {ranks for ranks, carries in asked if not carries} >= {(0, 2), (1, 3), (0,)}

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.head import work
-from tide_megatron.head.fused import fused_head_loss
-from tide_megatron.head.parts import HeadInput
+from tide_megatron.head import fused
+from tide_megatron.head.gather import GatheredRows
+from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.loss import HeadLoss
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.rows import Rows
-from tide_megatron.parallel.exchange import gather_rows
+from tide_megatron.parallel.vocab_group import VocabGroup
 
 SIZES, IDS, WIDTH = (5, 0, 9, 2), 512, 16
 
@@ -33,34 +34,29 @@ def given():
     return hidden, weight, Rows(gold=gold, sample=sample, time=torch.ones(len(SIZES)), maskable=sample)
 
 
-def gradient(hidden, weight, rows, **where):
-    """Return the fused head loss's objective for one term of which nothing is left out."""
-    start = where.pop("start", 0)
-    student = HeadInput(
-        hidden=hidden, weight=weight, start=start, vocabulary=IDS, gradient=torch.zeros(weight.shape)
-    )
-    losses, counts = {"ce": CrossEntropy()}, {"ce": torch.ones(())}
-    return fused_head_loss(student, {}, losses, rows, counts, Clock(total_steps=1), **where).objective
+def objective(hidden, weight, rows, group, own):
+    """Return the head loss's objective for one term of which nothing is left out."""
+    student = HeadInput(hidden=hidden, weight=weight, gradient=torch.zeros(weight.shape))
+    gathered = GatheredRows(rows=rows, sizes=SIZES, own=own, counts={"ce": 1.0})
+    return HeadLoss({"ce": CrossEntropy()}, group)(student, {}, gathered, Clock(total_steps=1)).objective
 
 
 def over_ranks():
     hidden, weight, rows = given()
-    rank, width = dist.get_rank(), IDS // len(SIZES)
+    rank = dist.get_rank()
     own = torch.split(hidden, list(SIZES))[rank].clone().requires_grad_()
-    gathered = gather_rows(own, SIZES, dist.group.WORLD)
-    mine = weight[rank * width : (rank + 1) * width]
+    group = VocabGroup.of([IDS], len(SIZES), rank, dist.group.WORLD)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "product", as_on_cuda)
-        where = {"group": dist.group.WORLD, "own": (rank, rank + 1), "start": rank * width}
-        gradient(gathered, mine, rows, **where).backward()
+        patch.setattr(fused, "product", as_on_cuda)
+        objective(own, weight, rows, group, slice(rank, rank + 1)).backward()
     return own.grad
 
 
 def test_shares_of_four_ranks_are_rounded_once(pool, monkeypatch):
     hidden, weight, rows = given()
-    monkeypatch.setattr(work, "product", as_on_cuda)
+    monkeypatch.setattr(fused, "product", as_on_cuda)
     exact = hidden.float().requires_grad_()
-    gradient(exact, weight, rows).backward()
+    objective(exact, weight, rows, VocabGroup(), slice(0, len(SIZES))).backward()
     found = torch.cat(pool(4).run(over_ranks))
     assert found.dtype is torch.bfloat16
     error, once = (found.float() - exact.grad).abs(), 2**-8 * exact.grad.abs()

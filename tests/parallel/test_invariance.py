@@ -12,8 +12,8 @@ from tests.tiny_run import write_cross_run, write_pair_run, write_tiny_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
 from tide_megatron.models.convert import hf_tensors
-from tide_megatron.train.assemble import assemble
 from tide_megatron.train.resolve import load_recipe
+from tide_megatron.train.setup import set_up
 from tide_megatron.train.step import train_step
 
 STEPS = 10
@@ -66,7 +66,7 @@ def run_steps(recipe_file, folder, layouts, microbatch, words, steps):
         *words,
     ]
     recipe, _ = load_recipe(recipe_file, overrides)
-    parts = assemble(recipe, choose_device("cpu"))
+    parts = set_up(recipe, choose_device("cpu"))
     clock, seen = Clock(total_steps=recipe.steps), []
     for _ in range(steps):
         result = train_step(parts.run, parts.loader.update(clock.consumed), clock)

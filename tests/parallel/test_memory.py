@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from tests.tiny_run import write_pair_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
-from tide_megatron.train.assemble import assemble
 from tide_megatron.train.resolve import load_recipe
+from tide_megatron.train.setup import set_up
 from tide_megatron.train.step import train_step
 
 VOCABULARY, DENSE_VOCABULARY, OWN_VOCABULARY = 331, 333, 320
@@ -39,7 +39,7 @@ class Shapes(TorchDispatchMode):
 def shapes_of_a_step(file, folder, words):
     """Return the shapes with a whole vocabulary as columns, the widest columns, and each teacher's tables."""
     recipe, _ = load_recipe(file, [f"folder={folder}", *words])
-    parts = assemble(recipe, choose_device("cpu"))
+    parts = set_up(recipe, choose_device("cpu"))
     with Shapes() as shapes:
         train_step(parts.run, parts.loader.update(0), Clock(total_steps=4))
     sizes = {VOCABULARY, DENSE_VOCABULARY, DENSE_VOCABULARY + 1}  # padded to two ranks

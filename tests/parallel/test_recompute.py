@@ -7,15 +7,15 @@ from tests.tiny_run import write_cross_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
 from tide_megatron.models.attention import PlannedAttention
-from tide_megatron.train.assemble import assemble
 from tide_megatron.train.resolve import load_recipe
+from tide_megatron.train.setup import set_up
 from tide_megatron.train.step import train_step
 
 
 def take_steps(recipe_file, folder, word):
     """Make two updates; return losses and norms, gradients, and how often a layer of the student attended."""
     recipe, _ = load_recipe(recipe_file, [f"folder={folder}", "batch.microbatch=4", "steps=2", word])
-    parts = assemble(recipe, choose_device("cpu"))
+    parts = set_up(recipe, choose_device("cpu"))
     calls = []
     for module in parts.run.student.model.modules():
         if isinstance(module, PlannedAttention):

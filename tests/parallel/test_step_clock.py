@@ -12,8 +12,8 @@ from tide_megatron.base.phases import Phases
 from tide_megatron.teachers import teacher as module
 from tide_megatron.teachers.route import Route
 from tide_megatron.teachers.teacher import Teacher
-from tide_megatron.train.assemble import assemble
 from tide_megatron.train.resolve import load_recipe
+from tide_megatron.train.setup import set_up
 from tide_megatron.train.step import Run, train_step
 
 DELAY = 0.3
@@ -28,7 +28,7 @@ def pair(tmp_path_factory):
 def slow_step(file, folder):
     """Step once with slow exchanges; return seconds by phase, and how many exchanges were slow."""
     recipe, _ = load_recipe(file, [f"folder={folder}", *PAIR_ON_FOUR])
-    parts = assemble(recipe, choose_device("cpu"))
+    parts = set_up(recipe, choose_device("cpu"))
     slept = []
 
     def slow(function):
@@ -57,7 +57,7 @@ def test_collect_and_deliver_are_exchange_and_not_teacher(pool, pair, tmp_path):
 def two_timers(file, folder):
     """Give a run's teachers another timer than the run's; return what the run says."""
     recipe, _ = load_recipe(file, [f"folder={folder}"])
-    run = assemble(recipe, choose_device("cpu")).run
+    run = set_up(recipe, choose_device("cpu")).run
     found = run.teachers["moe"]
     with pytest.raises(AssertionError) as caught:
         Run(**vars(run) | {"teachers": {"moe": Teacher("moe", found.model, found.sight, found.route)}})
@@ -66,13 +66,13 @@ def two_timers(file, folder):
 
 def test_a_run_refuses_teachers_that_book_their_time_elsewhere(pool, pair, tmp_path):
     ((message, _),) = pool(1).run(two_timers, pair, tmp_path)
-    assert message.startswith("teachers ['moe'] book their time elsewhere than the run")
+    assert message.startswith("['moe'] book their time elsewhere than the run")
 
 
 def step_cost(file, folder, words):
     """Step once; return what it needed and held before over all ranks, and what this rank has held since."""
     recipe, _ = load_recipe(file, [f"folder={folder}", *words])
-    parts = assemble(recipe, choose_device("cpu"))
+    parts = set_up(recipe, choose_device("cpu"))
     result = train_step(parts.run, parts.loader.update(0), Clock(total_steps=4))
     return result.cost, peak_memory_bytes()
 

@@ -19,8 +19,8 @@ from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import TideError
 from tide_megatron.launch.failure import RanksFailed
 from tide_megatron.launch.ranks import run_ranks
-from tide_megatron.train.assemble import assemble
 from tide_megatron.train.resolve import load_recipe
+from tide_megatron.train.setup import set_up
 from tide_megatron.train.step import train_step
 
 DEAD_AFTER_SECONDS = 60
@@ -33,7 +33,7 @@ def pair(tmp_path_factory):
 
 def prepared(file, folder, words=PAIR_ON_FOUR):
     recipe, _ = load_recipe(file, [f"folder={folder}", *words])
-    return assemble(recipe, choose_device("cpu"))
+    return set_up(recipe, choose_device("cpu"))
 
 
 def poison(model):

@@ -1,5 +1,5 @@
 """A teacher's answer: complementary views in one forward are those in two, rows keep their places, and every
-layout brings every rank of a head group what one rank alone would have answered about all its seats."""
+layout brings every rank of a group group what one rank alone would have answered about all its seats."""
 
 import dataclasses
 
@@ -14,8 +14,9 @@ from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.models.flex import CompiledFlex
 from tide_megatron.parallel.collectives import gather_objects
-from tide_megatron.parallel.groups import make_across, make_groups, make_head_group
+from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.parallel.vocab_group import make_across, make_vocab_group
 from tide_megatron.teachers.route import Route
 from tide_megatron.teachers.sight import Sight
 from tide_megatron.teachers.teacher import Teacher
@@ -38,30 +39,30 @@ def noised_batch(seed, time):
     return Noiser(seed=2).at(dataclasses.replace(batch, sides={"t0": side}), time)
 
 
-def answer(teacher, microbatches, head):
-    """Ask for some microbatches, as a step does; return the head group's rows of each, [rows, hidden]."""
+def answer(teacher, microbatches, group):
+    """Ask for some microbatches, as a step does; return the group group's rows of each, [rows, hidden]."""
     request = teacher.request(microbatches)
-    told = gather_objects(request.numbers(), head.group) if head.group else [request.numbers()]
+    told = gather_objects(request.numbers(), group.group) if group.group else [request.numbers()]
     sizes = [request.sizes(numbers) for numbers in told]
     return [heard.hidden for heard in teacher.answers(request, sizes)]
 
 
-def teacher_of(config, layout, sight, name, head, **options):
+def teacher_of(config, layout, sight, name, group, **options):
     model = build(config, make_groups(layout), layout=layout, **options)
-    across = make_across(layout, head.ranks)
-    route = Route(layout=layout, replica=model.groups.mp, across=across, place=head.place)
+    across = make_across(layout, group.size)
+    route = Route(layout=layout, replica=model.groups.mp, across=across, rank=group.rank)
     return Teacher(name, model, sight, route, shared_schedule=2)
 
 
 def answers(config, kind, name, attention, expert, time):
     """Return the rows in one forward, in two, and of the plain view; each [rows, hidden], on this rank."""
-    layout, head = Layout(expert=expert), make_head_group(1)
+    layout, group = Layout(expert=expert), make_vocab_group([1000], 1)
     sight = Sight(context=Context(kind=kind, block_size=8), mask_id=MASK)
     split = dataclasses.replace(sight, complementary=Complementary(seed=5))
-    teacher = teacher_of(config, layout, sight, name, head, attention=attention)
+    teacher = teacher_of(config, layout, sight, name, group, attention=attention)
     found = []
     for teacher.sight in (split, dataclasses.replace(split, forwards=2), sight):
-        found += answer(teacher, [noised_batch(3, time)], head)
+        found += answer(teacher, [noised_batch(3, time)], group)
     return found
 
 
@@ -91,7 +92,7 @@ def test_nothing_hidden_still_passes_through_the_model(pool, name):
         assert [len(rows) for rows in found[1:]] == [0, 0]
 
 
-CUTS = {  # name -> (ranks, config, layout, head ranks)
+CUTS = {  # name -> (ranks, config, layout, group ranks)
     "TP2xPP2": (4, DENSE, Layout(tensor=2, pipeline=2), 4),
     "TP2, two replicas": (4, DENSE, Layout(tensor=2), 4),
     "TP2, heads over 2": (4, MIXTURE, Layout(tensor=2), 2),
@@ -114,17 +115,19 @@ def seat_microbatches(rank):
 
 
 def group_answers(config, layout, head_ranks, kind, forwards, *, make_kernel=None):
-    head = make_head_group(head_ranks)
+    group = make_vocab_group([1000], head_ranks)
     sight = Sight(
         context=Context(kind=kind, block_size=8),
         mask_id=MASK,
         complementary=Complementary(seed=5) if forwards else None,
         forwards=forwards or 1,
     )
-    teacher = teacher_of(config, layout, sight, "t0", head, attention="structured")
+    teacher = teacher_of(config, layout, sight, "t0", group, attention="structured")
     if make_kernel is not None:
         teacher.model.make_kernel = make_kernel
-    return answer(teacher, seat_microbatches(dist.get_rank()), head), list(head.world_ranks)
+    return answer(teacher, seat_microbatches(dist.get_rank()), group), range(
+        group.first, group.first + group.size
+    )
 
 
 def each_alone(config, kind, forwards, ranks):
@@ -135,9 +138,9 @@ def each_alone(config, kind, forwards, ranks):
         complementary=Complementary(seed=5) if forwards else None,
         forwards=forwards or 1,
     )
-    head = make_head_group(1)
-    teacher = teacher_of(config, Layout(), sight, "t0", head, attention="structured")
-    return [answer(teacher, seat_microbatches(rank), head) for rank in range(ranks)]
+    group = make_vocab_group([1000], 1)
+    teacher = teacher_of(config, Layout(), sight, "t0", group, attention="structured")
+    return [answer(teacher, seat_microbatches(rank), group) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(

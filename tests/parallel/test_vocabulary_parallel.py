@@ -1,18 +1,17 @@
 """Heads cut by vocabulary over 1, 2 and 4 ranks equal the dense form on one rank: values, sums, gradients.
 
-The dense form here is `Loss.values` of whole logits, seat by seat, without the head, the exchange or joined
-rows. Errors are relative to the largest true number of each tensor: with a wrong adjoint the values agree to
-1e-6 and the gradients are garbage.
+The dense form here is the loss of whole logits, rank by rank, without the head, the exchange or joined rows.
+Errors are relative to the largest true number of each tensor: with a wrong adjoint the values agree to 1e-6
+and the gradients are garbage.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from goldens.dense import loss_values
 from tests.parallel.vocabulary_cases import (
     CASES,
     CLOCK,
@@ -23,17 +22,16 @@ from tests.parallel.vocabulary_cases import (
     losses_of,
     noised_of,
 )
-from tide_megatron.head.cut import Cut
-from tide_megatron.head.fused import fused_head_loss
-from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.plain import head_loss
-from tide_megatron.head.score import score_rows
-from tide_megatron.head.tiles import CPU_TILE, TILES_ALIVE
+from tide_megatron.head.gather import row_sizes
+from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.loss import HeadLoss, HeadOptions
+from tide_megatron.head.tiles import CPU_TILE, TILES_ALIVE, score_rows
 from tide_megatron.losses import LOSSES
+from tide_megatron.losses.base import ColumnLoss
 from tide_megatron.losses.rows import rows_of
-from tide_megatron.losses.transport import join_rows, num_packed, pack_rows, row_sizes, unpack_rows
-from tide_megatron.parallel.exchange import gather_parts, gather_rows, padded
+from tide_megatron.parallel.exchange import gather_parts, padded
 from tide_megatron.parallel.ledger import LEDGER
+from tide_megatron.parallel.vocab_group import VocabGroup
 
 TOLERANCE = 1e-5
 RANKS = (1, 2, 4)
@@ -64,7 +62,7 @@ def dense(case, parts, losses):
         student = embedded(case, leaves[-1], weight, rows.gold) @ weight.T
         for name, loss in losses.items():
             theirs = None if loss.teacher is None else hidden[loss.teacher] @ heads[loss.teacher].T
-            values = loss.values(student, theirs, rows, CLOCK)
+            values = loss_values(loss, student, theirs, rows, CLOCK)
             mean = (loss.coefficients(rows, CLOCK) * values).sum() / float(counts[name])
             objective = objective + loss.weight * mean
             means[name] += float(mean.detach())
@@ -73,68 +71,52 @@ def dense(case, parts, losses):
 
 
 class Parallel:
-    """This rank's part of one case: its seat, its columns, and what the group shares."""
+    """This rank's part of one case: its microbatch, its columns, and what the group shares."""
 
     def __init__(self, case, parts, form="plain"):
-        self.form = form
         ranks, rank = dist.get_world_size(), dist.get_rank()
-        self.case, self.heads = case, heads_of(case)
-        self.group = dist.group.WORLD if ranks > 1 else None
-        self.cut = Cut.of([len(head) for head in self.heads.values()], ranks, rank)
-        mine = [rows_of(part) for part in parts]
-        self.gold = mine[rank].gold
-        sizes = [row_sizes(rows, ["other"]) for rows in mine]  # in a run: from the count collective
-        lengths = [num_packed(size, ["other"]) for size in sizes]
-        packed = torch.split(gather_parts(pack_rows(mine[rank]), lengths, self.group, "rows"), lengths)
-        self.rows = join_rows(
-            [unpack_rows(part, size, ["other"]) for part, size in zip(packed, sizes, strict=True)]
-        )
-        before = sum(len(rows.time) for rows in mine[:rank])
-        self.own = (before, before + len(mine[rank].time))
+        self.case, self.heads, self.parts = case, heads_of(case), parts
+        world = dist.group.WORLD if ranks > 1 else None
+        vocabularies = [len(head) for head in self.heads.values()]
+        self.group = VocabGroup.of(vocabularies, ranks, rank, world)
+        self.mine = [rows_of(part) for part in parts]
         self.numbers = [hidden_of(case, part, seat) for seat, part in enumerate(parts)]
         self.leaf = self.numbers[rank]["student"].requires_grad_(True)
         self.weight = self.heads["student"].requires_grad_(True)
-
-    def head(self, name, hidden):
-        """Join gathered rows with this rank's columns of a head."""
-        start, stop = self.cut.columns(len(self.heads[name]))
-        return HeadInput(
-            hidden=hidden, weight=self.heads[name][start:stop], start=start, vocabulary=len(self.heads[name])
-        )
+        self.added = None if FORMS[form] is None else torch.zeros(self.weight.shape)
+        self.options = HeadOptions(form="plain" if FORMS[form] is None else "fused")
+        self.budget = FIXED + (FORMS[form] or 0) * 3 * 4 * -(-max(vocabularies) // ranks)
 
     def student(self):
-        """Gather the student's rows, with gradient."""
-        hidden = embedded(self.case, self.leaf, self.weight, self.gold)
-        head = self.head("student", gather_rows(hidden, self.sizes("student"), self.group))
-        if FORMS[self.form] is None:
-            return head
-        self.start, self.added = head.start, torch.zeros(head.weight.shape)
-        return dataclasses.replace(head, gradient=self.added)
+        """Return this rank's rows with the whole head."""
+        hidden = embedded(self.case, self.leaf, self.weight, self.mine[self.group.rank].gold)
+        return HeadInput(hidden=hidden, weight=self.weight, gradient=self.added)
 
-    def answer(self, name):
-        """Gather a teacher's rows."""
-        own = self.numbers[dist.get_rank()][name]
-        return self.head(name, gather_parts(own, self.sizes(name), self.group, "deliver"))
+    def head(self, name):
+        """Gather a model's rows; join them with this rank's columns of its head."""
+        start, stop = self.group.columns(len(self.heads[name]))
+        sizes = [len(hidden[name]) for hidden in self.numbers]
+        return HeadInput(
+            hidden=gather_parts(self.numbers[self.group.rank][name], sizes, self.group.group, "deliver"),
+            weight=self.heads[name][start:stop],
+            start=start,
+            vocabulary=len(self.heads[name]),
+        )
 
-    def sizes(self, name):
-        return [len(hidden[name]) for hidden in self.numbers]
+    def gathered(self, head, counts):
+        sizes = [[row_sizes(rows)] for rows in self.mine]  # in a run: from the count collective
+        return head.gather([self.mine[self.group.rank]], sizes, counts)[0]
 
     def loss(self, losses, counts):
-        answers = {name: self.answer(name) for name in ("same", "other")}
-        where = {"group": self.group, "own": self.own}
-        if FORMS[self.form] is None:
-            return head_loss(self.student(), answers, losses, self.rows, counts, CLOCK, **where)
-        where["budget_bytes"] = FIXED + FORMS[self.form] * 3 * 4 * -(
-            -max(map(len, self.heads.values())) // dist.get_world_size()
-        )
-        return fused_head_loss(self.student(), answers, losses, self.rows, counts, CLOCK, **where)
+        head = HeadLoss(losses, self.group, self.options, budget_bytes=self.budget)
+        self.rows = self.gathered(head, {name: float(count) for name, count in counts.items()})
+        teachers = {name: self.head(name) for name in ("same", "other")}
+        return head(self.student(), teachers, self.rows, CLOCK)
 
     def weight_gradient(self):
         """Return what this rank adds to the gradient of the student's whole head."""
         whole = torch.zeros_like(self.weight) if self.weight.grad is None else self.weight.grad.clone()
-        if FORMS[self.form] is not None:
-            whole[self.start : self.start + len(self.added)] += self.added
-        return whole
+        return whole if self.added is None else whole + self.added
 
 
 def added(tensor):
@@ -189,8 +171,8 @@ def test_every_loss_equals_the_dense_form(pool, form, name, case, ranks):
 
 def test_cases_are_what_they_say():
     """Ranks without shared columns, without any; rows, chunks and pairs; logits that overflow an exp."""
-    assert Cut.of([211], 4, 1).columns(211)[0] > CASES["few shared ids"].shared
-    assert Cut.of([211, 190, 320], 4, 3).columns(211) == (211, 211)
+    assert VocabGroup.of([211], 4, 1).columns(211)[0] > CASES["few shared ids"].shared
+    assert VocabGroup.of([211, 190, 320], 4, 3).columns(211) == (211, 211)
     for seat in range(4):
         link = noised_of(CASES["one vocabulary"], seat, 4).link("other")
         assert link.num_chunks > link.num_pairs > 0
@@ -213,13 +195,13 @@ def measure(names, case_name):
     result.objective.backward()
     back = LEDGER.take()["statistics"]
     assert not calls
-    linked = ours.rows.links["other"]
-    likelihoods = {loss.teacher for loss in losses.values() if not hasattr(loss, "divergence")}
-    rows = len(ours.rows.gold)
+    linked = ours.rows.rows.links["other"]
+    likelihoods = {loss.teacher for loss in losses.values() if not isinstance(loss, ColumnLoss)}
+    rows = len(ours.rows.rows.gold)
     numbers = 3 * rows * bool(likelihoods) + 3 * rows * ("same" in likelihoods)
     numbers += 3 * len(linked.gold) * ("other" in likelihoods)
     for loss in losses.values():
-        if hasattr(loss, "divergence"):
+        if isinstance(loss, ColumnLoss):
             numbers += 4 * (rows if loss.teacher == "same" else linked.num_pairs)
     return there, back, (seats - 1) * 4 * padded(numbers), numbers
 
@@ -241,12 +223,11 @@ def score(case_name, name):
     case, seats = CASES[case_name], dist.get_world_size()
     parts = [noised_of(case, seat, seats) for seat in range(seats)]
     ours = Parallel(case, parts)
+    rows = ours.gathered(HeadLoss({}, ours.group), {}).rows
     whole = torch.cat([hidden[name] for hidden in ours.numbers]).detach() @ ours.heads[name].detach().T
-    gold = ours.rows.gold if name != "other" else ours.rows.links["other"].gold
+    gold = rows.gold if name != "other" else rows.links["other"].gold
     gold = torch.where(torch.arange(len(gold)) % 3 == 0, whole.argmax(-1), gold)
-    likely, is_right = score_rows(
-        ours.answer(name) if name != "student" else ours.student(), gold, ours.group
-    )
+    likely, is_right = score_rows(ours.head(name), gold, ours.group.group)
     wanted = torch.nn.functional.cross_entropy(whole, gold, reduction="none")
     assert not likely.requires_grad
     assert torch.equal(is_right, whole.gather(1, gold[:, None])[:, 0] == whole.amax(-1))

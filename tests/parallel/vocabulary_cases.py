@@ -15,7 +15,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.losses import LOSSES
-from tide_megatron.losses.shared_vocabulary import SharedVocabulary
+from tide_megatron.losses.base import ColumnLoss, has_teacher
 
 CLOCK = Clock(step=90, total_steps=100)
 WIDTHS = {"student": 6, "same": 5, "other": 7}
@@ -90,11 +90,9 @@ def losses_of(name, case):
     if name == "all":
         return {key: loss for kind in LOSSES for key, loss in losses_of(kind, case).items()}
     kind = LOSSES[name]
-    if not kind.needs_teacher:
+    if not has_teacher(kind):
         return {name: kind(weight=0.75)}
-    options = (
-        {"shared_vocab_size": case.shared} if issubclass(kind, SharedVocabulary) else {"temperature": 9.0}
-    )
+    options = {"shared_vocab_size": case.shared} if issubclass(kind, ColumnLoss) else {"temperature": 9.0}
     return {
         f"{name} {teacher}": kind(teacher=teacher, weight=weight, **options)
         for teacher, weight in (("same", 0.5), ("other", 1.5))

@@ -24,8 +24,8 @@ from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.views import trimmed_view
-from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.score import score_rows
+from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.tiles import score_rows
 from tide_megatron.models.build import TideModel
 from tide_megatron.parallel.collectives import sum_over
 

@@ -1,16 +1,20 @@
 """How many bytes a slab of the fused head loss may take: the default, what was asked for, what is free.
 
 Arithmetic only: free memory comes in as numbers, so that every case can be tried without a GPU. All ranks
-must work with one budget, because all ranks of a head group make the same slabs; the rank with the least free
-memory decides for all.
+must work with one budget, because all ranks of a vocabulary group make the same slabs; the rank with the
+least free memory decides for all.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
 
 from tide_megatron.base.errors import ConfigError
+from tide_megatron.losses.base import ColumnLoss, Loss
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,29 @@ first step allocates, need the rest."""
 _MULTIPLE_MIB = 64
 """A default that was cut is cut to a multiple of this, so that a run that goes on finds the same slabs where
 nearly as much is free."""
+
+
+class HeadShape(NamedTuple):
+    """What a head's logits take."""
+
+    vocabulary: int
+    dtype: torch.dtype
+
+
+def row_bytes(losses: Mapping[str, Loss], heads: Mapping[str, HeadShape], ranks: int, is_exact: bool) -> int:
+    """Return the bytes of the logits that one row keeps on a rank; a teacher row for a row is assumed.
+
+    Args:
+        losses: the terms by name.
+        heads: of `student` and every teacher by name.
+        ranks: over which each head is cut.
+        is_exact: whether all products run in fp32.
+    """
+    kept = {"student", *(loss.teacher for loss in losses.values() if isinstance(loss, ColumnLoss))}
+    return sum(
+        -(-heads[name].vocabulary // ranks) * (torch.float32 if is_exact else heads[name].dtype).itemsize
+        for name in kept
+    )
 
 
 def settle_budget(

@@ -1,9 +1,11 @@
 """The head loss in one pass over slabs: values and gradients together, memory by a budget (design section 3).
 
-For each slab of rows (`slabs`): logits of the student and of every teacher that is heard, once, tile by tile
-(`tiles`); local softmax statistics (`running`); ONE packed exchange of them over the head group; then, from
-the same logits, every term's value, the derivative by the student's logits, and from that the gradients of
-the hidden rows and of this rank's columns of the head. Four matrix products, none twice.
+For each slab of rows (`slabs`): logits of the student and of every teacher that a term reads, once, tile by
+tile (`tiles`); statistics of own columns (`softmax`); ONE packed exchange of them over the vocabulary group;
+then, from the same logits, every term's value, the derivative by the student's logits, and from that the
+gradients of the hidden rows and of this rank's columns of the head. Four matrix products, none twice. A term
+whose derivative needs a sum over the whole normalised row has the logits read once more, and a second
+exchange.
 
 It differs from autograd's way in two things. Terms over gold likelihoods are differentiated on vectors of one
 number a row, where autograd is cheap; every rank does so for ALL items, so no gradient of a statistic travels
@@ -16,83 +18,62 @@ not kept, then its rows in any slabs, with known derivatives; its logits are mad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.distributed import ProcessGroup
 
-from tide_megatron.base.clock import Clock
-from tide_megatron.head.budget import BUDGET_MIB, MIB
-from tide_megatron.head.parts import HeadInput, HeadLoss, check_rows, exactly
-from tide_megatron.head.work import Work
-from tide_megatron.head.workspace import Workspace
-from tide_megatron.losses.rows import Loss, Rows
-from tide_megatron.parallel.exchange import size_of
+from tide_megatron.head.column_term import ColumnTerm
+from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
+from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
+from tide_megatron.head.softmax import LogSumExp, OnlineSoftmax, gold_here, gold_logits, merge
+from tide_megatron.head.tiles import (
+    TiledHead,
+    Workspace,
+    fixed_bytes,
+    likelihood_statistics,
+    product,
+    tiles,
+)
+from tide_megatron.losses.base import teachers_of
+from tide_megatron.losses.rows import Columns, Rows
+from tide_megatron.parallel.exchange import gather_statistics, size_of
 
 
-def fused_head_loss(  # noqa: PLR0913 - the plain form's arguments and two of its own
-    student: HeadInput,
-    answers: Mapping[str, HeadInput],
-    losses: Mapping[str, Loss],
-    rows: Rows,
-    counts: Mapping[str, Tensor],
-    clock: Clock,
-    *,
-    group: ProcessGroup | None = None,
-    own: tuple[int, int] | None = None,
-    budget_bytes: int | None = None,
-    workspace: Workspace | None = None,
-    compiled: bool = False,
-    is_exact: bool = False,
-) -> HeadLoss:
-    """Evaluate every term, and its gradients, on the hidden rows of one microbatch of a head group.
+def fused_head_loss(
+    batch: Microbatch, *, budget_bytes: int, workspace: Workspace, compiled: bool
+) -> HeadResult:
+    """Evaluate every term, and its gradients, on one microbatch. All ranks of its group call it together.
 
-    The same values, sums and gradients as `plain.head_loss`, which holds it to account; see there for the
-    other arguments. All ranks of the group call it together.
+    The same values, sums and gradients as `plain_head_loss`, which holds it to account. Without a gradient in
+    `student.hidden` it evaluates and writes nothing.
 
     Args:
-        student: with gradient in `hidden`, and `gradient` to add the weight's into; without both it evaluates
-            and writes nothing.
-        answers: see `plain`.
-        losses: see `plain`.
-        rows: see `plain`.
-        counts: see `plain`.
-        clock: see `plain`.
-        group: see `plain`.
-        own: see `plain`.
-        budget_bytes: for all that stands beside weights, hidden rows and their gradients; None: the device's
-            default.
-        workspace: buffers kept between calls; None: none are.
-        is_exact: multiply in fp32 whatever the weights' dtypes.
+        batch: with `student.gradient`, to add the weight's gradient into.
+        budget_bytes: for all that stands beside weights, hidden rows and their gradients.
+        workspace: buffers kept between calls.
         compiled: let torch.compile fuse each term's elementwise part.
 
     Raises:
         ConfigError: when the budget does not hold one row.
     """
-    assert own is not None or size_of(group) == 1, "which samples are this rank's own must be said in a group"
+    student = batch.student
     assert student.gradient is not None or not student.hidden.requires_grad, (
         "nowhere to add the weight's gradient"
     )
-    if is_exact:
-        student, answers = exactly(student, answers)
-    active = {name: loss for name, loss in losses.items() if float(counts[name]) != 0}
-    if active:
-        check_rows(student, answers, active, rows)
-    means = (workspace or Workspace(), compiled)
-    work = Work(student, answers, active, counts, clock, (group, own), means)
-    if active and len(rows.gold):
-        device = student.hidden.device.type
-        work.all(rows, BUDGET_MIB[device] * MIB if budget_bytes is None else budget_bytes)
+    work = _Pass(batch, workspace, compiled=compiled)
+    if batch.losses and len(batch.rows.rows.gold):
+        work.run(budget_bytes)
+    zero = torch.zeros((), dtype=torch.float64, device=student.hidden.device)
     value = torch.stack(
-        [active[name].weight * total for name, total in work.sums.items()] or [work.zero]
+        [batch.losses[name].weight * total for name, total in work.sums.items()] or [zero]
     ).sum()
     if not student.hidden.requires_grad:
-        return HeadLoss(objective=value.float(), sums=work.sums)
+        return HeadResult(objective=value.float(), sums=work.sums)
     objective: Tensor = _Release.apply(student.hidden, value.float(), work.hidden_gradient)  # type: ignore[no-untyped-call]
-    return HeadLoss(objective=objective, sums=work.sums)
+    return HeadResult(objective=objective, sums=work.sums)
 
 
 class _Release(Function):
@@ -110,3 +91,242 @@ class _Release(Function):
         torch._assert_async((incoming[0] == 1).all(), "the head loss was scaled after it was computed")
         (gradient,) = context.saved_tensors
         return gradient, None, None
+
+
+class _Pass:
+    """One call's pass over the slabs: what has been added up so far."""
+
+    def __init__(self, batch: Microbatch, workspace: Workspace, *, compiled: bool) -> None:
+        self.batch, self.workspace, self.compiled = batch, workspace, compiled
+        self.student, self.counts = batch.student, batch.rows.counts
+        self.by_likelihood, self.by_columns = batch.by_likelihood, batch.by_columns
+        self.teachers = {name: batch.teachers[name] for name in teachers_of(batch.losses)}
+        self.chunked = teachers_of(self.by_likelihood)
+        """Teachers whose chunks a term compares."""
+        self.kept: set[str | None] = {None, *teachers_of(self.by_columns)}
+        """Whose logits are read again: the student's, and those that terms over columns read."""
+        device = self.student.hidden.device
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in batch.losses}
+        # fp32, because the shares of a vocabulary group's ranks may cancel: their owner rounds the sum, once.
+        self.hidden_gradient = torch.zeros(self.student.hidden.shape, device=device)
+
+    @torch.no_grad()
+    def run(self, budget_bytes: int) -> None:
+        """Work on all rows. All ranks of the group do so together.
+
+        Raises:
+            ConfigError: when the budget does not hold one row.
+        """
+        most = rows_within(budget_bytes, self._row_bytes(), fixed_bytes(self.student.hidden.device))
+        for slab in make_slabs(self.batch.rows.rows, self.chunked, most):
+            if slab.is_long:
+                self._long(slab, most)
+            else:
+                _SlabWork(self, slab).run()
+
+    def _row_bytes(self) -> int:
+        """Return the bytes of the kept logits of one student row, with its share of teacher rows."""
+        rows = self.batch.rows.rows
+        heads = [(self.student, 1.0)]
+        heads += [
+            (self.teachers[name], len(rows.link(name).gold) / len(rows.gold))
+            for name in self.teachers
+            if name in self.kept
+        ]
+        # The widest range of ids of any rank, so that all ranks make the same slabs.
+        widest = max(-(-head.num_ids // size_of(self.batch.group)) for head, _ in heads)
+        return max(1, round(sum(share * head.dtype.itemsize for head, share in heads) * widest))
+
+    def _long(self, slab: Slab, most_rows: int) -> None:
+        """Work on a unit that is longer than a slab. All ranks of the group do so together."""
+        softmaxes, golds = [], []
+        for name in (None, *self.chunked):
+            hidden, gold = self.hidden(slab, name), slab.gold(name)
+            parts = [
+                likelihood_statistics(TiledHead(self.head(name), hidden[start:stop], None), gold[start:stop])
+                for start, stop in ((start, start + most_rows) for start in range(0, len(gold), most_rows))
+            ]
+            softmaxes.append(OnlineSoftmax.joined([softmax for softmax, _ in parts]))
+            golds.append(torch.cat([picked for _, picked in parts]))
+        found = merge(softmaxes, golds, self.batch.group)
+        logs = [
+            softmax.log_probabilities(gold)
+            for softmax, gold in zip(found.softmaxes, found.golds, strict=True)
+        ]
+        dloss_dlogp = self.likelihood_terms(slab.rows, dict(zip((None, *self.chunked), logs, strict=True)))
+        for part in single_rows(slab, most_rows):
+            _SlabWork(self, part).run(dloss_dlogp[part.start - slab.start : part.stop - slab.start])
+
+    def head(self, name: str | None) -> HeadInput:
+        """Return a model's head; None is the student."""
+        return self.student if name is None else self.teachers[name]
+
+    def hidden(self, slab: Slab, name: str | None) -> Tensor:
+        """Return one model's hidden rows in a slab; a copy where a teacher has rows of its own."""
+        if name is None:
+            return self.student.hidden[slab.start : slab.stop]
+        return slab.teacher_rows(name, self.teachers[name].hidden)
+
+    def likelihood_terms(self, rows: Rows, likelihoods: Mapping[str | None, Tensor]) -> Tensor:
+        """Add up the terms over likelihoods; return the objective's derivative by the student's, [rows].
+
+        Values count for own items only, derivatives for all: every rank has all rows and its own columns.
+        """
+        with torch.enable_grad():
+            ours = likelihoods[None].requires_grad_()
+            objective = ours.sum() * 0
+            for name, loss in self.by_likelihood.items():
+                theirs = None if loss.teacher is None else likelihoods[loss.teacher]
+                values = loss.from_likelihoods(ours, theirs, rows, self.batch.clock)  # [items]
+                coefficients = loss.coefficients(rows, self.batch.clock)
+                objective = objective + (coefficients * (loss.weight / self.counts[name]) * values).sum()
+                counted = coefficients.double() * values.detach().double()
+                counted = counted * self.batch.rows.is_own(loss.item_sample(rows))
+                self.sums[name] += counted.sum() / self.counts[name]
+            (dloss_dlogp,) = torch.autograd.grad(objective, ours)
+        return dloss_dlogp
+
+
+class _SlabWork:
+    """One slab: logits and statistics, the exchange, then values and gradients from the same logits."""
+
+    def __init__(self, work: _Pass, slab: Slab) -> None:
+        self.work, self.slab, self.student = work, slab, work.student
+        self.terms = {
+            name: ColumnTerm(loss, slab.rows, work.batch.clock, work.counts[name])
+            for name, loss in work.by_columns.items()
+        }
+
+    def run(self, dloss_dlogp: Tensor | None = None) -> None:
+        """Do all of it. All ranks of the group do so together.
+
+        Args:
+            dloss_dlogp: [rows] derivative of the objective by the gold log-likelihoods, where it is known
+                already; None: the slab has whole units.
+        """
+        work = self.work
+        readers: list[str | None] = [None] if work.by_likelihood else []
+        if dloss_dlogp is None:
+            readers += work.chunked
+        heads = self._heads(work.kept.union(readers))
+        softmaxes, golds = self._first_pass(heads, readers)
+        online = [softmax for term in self.terms.values() for softmax in (term.student, term.target)]
+        found = merge([*softmaxes.values(), *online], [*golds.values()], work.batch.group)
+        merged = dict(zip(readers, found.softmaxes, strict=False))
+        for term, place in zip(
+            self.terms.values(), range(len(readers), len(found.softmaxes), 2), strict=True
+        ):
+            term.know(*found.softmaxes[place : place + 2], found.differences[place])
+        if dloss_dlogp is None and work.by_likelihood:
+            logs = {
+                name: merged[name].log_probabilities(gold)
+                for name, gold in zip(readers, found.golds, strict=True)
+            }
+            dloss_dlogp = work.likelihood_terms(self.slab.rows, logs)
+        if self.terms or self.student.gradient is not None:
+            self._second_exchange(heads)
+            self._second_pass(heads, dloss_dlogp, merged.get(None))
+
+    def _heads(self, names: set[str | None]) -> dict[str | None, TiledHead]:
+        """Return some models' rows of the slab, with room for the logits that are read again."""
+        work = self.work
+        heads: dict[str | None, TiledHead] = {}
+        for name in [name for name in (None, *work.teachers) if name in names]:
+            hidden, head = work.hidden(self.slab, name), work.head(name)
+            room = None
+            if name in work.kept:
+                numbers = len(hidden) * len(head.weight)
+                room = work.workspace.take(f"{name}", numbers, head.dtype, hidden.device)
+            heads[name] = TiledHead(head, hidden, room)
+        return heads
+
+    def _first_pass(
+        self, heads: Mapping[str | None, TiledHead], readers: list[str | None]
+    ) -> tuple[dict[str | None, OnlineSoftmax], dict[str | None, Tensor]]:
+        """Make all logits; return softmaxes and gold logits of the models whose likelihoods are read."""
+        device = self.slab.rows.gold.device
+        wanted = {name: self.slab.gold(name) for name in readers}
+        softmaxes = {name: OnlineSoftmax(len(gold), device) for name, gold in wanted.items()}
+        golds = {name: torch.zeros(len(gold), device=device) for name, gold in wanted.items()}
+        for start, stop in self._tiles(heads):
+            made = {name: head.make(start, stop) for name, head in heads.items()}
+            for name, gold in wanted.items():
+                softmaxes[name].add(made[name].logits)
+                golds[name] += gold_logits(made[name], gold)
+            for term in self.terms.values():
+                term.add(made)
+        return softmaxes, golds
+
+    def _second_exchange(self, heads: Mapping[str | None, TiledHead]) -> None:
+        """Add up the rows' sums that some terms ask for, over all columns of all ranks."""
+        asking = [term for term in self.terms.values() if term.loss.row_statistic == "sum"]
+        if not asking or self.student.gradient is None:
+            return
+        for start, stop in self._tiles(heads):
+            made = {name: heads[name].again(start, stop) for name in self.work.kept}
+            for term in asking:
+                term.add_row_sum(made)
+        packed = torch.cat([term.row for term in asking if term.row is not None])
+        whole = gather_statistics(packed, self.work.batch.group).sum(0)
+        for term, row in zip(asking, torch.split(whole, [len(term.values) for term in asking]), strict=True):
+            term.row = row
+
+    def _second_pass(
+        self,
+        heads: Mapping[str | None, TiledHead],
+        dloss_dlogp: Tensor | None,
+        softmax: LogSumExp | None,
+    ) -> None:
+        """Read the logits again for the terms over columns and for all gradients."""
+        work, slab = self.work, self.slab
+        releases = self.student.gradient is not None
+        added = torch.zeros(heads[None].hidden.shape, device=slab.rows.gold.device)  # fp32, of this slab only
+        for start, stop in self._tiles(heads):
+            made = {name: heads[name].again(start, stop) for name in work.kept}
+            if dloss_dlogp is None or softmax is None:
+                dlogits = torch.zeros_like(made[None].logits)
+            else:
+                dlogits = _through_likelihoods(made[None], slab.rows.gold, dloss_dlogp, softmax)
+            for term in self.terms.values():
+                part = term.evaluate(made, compiled=work.compiled)
+                if releases and part is not None:
+                    _add_rows(dlogits, part, slab.rows, term.loss.teacher)
+            if releases:
+                added += self._release(heads[None], dlogits, start, stop)
+        work.hidden_gradient[slab.start : slab.stop] = added
+        for name, term in self.terms.items():
+            counted = term.coefficients.double() * term.values
+            work.sums[name] += counted.sum() / work.counts[name]
+
+    def _release(self, head: TiledHead, dlogits: Tensor, start: int, stop: int) -> Tensor:
+        """Add a tile's share to the head weight's gradient; return that of the hidden rows'."""
+        gradient = self.student.gradient
+        assert gradient is not None, "evaluation writes nothing"
+        dlogits = dlogits.to(head.hidden.dtype)
+        gradient[start:stop].add_(product(dlogits.T, head.hidden))
+        return product(dlogits, head.weight(start, stop))
+
+    def _tiles(self, heads: Mapping[str | None, TiledHead]) -> Iterator[tuple[int, int]]:
+        """Yield the tiles that cover every model's columns here."""
+        rows = max(len(head.hidden) for head in heads.values())
+        columns = max(head.num_columns for head in heads.values())
+        return tiles(columns, rows, self.student.hidden.device)
+
+
+def _through_likelihoods(columns: Columns, gold: Tensor, dloss_dlogp: Tensor, softmax: LogSumExp) -> Tensor:
+    """Return dloss_dlogp (onehot - p), the derivative through gold log-likelihoods, [rows, columns]."""
+    dlogits = softmax.log_probabilities(columns.logits).exp_().mul_(-dloss_dlogp[:, None])
+    if dlogits.shape[1]:
+        place, is_here = gold_here(columns, gold)
+        dlogits.scatter_add_(1, place[:, None], torch.where(is_here, dloss_dlogp, 0.0)[:, None])
+    return dlogits
+
+
+def _add_rows(dlogits: Tensor, part: Tensor, rows: Rows, teacher: str) -> None:
+    """Add a term's derivative [pairs, first columns] to the rows of its pairs."""
+    pairs = rows.link(teacher).pairs
+    target = dlogits[:, : part.shape[1]]
+    if pairs is None:
+        target += part
+    else:
+        target.index_add_(0, pairs[0], part)

@@ -31,15 +31,19 @@ class Slab:
     """The student's rows."""
     rows: Rows
     """What losses may know of them; numbers count from the slab's first row, samples keep theirs."""
-    answered: Mapping[str, Tensor]
-    """Teacher with rows of its own -> [its rows in the slab] int64: which rows of its answer they are.
-    Teachers without an entry answer row by row."""
+    theirs: Mapping[str, Tensor]
+    """Teacher with rows of its own -> [its rows in the slab] int64: which of its rows they are. Those of
+    teachers without an entry are the student's."""
     is_long: bool = False
     """One unit, longer than a slab may be."""
 
-    def answer_rows(self, teacher: str, hidden: Tensor) -> Tensor:
+    def gold(self, teacher: str | None) -> Tensor:
+        """Return the gold ids of one model's rows in this slab; None is the student."""
+        return self.rows.gold if teacher is None else self.rows.link(teacher).gold
+
+    def teacher_rows(self, teacher: str, hidden: Tensor) -> Tensor:
         """Return a teacher's hidden rows in this slab."""
-        chosen = self.answered.get(teacher)
+        chosen = self.theirs.get(teacher)
         return hidden[self.start : self.stop] if chosen is None else hidden[chosen]
 
 
@@ -77,7 +81,7 @@ def make_slabs(rows: Rows, chunked: Iterable[str], most_rows: int) -> list[Slab]
         whole = {
             name: torch.arange(len(link.gold), device=rows.gold.device) for name, link in rows.links.items()
         }
-        return [Slab(start=0, stop=number, rows=rows, answered=whole)] if number else []
+        return [Slab(start=0, stop=number, rows=rows, theirs=whole)] if number else []
     splits = _splits(rows, [rows.links[name] for name in sorted(chunked) if name in rows.links])
     slabs, start = [], 0
     while start < number:
@@ -94,12 +98,10 @@ def make_slabs(rows: Rows, chunked: Iterable[str], most_rows: int) -> list[Slab]
 def single_rows(slab: Slab, most_rows: int) -> list[Slab]:
     """Cut a long unit anywhere, for what needs no chunk whole."""
     return [
-        dataclasses.replace(
-            part, start=slab.start + part.start, stop=slab.start + part.stop, answered=answered
-        )
+        dataclasses.replace(part, start=slab.start + part.start, stop=slab.start + part.stop, theirs=theirs)
         for start in range(0, slab.stop - slab.start, most_rows)
         for part in [restrict(slab.rows, start, min(start + most_rows, slab.stop - slab.start))]
-        for answered in [{name: slab.answered[name][chosen] for name, chosen in part.answered.items()}]
+        for theirs in [{name: slab.theirs[name][chosen] for name, chosen in part.theirs.items()}]
     ]
 
 
@@ -131,11 +133,11 @@ def _furthest(splits: Sequence[bool], start: int, wanted: int) -> int:
 
 def restrict(rows: Rows, start: int, stop: int, *, is_long: bool = False) -> Slab:
     """Describe a range of rows alone; a chunk that reaches out of it loses its members there."""
-    links, answered = {}, {}
+    links, theirs = {}, {}
     for name, link in rows.links.items():
-        links[name], answered[name] = _restrict_link(link, start, stop)
+        links[name], theirs[name] = _restrict_link(link, start, stop)
     part = dataclasses.replace(rows, gold=rows.gold[start:stop], sample=rows.sample[start:stop], links=links)
-    return Slab(start=start, stop=stop, rows=part, answered=answered, is_long=is_long)
+    return Slab(start=start, stop=stop, rows=part, theirs=theirs, is_long=is_long)
 
 
 def _restrict_link(link: Link, start: int, stop: int) -> tuple[Link, Tensor]:

@@ -7,15 +7,19 @@ for the gradients.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.running import Running
-from tide_megatron.head.statistics import picked_golds
-from tide_megatron.losses.columns import Columns
+from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.softmax import OnlineSoftmax, gold_logits, merge
+from tide_megatron.losses.rows import Columns
+
+log = logging.getLogger(__name__)
 
 CPU_TILE = 2**18
 """Numbers of a tile: 1 MiB in fp32, of which several stand in a second-level cache (measured)."""
@@ -88,16 +92,85 @@ class TiledHead:
         return Columns(logits=logits.float(), start=place, vocabulary=self._head.num_ids)
 
 
-def likelihood_statistics(head: TiledHead, gold: Tensor) -> tuple[Running, Tensor]:
+def likelihood_statistics(head: TiledHead, gold: Tensor) -> tuple[OnlineSoftmax, Tensor]:
     """Return softmax statistics and gold logits of rows against this rank's columns; keeps no logits.
 
     Args:
         head: the rows.
         gold: [rows] int64 ids; those of other ranks' columns give 0.
     """
-    running, picked = Running(len(gold), gold.device), torch.zeros(len(gold), device=gold.device)
+    softmax, golds = OnlineSoftmax(len(gold), gold.device), torch.zeros(len(gold), device=gold.device)
     for start, stop in tiles(head.num_columns, len(gold), gold.device):
         columns = head.make(start, stop)
-        running.add(columns.logits)
-        picked += picked_golds(columns, gold)
-    return running, picked
+        softmax.add(columns.logits)
+        golds += gold_logits(columns, gold)
+    return softmax, golds
+
+
+@torch.no_grad()
+def score_rows(head: HeadInput, gold: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """Say how likely a model finds gold ids: no loss, no gradient, one exchange.
+
+    All ranks of the group call it together. Memory does not grow with rows x vocabulary.
+
+    Args:
+        head: all the group's hidden rows with this rank's columns.
+        gold: [rows] int64 ids.
+        group: the vocabulary group.
+
+    Returns:
+        NLL in nats [rows] fp32 and whether the gold id is the most likely [rows] bool (ties count), alike on
+        every rank.
+    """
+    softmax, golds = likelihood_statistics(TiledHead(head, head.hidden, None), gold)
+    found = merge([softmax], [golds], group)
+    (merged,), (logits,) = found.softmaxes, found.golds
+    return -merged.log_probabilities(logits), logits >= merged.maximum
+
+
+class Workspace:
+    """Buffers that outlive a call, one for each name, as large as the largest that was asked for.
+
+    Fresh memory of this size costs a page fault every 4 KiB.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return [numbers] uninitialised; the last buffer of this name is given up."""
+        buffer = self._buffers.get(name)
+        is_same = buffer is not None and (buffer.dtype, buffer.device) == (dtype, device)
+        if buffer is None or not is_same or buffer.numel() < numbers:
+            self._buffers.pop(name, None)
+            buffer = self._buffers[name] = torch.empty(numbers, dtype=dtype, device=device)
+        return buffer[:numbers]
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply two matrices whose product is added up in fp32: a tile's gradients of weight and rows.
+
+    A GPU accumulates bf16 products in fp32 and can hand them out as they are; rounding each to bf16 first
+    would cost a gradient that adds up over slabs, ranks and microbatches its digits. On CPU torch has no such
+    product: there a tile's result is rounded to bf16 before it is added, as it always was.
+
+    Args:
+        left: [a, b].
+        right: [b, c], of the same dtype.
+    """
+    if left.is_cuda and left.dtype is torch.bfloat16 and _gives_fp32():
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+@functools.cache
+def _gives_fp32() -> bool:
+    """Say whether this torch has products of another dtype than their factors' (2.8 and newer)."""
+    found = "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
+    if not found:
+        log.warning(
+            "head loss: torch %s rounds each tile of a bf16 head's gradient to bf16; 2.8 and newer do not",
+            torch.__version__,
+        )
+    return found

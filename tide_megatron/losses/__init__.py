@@ -1,11 +1,12 @@
-"""Formulas on hidden rows. A new loss is one file and one line of `LOSSES`."""
+"""Formulas on masked rows. A new loss is one file and one line of `LOSSES`."""
 
 from __future__ import annotations
 
+from tide_megatron.losses.base import Loss
 from tide_megatron.losses.calm import Calm, CalmTidal, ReverseCalm, ReverseCalmTidal
 from tide_megatron.losses.cross_entropy import CrossEntropy
+from tide_megatron.losses.jensen_shannon import JensenShannon
 from tide_megatron.losses.kl import Kl, ReverseKl
-from tide_megatron.losses.rows import Loss
 from tide_megatron.losses.tidal import Tidal
 
 LOSSES: dict[str, type[Loss]] = {
@@ -13,6 +14,7 @@ LOSSES: dict[str, type[Loss]] = {
     "kl": Kl,
     "reverse_kl": ReverseKl,
     "tidal": Tidal,
+    "jensen_shannon": JensenShannon,
     "calm": Calm,
     "reverse_calm": ReverseCalm,
     "calm_tidal": CalmTidal,

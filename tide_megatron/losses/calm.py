@@ -5,7 +5,7 @@ tokens' probabilities, softened by the temperature. The two likelihoods are comp
 variables, so the models need no common vocabulary. Clamping to [1e-7, 1 - 1e-7] happens in fp32, where
 the upper bound is 1 - 2^-23: a likelihood outside gets no gradient. There is no T^2 here.
 
-Chunks come from `Rows.link`: of a teacher with its own tokens the wholly hidden ones, of a teacher that
+Chunks come from `Rows.link`: of a teacher with its own tokens the wholly masked ones, of a teacher that
 reads the student's tokens every row. The mixtures (CALM+TIDAL and its reverse) put (1 - lambda) s + lambda
 t, detached and clamped, in the teacher's place; the mixture is one of likelihoods, not of logits.
 """
@@ -13,7 +13,6 @@ t, detached and clamped, in the teacher's place; the mixture is one of likelihoo
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.losses.cross_entropy import gold_log_likelihood
-from tide_megatron.losses.mixture import Mixture
-from tide_megatron.losses.rows import STRICT, Rows, Temperature, Weight
+from tide_megatron.losses.base import STRICT, LikelihoodLoss, Temperature
+from tide_megatron.losses.rows import Rows
+from tide_megatron.losses.tidal import Mixture
 
 LIKELIHOOD_EPSILON = 1e-7
 """Likelihoods stay this far from 0 and 1 (rounded to fp32: 1 - 2^-23 above)."""
@@ -61,15 +60,12 @@ def clamped(share: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ChunkLikelihood(abc.ABC):
+class ChunkLikelihood(LikelihoodLoss):
     """Options and divisor of a loss that compares chunk likelihoods."""
 
     teacher: str
     """Name of the teacher to listen to."""
-    weight: Weight = 1.0
     temperature: Temperature = 2.0
-
-    needs_teacher: ClassVar[bool] = True
 
     @abc.abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -79,24 +75,9 @@ class ChunkLikelihood(abc.ABC):
         """Return the number of chunks of this microbatch that enter the loss."""
         return torch.tensor(noised.link(self.teacher).num_chunks, dtype=torch.float64)
 
-    def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
-        """Return 1 for every chunk."""
-        return torch.ones_like(self.chunk_time(rows))
-
     def item_sample(self, rows: Rows) -> Tensor:
         """Return each chunk's sample."""
         return rows.link(self.teacher).chunk_sample
-
-    def chunk_time(self, rows: Rows) -> Tensor:
-        """Return the noise level of each chunk's sample, [chunks] fp32."""
-        return rows.time[self.item_sample(rows)]
-
-    def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
-        """Return `from_likelihoods` of whole logits."""
-        assert teacher is not None, f"no answer of teacher {self.teacher!r} reached its loss"
-        ours = gold_log_likelihood(student, rows.gold)
-        theirs = gold_log_likelihood(teacher, rows.link(self.teacher).gold)
-        return self.from_likelihoods(ours, theirs, rows, clock)
 
     def from_likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
         """Return `compare` of both models' likelihoods of each chunk."""
@@ -138,15 +119,11 @@ class ReverseCalm(ChunkLikelihood):
 class _Mixed(Mixture, ChunkLikelihood):
     """A chunk loss whose target lies between student and teacher."""
 
-    def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
-        """Return the timestep weight of each chunk."""
-        return self.weight_at(self.chunk_time(rows))
-
     def from_likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
         """Return `compare` of the student's likelihood with the mixture's."""
         ours, theirs = self.likelihoods(student, teacher, rows)
         with torch.no_grad():
-            share = self.teacher_share(self.chunk_time(rows), clock)
+            share = self.teacher_share(self.item_time(rows), clock)
             target = clamped((1 - share) * ours + share * theirs)
         return self.compare(ours, target)
 

@@ -1,4 +1,4 @@
-"""Cross-entropy on hidden tokens, with the weights and divisors of the diffusion bound (spec section 1).
+"""Cross-entropy on masked tokens, with the weights and divisors of the diffusion bound (spec section 1).
 
 This is the term every run has. Without a teacher it also makes the *hard twin*, the control that gets a
 distilled run's extra weight on the same rows but the gold token instead of the teacher's distribution:
@@ -14,48 +14,45 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.schedule import SCHEDULES, ScheduleName
-from tide_megatron.losses.rows import STRICT, Rows, Weight, num_hidden, one_per_row
-
-
-def gold_log_likelihood(logits: Tensor, gold: Tensor) -> Tensor:
-    """Return log softmax(logits)[gold], fp32, at temperature 1 over the whole vocabulary.
-
-    Args:
-        logits: [..., vocabulary], any float dtype.
-        gold: [...] int64 ids.
-    """
-    logits = logits.float()
-    return logits.gather(-1, gold[..., None]).squeeze(-1) - logits.logsumexp(-1)
+from tide_megatron.losses.base import STRICT, LikelihoodLoss
+from tide_megatron.losses.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CrossEntropy:
+class CrossEntropy(LikelihoodLoss):
     """NLL of the gold token, weighted by noise level."""
 
-    weight: Weight = 1.0
     timestep_weight: Literal["scheduler", "uniform"] = "scheduler"
     """`scheduler`: -alpha'/(1 - alpha + 1e-6), the bound's weight; `uniform`: 1."""
     normalization: Literal["token", "sequence", "batch", "hidden"] = "token"
-    """Divisor: maskable tokens; each sample's own, then samples; samples; hidden tokens."""
+    """Divisor: maskable tokens; each sample's own, then samples; samples; masked tokens."""
     schedule: ScheduleName = "linear"
-    """The noise schedule whose weight `scheduler` takes; must be the one that hides."""
+    """The noise schedule whose weight `scheduler` takes; must be the one that masks."""
 
-    needs_teacher: ClassVar[bool] = False
     teacher: ClassVar[None] = None
+
+    def check(self, schedule: str, student: int, teacher: int | None) -> None:
+        """Refuse the weight of another schedule than the one that masks; see `Loss.check`."""
+        if self.schedule != schedule:
+            raise ConfigError(
+                f"schedule: {self.schedule!r} weighs another schedule than noise.schedule {schedule!r} hides "
+                "by; set both alike"
+            )
 
     def count(self, noised: Noised) -> Tensor:
         """Return what `normalization` divides by, summed over this microbatch (spec section 1 item 9)."""
         if self.normalization == "hidden":
-            return num_hidden(noised)
+            return torch.tensor(len(noised.row_index[0]), dtype=torch.float64)
         if self.normalization == "token":
             return torch.tensor(noised.batch.num_maskable, dtype=torch.float64)
         return torch.tensor(len(noised.time), dtype=torch.float64)
 
     def coefficients(self, rows: Rows, clock: Clock) -> Tensor:
         """Return the timestep weight of each row, over its sample's maskable tokens for `sequence`."""
-        factor = one_per_row(rows)
+        factor = torch.ones_like(self.item_time(rows))
         if self.timestep_weight == "scheduler":
             factor = SCHEDULES[self.schedule].weight(rows.time)[rows.sample]
         if self.normalization == "sequence":
@@ -65,10 +62,6 @@ class CrossEntropy:
     def item_sample(self, rows: Rows) -> Tensor:
         """Return each row's sample."""
         return rows.sample
-
-    def values(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
-        """Return `from_likelihoods` of whole logits."""
-        return self.from_likelihoods(gold_log_likelihood(student, rows.gold), None, rows, clock)
 
     def from_likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows, clock: Clock) -> Tensor:
         """Return -log p(gold) of each row."""

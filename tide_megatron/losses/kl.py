@@ -7,43 +7,39 @@ to bf16).
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from tide_megatron.losses.rows import STRICT
-from tide_megatron.losses.shared_vocabulary import SharedVocabulary
+from tide_megatron.losses.base import STRICT, ColumnLoss
+from tide_megatron.losses.rows import Distribution
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Kl(SharedVocabulary):
+class Kl(ColumnLoss):
     """Forward KL(teacher || student): the student must cover whatever the teacher finds likely."""
 
-    def divergence(self, student: Tensor, target: Tensor) -> Tensor:
+    def value(self, student: Distribution, target: Distribution) -> Tensor:
         """Return T^2 sum_v p_t (log p_t - log p_s) of each pair."""
-        return self.temperature**2 * (target.exp() * (target - student)).sum(-1)
+        return self.temperature**2 * (target.log - student.log).mul_(target.p).sum(-1)
 
-    def value_and_slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return `divergence` and T (p_s - p_t)."""
-        likely = target.exp()
-        value = self.temperature**2 * (target - student).mul_(likely).sum(-1)
-        return value, student.exp().sub_(likely).mul_(self.temperature)
+    def slope(self, student: Distribution, target: Distribution, row: Tensor | None) -> Tensor:
+        """Return T (p_s - p_t)."""
+        return student.p.sub_(target.p).mul_(self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ReverseKl(SharedVocabulary):
+class ReverseKl(ColumnLoss):
     """Reverse KL(student || teacher): the student must not say what the teacher finds unlikely."""
 
-    needs_gap: ClassVar[bool] = True
+    row_statistic: ClassVar[Literal["kl"]] = "kl"
 
-    def divergence(self, student: Tensor, target: Tensor) -> Tensor:
+    def value(self, student: Distribution, target: Distribution) -> Tensor:
         """Return T^2 sum_v p_s (log p_s - log p_t) of each pair; both p_s carry gradient."""
-        return self.temperature**2 * (student.exp() * (student - target)).sum(-1)
+        return self.temperature**2 * (student.p * (student.log - target.log)).sum(-1)
 
-    def value_and_slope(self, student: Tensor, target: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return `divergence` and T p_s (log p_s - log p_t - gap); gap: the row's divergence over T^2."""
-        assert gap is not None, "reverse KL's slope needs the whole row's divergence"
-        likely, difference = student.exp(), student - target
-        value = self.temperature**2 * (likely * difference).sum(-1)
-        return value, difference.sub_(gap[:, None]).mul_(likely).mul_(self.temperature)
+    def slope(self, student: Distribution, target: Distribution, row: Tensor | None) -> Tensor:
+        """Return T p_s (log p_s - log p_t - KL of the row)."""
+        assert row is not None, "reverse KL's slope needs the whole row's divergence"
+        return (student.log - target.log).sub_(row[:, None]).mul_(student.p).mul_(self.temperature)

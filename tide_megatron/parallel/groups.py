@@ -3,16 +3,14 @@
 Each model of a run, student or teacher, has a `ProcessGroupCollection` of its own, and every field that
 megatron-core needs in models, DDP and optimizer is set: a field left out falls back to the global state in
 some releases and raises in others. Groups are cached by their ranks, so layouts that share a group share
-its communicator (dozens of NCCL communicators cost memory). On CUDA only the world and the head groups can
-carry host values; all others carry device tensors, ours and megatron-core's. Left out: the newer optional
+its communicator (dozens of NCCL communicators cost memory). On CUDA only the world and the vocabulary groups
+can carry host values; all others carry device tensors, ours and megatron-core's. Left out: the newer optional
 fields of the collection, which no path of ours needs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Sequence
 
 import tide_megatron.platform  # noqa: F401 - before megatron
 from tide_megatron.platform.distributed import group_backend, new_group
@@ -21,7 +19,6 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from tide_megatron.parallel.head_group import across_replicas, head_groups
 from tide_megatron.parallel.layout import Layout, RankList
 
 # World -> its subgroups by ranks and backend (on gloo all are alike); None where this rank is not in one.
@@ -46,78 +43,37 @@ def make_groups(layout: Layout, world: int | None = None) -> ProcessGroupCollect
     assert size == dist.get_world_size(), f"groups for {size} ranks in a world of {dist.get_world_size()}"
     lists = layout.rank_lists(size)
     groups = ProcessGroupCollection()
-    groups.tp = _own(lists.tensor)
-    groups.pp = _own(lists.pipeline)
-    groups.dp = _own(lists.data)
-    groups.mp = _own(lists.replica)
-    groups.cp = _own(lists.alone)
-    groups.tp_cp, groups.dp_cp, groups.tp_dp_cp = groups.tp, groups.dp, _own(lists.stage)
-    groups.ep = _own(lists.expert)
-    groups.expt_tp = _own(lists.expert_tensor)
-    groups.tp_ep = _own(lists.expert_block)
-    groups.expt_dp = _own(lists.expert_data)
-    groups.tp_ep_pp = _own(lists.expert_replica)
-    groups.embd, groups.pos_embd, groups.hcp = _own(lists.embedding), _own(lists.position_embedding), None
+    groups.tp = own_group(lists.tensor)
+    groups.pp = own_group(lists.pipeline)
+    groups.dp = own_group(lists.data)
+    groups.mp = own_group(lists.replica)
+    groups.cp = own_group(lists.alone)
+    groups.tp_cp, groups.dp_cp, groups.tp_dp_cp = groups.tp, groups.dp, own_group(lists.stage)
+    groups.ep = own_group(lists.expert)
+    groups.expt_tp = own_group(lists.expert_tensor)
+    groups.tp_ep = own_group(lists.expert_block)
+    groups.expt_dp = own_group(lists.expert_data)
+    groups.tp_ep_pp = own_group(lists.expert_replica)
+    groups.embd, groups.pos_embd, groups.hcp = (
+        own_group(lists.embedding),
+        own_group(lists.position_embedding),
+        None,
+    )
     # One instance of the distributed optimizer: shards over data-parallel ranks, norms over the world.
     groups.intra_dp_cp, groups.intra_expt_dp = groups.dp_cp, groups.expt_dp
-    groups.intra_dist_opt, groups.inter_dist_opt = _own(lists.world), None
+    groups.intra_dist_opt, groups.inter_dist_opt = own_group(lists.world), None
     return groups
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadGroup:
-    """The ranks over which every vocabulary head is cut, seen from one of them (design section 1)."""
+def own_group(lists: tuple[RankList, ...], *, for_host_values: bool = False) -> ProcessGroup | None:
+    """Make, or find again, all the groups of these ranks; return the one this rank is in, if any.
 
-    ranks: int = 1
-    place: int = 0
-    """This rank's number in it; place p holds the p-th range of ids."""
-    first: int = 0
-    """Rank of place 0 in the world."""
-    group: ProcessGroup | None = None
-    """None: one rank alone."""
-
-    def own(self, sizes: Sequence[int]) -> slice:
-        """Return where this place's part stands behind those of the places before it.
-
-        Args:
-            sizes: length of every place's part.
-        """
-        before = sum(sizes[: self.place])
-        return slice(before, before + sizes[self.place])
-
-    @property
-    def world_ranks(self) -> range:
-        """The group's ranks in the world; it is an aligned block."""
-        return range(self.first, self.first + self.ranks)
-
-
-def make_head_group(ranks: int) -> HeadGroup:
-    """Make, or find again, this rank's head group of a checked size (`head_group_size`).
-
-    Every rank of the world must call it, before groups of the same ranks are made for a model: those then
-    share this one, which carries host values too.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    group = _own(head_groups(world, ranks), for_host_values=True) if ranks > 1 else None
-    return HeadGroup(ranks=ranks, place=rank % ranks, first=rank // ranks * ranks, group=group)
-
-
-def make_across(layout: Layout, ranks: int) -> ProcessGroup | None:
-    """Make the group in which a teacher's replicas of one head group exchange rows; None for one replica.
-
-    Every rank of the world must call it.
+    Every rank of the world must call it, members or not, with the same lists in the same order.
 
     Args:
-        layout: the teacher's.
-        ranks: size of the head groups.
+        lists: disjoint; all of the world's ranks in one list is the world's own group.
+        for_host_values: whether it must carry CPU tensors too, also in a CUDA run.
     """
-    if ranks == layout.replica_size:
-        return None
-    return _own(across_replicas(layout, dist.get_world_size(), ranks))
-
-
-def _own(lists: tuple[RankList, ...], *, for_host_values: bool = False) -> ProcessGroup | None:
-    """Make all the groups of a field, also those this rank is not in, and return the one it is in."""
     world = dist.group.WORLD
     assert world is not None, "groups are made after start_distributed"
     made = _CACHE.setdefault(world, {})

@@ -26,14 +26,14 @@ class Route:
     replica: ProcessGroup
     across: ProcessGroup | None
     """This head group's ranks of the same seat, one per replica; None: there is one replica."""
-    place: int = 0
-    """This rank's number in its head group, which consists of whole replicas."""
+    rank: int = 0
+    """This rank's number in its vocabulary group, which consists of whole replicas."""
 
     @property
     def seats(self) -> range:
         """The places in the head group of this rank's replica."""
         size = self.layout.replica_size
-        first = self.place // size * size
+        first = self.rank // size * size
         return range(first, first + size)
 
     @property

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.views import trimmed_view
-from tide_megatron.head.score import score_rows
+from tide_megatron.head.tiles import score_rows
 from tide_megatron.parallel.collectives import gather_objects
 from tide_megatron.parallel.exchange import gather_parts
-from tide_megatron.parallel.groups import HeadGroup
+from tide_megatron.parallel.vocab_group import VocabGroup
 from tide_megatron.teachers.request import Request, num_rows
 from tide_megatron.teachers.teacher import Teacher
 
@@ -21,7 +21,7 @@ class TeacherScorer:
     """A teacher that reads batches of its own tokens in the plain view; an `evaluate.likelihood.Scorer`."""
 
     teacher: Teacher
-    head: HeadGroup
+    group: VocabGroup
 
     def __call__(self, noised: Noised) -> tuple[Tensor, Tensor]:
         """Score this rank's microbatch. All ranks call it together and equally often.
@@ -34,13 +34,13 @@ class TeacherScorer:
         request = Request(views=[(view,)], fingerprints=[noised.batch.fingerprint])
         sizes = [request.sizes(numbers) for numbers in self._of_all(request.numbers())]
         (answer,) = self.teacher.answers(request, sizes)
-        rows = [num_rows(place[0]) for place in sizes]
-        gold = gather_parts(noised.batch.ids[noised.row_index], rows, self.head.group, "rows")
-        nll, is_right = score_rows(answer, gold, self.head.group)
-        mine = self.head.own(rows)
+        rows = [num_rows(rank[0]) for rank in sizes]
+        gold = gather_parts(noised.batch.ids[noised.row_index], rows, self.group.group, "rows")
+        nll, is_right = score_rows(answer, gold, self.group.group)
+        mine = self.group.own(rows)
         return nll[mine], is_right[mine]
 
     def _of_all(self, numbers: list[int]) -> list[list[int]]:
-        if self.head.group is None:
+        if self.group.group is None:
             return [numbers]
-        return gather_objects(numbers, self.head.group)
+        return gather_objects(numbers, self.group.group)

@@ -22,7 +22,7 @@ from torch import Tensor
 from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.views import View
-from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.inputs import HeadInput
 from tide_megatron.models.build import TideModel
 from tide_megatron.teachers.collect import collect
 from tide_megatron.teachers.request import Request, Sizes, num_rows

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tide_megatron.base.errors import TideError
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.losses.rows import Loss, Rows
-from tide_megatron.losses.transport import row_sizes
+from tide_megatron.head.gather import row_sizes
+from tide_megatron.head.loss import HeadLoss
+from tide_megatron.losses.rows import Rows
 from tide_megatron.parallel.collectives import gather_objects, gather_vectors
-from tide_megatron.parallel.groups import HeadGroup
 from tide_megatron.teachers.request import Request, Sizes
 from tide_megatron.train.cost import Cost
 
@@ -27,26 +27,25 @@ from tide_megatron.train.cost import Cost
 class Counts:
     """What all ranks know of a step before its first forward pass."""
 
-    divisors: Mapping[str, Tensor]
-    """Of each loss, fp64 scalar on CPU."""
+    divisors: Mapping[str, float]
+    """Of each loss."""
     tokens: int
     """Clean tokens without pads, over all ranks."""
     hidden: int
     """Rows to predict, over all ranks."""
     rows: Sequence[Sequence[Sequence[int]]]
-    """[place of the head group][microbatch]: how that place's `Rows` are packed."""
+    """[group rank][microbatch]: how that rank's `Rows` are packed."""
     cost: Cost
     """Of all ranks."""
     asked: Mapping[str, Sequence[Sizes]]
-    """Teacher -> [place of the head group][microbatch][pass]."""
+    """Teacher -> [group rank][microbatch][pass]."""
 
 
 def count(
     noised: Sequence[Noised],
     rows: Sequence[Rows],
     requests: Mapping[str, Request],
-    losses: Mapping[str, Loss],
-    head: HeadGroup,
+    head: HeadLoss,
     cost: Cost,
 ) -> Counts:
     """Exchange a step's numbers in ONE collective. All ranks call it together.
@@ -55,24 +54,22 @@ def count(
         noised: this rank's microbatches.
         rows: their hidden rows.
         requests: what this rank asks of each teacher.
-        losses: the terms, by name.
-        head: this rank's head group.
+        head: the losses and the vocabulary group.
         cost: this rank's.
 
     Raises:
         TideError: on every rank, when a teacher's views and the student's rows are of different samples.
     """
-    links = sorted(noised[0].batch.sides)
     fingerprints = [example.batch.fingerprint for example in noised]
     mine: dict[str, list[float]] = {
-        "divisors": [float(sum(loss.count(example) for example in noised)) for loss in losses.values()],
+        "divisors": [float(sum(loss.count(example) for example in noised)) for loss in head.losses.values()],
         "totals": [
             float(sum(sum(example.batch.host_lengths) for example in noised)),
             float(sum(len(part.gold) for part in rows)),
             cost.flops,
         ],
         "memory": [cost.peak_memory_bytes],
-        "rows": [float(size) for part in rows for size in row_sizes(part, links)],
+        "rows": [float(size) for part in rows for size in row_sizes(part)],
         "fingerprints": [float(number) for number in fingerprints],
     }
     for name, request in requests.items():
@@ -80,11 +77,11 @@ def count(
         mine[f"fingerprints of {name}"] = [float(number) for number in request.fingerprints]
     table = _Table(gather_vectors([value for part in mine.values() for value in part]), mine)
     _check_samples(table, requests, noised)
-    divisors = table["divisors"].sum(dim=0)
+    divisors = table["divisors"].sum(dim=0).tolist()
     tokens, hidden, flops = table["totals"].sum(dim=0).tolist()
-    here = slice(head.first, head.first + head.ranks)
+    here = head.group.world_ranks
     return Counts(
-        divisors=dict(zip(losses, divisors, strict=True)),
+        divisors=dict(zip(head.losses, divisors, strict=True)),
         tokens=int(tokens),
         hidden=int(hidden),
         cost=Cost(flops=flops, peak_memory_bytes=float(table["memory"].max())),

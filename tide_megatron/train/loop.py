@@ -1,7 +1,7 @@
 """The loop owns time: it reads, steps, reports, evaluates, saves and stops; `step.py` owns tensors.
 
 Every decision that changes what the ranks do next (a skipped update, a stop) is taken by all of them
-together, after the same step. Left out: anything that chooses parts (`assemble.py`).
+together, after the same step. Left out: anything that chooses parts (`setup.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,8 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Levels, Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.trained_context import write_context
-from tide_megatron.losses.mixture import Mixture
-from tide_megatron.losses.rows import Loss
 from tide_megatron.models.convert import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
-from tide_megatron.train.assemble import Parts, assemble
 from tide_megatron.train.cost import Devices
 from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result
 from tide_megatron.train.metrics import Metrics
@@ -35,6 +32,7 @@ from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
 from tide_megatron.train.sanity import check_teachers
 from tide_megatron.train.saving import make_saver, start_or_resume
+from tide_megatron.train.setup import Setup, set_up
 from tide_megatron.train.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
@@ -61,21 +59,21 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         if is_first():
             check_folder(folder, tree, resume=resume)
     log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
-    parts = assemble(recipe, device)
-    sanity = check_teachers(recipe, parts)
+    setup = set_up(recipe, device)
+    sanity = check_teachers(recipe, setup)
     with fail_together():  # only now: a start that fails leaves nothing behind and discards nothing
         if is_first():
             claim_folder(folder, tree, resume=resume)
-    clock = start_or_resume(recipe, tree, parts)
-    saver = make_saver(recipe, tree, parts)
+    clock = start_or_resume(recipe, tree, setup)
+    saver = make_saver(recipe, tree, setup)
     options = recipe.metrics
-    dtype = parts.run.student.model.config.params_dtype
+    dtype = setup.run.student.model.config.params_dtype
     devices = Devices.of(device, dtype, dist.get_world_size(), told_tflops=options.peak_tflops)
     started, cpu = time.monotonic(), time.process_time()
     with Metrics(
-        options, folder, clock, phases=parts.run.phases, devices=devices, recipe=tree if is_first() else None
+        options, folder, clock, phases=setup.run.phases, devices=devices, recipe=tree if is_first() else None
     ) as metrics:
-        clock, stopped = _loop(recipe, parts, saver, clock, metrics, stop)
+        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop)
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
         result = {
             "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
@@ -86,13 +84,13 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         }
         if stopped:
             return result
-        scores = _evaluate(recipe, parts, clock, metrics)
+        scores = _evaluate(recipe, setup, clock, metrics)
     if scores is not None:
         result |= scores.summary()
-    save_model(parts.run.student.model, folder / MODEL)
+    save_model(setup.run.student.model, folder / MODEL)
     barrier()
     if is_first():
-        parts.tokenizer.save(folder / MODEL)
+        setup.tokenizer.save(folder / MODEL)
         write_context(folder / MODEL, recipe.student.context)
         write_result(folder, result)
         log.info("the student is in %s", folder / MODEL)
@@ -100,10 +98,10 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
 
 
 def _loop(
-    recipe: Recipe, parts: Parts, saver: Saver, clock: Clock, metrics: Metrics, stop: StopFlag
+    recipe: Recipe, setup: Setup, saver: Saver, clock: Clock, metrics: Metrics, stop: StopFlag
 ) -> tuple[Clock, bool]:
     """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
-    run, every, skipped = parts.run, recipe.checkpoints.every, 0
+    run, every, skipped = setup.run, recipe.checkpoints.every, 0
     saved = clock.consumed if clock.consumed else -1
     stopped = False
     while clock.step < clock.total_steps and not stopped:
@@ -114,9 +112,9 @@ def _loop(
             else:
                 saver.poll()
         with run.phases("data"):
-            batches = parts.loader.update(clock.consumed)
+            batches = setup.loader.update(clock.consumed)
         result = train_step(run, batches, clock)
-        clock = clock.after_step(applied=result.update.applied, samples=parts.loader.update_samples)
+        clock = clock.after_step(applied=result.update.applied, samples=setup.loader.update_samples)
         skipped = 0 if result.update.applied else skipped + 1
         _report(metrics, recipe, result, before, clock)
         if skipped >= MOST_SKIPPED:
@@ -132,7 +130,7 @@ def _loop(
                 recipe.evaluation.every
                 and clock.step % recipe.evaluation.every == 0 < clock.total_steps - clock.step
             ):
-                _evaluate(recipe, parts, clock, metrics)
+                _evaluate(recipe, setup, clock, metrics)
             if every and clock.step % every == 0:
                 with run.phases("checkpoint"):
                     saver.begin(clock, result.terms)
@@ -174,25 +172,15 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
         },
         latest={
             "learning_rate": result.update.learning_rate,
-            **{f"lambda/{name}": share for name, share in teacher_shares(recipe.terms, before).items()},
+            **{
+                f"{kind}/{name}": value
+                for name, loss in recipe.terms.items()
+                for kind, value in loss.metrics(before).items()
+            },
         },
         tokens=result.tokens,
         cost=result.cost,
     )
-
-
-def teacher_shares(losses: Mapping[str, Loss], clock: Clock) -> dict[str, float]:
-    """Return the lambda of every term that has one, at noise level t -> 0.
-
-    That is the largest of this moment of the run: where a term lets lambda follow the noise level too, a
-    sample at level t has (1 - t) times as much.
-    """
-    clean = torch.zeros(1)
-    return {
-        name: float(loss.teacher_share(clean, clock))
-        for name, loss in losses.items()
-        if isinstance(loss, Mixture)
-    }
 
 
 def _listed(ids: Sequence[int], most: int = 10) -> str:
@@ -201,16 +189,16 @@ def _listed(ids: Sequence[int], most: int = 10) -> str:
     return ", ".join(map(str, ids[:most])) + more
 
 
-def _evaluate(recipe: Recipe, parts: Parts, clock: Clock, metrics: Metrics) -> Likelihood | None:
+def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> Likelihood | None:
     """Score the student on held-out data, if there is any. All ranks call it."""
-    if parts.held_out is None:
+    if setup.held_out is None:
         return None
-    student, options = parts.run.student, recipe.evaluation
+    student, options = setup.run.student, recipe.evaluation
     levels = Levels(times=options.times, samples=options.samples, microbatch=options.microbatch)
     scorer = ModelScorer(model=student.model, context=student.context, mask_id=student.mask_id)
-    with parts.run.phases("evaluate"):
+    with setup.run.phases("evaluate"):
         student.model.eval()
-        scores = evaluate(scorer, student.context, parts.held_out, levels, parts.run.device)
+        scores = evaluate(scorer, student.context, setup.held_out, levels, setup.run.device)
         student.model.train()
     values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
     assert all(map(math.isfinite, values.values())), "a score is a finite number"

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tide_megatron.base.units import in_bytes
-from tide_megatron.head.cut import Cut
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.holding import held_parameters
 from tide_megatron.models.shard import Shard
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.parallel.vocab_group import VocabGroup
 
 MOST_RANKS = 64
 """So many ranks are drawn, at most; where the pattern repeats earlier, it is drawn once."""
@@ -65,18 +65,18 @@ def _lines(models: Mapping[str, Placed], world: int, head_ranks: int) -> Iterato
     """Say what each rank holds, cell by cell."""
     vocabularies = [model.architecture.vocabulary for model in models.values()]
     for rank in range(world):
-        cut = Cut.of(vocabularies, head_ranks, rank % head_ranks)
-        start, stop = cut.columns(max(vocabularies))
+        group = VocabGroup.of(vocabularies, head_ranks, rank)
+        start, stop = group.columns(max(vocabularies))
         yield [
-            *(_cell(model, rank, world, cut) for model in models.values()),
+            *(_cell(model, rank, world, group) for model in models.values()),
             "all" if head_ranks == 1 else f"{start}-{stop - 1}" if start < stop else "none",
         ]
 
 
-def _cell(model: Placed, rank: int, world: int, cut: Cut) -> str:
+def _cell(model: Placed, rank: int, world: int, group: VocabGroup) -> str:
     """Say which part of a model a rank holds, with its weights' bytes."""
     architecture, layout = model.architecture, model.layout
-    head = None if model.is_student else cut.columns(architecture.vocabulary)
+    head = None if model.is_student else group.columns(architecture.vocabulary)
     shard = Shard.of(layout, rank, world, architecture.layers, head=head)
     words = []
     if layout.pipeline > 1:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.losses.rows import Loss
+from tide_megatron.head.loss import HeadOptions
+from tide_megatron.losses.base import Loss
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.metrics import MetricsOptions, Off
 
@@ -28,18 +29,6 @@ Folder = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Time = Annotated[float, Field(gt=0.0, le=1.0)]
 """A noise level; at 0 nothing is hidden."""
-
-
-def _high_precision(value: object) -> object:
-    """Refuse FP8 by name: softmaxes over a vocabulary do not survive it."""
-    if isinstance(value, str) and value.startswith("fp8"):
-        raise ValueError(
-            f"{value} is refused for vocabulary heads (high precision only): use weights or fp32"
-        )
-    return value
-
-
-HeadPrecision = Annotated[Literal["weights", "fp32"], BeforeValidator(_high_precision)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -193,27 +182,6 @@ class Checkpoints:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Head:
-    """How vocabulary heads and losses are computed (machine choice: it never changes the mathematics)."""
-
-    form: Literal["fused", "plain"] = "fused"
-    """`fused`: values and gradients in one pass over slabs of rows; `plain`: by autograd, with several times
-    the memory (the oracle)."""
-    budget_mib: int | None = Field(default=None, ge=1)
-    """What a slab may take beside weights, hidden rows and their gradients, in MiB; None: 256 on CPU, 6144 on
-    CUDA, less where less is free. Smaller slabs read weights and gradients more often."""
-    precision: HeadPrecision = "weights"
-    """In which the heads' products run: `weights`, the dtype of each model, or `fp32`. Statistics, values and
-    the head's gradient are fp32 always; FP8 is refused for heads."""
-    compiled: bool | None = None
-    """Let torch.compile fuse the elementwise part of each loss; None: on CUDA only (on CPU it takes tens of
-    seconds to compile)."""
-    ranks: int | None = Field(default=None, ge=1)
-    """Ranks over which every head is cut by vocabulary; None: the least common multiple of the teachers'
-    replicas. More hold less of each head, and send more."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """One run."""
 
@@ -234,7 +202,7 @@ class Recipe:
     metrics: MetricsOptions = Field(default_factory=MetricsOptions)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "dense", "structured", "flex"] = "auto"
-    head: Head = Field(default_factory=Head)
+    head: HeadOptions = Field(default_factory=HeadOptions)
     timeout_seconds: float = Field(default=600.0, ge=1.0, le=604_800.0)
     """How long any collective waits for a rank that never comes before the run fails (machine choice)."""
 

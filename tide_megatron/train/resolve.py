@@ -169,7 +169,7 @@ def _build_loss(name: str, options: Any) -> Any:
 
 def _check_listeners(recipe: Recipe) -> None:
     """Refuse a loss whose teacher is not in the recipe, and a teacher nobody listens to."""
-    wanted = {name: loss.teacher for name, loss in recipe.losses.items() if loss.needs_teacher}
+    wanted = {name: loss.teacher for name, loss in recipe.losses.items() if loss.teacher}
     for name, teacher in wanted.items():
         if teacher not in recipe.teachers:
             known = nearest(teacher, recipe.teachers) if recipe.teachers else "the recipe has no teachers"

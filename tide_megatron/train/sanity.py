@@ -16,8 +16,8 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.data.loader import Loader
 from tide_megatron.evaluate.likelihood import Levels, evaluate
 from tide_megatron.teachers.scorer import TeacherScorer
-from tide_megatron.train.assemble import Parts
 from tide_megatron.train.recipe import Recipe
+from tide_megatron.train.setup import Setup
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ COUNTED = 512
 """Samples whose token frequencies are counted."""
 
 
-def check_teachers(recipe: Recipe, parts: Parts) -> list[dict[str, Any]]:
+def check_teachers(recipe: Recipe, setup: Setup) -> list[dict[str, Any]]:
     """Score every teacher on a few samples and refuse one that knows nothing. All ranks call it together.
 
     Returns:
@@ -36,16 +36,16 @@ def check_teachers(recipe: Recipe, parts: Parts) -> list[dict[str, Any]]:
         ConfigError: a teacher is no better than token frequencies and its `sanity` is `refuse`.
     """
     report = []
-    for name, teacher in parts.run.teachers.items():
+    for name, teacher in setup.run.teachers.items():
         choice = recipe.teachers[name]
         if choice.sanity == "off":
             continue
         context = teacher.sight.context
-        loader = _loader_for(name, parts)
+        loader = _loader_for(name, setup)
         own = loader.of_teacher(name, 1 if context.kind == "bidirectional" else context.block_size)
         levels = Levels(times=(TIME,), samples=SAMPLES, microbatch=MICROBATCH)
-        scorer = TeacherScorer(teacher=teacher, head=parts.run.head)
-        scores = evaluate(scorer, context, own, levels, parts.run.device)
+        scorer = TeacherScorer(teacher=teacher, group=setup.run.head.group)
+        scores = evaluate(scorer, context, own, levels, setup.run.device)
         nll = scores.by_time()[0]["nll_per_token"]
         chance = frequency_nll(own, teacher.model.architecture.vocabulary)
         log.info(
@@ -77,11 +77,11 @@ def check_teachers(recipe: Recipe, parts: Parts) -> list[dict[str, Any]]:
     return report
 
 
-def _loader_for(name: str, parts: Parts) -> Loader:
+def _loader_for(name: str, setup: Setup) -> Loader:
     """Return held-out data, unless only the training data was prepared for this teacher's own tokens."""
-    held_out = parts.held_out
-    is_lacking = held_out is not None and name in parts.loader.sides and name not in held_out.sides
-    return parts.loader if held_out is None or is_lacking else held_out
+    held_out = setup.held_out
+    is_lacking = held_out is not None and name in setup.loader.sides and name not in held_out.sides
+    return setup.loader if held_out is None or is_lacking else held_out
 
 
 def frequency_nll(loader: Loader, vocabulary: int) -> float:

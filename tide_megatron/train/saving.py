@@ -15,32 +15,32 @@ from tide_megatron.checkpoint.find import find_checkpoint
 from tide_megatron.checkpoint.load import load_checkpoint
 from tide_megatron.checkpoint.save import Keeping, Saver
 from tide_megatron.parallel.collectives import fail_together
-from tide_megatron.train.assemble import Parts
 from tide_megatron.train.folder import CHECKPOINTS
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, difference, digest, mathematics
+from tide_megatron.train.setup import Setup
 
 log = logging.getLogger(__name__)
 
 
-def origin_of(tree: Tree, parts: Parts) -> Origin:
+def origin_of(tree: Tree, setup: Setup) -> Origin:
     """Say what this run's checkpoints belong to."""
-    return Origin(recipe=tree, recipe_digest=digest(tree), data=parts.loader.columns.manifest.digest)
+    return Origin(recipe=tree, recipe_digest=digest(tree), data=setup.loader.columns.manifest.digest)
 
 
-def make_saver(recipe: Recipe, tree: Tree, parts: Parts) -> Saver:
+def make_saver(recipe: Recipe, tree: Tree, setup: Setup) -> Saver:
     """Build what saves this run."""
-    options, student = recipe.checkpoints, parts.run.student
+    options, student = recipe.checkpoints, setup.run.student
     return Saver(
         Path(recipe.folder) / CHECKPOINTS,
         student.model,
         student.optimizer,
-        origin_of(tree, parts),
+        origin_of(tree, setup),
         Keeping(keep=options.keep, keep_every=options.keep_every, asynchronous=options.asynchronous),
     )
 
 
-def start_or_resume(recipe: Recipe, tree: Tree, parts: Parts) -> Clock:
+def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup) -> Clock:
     """Return the newest whole checkpoint's clock, with the student loaded, or a fresh one. Collective.
 
     Raises:
@@ -48,9 +48,9 @@ def start_or_resume(recipe: Recipe, tree: Tree, parts: Parts) -> Clock:
     """
     found = find_checkpoint(Path(recipe.folder) / CHECKPOINTS)
     with fail_together():
-        clock = checked_clock(found, origin_of(tree, parts)) if found else Clock(total_steps=recipe.steps)
+        clock = checked_clock(found, origin_of(tree, setup)) if found else Clock(total_steps=recipe.steps)
     if found:
-        load_checkpoint(found, parts.run.student.model, parts.run.student.optimizer)
+        load_checkpoint(found, setup.run.student.model, setup.run.student.optimizer)
         log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)
     return clock
 

@@ -19,18 +19,15 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.batch import Batch
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.head.cut import Cut
-from tide_megatron.head.parts import HeadLossForm
-from tide_megatron.losses.rows import Loss, rows_of
+from tide_megatron.head.loss import HeadLoss
+from tide_megatron.losses.rows import rows_of
 from tide_megatron.parallel.collectives import sum_over
-from tide_megatron.parallel.groups import HeadGroup
 from tide_megatron.parallel.ledger import KINDS, LEDGER
 from tide_megatron.teachers.teacher import Teacher
 from tide_megatron.train.cost import Cost
 from tide_megatron.train.counts import count
 from tide_megatron.train.flops import own_cost
 from tide_megatron.train.optimizer import Update
-from tide_megatron.train.shared_rows import share_rows, share_student
 from tide_megatron.train.student import Student
 from tide_megatron.train.watch import AnswerWatch
 
@@ -43,21 +40,18 @@ class Run:
 
     student: Student
     teachers: Mapping[str, Teacher]
-    losses: Mapping[str, Loss]
+    head: HeadLoss
+    """The losses, over heads cut by vocabulary."""
     noiser: Noiser
     phases: Phases
     """The one timer of all parts."""
     device: torch.device
-    head: HeadGroup
-    """The ranks that share every vocabulary head with this one."""
-    cut: Cut
-    """Which ids each of them owns."""
-    head_loss: HeadLossForm
 
     def __post_init__(self) -> None:
-        """Hold the teachers to this run's timer: else what they exchange would count as their own time."""
-        apart = [name for name, teacher in self.teachers.items() if teacher.phases is not self.phases]
-        assert not apart, f"teachers {apart} book their time elsewhere than the run; give both one Phases"
+        """Hold head and teachers to this run's timer: else what they exchange would count elsewhere."""
+        parts = {"head": self.head.phases, **{name: one.phases for name, one in self.teachers.items()}}
+        apart = [name for name, phases in parts.items() if phases is not self.phases]
+        assert not apart, f"{apart} book their time elsewhere than the run; give all one Phases"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,37 +93,30 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         rows = [rows_of(example) for example in noised]
         requests = {name: teacher.request(noised) for name, teacher in run.teachers.items()}
         cost = own_cost(run.student, run.teachers, noised)
-        counts = count(noised, rows, requests, run.losses, run.head, cost)
-    divisors = counts.divisors
-    with run.phases("exchange"):
-        shared = list(share_rows(rows, counts.rows, sorted(batches[0].sides), run.head))
+        counts = count(noised, rows, requests, run.head, cost)
+    gathered = run.head.gather(rows, counts.rows, counts.divisors)
     streams = {name: run.teachers[name].answers(requests[name], counts.asked[name]) for name in requests}
     run.student.clear()
-    watch = AnswerWatch(run.teachers, run.head, counts)
+    watch = AnswerWatch(run.teachers, run.head.group, counts)
     sums: dict[str, Tensor] = {}
-    for example, known in zip(noised, shared, strict=True):
+    for example, known in zip(noised, gathered, strict=True):
         with run.phases("teacher"):
             answers = {name: next(stream) for name, stream in streams.items()}
         watch.keep(answers, example)
         with run.phases("student"):
-            own = run.student.rows(run.student.view(example))
-        with run.phases("exchange"):
-            student = share_student(own, known.sizes, run.cut, run.head)
-        with run.phases("head"):
-            loss = run.head_loss(
-                student, answers, run.losses, known.rows, divisors, clock, group=run.head.group, own=known.own
-            )
+            student = run.student.rows(run.student.view(example))
+        loss = run.head(student, answers, known, clock)
         with run.phases("backward"):
             run.student.release(loss.objective)
         for name, value in loss.sums.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
     with run.phases("optimizer"):
         terms, moved = total(run, sums)
-        objective = sum(run.losses[name].weight * value for name, value in terms.items())
+        objective = sum(run.head.losses[name].weight * value for name, value in terms.items())
         update = run.student.update(clock, finite=math.isfinite(objective))
     return StepResult(
         terms=terms,
-        items={name: float(value) for name, value in divisors.items()},
+        items=dict(counts.divisors),
         objective=objective,
         update=update,
         tokens=counts.tokens,
@@ -149,7 +136,7 @@ def total(run: Run, sums: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[
     Returns:
         The terms; one that nobody had is absent. Bytes by kind, those of this collective not included.
     """
-    names, moved = list(run.losses), LEDGER.take()
+    names, moved = list(run.head.losses), LEDGER.take()
     packed = torch.zeros(2 * len(names) + len(KINDS), dtype=torch.float64, device=run.device)
     for index, name in enumerate(names):
         if name in sums:

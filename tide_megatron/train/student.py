@@ -19,7 +19,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.views import View, trimmed_view
-from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.inputs import HeadInput
 from tide_megatron.models.build import TideModel
 from tide_megatron.train.optimizer import Update, build_optimizer, is_sharded, update
 from tide_megatron.train.recipe import Optimizer

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.inputs import HeadInput
 from tide_megatron.parallel.collectives import gather_objects
-from tide_megatron.parallel.groups import HeadGroup
+from tide_megatron.parallel.vocab_group import VocabGroup
 from tide_megatron.teachers.request import num_rows
 from tide_megatron.train.counts import Counts
 
@@ -25,9 +25,9 @@ from tide_megatron.train.counts import Counts
 class AnswerWatch:
     """Keeps, for one step, what every teacher answered, until it is known whether anybody asks."""
 
-    def __init__(self, teachers: Iterable[str], head: HeadGroup, counts: Counts) -> None:
+    def __init__(self, teachers: Iterable[str], group: VocabGroup, counts: Counts) -> None:
         """Start a step."""
-        self._teachers, self._head, self._counts = list(teachers), head, counts
+        self._teachers, self._group, self._counts = list(teachers), group, counts
         self._kept: list[tuple[Mapping[str, HeadInput], Noised]] = []
 
     def keep(self, answers: Mapping[str, HeadInput], noised: Noised) -> None:
@@ -52,7 +52,7 @@ class AnswerWatch:
         for microbatch, (answers, noised) in enumerate(self._kept):
             answer = answers[name]
             rows = [num_rows(place[microbatch]) for place in self._counts.asked[name]]
-            own = answer.hidden[self._head.own(rows)]
+            own = answer.hidden[self._group.own(rows)]
             sample, _ = noised.reading(name).index
             broken |= set(noised.batch.sample_ids[sample[~own.isfinite().all(dim=1)]].tolist())
         return sorted(broken)

@@ -27,8 +27,7 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.batch import IGNORED, Batch
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.head.cut import Cut
-from tide_megatron.head.fused import fused_head_loss
+from tide_megatron.head.loss import HeadLoss
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.losses.calm import ReverseCalm
 from tide_megatron.losses.cross_entropy import CrossEntropy
@@ -37,8 +36,9 @@ from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import TideModel, build_model
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import Options
-from tide_megatron.parallel.groups import HeadGroup, make_across, make_groups, make_head_group
+from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.parallel.vocab_group import VocabGroup, make_across, make_vocab_group
 from tide_megatron.teachers.request import num_rows
 from tide_megatron.teachers.route import Route
 from tide_megatron.teachers.sight import Sight
@@ -94,31 +94,31 @@ def measure(shapes: Shapes, *, device: Device, stop: StopFlag) -> dict[str, Any]
 
 def make_run(shapes: Shapes, device: Device) -> Run:
     """Build student and teachers in their layouts, with random weights."""
-    head = make_head_group(RANKS)
-    cut = Cut.of([size for _, size in (shapes.student, shapes.dense, shapes.mixture)], head.ranks, head.place)
+    group = make_vocab_group([size for _, size in (shapes.student, shapes.dense, shapes.mixture)], RANKS)
     student = _model(STUDENT, shapes.student, Layout(), shapes, device, trainable=True)
     optimizer = Optimizer(name="sgd", learning_rate=1e-3, distributed=False)
     phases = Phases(device.torch_device)
     return Run(
         student=Student(student, CONTEXT, MASK, optimizer),
         teachers={
-            name: _teacher(name, config, of, layout, (shapes, device, head, cut), phases)
+            name: _teacher(name, config, of, layout, (shapes, device, group), phases)
             for name, config, of, layout in (
                 ("dense", DENSE, shapes.dense, Layout(tensor=2, pipeline=2)),
                 ("mixture", MIXTURE, shapes.mixture, Layout(expert=4)),
             )
         },
-        losses={
-            "ce": CrossEntropy(),
-            "tidal": Tidal(teacher="dense"),
-            "reverse_calm": ReverseCalm(teacher="mixture"),
-        },
+        head=HeadLoss(
+            {
+                "ce": CrossEntropy(),
+                "tidal": Tidal(teacher="dense"),
+                "reverse_calm": ReverseCalm(teacher="mixture"),
+            },
+            group,
+            phases=phases,
+        ),
         noiser=Noiser(seed=1),
         phases=phases,
         device=device.torch_device,
-        head=head,
-        cut=cut,
-        head_loss=fused_head_loss,
     )
 
 
@@ -127,13 +127,13 @@ def _teacher(
     config: dict[str, Any],
     size: tuple[int, int],
     layout: Layout,
-    where: tuple[Shapes, Device, HeadGroup, Cut],
+    where: tuple[Shapes, Device, VocabGroup],
     phases: Phases,
 ) -> Teacher:
-    shapes, device, head, cut = where
-    model = _model(config, size, layout, shapes, device, head=cut.columns(size[1]))
+    shapes, device, group = where
+    model = _model(config, size, layout, shapes, device, head=group.columns(size[1]))
     route = Route(
-        layout=layout, replica=model.groups.mp, across=make_across(layout, head.ranks), place=head.place
+        layout=layout, replica=model.groups.mp, across=make_across(layout, group.size), rank=group.rank
     )
     sight = Sight(context=CONTEXT, mask_id=MASK)
     return Teacher(name, model, sight, route, shared_schedule=2, phases=phases)

@@ -18,9 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from bench.plain_head import TILE, ChunkLikelihoods, Microbatch, Model, MovingTarget, Term
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.link import Link
+from tide_megatron.losses.base import Loss
 from tide_megatron.losses.calm import ReverseCalm
 from tide_megatron.losses.cross_entropy import CrossEntropy
-from tide_megatron.losses.rows import Loss, Rows
+from tide_megatron.losses.rows import Rows
 from tide_megatron.losses.tidal import Tidal
 
 TEACHER = "teacher"
@@ -110,7 +111,7 @@ class Case:
     """All 2l positions of [x_t ; x_0]."""
     teacher: Model
     losses: dict[str, Loss]
-    counts: dict[str, Tensor]
+    counts: dict[str, float]
     gradient: Tensor
     """[vocabulary, hidden size] fp32: what data-parallel training keeps all the time."""
 
@@ -147,13 +148,13 @@ class Case:
     @property
     def term(self) -> Term:
         """The distillation loss in the plain way's words."""
-        loss = next(loss for loss in self.losses.values() if loss.needs_teacher)
+        loss = next(loss for loss in self.losses.values() if loss.teacher)
         if isinstance(loss, Tidal):
             return MovingTarget(
                 temperature=loss.temperature,
                 columns=loss.shared_vocab_size,
                 share=loss.teacher_share(self.text.time, CLOCK),
-                timestep_weight=loss.weight_at(self.text.time),
+                timestep_weight=torch.ones_like(self.text.time),
                 weight=loss.weight,
             )
         assert isinstance(loss, ReverseCalm), f"the plain way has no {loss}"
@@ -218,7 +219,7 @@ def draw_case(setting: Setting) -> Case:
             weight=numbers(0.05, setting.vocabulary, setting.teacher_hidden),
         ),
         losses={"cross_entropy": CrossEntropy(), setting.loss: loss},
-        counts={"cross_entropy": text.maskable.sum().double(), setting.loss: torch.tensor(float(items))},
+        counts={"cross_entropy": float(text.maskable.sum()), setting.loss: float(items)},
         gradient=torch.full((setting.vocabulary, setting.hidden), 0.0),  # zeros() would not touch its pages
     )
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,13 +36,11 @@ from bench.head_case import CLOCK, TEACHER, Case, Setting, draw_case
 from bench.plain_head import Model, plain_head_loss, release_gradients
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.head.cut import Cut
-from tide_megatron.head.fused import fused_head_loss
-from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.plain import head_loss
-from tide_megatron.head.workspace import Workspace
+from tide_megatron.head.gather import GatheredRows
+from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.loss import HeadLoss, HeadOptions
 from tide_megatron.launch.ranks import run_ranks
-from tide_megatron.parallel.exchange import size_of
+from tide_megatron.parallel.vocab_group import VocabGroup
 
 MIB = 2**20
 FACTORS = (1, 2, 4, 8, 16)
@@ -56,7 +55,7 @@ class Way:
     """None: the device's default."""
     threads: int = 1
     rounds: int = 5
-    form: str = "fused"
+    form: Literal["fused", "plain"] = "fused"
     """`fused`, or `plain`: the autograd form that is its oracle."""
     compiled: bool = False
     """Let torch.compile fuse the elementwise parts of the fused form."""
@@ -85,36 +84,46 @@ def plain_work(case: Case) -> Work:
 
 
 def our_work(case: Case, way: Way, group: dist.ProcessGroup | None = None) -> Work:
-    """Return our forward and backward on this rank's columns of both heads and its samples' share.
+    """Return our forward and backward on this rank's samples and its columns of both heads.
 
-    In a group every rank's work is a collective of all.
+    In a group every rank's work is a collective of all; the student's rows are gathered in it.
     """
     hidden, teacher_hidden = case.hidden_rows
-    hidden.requires_grad_(True)
-    ranks, rank = size_of(group), 0 if group is None else group.rank()
-    cut = Cut.of([len(case.student.weight), len(case.teacher.weight)], ranks, rank)
-    parts = []
-    for rows, weight in ((hidden, case.student.weight), (teacher_hidden, case.teacher.weight)):
-        first, last = cut.columns(len(weight))
-        part = HeadInput(hidden=rows, weight=weight[first:last], start=first, vocabulary=len(weight))
-        parts.append(dataclasses.replace(part, gradient=case.gradient[first:last]) if not parts else part)
-    student, answer = parts
+    samples, rows = len(case.text.ids), case.rows
+    vocab = VocabGroup()
+    if group is not None:
+        sizes = [len(case.student.weight), len(case.teacher.weight)]
+        vocab = VocabGroup.of(sizes, group.size(), group.rank(), group)
+    starts = [rank * samples // vocab.size for rank in range(vocab.size + 1)]
+    parts = [
+        int(((rows.sample >= start) & (rows.sample < stop)).sum())
+        for start, stop in itertools.pairwise(starts)
+    ]
+    gathered = GatheredRows(
+        rows=rows, sizes=parts, own=slice(*starts[vocab.rank : vocab.rank + 2]), counts=case.counts
+    )
+    own = hidden[vocab.own(parts)].clone().requires_grad_(True)
+    student = HeadInput(hidden=own, weight=case.student.weight, gradient=case.gradient)
     if way.form == "plain":
         student = dataclasses.replace(student, weight=student.weight.detach().requires_grad_(True))
-    evaluate, rows = _form(way), case.rows
-    samples = len(case.text.ids)
-    own = (rank * samples // ranks, (rank + 1) * samples // ranks)
+    first, last = vocab.columns(len(case.teacher.weight))
+    answer = HeadInput(
+        hidden=teacher_hidden,
+        weight=case.teacher.weight[first:last],
+        start=first,
+        vocabulary=len(case.teacher.weight),
+    )
+    options = HeadOptions(form=way.form, budget_mib=way.budget_mib, compiled=way.compiled)
+    head = HeadLoss(case.losses, vocab, options)  # buffers that it keeps count in the first call's peak
 
     def work() -> Result:
-        hidden.grad = None
-        parts = evaluate(
-            student, {TEACHER: answer}, case.losses, rows, case.counts, CLOCK, group=group, own=own
-        )
+        own.grad = None
+        found = head(student, {TEACHER: answer}, gathered, CLOCK)
         if way.form == "plain":
-            release_gradients(parts.objective, student.weight, student.gradient)
+            release_gradients(found.objective, student.weight, case.gradient)
         else:
-            parts.objective.backward()
-        return _result(parts.objective, hidden)
+            found.objective.backward()
+        return _result(found.objective, own)
 
     return work
 
@@ -122,21 +131,6 @@ def our_work(case: Case, way: Way, group: dist.ProcessGroup | None = None) -> Wo
 def _result(objective: torch.Tensor, hidden: torch.Tensor) -> Result:
     assert hidden.grad is not None, "the objective depends on the student"
     return objective.detach(), hidden.grad
-
-
-def _form(way: Way) -> Callable[..., Any]:
-    """Find the function under measurement."""
-    if way.form == "plain":
-        return head_loss
-    budget = None if way.budget_mib is None else way.budget_mib * MIB
-    workspace = Workspace()  # empty; what it keeps between calls counts in the first call's peak
-
-    def evaluate(*args: Any, **options: Any) -> Any:
-        return fused_head_loss(
-            *args, **options, budget_bytes=budget, workspace=workspace, compiled=way.compiled
-        )
-
-    return evaluate
 
 
 def measure_times(setting: Setting, way: Way) -> dict[str, Any]:

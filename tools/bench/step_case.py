@@ -14,7 +14,6 @@ Texts are random ids of full length, of which 424 in 512 may be hidden; chunks a
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -33,20 +32,19 @@ from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.side import Side
-from tide_megatron.head.cut import Cut
-from tide_megatron.head.fused import fused_head_loss
-from tide_megatron.head.workspace import Workspace
+from tide_megatron.head.loss import HeadLoss
+from tide_megatron.losses.base import Loss
 from tide_megatron.losses.calm import ReverseCalm
 from tide_megatron.losses.cross_entropy import CrossEntropy
-from tide_megatron.losses.rows import Loss
 from tide_megatron.losses.tidal import Tidal
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import TideModel, build_model
 from tide_megatron.models.convert import draw_weights
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import Options
-from tide_megatron.parallel.groups import make_across, make_groups, make_head_group
+from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.parallel.vocab_group import make_across, make_vocab_group
 from tide_megatron.teachers.route import Route
 from tide_megatron.teachers.sight import Sight
 from tide_megatron.teachers.teacher import Teacher
@@ -123,17 +121,16 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
     """
     is_shared = setting.pipeline == "shared"
     size = setting.vocabulary if is_shared else setting.teacher_vocabulary
-    head, layout = make_head_group(head_ranks), Layout()
-    cut = Cut.of([setting.vocabulary, size], head.ranks, head.place)
+    group, layout = make_vocab_group([setting.vocabulary, size], head_ranks), Layout()
     config = setting.config("teacher", DENSE if is_shared else MIXTURE, size)
-    model = _model(config, setting, device, head=cut.columns(size))
+    model = _model(config, setting, device, head=group.columns(size))
     sight = Sight(
         context=BLOCKS if is_shared else Context(kind="bidirectional"),
         mask_id=MASK,
         complementary=Complementary(seed=setting.seed),
     )
     route = Route(
-        layout=layout, replica=model.groups.mp, across=make_across(layout, head.ranks), place=head.place
+        layout=layout, replica=model.groups.mp, across=make_across(layout, group.size), rank=group.rank
     )
     losses: dict[str, Loss] = {"cross_entropy": CrossEntropy()}
     phases = Phases(device.torch_device)
@@ -144,17 +141,10 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
     return Run(
         student=make_student(setting, device),
         teachers={TEACHER: Teacher(TEACHER, model, sight, route, phases=phases)},
-        losses=losses,
+        head=HeadLoss(losses, group, phases=phases),
         noiser=Noiser(seed=setting.seed, whole_chunks_of=() if is_shared else (TEACHER,)),
         phases=phases,
         device=device.torch_device,
-        head=head,
-        cut=cut,
-        head_loss=functools.partial(
-            fused_head_loss,
-            workspace=Workspace(),
-            compiled=device.type == "cuda",  # a run's default
-        ),
     )
 
 
@@ -222,7 +212,7 @@ def _side(setting: Setting, generator: torch.Generator) -> Side:
 def given_of(run: Run, batch: Batch) -> Given:
     """Say what the plain way starts from: the same draws, chunks as the collator's matrices."""
     noised, teacher = run.noiser(batch), run.teachers[TEACHER]
-    reading, loss = noised.reading(TEACHER), run.losses[next(reversed(run.losses))]
+    reading, loss = noised.reading(TEACHER), [*run.head.losses.values()][-1]
     assert teacher.sight.complementary is not None, "both pipelines have complementary views"
     weight = 1 / (noised.time + 1e-6) / batch.maskable.sum()  # the linear schedule's
     term: MovingTarget | ChunkLikelihoods
@@ -231,7 +221,7 @@ def given_of(run: Run, batch: Batch) -> Given:
             temperature=loss.temperature,
             columns=loss.shared_vocab_size,
             share=loss.teacher_share(noised.time, CLOCK),
-            timestep_weight=loss.weight_at(noised.time),
+            timestep_weight=torch.ones_like(noised.time),
             weight=loss.weight,
         )
     else:

@@ -24,8 +24,8 @@ from tide_megatron.diffusion.mask import Context, dense_mask
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.losses.calm import Calm, CalmTidal, ReverseCalm, ReverseCalmTidal
 from tide_megatron.losses.cross_entropy import CrossEntropy
-from tide_megatron.losses.mixture import Mixture
 from tide_megatron.losses.rows import Loss
+from tide_megatron.losses.tidal import Mixture
 
 CROSS_OPTIONS = {
     "tag",

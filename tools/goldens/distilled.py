@@ -30,7 +30,7 @@ from tide_megatron.diffusion.views import (
     plain_view,
     teacher_view,
 )
-from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.plain import head_loss
 from tide_megatron.losses.rows import Loss, rows_of
 

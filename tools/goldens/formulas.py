@@ -16,7 +16,7 @@ from torch import Tensor
 from goldens.row import LOSS_TOLERANCE, Golden, Row
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
-from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.plain import head_loss
 from tide_megatron.losses.calm import Calm, ReverseCalm, chunk_log_likelihoods, likelihood
 from tide_megatron.losses.cross_entropy import gold_log_likelihood

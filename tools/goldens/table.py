@@ -18,7 +18,7 @@ from tide_megatron.diffusion.batch import Batch
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.side import Side
 from tide_megatron.diffusion.views import View
-from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.inputs import HeadInput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from gpu_check.rows import Place
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.train.assemble import Parts, assemble
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, load_recipe
+from tide_megatron.train.setup import Setup, set_up
 from tide_megatron.train.step import StepResult, train_step
 
 RUNS = Path(__file__).parent / "runs"
@@ -58,7 +58,7 @@ def record_steps(recipe: Recipe, *, device: Device, stop: StopFlag) -> dict[str,
         summed over ranks, as `encoded`; `router_gap`: the smallest difference between the last score that was
         chosen and the next, over this rank's tokens of the first step (inf without mixtures).
     """
-    parts = assemble(recipe, device)
+    parts = set_up(recipe, device)
     gaps = watch_routers(parts)
     clock = Clock(total_steps=recipe.steps)
     found: dict[str, Any] = {"steps": []}
@@ -76,7 +76,7 @@ def _figures(result: StepResult) -> dict[str, Any]:
     return {"terms": result.terms, "objective": result.objective, "grad_norm": result.update.grad_norm}
 
 
-def gradients_of(parts: Parts) -> dict[str, Any]:
+def gradients_of(parts: Setup) -> dict[str, Any]:
     """Return what the last step left in DDP's buffers, as `encoded`; clipping would have changed it."""
     parameters = parts.run.student.model.named_parameters()
     return {name: encoded(parameter.main_grad) for name, parameter in parameters}
@@ -95,7 +95,7 @@ def decoded(entry: Mapping[str, Any]) -> Tensor:
     )
 
 
-def watch_routers(parts: Parts) -> list[Tensor]:
+def watch_routers(parts: Setup) -> list[Tensor]:
     """Note the smallest gap of every later call of every teacher's router in the list that is returned."""
     gaps: list[Tensor] = []
     for teacher in parts.run.teachers.values():

@@ -26,10 +26,10 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.launch.ranks import run_ranks
-from tide_megatron.train.assemble import assemble
 from tide_megatron.train.loop import train
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
+from tide_megatron.train.setup import set_up
 from tide_megatron.train.step import train_step
 
 STEPS, STOP, EVERY = 6, 3, 2
@@ -213,7 +213,7 @@ def repeat_operators(recipe: Recipe, *, device: Device, stop: StopFlag) -> dict[
         `seen`: how many operators were called; `changing`: those whose answers differed, sorted. Compiled
         kernels (FlexAttention, fused elementwise parts) and collectives are not seen.
     """
-    parts = assemble(recipe, device)
+    parts = set_up(recipe, device)
     with Repeat() as repeat:
         train_step(parts.run, parts.loader.update(0), Clock(total_steps=recipe.steps))
     return {"seen": len(repeat.seen), "changing": sorted(repeat.changing)}

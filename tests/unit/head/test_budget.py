@@ -7,13 +7,10 @@ import torch
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.memory import free_bytes
-from tide_megatron.head.budget import BUDGET_MIB, MIB, settle_budget
-from tide_megatron.head.parts import HeadInput
+from tide_megatron.head.budget import BUDGET_MIB, MIB, HeadShape, row_bytes, settle_budget
 from tide_megatron.head.slabs import rows_within
 from tide_megatron.head.tiles import fixed_bytes, tiles
-from tide_megatron.head.work import Work
 from tide_megatron.losses.kl import Kl
-from tide_megatron.losses.rows import Rows
 
 GIB = 2**30
 STUDENT, TEACHER = 151_936, 157_184
@@ -21,18 +18,8 @@ STUDENT, TEACHER = 151_936, 157_184
 
 def rows_of_the_papers_pair(device, dtype):
     """Return how many rows a slab of the default budget has: Qwen3-0.6B under LLaDA2-mini, heads whole."""
-    heads = {
-        name: HeadInput(
-            hidden=torch.empty(1, width, dtype=dtype, device="meta"),
-            weight=torch.empty(ids, width, dtype=dtype, device="meta"),
-        )
-        for name, ids, width in (("student", STUDENT, 1024), ("teacher", TEACHER, 2048))
-    }
-    losses = {"kl": Kl(teacher="teacher", shared_vocab_size=STUDENT)}
-    means = (None, False)
-    work = Work(heads.pop("student"), heads, losses, {"kl": torch.ones(())}, None, (None, None), means)
-    numbers = torch.zeros(1, dtype=torch.int64)
-    row = work.row_bytes(Rows(gold=numbers, sample=numbers, time=torch.ones(1), maskable=numbers))
+    heads = {"student": HeadShape(STUDENT, dtype), "teacher": HeadShape(TEACHER, dtype)}
+    row = row_bytes({"kl": Kl(teacher="teacher", shared_vocab_size=STUDENT)}, heads, 1, is_exact=False)
     return rows_within(BUDGET_MIB[device.type] * MIB, row, fixed_bytes(device))
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.parallel.vocabulary_cases import CASES, CLOCK, counts_of, heads_of, hidden_of, losses_of, noised_of
+from tests.unit.head.calls import evaluate
 from tide_megatron.base.errors import ConfigError, TideError
-from tide_megatron.head.fused import fused_head_loss
-from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.plain import head_loss
-from tide_megatron.head.workspace import Workspace
+from tide_megatron.head.gather import GatheredRows
+from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.loss import HeadLoss
 from tide_megatron.losses.kl import Kl
 from tide_megatron.losses.rows import rows_of
 
@@ -35,9 +35,9 @@ def given():
 
 def test_evaluation_writes_nothing(given):
     student = given[0]
-    wanted = head_loss(*given)
+    wanted = evaluate(*given, form="plain")
     quiet = dataclasses.replace(student, hidden=student.hidden.detach(), gradient=None)
-    found = fused_head_loss(quiet, *given[1:])
+    found = evaluate(quiet, *given[1:])
     assert not found.objective.requires_grad
     torch.testing.assert_close(found.objective, wanted.objective.detach())
     for name, value in wanted.sums.items():
@@ -46,14 +46,14 @@ def test_evaluation_writes_nothing(given):
 
 def test_the_weights_gradient_is_added_to_what_is_there(given):
     student = given[0]
-    fused_head_loss(*given)
+    evaluate(*given)
     once = student.gradient.clone()
-    fused_head_loss(*given)
+    evaluate(*given)
     torch.testing.assert_close(student.gradient, 2 * once)
 
 
 def test_the_objective_may_not_be_scaled(given):
-    found = fused_head_loss(*given)
+    found = evaluate(*given)
     with pytest.raises(RuntimeError, match="scaled after it was computed"):
         (2 * found.objective).backward()
 
@@ -61,7 +61,7 @@ def test_the_objective_may_not_be_scaled(given):
 def test_no_term_gives_zero_with_a_graph(given):
     student = given[0]
     counts = {name: torch.tensor(0.0) for name in given[2]}
-    found = fused_head_loss(*given[:4], counts, CLOCK)
+    found = evaluate(*given[:4], counts, CLOCK)
     found.objective.backward()
     assert found.sums == {}
     assert not student.hidden.grad.any()
@@ -72,27 +72,28 @@ def test_a_budget_below_one_row_is_refused(given):
     with pytest.raises(
         ConfigError, match=r"^head\.budget_mib: 1 MiB do not hold .* use at least 10, or more head\.ranks"
     ):
-        fused_head_loss(*given, budget_bytes=2**20)
+        evaluate(*given, budget_mib=1)
 
 
-@pytest.mark.parametrize("form", [head_loss, fused_head_loss])
+@pytest.mark.parametrize("form", ["plain", "fused"])
 def test_rows_that_do_not_belong_together_are_refused(given, form):
     student, answers, *rest = given
     short = answers | {"other": dataclasses.replace(answers["other"], hidden=answers["other"].hidden[1:])}
     with pytest.raises(
         TideError, match=r"^teachers\.other: \d+ hidden rows where the microbatch's rows are \d+; make"
     ):
-        form(student, short, *rest)
+        evaluate(student, short, *rest, form=form)
     with pytest.raises(TideError, match=r"^the student: 3 hidden rows where"):
-        form(dataclasses.replace(student, hidden=student.hidden[:3]), answers, *rest)
+        evaluate(dataclasses.replace(student, hidden=student.hidden[:3]), answers, *rest, form=form)
     with pytest.raises(TideError, match=r"^teachers\.same: a loss listens to it, but it gave no answer"):
-        form(student, {"other": answers["other"]}, *rest)
+        evaluate(student, {"other": answers["other"]}, *rest, form=form)
 
 
-def test_a_workspace_changes_nothing(given):
-    space = Workspace()
-    first = fused_head_loss(*given, workspace=space)
-    second = fused_head_loss(*given, workspace=space)
+def test_a_second_call_finds_buffers_and_gives_the_same(given):
+    student, answers, losses, rows, counts, clock = given
+    head = HeadLoss(losses)
+    rows = GatheredRows.alone(rows, {name: float(count) for name, count in counts.items()})
+    first, second = (head(student, answers, rows, clock) for _ in range(2))
     assert {name: float(value) for name, value in first.sums.items()} == {
         name: float(value) for name, value in second.sums.items()
     }
@@ -108,17 +109,17 @@ def test_no_temperature_but_a_positive_one(temperature):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiled_is_eager(given):
     student = given[0]
-    eager = fused_head_loss(*given)
+    eager = evaluate(*given)
     wanted = student.gradient.clone()
     student.gradient.zero_()
-    compiled = fused_head_loss(*given, compiled=True)
+    compiled = evaluate(*given, compiled=True)
     torch.testing.assert_close(student.gradient, wanted, rtol=1e-5, atol=1e-6)
     for name, value in eager.sums.items():
         torch.testing.assert_close(compiled.sums[name], value, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("is_exact", [False, True])
-def test_bf16_heads_are_the_plain_form_in_the_same_products(given, is_exact):
+@pytest.mark.parametrize("precision", ["weights", "fp32"])
+def test_bf16_heads_are_the_plain_form_in_the_same_products(given, precision):
     student, answers, *rest = given
     half = {"hidden": torch.Tensor.bfloat16, "weight": torch.Tensor.bfloat16}
     answers = {
@@ -128,11 +129,14 @@ def test_bf16_heads_are_the_plain_form_in_the_same_products(given, is_exact):
     hidden = student.hidden.detach().bfloat16().requires_grad_()
     weight = student.weight.bfloat16().requires_grad_()
     by_autograd = dataclasses.replace(student, hidden=hidden, weight=weight)
-    plain = head_loss(by_autograd, answers, *rest, is_exact=is_exact)
+    plain = evaluate(by_autograd, answers, *rest, form="plain", precision=precision)
     plain.objective.backward()
     again = hidden.detach().requires_grad_()
-    fused = fused_head_loss(
-        dataclasses.replace(student, hidden=again, weight=weight.detach()), answers, *rest, is_exact=is_exact
+    fused = evaluate(
+        dataclasses.replace(student, hidden=again, weight=weight.detach()),
+        answers,
+        *rest,
+        precision=precision,
     )
     fused.objective.backward()
     for name, value in plain.sums.items():
@@ -147,5 +151,5 @@ def test_exact_products_differ_from_bf16_ones(given):
     student, answers, *rest = given
     hidden, weight = student.hidden.detach().bfloat16() * 1.01, student.weight.bfloat16()
     rough = dataclasses.replace(student, hidden=hidden, weight=weight, gradient=None)
-    first, second = (fused_head_loss(rough, answers, *rest, is_exact=exact).sums for exact in (False, True))
+    first, second = (evaluate(rough, answers, *rest, precision=name).sums for name in ("weights", "fp32"))
     assert any(float(first[name]) != float(second[name]) for name in first)

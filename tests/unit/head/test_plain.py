@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.head.calls import evaluate
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
-from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.plain import head_loss
+from tide_megatron.head.inputs import HeadInput
 from tide_megatron.losses.calm import Calm, ReverseCalm
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.kl import Kl, ReverseKl
@@ -72,12 +72,12 @@ def terms(vocabulary):
 
 
 def picked(case, names=None):
-    """Run `head_loss` on the case's hidden rows with this microbatch's own counts."""
+    """Run the plain head loss on the case's hidden rows with this microbatch's own counts."""
     losses = {
         name: loss for name, loss in terms(len(case.student[1])).items() if names is None or name in names
     }
     index = case.noised.row_index
-    return head_loss(
+    return evaluate(
         HeadInput(hidden=case.student[0][index], weight=case.student[1]),
         {
             name: HeadInput(hidden=hidden[index], weight=head)
@@ -87,6 +87,7 @@ def picked(case, names=None):
         rows_of(case.noised),
         {name: loss.count(case.noised) for name, loss in losses.items()},
         CLOCK,
+        form="plain",
     )
 
 
@@ -224,13 +225,14 @@ def test_a_rank_without_rows_still_contributes_zero_to_the_sums():
     """Other ranks have rows, so the count is not 0: the term is present here too, with value 0."""
     case = case_of(hidden_share=0.0)
     index = case.noised.row_index
-    parts = head_loss(
+    parts = evaluate(
         HeadInput(hidden=case.student[0][index], weight=case.student[1]),
         {"same": HeadInput(hidden=case.teachers["same"][0][index], weight=case.teachers["same"][1])},
         {"kl": Kl(teacher="same")},
         rows_of(case.noised),
         {"kl": torch.tensor(7.0, dtype=torch.float64)},
         CLOCK,
+        form="plain",
     )
     assert parts.sums["kl"].item() == 0.0
     assert all((grad == 0).all() for grad in gradients(case, parts.objective))
@@ -255,7 +257,7 @@ def test_microbatches_add_up_to_the_whole():
             for name, (hidden, head) in case.teachers.items()
         }
         mine = HeadInput(hidden=case.student[0][chosen][index], weight=case.student[1])
-        return head_loss(mine, answers, losses, rows_of(noised), counts, CLOCK)
+        return evaluate(mine, answers, losses, rows_of(noised), counts, CLOCK, form="plain")
 
     whole = part(slice(0, 2))
     pieces = [part(slice(0, 1)), part(slice(1, 2))]
@@ -276,7 +278,7 @@ def test_the_count_divides_and_the_weight_multiplies_once():
 
     def objective(weight, count):
         loss = CrossEntropy(weight=weight)
-        return head_loss(mine, {}, {"ce": loss}, rows, {"ce": torch.tensor(count)}, CLOCK)
+        return evaluate(mine, {}, {"ce": loss}, rows, {"ce": count}, CLOCK, form="plain")
 
     base = objective(1.0, 8.0)
     assert objective(3.0, 8.0).objective.item() == pytest.approx(3 * base.objective.item())

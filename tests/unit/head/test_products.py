@@ -7,12 +7,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.head import products, work
-from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.products import product
-from tide_megatron.head.tiles import TiledHead
-from tide_megatron.head.work import Work
-from tide_megatron.head.workspace import Workspace
+from tide_megatron.head import fused, tiles
+from tide_megatron.head.gather import GatheredRows
+from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.loss import HeadLoss
+from tide_megatron.head.tiles import product
+from tide_megatron.losses.cross_entropy import CrossEntropy
+from tide_megatron.losses.rows import Rows
 
 ROWS, IDS, WIDTH = 7, 300, 16
 
@@ -45,23 +46,27 @@ def test_a_tiles_gradients_are_such_products_added_without_a_rounding(monkeypatc
         seen.append((left.dtype, right.dtype))
         return left.float() @ right.float()
 
-    monkeypatch.setattr(work, "product", as_on_cuda)
+    monkeypatch.setattr(fused, "product", as_on_cuda)
     draw = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(n, WIDTH, generator=draw).bfloat16() for n in (ROWS, IDS))
-    slope = torch.randn(ROWS, IDS, generator=draw)
-    student = HeadInput(hidden=hidden, weight=weight, gradient=torch.ones(IDS, WIDTH))
-    call = Work(student, {}, {}, {}, Clock(total_steps=1), (None, None), (Workspace(), False))
-    share = call._release(TiledHead(student, hidden, None), slope, 0, IDS)
-    rounded = slope.bfloat16().float()
-    assert torch.equal(share, rounded @ weight.float())
-    assert torch.equal(student.gradient, 1 + rounded.T @ hidden.float())
+    hidden.requires_grad_()
+    student = HeadInput(hidden=hidden, weight=weight, gradient=torch.zeros(IDS, WIDTH))
+    sample = torch.zeros(ROWS, dtype=torch.int64)
+    rows = Rows(gold=torch.arange(ROWS), sample=sample, time=torch.ones(1), maskable=torch.ones(1))
+    head = HeadLoss({"ce": CrossEntropy(timestep_weight="uniform")})
+    found = head(student, {}, GatheredRows.alone(rows, {"ce": ROWS}), Clock(total_steps=1))
+    probabilities = (hidden.detach() @ weight.T).float().softmax(-1)
+    dlogits = ((probabilities - torch.eye(ROWS, IDS)) / ROWS).bfloat16().float()
+    torch.testing.assert_close(student.gradient, dlogits.T @ hidden.detach().float(), rtol=1e-2, atol=1e-5)
+    found.objective.backward()
+    assert hidden.grad.isfinite().all()
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
-    assert call.hidden_gradient.dtype is torch.float32
+    assert (student.gradient != student.gradient.bfloat16().float()).any()
 
 
 def test_a_torch_without_such_products_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(torch.ops.aten.mm, "overloads", lambda: ["default", "out"])
-    products._gives_fp32.cache_clear()
+    tiles._gives_fp32.cache_clear()
     try:
         with FakeTensorMode(), caplog.at_level(logging.WARNING):
             for _ in range(2):
@@ -70,4 +75,4 @@ def test_a_torch_without_such_products_says_so_once(monkeypatch, caplog):
         assert len(caplog.messages) == 1
         assert "rounds each tile of a bf16 head's gradient" in caplog.messages[0]
     finally:
-        products._gives_fp32.cache_clear()
+        tiles._gives_fp32.cache_clear()

@@ -41,7 +41,7 @@ def test_slabs_are_the_microbatch_in_pieces(seed, most, chunked):
     for name in ("t0", "t1"):
         found, pairs = [], []
         for slab in slabs:
-            link, chosen = slab.rows.links[name], slab.answered[name]
+            link, chosen = slab.rows.links[name], slab.theirs[name]
             assert torch.equal(link.gold, whole.links[name].gold[chosen])
             assert len(slab.rows.gold) == slab.stop - slab.start
             moved = [
@@ -70,7 +70,7 @@ def test_a_long_unit_is_cut_anywhere_and_keeps_its_place():
     assert [(part.start, part.stop) for part in parts] == [(4, 8), (8, 12), (12, 15)]
     for part in parts:
         assert torch.equal(part.rows.gold, whole.gold[part.start : part.stop])
-        for name, chosen in part.answered.items():
+        for name, chosen in part.theirs.items():
             assert torch.equal(part.rows.links[name].gold, whole.links[name].gold[chosen])
 
 

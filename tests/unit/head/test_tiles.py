@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from tide_megatron.head import tiles as module
-from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.running import Running, merge
-from tide_megatron.head.tiles import TiledHead, likelihood_statistics, tiles
-from tide_megatron.head.workspace import Workspace
+from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.softmax import OnlineSoftmax, merge
+from tide_megatron.head.tiles import TiledHead, Workspace, likelihood_statistics, tiles
 
 CPU = torch.device("cpu")
 
@@ -41,22 +40,21 @@ def test_tiles_add_up_to_the_whole(small_tiles):
     head = head_of()
     logits = head.hidden @ head.weight.T
     gold = torch.tensor([40, 339, 200, 0, 499, 41, 100])  # the fourth and fifth are elsewhere
-    running, picked = likelihood_statistics(TiledHead(head, head.hidden, None), gold)
-    found = merge([running], [picked], None)
-    normaliser = found.normalisers[0]
-    torch.testing.assert_close(normaliser.maximum + normaliser.log_sum, logits.logsumexp(-1))
+    softmax, picked = likelihood_statistics(TiledHead(head, head.hidden, None), gold)
+    merged = merge([softmax], [picked], None).softmaxes[0]
+    torch.testing.assert_close(merged.maximum + merged.log_sum, logits.logsumexp(-1))
     here = (gold >= 40) & (gold < 340)
     wanted = torch.where(here, logits[torch.arange(7), (gold - 40).clamp(0, 299)], 0.0)
     torch.testing.assert_close(picked, wanted)
 
 
-def test_the_gap_is_the_mean_difference():
+def test_the_difference_is_the_mean_one():
     ours, theirs = torch.randn(2, 4, 90, generator=torch.Generator().manual_seed(1)) * 20
-    running = Running(4, CPU, has_gap=True)
+    softmax = OnlineSoftmax(4, CPU, has_difference=True)
     for start in range(0, 90, 25):
-        running.add(ours[:, start : start + 25], theirs[:, start : start + 25])
-    found = merge([running], [], None)
-    torch.testing.assert_close(found.gaps[0], (ours.softmax(-1) * (ours - theirs)).sum(-1))
+        softmax.add(ours[:, start : start + 25], theirs[:, start : start + 25])
+    found = merge([softmax], [], None)
+    torch.testing.assert_close(found.differences[0], (ours.softmax(-1) * (ours - theirs)).sum(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

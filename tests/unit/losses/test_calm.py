@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from goldens.dense import loss_values
 from tests.unit.losses.pairs import CLOCK, pair, rows_for
 from tide_megatron.losses.calm import (
     Calm,
@@ -60,7 +61,7 @@ def test_value_and_closed_form_gradient_to_logits(kind, temperature):
     student, teacher = pair(rows=7, vocabularies=(9, 11))
     rows = rows_for(student)
     loss = kind(teacher="t", temperature=temperature)
-    values = loss.values(student, teacher, rows, CLOCK)
+    values = loss_values(loss, student, teacher, rows, CLOCK)
     index = torch.arange(7)
     p_s, p_t = (side.detach().double().softmax(-1) for side in (student, teacher))
     s, t = (p[index, rows.gold] ** (1 / temperature) for p in (p_s, p_t))
@@ -80,7 +81,7 @@ def test_there_is_no_factor_of_t_squared():
     student, teacher = pair()
     rows = rows_for(student)
     flat = [
-        Calm(teacher="t", temperature=temperature).values(student, teacher, rows, CLOCK)
+        loss_values(Calm(teacher="t", temperature=temperature), student, teacher, rows, CLOCK)
         for temperature in (50.0, 500.0)
     ]
     assert flat[1].max() < flat[0].max()  # both likelihoods go to 1, and the value to 0
@@ -92,7 +93,7 @@ def test_an_unlikely_token_gets_no_gradient():
     rows = rows_for(student)
     rows.gold[0] = 0
     for kind in (Calm, ReverseCalm):
-        kind(teacher="t").values(student, torch.tensor([[3.0, 0.0]]), rows, CLOCK).sum().backward()
+        loss_values(kind(teacher="t"), student, torch.tensor([[3.0, 0.0]]), rows, CLOCK).sum().backward()
     assert (student.grad == 0).all()
 
 

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from goldens.dense import loss_values
 from tests.unit.diffusion.sides import chunks_of, random_batch
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.losses import LOSSES
+from tide_megatron.losses.base import has_teacher
 from tide_megatron.losses.calm import Calm, CalmTidal, ReverseCalm, ReverseCalmTidal
 from tide_megatron.losses.kl import Kl, ReverseKl
 from tide_megatron.losses.rows import rows_of
@@ -68,7 +70,7 @@ def test_values_are_those_of_every_wholly_hidden_chunk(kind, seed):
     loss = kind(teacher="t0", temperature=TEMPERATURE)
     chunks = list(likelihoods_by_hand(noised, student, teacher))
     assert loss.count(noised) == len(chunks) > 3
-    values = loss.values(student, teacher, rows_of(noised), CLOCK)
+    values = loss_values(loss, student, teacher, rows_of(noised), CLOCK)
     wanted = [value_by_hand(kind, *chunk, loss) for chunk in chunks]
     assert values.tolist() == pytest.approx(wanted, rel=2e-5, abs=2e-6)
 
@@ -79,7 +81,7 @@ def test_gradients_are_the_closed_form(kind):
     noised, student, teacher = case(5, 0.9)
     loss = kind(teacher="t0", temperature=TEMPERATURE)
     rows = rows_of(noised)
-    loss.values(student, teacher, rows, CLOCK).sum().backward()
+    loss_values(loss, student, teacher, rows, CLOCK).sum().backward()
     link = noised.link("t0")
     target, coefficient = [], []
     for time, ours, theirs in likelihoods_by_hand(noised, student, teacher):
@@ -119,7 +121,7 @@ def test_losses_by_id_compare_the_pairs_and_nothing_else(kind):
     loss, rows = kind(teacher="t0"), rows_of(noised)
     link = noised.link("t0")
     assert loss.count(noised) == link.num_pairs > 2
-    found = loss.values(student, teacher, rows, CLOCK)
+    found = loss_values(loss, student, teacher, rows, CLOCK)
     mine, theirs = link.pairs
     for number, (row, other) in enumerate(zip(mine.tolist(), theirs.tolist(), strict=True)):
         alone = type(rows)(
@@ -128,16 +130,18 @@ def test_losses_by_id_compare_the_pairs_and_nothing_else(kind):
             time=rows.time,
             maskable=rows.maskable,
         )
-        (value,) = kind(teacher="x").values(student[row : row + 1], teacher[other : other + 1], alone, CLOCK)
+        (value,) = loss_values(
+            kind(teacher="x"), student[row : row + 1], teacher[other : other + 1], alone, CLOCK
+        )
         torch.testing.assert_close(found[number], value)
     found.sum().backward()
     touched = student.grad.abs().sum(-1) > 0
     assert set(touched.nonzero()[:, 0].tolist()) <= set(mine.tolist())
 
 
-@pytest.mark.parametrize("name", [name for name, kind in LOSSES.items() if kind.needs_teacher])
+@pytest.mark.parametrize("name", [name for name, kind in LOSSES.items() if has_teacher(kind)])
 def test_nothing_aligned_is_nothing_to_count(name):
     noised, student, teacher = case(1, 0.0)
     loss = LOSSES[name](teacher="t0")
     assert loss.count(noised) == 0
-    assert loss.values(student, teacher[:, :40], rows_of(noised), CLOCK).shape == (0,)
+    assert loss_values(loss, student, teacher[:, :40], rows_of(noised), CLOCK).shape == (0,)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from goldens.dense import gold_log_likelihood, loss_values
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
-from tide_megatron.losses.cross_entropy import CrossEntropy, gold_log_likelihood
+from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.rows import rows_of
 
 CLOCK = Clock()
@@ -75,9 +76,9 @@ def test_objective_is_the_weighted_mean_written_out(normalization, timestep_weig
     logits = logits_of(4)
     loss = CrossEntropy(normalization=normalization, timestep_weight=timestep_weight)
     rows = rows_of(noised)
-    total = (loss.coefficients(rows, CLOCK) * loss.values(logits, None, rows, CLOCK)).sum() / loss.count(
-        noised
-    )
+    total = (
+        loss.coefficients(rows, CLOCK) * loss_values(loss, logits, None, rows, CLOCK)
+    ).sum() / loss.count(noised)
     nll = [-float(logits[row].double().log_softmax(-1)[gold]) for row, gold in enumerate((2, 4, 1, 2))]
     weight = [1 / (t + 1e-6) if timestep_weight == "scheduler" else 1.0 for t in (0.5, 0.5, 0.25, 0.25)]
     terms = [w * n for w, n in zip(weight, nll, strict=True)]
@@ -93,7 +94,7 @@ def test_objective_is_the_weighted_mean_written_out(normalization, timestep_weig
 def test_gradient_is_weight_times_p_minus_onehot():
     noised, logits = example(), logits_of(4)
     loss, rows = CrossEntropy(), rows_of(noised)
-    (loss.coefficients(rows, CLOCK) * loss.values(logits, None, rows, CLOCK)).sum().backward()
+    (loss.coefficients(rows, CLOCK) * loss_values(loss, logits, None, rows, CLOCK)).sum().backward()
     onehot = torch.nn.functional.one_hot(rows.gold, 7)
     expected = (1 / (rows.time[rows.sample] + 1e-6))[:, None] * (logits.detach().softmax(-1) - onehot)
     torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=1e-6)
@@ -109,7 +110,7 @@ def test_cosine_schedule_brings_its_own_weight():
 def test_hard_twin_is_the_mean_nll_of_hidden_tokens():
     noised, logits = example(), logits_of(4)
     twin, rows = CrossEntropy(timestep_weight="uniform", normalization="hidden"), rows_of(noised)
-    values = twin.values(logits, None, rows, CLOCK) * twin.coefficients(rows, CLOCK)
+    values = loss_values(twin, logits, None, rows, CLOCK) * twin.coefficients(rows, CLOCK)
     expected = torch.nn.functional.cross_entropy(logits, rows.gold)
     torch.testing.assert_close(values.sum() / twin.count(noised).float(), expected)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from goldens.dense import loss_values
 from tests.unit.losses.pairs import pair, rows_for
 from tide_megatron.base.clock import Clock
 from tide_megatron.losses.kl import Kl
@@ -66,7 +67,7 @@ def test_value_and_closed_form_gradient(temperature, shared, axes):
     student, teacher = pair()
     rows, clock = rows_for(student), Clock(step=37, total_steps=100)
     loss = Tidal(teacher="t", temperature=temperature, shared_vocab_size=shared, axes=axes)
-    values = loss.values(student, teacher, rows, clock)
+    values = loss_values(loss, student, teacher, rows, clock)
     scaled = [side.detach().double()[:, :shared] / temperature for side in (student, teacher)]
     time = torch.tensor([0.2, 0.55, 0.9, 0.2, 0.55], dtype=torch.float64)
     share = {
@@ -88,10 +89,10 @@ def test_share_one_is_forward_kl_and_share_zero_asks_for_nothing():
     student, teacher = pair()
     rows, clock = rows_for(student), Clock(step=1, total_steps=2)
     whole = Tidal(teacher="t", axes="training_only", initial=1.0, maximum=1.0)
-    kl = Kl(teacher="t").values(student, teacher, rows, clock)
-    torch.testing.assert_close(whole.values(student, teacher, rows, clock), kl, atol=1e-5, rtol=1e-5)
+    kl = loss_values(Kl(teacher="t"), student, teacher, rows, clock)
+    torch.testing.assert_close(loss_values(whole, student, teacher, rows, clock), kl, atol=1e-5, rtol=1e-5)
     none = Tidal(teacher="t", axes="training_only", initial=0.0, maximum=0.0)
-    values = none.values(student, teacher, rows, clock)
+    values = loss_values(none, student, teacher, rows, clock)
     values.sum().backward()
     assert values.abs().max() < 1e-5
     assert student.grad.abs().max() < 1e-6
@@ -102,7 +103,7 @@ def test_tiny_targets_are_clamped_inside_the_logarithm():
     student = torch.tensor([[0.0, -25.0]], requires_grad=True)
     teacher = torch.tensor([[0.0, -25.0]])
     loss = Tidal(teacher="t", temperature=1.0, axes="training_only", initial=0.5, maximum=0.5)
-    values = loss.values(student, teacher, rows_for(student), Clock())
+    values = loss_values(loss, student, teacher, rows_for(student), Clock())
     target = math.exp(-25.0)
     assert values.item() == pytest.approx(target * (math.log(1e-8) + 25.0), rel=1e-4, abs=0)
 

@@ -20,11 +20,12 @@ from bench.shapes import LLADA2_MINI, QWEN3_06B, WEDLM_8B
 from tests.small_tokenizer import write_chats, write_tokenizer
 from tide_megatron.base.device import Device
 from tide_megatron.data.prepare import prepare
+from tide_megatron.head import loss as head_loss
 from tide_megatron.models import convert
 from tide_megatron.models.attention import KERNELS
 from tide_megatron.models.flex import CompiledFlex
 from tide_megatron.text.tokenizer import Tokenizer
-from tide_megatron.train import assemble, head_form, residents
+from tide_megatron.train import models, setup
 from tide_megatron.train.resolve import build_recipe
 
 LAYERS = {"num_hidden_layers": 2}
@@ -112,20 +113,23 @@ def without_memory(monkeypatch):
     )
     monkeypatch.setattr(FakeTensor, "expand_as", lambda self, other: GRADIENTLESS, raising=False)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather_of_one)
-    monkeypatch.setattr(residents, "fail_together", contextlib.nullcontext)
+    monkeypatch.setattr(models, "fail_together", contextlib.nullcontext)
     report = convert.LoadReport(parameters=0, tensors_read=0, bytes_read=0)
-    monkeypatch.setattr(residents, "draw_weights", lambda model, seed: report)
-    build = residents.build_residents
+    monkeypatch.setattr(models, "draw_weights", lambda model, seed: report)
+    for name in ("build_student", "build_teacher"):
+        monkeypatch.setattr(setup, name, of_fakes(getattr(models, name)))
 
+
+def of_fakes(build):
     def build_fakes(*given):
         with FakeTensorMode():
             return build(*given)
 
-    monkeypatch.setattr(assemble, "build_residents", build_fakes)
+    return build_fakes
 
 
 def free(monkeypatch, gibibytes):
-    monkeypatch.setattr(head_form, "free_bytes", lambda device: gibibytes * GIB)
+    monkeypatch.setattr(head_loss, "free_bytes", lambda device: gibibytes * GIB)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -134,7 +138,7 @@ def test_default_settings_pass_every_construction(recipe, monkeypatch, kind):
     free(monkeypatch, 60)
     device = Device(type=kind, index=0, backend="gloo", threads=1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: device.torch_device)
-    run = assemble.assemble(recipe, device).run
+    run = setup.set_up(recipe, device).run
     models = {"student": run.student.model} | {name: one.model for name, one in run.teachers.items()}
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     for name, model in models.items():
@@ -149,5 +153,5 @@ def test_default_settings_pass_every_construction(recipe, monkeypatch, kind):
     assert {tensor.dtype for tensor in masters} == {torch.float32}
     heads = {name: one.model.head_weight.shape for name, one in run.teachers.items()}
     assert heads == {"mini": (157_184, 2048), "wedlm": (151_936, 4096)}
-    assert run.head_loss.keywords["budget_bytes"] == {"cpu": 256, "cuda": 6144}[kind] * 2**20
-    assert run.head_loss.keywords["compiled"] is (kind == "cuda")
+    assert run.head._budget_bytes == {"cpu": 256, "cuda": 6144}[kind] * 2**20
+    assert run.head.options.is_compiled(kind) is (kind == "cuda")

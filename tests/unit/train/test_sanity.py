@@ -9,7 +9,6 @@ import torch
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.parallel.groups import HeadGroup
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.teachers.sight import Sight
 from tide_megatron.train import sanity
@@ -65,7 +64,9 @@ def run_check(monkeypatch, samples, nll, choice, held_out=True):
     parts = SimpleNamespace(
         held_out=samples if held_out else None,
         loader=Samples([[9]], [[True]]) if held_out else samples,
-        run=SimpleNamespace(teachers={"big": teacher}, head=HeadGroup(), device=torch.device("cpu")),
+        run=SimpleNamespace(
+            teachers={"big": teacher}, head=SimpleNamespace(group=None), device=torch.device("cpu")
+        ),
     )
     layout = Layout(expert=4)
     recipe = SimpleNamespace(teachers={"big": SimpleNamespace(sanity=choice, layout=layout)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from torch.distributed import ProcessGroup
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import TideError
-from tide_megatron.head.statistics import check_golds
-from tide_megatron.losses.columns import Columns
-from tide_megatron.losses.rows import Loss, Rows
+from tide_megatron.head.gather import GatheredRows
+from tide_megatron.head.softmax import check_golds
+from tide_megatron.losses.base import ColumnLoss, LikelihoodLoss, Loss, teachers_of
+from tide_megatron.losses.rows import Columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class HeadInput:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadLoss:
+class HeadResult:
     """What one microbatch contributes to a step."""
 
     objective: Tensor
@@ -70,49 +70,49 @@ class HeadLoss:
     """Detached fp64 scalars by term: this rank's share of the term's mean, before its weight."""
 
 
-def exactly(student: HeadInput, answers: Mapping[str, HeadInput]) -> tuple[HeadInput, dict[str, HeadInput]]:
-    """Return the same heads, multiplied in fp32."""
-    exact = {name: dataclasses.replace(answer, is_exact=True) for name, answer in answers.items()}
-    return dataclasses.replace(student, is_exact=True), exact
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """One microbatch of a whole vocabulary group, before the heads."""
 
+    student: HeadInput
+    """All the group's rows with this rank's columns of the head, with gradient."""
+    teachers: Mapping[str, HeadInput]
+    """The same of each teacher; no gradient reaches them."""
+    rows: GatheredRows
+    losses: Mapping[str, Loss]
+    """The terms that have something to compare in this step, by name."""
+    clock: Clock
+    """Where the run stands."""
+    group: ProcessGroup | None
 
-def check_rows(
-    student: HeadInput, answers: Mapping[str, HeadInput], losses: Mapping[str, Loss], rows: Rows
-) -> None:
-    """Refuse rows that do not belong together; every rank of a head group has all of them and sees it alike.
+    @property
+    def by_likelihood(self) -> dict[str, LikelihoodLoss]:
+        """The terms over likelihoods."""
+        return {name: loss for name, loss in self.losses.items() if isinstance(loss, LikelihoodLoss)}
 
-    Raises:
-        TideError: naming the model, with both numbers of rows.
-    """
-    told = [("the student", student, rows.gold)]
-    for name in sorted({loss.teacher for loss in losses.values() if loss.teacher is not None}):
-        if name not in answers:
-            raise TideError(
-                f"teachers.{name}: a loss listens to it, but it gave no answer to this microbatch"
-            )
-        told.append((f"teachers.{name}", answers[name], rows.link(name).gold))
-    for name, head, gold in told:
-        if len(head.hidden) != len(gold):
-            raise TideError(
-                f"{name}: {len(head.hidden)} hidden rows where the microbatch's rows are {len(gold)}; make "
-                "views and rows from the same noised batches"
-            )
-        check_golds(gold, head.num_ids, f"{name}: ")
+    @property
+    def by_columns(self) -> dict[str, ColumnLoss]:
+        """The terms over columns."""
+        return {name: loss for name, loss in self.losses.items() if isinstance(loss, ColumnLoss)}
 
+    def check(self) -> None:
+        """Refuse rows that do not belong together; every rank of the group has all of them and sees it alike.
 
-class HeadLossForm(Protocol):
-    """A way to compute the head loss: `plain.head_loss`, or `fused.fused_head_loss` with its budget given."""
-
-    def __call__(  # noqa: PLR0913 - see plain.head_loss
-        self,
-        student: HeadInput,
-        answers: Mapping[str, HeadInput],
-        losses: Mapping[str, Loss],
-        rows: Rows,
-        counts: Mapping[str, Tensor],
-        clock: Clock,
-        *,
-        group: ProcessGroup | None = None,
-        own: tuple[int, int] | None = None,
-    ) -> HeadLoss:
-        """Evaluate every term on one microbatch of a head group; see `plain.head_loss`."""
+        Raises:
+            TideError: naming the model, with both numbers of rows.
+        """
+        rows = self.rows.rows
+        models = [("the student", self.student, rows.gold)]
+        for name in teachers_of(self.losses):
+            if name not in self.teachers:
+                raise TideError(
+                    f"teachers.{name}: a loss listens to it, but it gave no answer to this microbatch"
+                )
+            models.append((f"teachers.{name}", self.teachers[name], rows.link(name).gold))
+        for name, head, gold in models:
+            if len(head.hidden) != len(gold):
+                raise TideError(
+                    f"{name}: {len(head.hidden)} hidden rows where the microbatch's rows are {len(gold)}; "
+                    "make views and rows from the same noised batches"
+                )
+            check_golds(gold, head.num_ids, f"{name}: ")

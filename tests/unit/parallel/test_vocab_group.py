@@ -1,11 +1,13 @@
-"""Head groups: which ranks share the heads, by hand at 8, 16 and 64 ranks; sizes that do not fit."""
+"""Vocabulary groups: which ranks share the heads, which ids each owns, sizes that do not fit."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.parallel.test_layout import lists
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.parallel.head_group import across_replicas, head_group_size, head_groups
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.parallel.vocab_group import VocabGroup, across_replicas, vocab_group_size, vocab_groups
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ from tide_megatron.parallel.layout import Layout
     ],
 )
 def test_sizes_by_hand(layouts, world, wanted, expected):
-    assert head_group_size(layouts, world, wanted) == expected
+    assert vocab_group_size(layouts, world, wanted) == expected
 
 
 @pytest.mark.parametrize(
@@ -40,13 +42,13 @@ def test_sizes_by_hand(layouts, world, wanted, expected):
 )
 def test_sizes_that_do_not_fit(layouts, world, wanted, nearest):
     with pytest.raises(ConfigError, match=f"head.ranks: {wanted} .* {world} ranks.* size is {nearest}$"):
-        head_group_size(layouts, world, wanted)
+        vocab_group_size(layouts, world, wanted)
 
 
 def test_groups_are_aligned_blocks():
-    assert head_groups(8, 4) == lists("0-3, 4-7")
-    assert head_groups(16, 8) == lists("0-7, 8-15")
-    assert head_groups(64, 32) == lists("0-31, 32-63")
+    assert vocab_groups(8, 4) == lists("0-3, 4-7")
+    assert vocab_groups(16, 8) == lists("0-7, 8-15")
+    assert vocab_groups(64, 32) == lists("0-31, 32-63")
 
 
 @pytest.mark.parametrize(
@@ -68,5 +70,38 @@ def test_groups_are_aligned_blocks():
         ),
     ],
 )
-def test_same_seats_by_hand(layout, world, size, table):
+def test_same_places_by_hand(layout, world, size, table):
     assert across_replicas(layout, world, size) == lists(table)
+
+
+def table(vocabularies, ranks):
+    cuts = [VocabGroup.of(vocabularies, ranks, rank) for rank in range(ranks)]
+    return [[cut.columns(size) for cut in cuts] for size in vocabularies]
+
+
+def test_ranges_by_hand():
+    """The widest head sets the ranges; the others own what they have of them."""
+    assert table([211, 190, 320], 4) == [
+        [(0, 80), (80, 160), (160, 211), (211, 211)],
+        [(0, 80), (80, 160), (160, 190), (190, 190)],
+        [(0, 80), (80, 160), (160, 240), (240, 320)],
+    ]
+    assert table([151936, 157184], 8)[0][7] == (137536, 151936)
+    assert table([5], 1) == [[(0, 5)]]
+    assert table([5], 4) == [[(0, 2), (2, 4), (4, 5), (5, 5)]]
+
+
+@given(sizes=st.lists(st.integers(1, 500), min_size=1, max_size=4), ranks=st.integers(1, 9))
+def test_every_id_has_one_owner_and_it_is_the_same_in_all_heads(sizes, ranks):
+    for size, ranges in zip(sizes, table(sizes, ranks), strict=True):
+        assert [number for start, stop in ranges for number in range(start, stop)] == list(range(size))
+        widest = table([max(sizes)], ranks)[0]
+        assert all(
+            (start >= low and stop <= high) or start == stop
+            for (start, stop), (low, high) in zip(ranges, widest, strict=True)
+        )
+
+
+def test_a_head_that_was_not_counted_is_refused():
+    with pytest.raises(AssertionError, match="was not cut"):
+        VocabGroup.of([100], 2, 0).columns(101)

@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run on this rank: data, tokenizers, student, teachers.
+"""From a recipe to what a run needs on this rank: data, tokenizers, student, teachers, head.
 
 Files are read inside `fail_together`, so a fault that one rank sees ends all of them with one message.
 What cannot work (layouts, vocabularies, schedules) is refused before any weight is read.
@@ -11,8 +11,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import tide_megatron.platform  # noqa: F401 - before megatron
-
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device
@@ -23,22 +21,33 @@ from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.schedule import SCHEDULES
-from tide_megatron.losses.cross_entropy import CrossEntropy
-from tide_megatron.losses.shared_vocabulary import SharedVocabulary
+from tide_megatron.head.loss import HeadLoss, check_budget
+from tide_megatron.losses.base import ColumnLoss
 from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.parallel.vocab_group import make_vocab_group
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.text.vocabulary import differing_ids, require_shared
-from tide_megatron.train.head_form import check_head_budget, choose_head_loss
-from tide_megatron.train.plans import ModelPlan, check_layout, check_precision, head_ranks, read_plan, under
+from tide_megatron.train.models import (
+    ModelPlan,
+    build_student,
+    build_teacher,
+    check_layout,
+    check_precision,
+    head_ranks,
+    head_shape,
+    placed,
+    read_plan,
+    under,
+)
+from tide_megatron.train.placement import drawn, placement_table
 from tide_megatron.train.recipe import Recipe
-from tide_megatron.train.residents import build_residents
 from tide_megatron.train.step import Run
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Parts:
+class Setup:
     """Everything a run needs on this rank."""
 
     run: Run
@@ -47,8 +56,8 @@ class Parts:
     tokenizer: Tokenizer
 
 
-def assemble(recipe: Recipe, device: Device) -> Parts:
-    """Build data, student and teachers on this rank. All ranks call it together.
+def set_up(recipe: Recipe, device: Device) -> Setup:
+    """Open the data and build student, teachers and head on this rank. All ranks call it together.
 
     Raises:
         TideError: on every rank alike, naming the key or file and what to do.
@@ -70,10 +79,17 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         loader = _with_vocabularies(loader, plans)
         held_out = held_out and _with_vocabularies(held_out, plans)
         _check_terms(recipe, plans, loader)
-        check_head_budget(recipe, plans, ranks, device)
+        shapes = {name: head_shape(plan, device) for name, plan in plans.items()}
+        check_budget(recipe.head, recipe.terms, shapes, ranks, device)
     phases = Phases(device.torch_device)
-    residents = build_residents(recipe, plans, device, phases)
-    for name, teacher in residents.teachers.items():
+    group = make_vocab_group([plan.architecture.vocabulary for plan in plans.values()], ranks)
+    picture = {name: placed(plan.choice, plan.architecture, device) for name, plan in plans.items()}
+    log.info("%s", drawn(placement_table(picture, world, ranks)))
+    student = build_student(recipe, plans["student"], device)
+    teachers = {
+        name: build_teacher(recipe, name, plan, device, group, phases) for name, plan in readers.items()
+    }
+    for name, teacher in teachers.items():
         reading = loader.sides.get(name)
         log.info(
             "teachers.%s: reads %s; %s view%s",
@@ -83,9 +99,9 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
             f", {teacher.sight.forwards} forward(s)" if teacher.sight.complementary else "",
         )
     run = Run(
-        student=residents.student,
-        teachers=residents.teachers,
-        losses=recipe.terms,
+        student=student,
+        teachers=teachers,
+        head=HeadLoss.build(recipe.terms, group, recipe.head, shapes, device, phases),
         noiser=Noiser(
             seed=recipe.seed,
             schedule=SCHEDULES[recipe.noise.schedule],
@@ -94,11 +110,8 @@ def assemble(recipe: Recipe, device: Device) -> Parts:
         ),
         phases=phases,
         device=device.torch_device,
-        head=residents.head,
-        cut=residents.cut,
-        head_loss=choose_head_loss(recipe, plans, ranks, device),
     )
-    return Parts(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer)
+    return Setup(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer)
 
 
 def open_loader(
@@ -177,24 +190,20 @@ def _kept_whole(recipe: Recipe, loader: Loader) -> tuple[str, ...]:
 def _check_terms(recipe: Recipe, plans: Mapping[str, ModelPlan], loader: Loader) -> None:
     """Refuse losses that do not fit the noise schedule or the vocabularies."""
     student = plans["student"]
+    ours = student.architecture.vocabulary
     for name, loss in recipe.terms.items():
-        if isinstance(loss, CrossEntropy) and loss.schedule != recipe.noise.schedule:
-            raise ConfigError(
-                f"losses.{name}.schedule: {loss.schedule!r} weighs another schedule than noise.schedule "
-                f"{recipe.noise.schedule!r} hides by; set both alike"
-            )
-        if loss.teacher is None:
+        teacher = None if loss.teacher is None else plans[loss.teacher]
+        theirs = None if teacher is None else teacher.architecture.vocabulary
+        with under(f"losses.{name}"):
+            loss.check(recipe.noise.schedule, ours, theirs)
+        if teacher is None or theirs is None:
             continue
-        teacher = plans[loss.teacher]
-        limit = min(student.architecture.vocabulary, teacher.architecture.vocabulary)
-        if isinstance(loss, SharedVocabulary):
-            with under(f"losses.{name}"):
-                limit = loss.columns(student.architecture.vocabulary, teacher.architecture.vocabulary)
-        limit = min(limit, max(student.tokenizer.vocabulary_size, teacher.tokenizer.vocabulary_size))
-        if isinstance(loss, SharedVocabulary):
+        known = max(student.tokenizer.vocabulary_size, teacher.tokenizer.vocabulary_size)
+        if isinstance(loss, ColumnLoss):
+            limit = min(loss.columns(ours, theirs), known)
             require_shared(student.tokenizer, teacher.tokenizer, limit, f"losses.{name}")
         elif loss.teacher not in loader.sides:
-            _check_own_tokens(name, loss.teacher, student, teacher, limit)
+            _check_own_tokens(name, str(loss.teacher), student, teacher, min(ours, theirs, known))
 
 
 def _check_own_tokens(term: str, name: str, student: ModelPlan, teacher: ModelPlan, limit: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from goldens.dense import loss_values
 from tests.unit.losses.pairs import CLOCK, pair, rows_for
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.losses.kl import Kl, ReverseKl
@@ -19,14 +20,14 @@ COMPARING = [Kl, ReverseKl, Tidal]
 def test_unequal_vocabularies_need_a_shared_size(kind, sizes):
     student, teacher = pair(vocabularies=sizes)
     with pytest.raises(ConfigError, match=r"shared_vocab_size.*at most 7.*calm"):
-        kind(teacher="t").values(student, teacher, rows_for(student), CLOCK)
+        loss_values(kind(teacher="t"), student, teacher, rows_for(student), CLOCK)
 
 
 @pytest.mark.parametrize("kind", COMPARING)
 def test_a_shared_size_beyond_a_vocabulary_is_refused(kind):
     student, teacher = pair(vocabularies=(9, 7))
     with pytest.raises(ConfigError, match=r"shared_vocab_size: 8 exceeds .* at most 7"):
-        kind(teacher="t", shared_vocab_size=8).values(student, teacher, rows_for(student), CLOCK)
+        loss_values(kind(teacher="t", shared_vocab_size=8), student, teacher, rows_for(student), CLOCK)
 
 
 @pytest.mark.parametrize("kind", COMPARING)
@@ -34,8 +35,8 @@ def test_unequal_vocabularies_with_a_shared_size(kind):
     """The bigger vocabulary's tail changes nothing, and gets no gradient."""
     student, teacher = pair(vocabularies=(9, 7))
     loss = kind(teacher="t", shared_vocab_size=6)
-    values = loss.values(student, teacher, rows_for(student), CLOCK)
-    cut = kind(teacher="t").values(student[:, :6], teacher[:, :6], rows_for(student), CLOCK)
+    values = loss_values(loss, student, teacher, rows_for(student), CLOCK)
+    cut = loss_values(kind(teacher="t"), student[:, :6], teacher[:, :6], rows_for(student), CLOCK)
     assert torch.equal(values, cut)
     values.sum().backward()
     assert (student.grad[:, 6:] == 0).all()

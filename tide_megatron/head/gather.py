@@ -1,36 +1,94 @@
-"""How `Rows` travel to the ranks of a head group: a vector of integers, described in a few numbers.
+"""How masked rows reach the ranks of a vocabulary group: described once a step, gathered once a microbatch.
 
-The description (`row_sizes`) has the same length on every rank and travels in the step's one count
-collective, so that whoever receives a vector knows its shape without asking the device. Noise levels travel
-as their bits. A rank then joins the rows of all seats into those of one larger microbatch.
+Gold ids, samples, noise levels and the links to every teacher are small integers: a rank packs those of all
+its microbatches into one vector, and one exchange brings the vectors of all ranks to each. The description of
+a vector (`row_sizes`) has the same length on every rank and travels in the step's one count collective, so
+that whoever receives it knows its shape without asking the device. Noise levels travel as their bits. A rank
+then joins the rows of all ranks into those of one larger microbatch. Hidden states follow microbatch by
+microbatch (`head.loss`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tide_megatron.diffusion.link import Link
 from tide_megatron.losses.rows import Rows
+from tide_megatron.parallel.exchange import gather_parts
+from tide_megatron.parallel.vocab_group import VocabGroup
 
 _LINK_SIZES = 6
 
 
-def row_sizes(rows: Rows, names: Sequence[str]) -> list[int]:
-    """Describe how rows are packed: their number, the samples', and six numbers a link.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatheredRows:
+    """One microbatch's masked rows of a whole vocabulary group."""
+
+    rows: Rows
+    """Of all ranks behind each other."""
+    sizes: Sequence[int]
+    """Rows of each rank."""
+    own: slice
+    """This rank's samples in `rows`."""
+    counts: Mapping[str, float]
+    """Divisor of each loss, summed over all ranks and microbatches of the step."""
+
+    @staticmethod
+    def alone(rows: Rows, counts: Mapping[str, float]) -> GatheredRows:
+        """Describe rows that no other rank shares."""
+        return GatheredRows(rows=rows, sizes=(len(rows.gold),), own=slice(0, len(rows.time)), counts=counts)
+
+    def is_own(self, sample: Tensor) -> Tensor:
+        """Say of each sample number whether it is this rank's, [same shape] bool."""
+        return (sample >= self.own.start) & (sample < self.own.stop)
+
+
+def gather_microbatches(
+    mine: Sequence[Rows],
+    sizes: Sequence[Sequence[Sequence[int]]],
+    counts: Mapping[str, float],
+    group: VocabGroup,
+) -> Iterator[GatheredRows]:
+    """Yield the rows of the vocabulary group, microbatch by microbatch. All its ranks call it together.
 
     Args:
-        rows: of one microbatch.
-        names: the teachers that have an entry in `rows.links`, in any order.
-
-    Returns:
-        2 + 6 * names numbers, >= 0.
+        mine: this rank's rows by microbatch; all have links of the same teachers.
+        sizes: [group rank][microbatch] as `row_sizes` has them.
+        counts: divisor of each loss.
+        group: the vocabulary group.
     """
+    if group.group is None:
+        yield from (GatheredRows.alone(rows, counts) for rows in mine)
+        return
+    names = sorted(mine[0].links)
+    lengths = [[num_packed(numbers, names) for numbers in rank] for rank in sizes]
+    packed = torch.cat([pack_rows(rows) for rows in mine])
+    whole = gather_parts(packed, [sum(rank) for rank in lengths], group.group, "rows")
+    by_rank = [
+        torch.split(part, of)
+        for part, of in zip(torch.split(whole, [sum(rank) for rank in lengths]), lengths, strict=True)
+    ]
+    for microbatch in range(len(mine)):
+        parts = [
+            unpack_rows(rank[microbatch], numbers[microbatch], names)
+            for rank, numbers in zip(by_rank, sizes, strict=True)
+        ]
+        yield GatheredRows(
+            rows=join_rows(parts),
+            sizes=[len(part.gold) for part in parts],
+            own=group.own([len(part.time) for part in parts]),
+            counts=counts,
+        )
+
+
+def row_sizes(rows: Rows) -> list[int]:
+    """Describe how rows are packed: their number, the samples', and six numbers a link, in order of names."""
     sizes = [len(rows.gold), len(rows.time)]
-    assert set(names) == set(rows.links), f"links of {sorted(rows.links)}, asked about {sorted(names)}"
-    for name in sorted(names):
+    for name in sorted(rows.links):
         link = rows.links[name]
         sizes += [len(link.gold), link.num_chunks, len(link.student_rows[0]), len(link.teacher_rows[0])]
         sizes += [link.num_pairs, int(link.pairs is not None)]
@@ -80,16 +138,16 @@ def unpack_rows(packed: Tensor, sizes: Sequence[int], names: Sequence[str]) -> R
 
 
 def join_rows(parts: Sequence[Rows]) -> Rows:
-    """Make the rows of several seats those of one microbatch: samples, rows and chunks behind each other.
+    """Make the rows of several ranks those of one microbatch: samples, rows and chunks behind each other.
 
-    Every teacher's answer must be joined in the same order. A teacher without an entry in `links` stays
+    Every teacher's rows must be joined in the same order. A teacher without an entry in `links` stays
     without one.
 
     Args:
-        parts: in the order of seats; all have links of the same teachers.
+        parts: in the order of ranks; all have links of the same teachers.
     """
     names = {name: None for part in parts for name in part.links}
-    assert all(part.links.keys() == names.keys() for part in parts), "seats have links of different teachers"
+    assert all(part.links.keys() == names.keys() for part in parts), "ranks have links of different teachers"
     rows = _before([len(part.gold) for part in parts])
     samples = _before([len(part.time) for part in parts])
     return Rows(

@@ -5,26 +5,26 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tide_megatron.head.parts import HeadInput
-from tide_megatron.head.plain import head_loss
-from tide_megatron.head.score import score_rows
-from tide_megatron.head.statistics import LOWEST, check_golds, exchange_statistics, gold_logits
-from tide_megatron.losses.columns import Columns
+from tests.unit.head.calls import evaluate
+from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.softmax import LOWEST, OnlineSoftmax, check_golds, gold_logits, merge
+from tide_megatron.head.tiles import score_rows
 from tide_megatron.losses.cross_entropy import CrossEntropy
+from tide_megatron.losses.rows import Columns, Rows
 
 
 def test_several_softmaxes_and_golds_of_different_lengths():
     torch.manual_seed(0)
     one, two = torch.randn(4, 7, requires_grad=True), torch.randn(3, 5) * 40
     picked = gold_logits(Columns(logits=two, vocabulary=5), torch.tensor([4, 0, 2]))
-    found = exchange_statistics([one, two], [picked], None)
-    for normaliser, logits in zip(found.normalisers, (one, two), strict=True):
-        torch.testing.assert_close(normaliser.log_probabilities(logits), logits.log_softmax(-1))
+    found = merge([OnlineSoftmax.of(one), OnlineSoftmax.of(two)], [picked], None)
+    for softmax, logits in zip(found.softmaxes, (one, two), strict=True):
+        torch.testing.assert_close(softmax.log_probabilities(logits), logits.log_softmax(-1))
     wanted = two.log_softmax(-1)[torch.arange(3), torch.tensor([4, 0, 2])]
-    torch.testing.assert_close(found.normalisers[1].log_probabilities(found.golds[0]), wanted)
+    torch.testing.assert_close(found.softmaxes[1].log_probabilities(found.golds[0]), wanted)
     assert not found.golds[0].requires_grad
-    assert not found.normalisers[1].log_sum.requires_grad
-    (found.normalisers[0].log_probabilities(one)[:, 2].sum() + found.anchor).backward()
+    assert not found.softmaxes[1].log_sum.requires_grad
+    (found.softmaxes[0].log_probabilities(one)[:, 2].sum() + found.anchor).backward()
     truth = torch.nn.functional.one_hot(torch.tensor(2), 7) - one.detach().softmax(-1)
     torch.testing.assert_close(one.grad, truth)
     assert found.anchor.item() == 0
@@ -33,10 +33,10 @@ def test_several_softmaxes_and_golds_of_different_lengths():
 @pytest.mark.parametrize("level", [-1000.0, 0.0, 1000.0])
 def test_a_shift_of_all_logits_changes_nothing(level):
     logits = torch.tensor([[0.0, 1.0, -2.0]]) + level
-    (normaliser,) = exchange_statistics([logits], [], None).normalisers
-    assert normaliser.maximum.item() == level + 1
+    (softmax,) = merge([OnlineSoftmax.of(logits)], [], None).softmaxes
+    assert softmax.maximum.item() == level + 1
     wanted = torch.tensor([[0.0, 1.0, -2.0]]).log_softmax(-1)
-    torch.testing.assert_close(normaliser.log_probabilities(logits), wanted)
+    torch.testing.assert_close(softmax.log_probabilities(logits), wanted)
 
 
 def test_gold_logits_are_the_owners():
@@ -58,7 +58,7 @@ def test_without_columns_gold_logits_are_zero_and_keep_the_graph():
 def test_an_id_that_no_rank_owns_is_refused(gold):
     columns = Columns(logits=torch.zeros(1, 3), start=5, vocabulary=10)
     with pytest.raises(RuntimeError, match="outside the head's 10 ids"):
-        gold_logits(columns, torch.tensor([gold]))
+        check_golds(torch.tensor([gold]), columns.vocabulary)
 
 
 def test_a_slice_must_lie_in_its_head():
@@ -87,14 +87,9 @@ def test_scores_of_one_rank():
 
 def test_no_term_gives_zero_with_a_graph():
     hidden, weight = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    found = head_loss(
-        HeadInput(hidden=hidden, weight=weight),
-        {},
-        {"ce": CrossEntropy()},
-        None,
-        {"ce": torch.tensor(0.0)},
-        None,
-    )
+    rows = Rows(gold=torch.zeros(2), sample=torch.zeros(2), time=torch.ones(1), maskable=torch.ones(1))
+    student = HeadInput(hidden=hidden, weight=weight)
+    found = evaluate(student, {}, {"ce": CrossEntropy()}, rows, {"ce": 0.0}, None, form="plain")
     found.objective.backward()
     assert found.sums == {}
     assert not hidden.grad.any()

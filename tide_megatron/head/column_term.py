@@ -1,0 +1,105 @@
+"""A term over columns on one slab: its softmaxes while they grow, its values and derivatives tile by tile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.head.softmax import LogSumExp, OnlineSoftmax
+from tide_megatron.losses.base import ColumnLoss
+from tide_megatron.losses.rows import Columns, Distribution, Rows
+
+Logits = Mapping[str | None, Columns]
+"""A tile's logits by model; None is the student."""
+Softmax = tuple[Tensor, Tensor]
+"""Maximum and log of the scaled sum over all columns, ([items], [items]) fp32."""
+TileFunction = Callable[[Tensor, Tensor, Softmax, Softmax, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+"""(student's and target's softened logits of a tile, the softmax of each, row statistic, factors) -> ([items]
+values of these columns, [items, columns] derivatives times factors)."""
+
+
+class ColumnTerm:
+    """A term over columns on one slab: its softmaxes while they grow, and what the exchange made of them."""
+
+    def __init__(self, loss: ColumnLoss, rows: Rows, clock: Clock, count: float) -> None:
+        """Start with no column seen.
+
+        Args:
+            loss: the term.
+            rows: of the slab.
+            clock: where the run stands.
+            count: the term's divisor.
+        """
+        self.loss, self.rows, self.clock = loss, rows, clock
+        self.coefficients = loss.coefficients(rows, clock)  # [pairs]
+        self.factors = self.coefficients * (loss.weight / count)
+        self.values = torch.zeros_like(self.coefficients, dtype=torch.float64)
+        pairs, device = len(self.coefficients), rows.gold.device
+        self.student = OnlineSoftmax(pairs, device, has_difference=loss.row_statistic == "kl")
+        self.target = OnlineSoftmax(pairs, device)
+        self.merged: tuple[LogSumExp, LogSumExp]
+        self.row = torch.zeros(pairs, device=device) if loss.row_statistic == "sum" else None
+        """[pairs] the row statistic that the loss asks for."""
+
+    def softened(self, made: Logits) -> tuple[Tensor, Tensor]:
+        """Return both sides' logits over T in a tile."""
+        return self.loss.softened(made[None], made[self.loss.teacher], self.rows, self.clock)
+
+    def add(self, made: Logits) -> None:
+        """Take in a tile's statistics."""
+        ours, target = self.softened(made)
+        self.student.add(ours, target)
+        self.target.add(target)
+
+    def know(self, student: LogSumExp, target: LogSumExp, difference: Tensor | None) -> None:
+        """Take in what the exchange told; a mean difference of logits becomes KL(student || target)."""
+        self.merged = (student, target)
+        if difference is not None:
+            self.row = difference - (student.maximum - target.maximum) - (student.log_sum - target.log_sum)
+
+    def add_row_sum(self, made: Logits) -> None:
+        """Add a tile's share to the sum that comes with the second exchange."""
+        student, target = (
+            Distribution(softmax.log_probabilities(logits))
+            for softmax, logits in zip(self.merged, self.softened(made), strict=True)
+        )
+        assert self.row is not None, "only a term that asks for a sum has one"
+        self.row += self.loss.row_sum(student, target)
+
+    def evaluate(self, made: Logits, *, compiled: bool) -> Tensor | None:
+        """Add a tile's values; return the objective's derivative by its logits, [pairs, compared columns]."""
+        ours, target = self.softened(made)
+        if not ours.shape[1]:
+            return None
+        softmaxes = [(softmax.maximum, softmax.log_sum) for softmax in self.merged]
+        value, dlogits = column_tile(self.loss, compiled=compiled)(
+            ours, target, *softmaxes, self.row, self.factors
+        )
+        self.values += value
+        return dlogits
+
+
+@functools.lru_cache(maxsize=64)
+def column_tile(loss: ColumnLoss, *, compiled: bool) -> TileFunction:
+    """Return a term's function of a tile; compiled once per loss and process.
+
+    Whether a compiler pays is a matter of device and size: on CUDA it does, on CPU it takes tens of seconds
+    to compile and then saves a part of the time (docs/head_loss.md has figures).
+    """
+
+    def tile(
+        ours: Tensor, target: Tensor, our: Softmax, their: Softmax, row: Tensor | None, factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # In place where a number is not needed again: fresh memory costs as much as the arithmetic.
+        student = Distribution((ours - our[0][:, None]).sub_(our[1][:, None]))
+        other = Distribution((target - their[0][:, None]).sub_(their[1][:, None]))
+        value = loss.value(student, other)
+        return value, loss.slope(student, other, row).mul_(factors[:, None])
+
+    # Rows and the last tile's columns vary: one compilation serves all sizes.
+    function: TileFunction = torch.compile(tile, dynamic=True) if compiled else tile
+    return function

@@ -1,0 +1,244 @@
+"""The head loss of a run: all terms, over heads cut by vocabulary; built once, called once a microbatch.
+
+Every rank of a vocabulary group has ALL the group's hidden rows and its own columns of every head. The result
+of a call is this rank's SHARE, and the shares of all ranks add up: of a loss over columns what its columns
+give for all items, of one over likelihoods the items of its own samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.base.device import Device
+from tide_megatron.base.memory import free_bytes
+from tide_megatron.base.phases import Phases
+from tide_megatron.head.budget import BUDGET_MIB, MIB, HeadShape, row_bytes, settle_budget
+from tide_megatron.head.fused import fused_head_loss
+from tide_megatron.head.gather import GatheredRows, gather_microbatches
+from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
+from tide_megatron.head.plain import plain_head_loss
+from tide_megatron.head.slabs import rows_within
+from tide_megatron.head.tiles import Workspace, fixed_bytes
+from tide_megatron.losses.base import Loss
+from tide_megatron.losses.rows import Rows
+from tide_megatron.parallel.collectives import gather_vectors
+from tide_megatron.parallel.exchange import gather_rows
+from tide_megatron.parallel.vocab_group import VocabGroup
+
+log = logging.getLogger(__name__)
+
+
+def _high_precision(value: object) -> object:
+    """Refuse FP8 by name: softmaxes over a vocabulary do not survive it."""
+    if isinstance(value, str) and value.startswith("fp8"):
+        raise ValueError(
+            f"{value} is refused for vocabulary heads (high precision only): use weights or fp32"
+        )
+    return value
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class HeadOptions:
+    """How vocabulary heads and losses are computed (machine choice: it never changes the mathematics)."""
+
+    form: Literal["fused", "plain"] = "fused"
+    """`fused`: values and gradients in one pass over slabs of rows; `plain`: by autograd, with several times
+    the memory (the oracle)."""
+    budget_mib: int | None = Field(default=None, ge=1)
+    """What a slab may take beside weights, hidden rows and their gradients, in MiB; None: 256 on CPU, 6144 on
+    CUDA, less where less is free. Smaller slabs read weights and gradients more often."""
+    precision: Annotated[Literal["weights", "fp32"], BeforeValidator(_high_precision)] = "weights"
+    """In which the heads' products run: `weights`, the dtype of each model, or `fp32`. Statistics, values and
+    the head's gradient are fp32 always; FP8 is refused for heads."""
+    compiled: bool | None = None
+    """Let torch.compile fuse the elementwise part of each loss; None: on CUDA only (on CPU it takes tens of
+    seconds to compile)."""
+    ranks: int | None = Field(default=None, ge=1)
+    """Ranks over which every head is cut by vocabulary; None: the least common multiple of the teachers'
+    replicas. More hold less of each head, and send more."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all products run in fp32."""
+        return self.precision == "fp32"
+
+    def is_compiled(self, device: str) -> bool:
+        """Say whether the elementwise parts are compiled on this kind of device."""
+        return device == "cuda" if self.compiled is None else self.compiled
+
+
+class HeadLoss:
+    """The terms of a run, and how they are evaluated; all ranks of a vocabulary group use it together."""
+
+    def __init__(
+        self,
+        losses: Mapping[str, Loss],
+        group: VocabGroup | None = None,
+        options: HeadOptions | None = None,
+        *,
+        budget_bytes: int | None = None,
+        phases: Phases | None = None,
+    ) -> None:
+        """Take the terms.
+
+        Args:
+            losses: by name.
+            group: who owns which ids; None: one rank owns all.
+            options: form, precision, compilation.
+            budget_bytes: of a slab, equal on all ranks; None: `options.budget_mib`, or the device's default.
+            phases: the run's timer; None: one that nobody reads.
+        """
+        self.losses = losses
+        self.group = VocabGroup() if group is None else group
+        self.options = HeadOptions() if options is None else options
+        self.phases = Phases() if phases is None else phases
+        self._budget_bytes = budget_bytes
+        self._workspace = Workspace()
+
+    @classmethod
+    def build(
+        cls,
+        losses: Mapping[str, Loss],
+        group: VocabGroup,
+        options: HeadOptions,
+        heads: Mapping[str, HeadShape],
+        device: Device,
+        phases: Phases,
+    ) -> HeadLoss:
+        """Choose how a run's head loss is computed, and log it. All ranks of the world call it together.
+
+        Call it when all models are built, and before the first step: what is free then is what a slab may
+        take.
+
+        Args:
+            losses: the terms by name.
+            group: who owns which ids.
+            options: the recipe's `head`.
+            heads: of `student` and every teacher by name.
+            device: of this rank.
+            phases: the run's timer.
+
+        Raises:
+            ConfigError: on every rank alike, for a budget above what some rank has free.
+        """
+        words = ", products in fp32" if options.is_exact else ""
+        if options.form == "plain":
+            log.info("head loss: plain, by autograd%s", words)
+            return cls(losses, group, options, phases=phases)
+        words += ", compiled" if options.is_compiled(device.type) else ""
+        least_bytes = fixed_bytes(device.torch_device) + row_bytes(
+            losses, heads, group.size, options.is_exact
+        )
+        free = gather_vectors([float(free_bytes(device.torch_device))])[:, 0].tolist()
+        budget = settle_budget(options.budget_mib, BUDGET_MIB[device.type], least_bytes, free, device.type)
+        log.info("head loss: fused, slabs of %d MiB%s", budget // MIB, words)
+        return cls(losses, group, options, budget_bytes=budget, phases=phases)
+
+    def gather(
+        self, mine: Sequence[Rows], sizes: Sequence[Sequence[Sequence[int]]], counts: Mapping[str, float]
+    ) -> list[GatheredRows]:
+        """Bring the masked rows of a step to all ranks of the group, which call it together.
+
+        Args:
+            mine: this rank's rows by microbatch.
+            sizes: [group rank][microbatch] as `gather.row_sizes` describes them.
+            counts: each term's divisor, summed over all ranks and microbatches of the step. A term whose
+                count
+                is 0 is absent from the results, never NaN.
+        """
+        with self.phases("exchange"):
+            return list(gather_microbatches(mine, sizes, counts, self.group))
+
+    def __call__(
+        self, student: HeadInput, teachers: Mapping[str, HeadInput], rows: GatheredRows, clock: Clock
+    ) -> HeadResult:
+        """Evaluate every term on one microbatch of each rank. All ranks of the group call it together.
+
+        They run its backward together too, also those without rows, columns or items: it is a collective
+        where there is a group.
+
+        Args:
+            student: this rank's rows with the whole head, with gradient; in the fused form also `gradient`,
+                an
+                fp32 buffer to which the weight's gradient is added at once.
+            teachers: all the group's rows of each teacher with this rank's columns of its head.
+            rows: from `gather`; there may be none, then the objective is 0 with a graph.
+            clock: where the run stands.
+
+        Raises:
+            TideError: rows and hidden states do not belong together.
+            ConfigError: the budget does not hold one row.
+        """
+        with self.phases("exchange"):
+            student = self._shared(student, rows)
+        with self.phases("head"):
+            if self.options.is_exact:
+                student = dataclasses.replace(student, is_exact=True)
+                teachers = {name: dataclasses.replace(head, is_exact=True) for name, head in teachers.items()}
+            losses = {name: loss for name, loss in self.losses.items() if rows.counts[name] != 0}
+            batch = Microbatch(
+                student=student,
+                teachers=teachers,
+                rows=rows,
+                losses=losses,
+                clock=clock,
+                group=self.group.group,
+            )
+            if losses:
+                batch.check()
+            return plain_head_loss(batch) if self.options.form == "plain" else self._fused(batch)
+
+    def _shared(self, student: HeadInput, rows: GatheredRows) -> HeadInput:
+        """Gather the student's hidden rows and keep this rank's columns of its head, both with gradient."""
+        if self.group.group is None:
+            return student
+        start, stop = self.group.columns(len(student.weight))
+        return HeadInput(
+            hidden=gather_rows(student.hidden, rows.sizes, self.group.group),
+            weight=student.weight[start:stop],
+            start=start,
+            vocabulary=len(student.weight),
+            gradient=None if student.gradient is None else student.gradient[start:stop],
+        )
+
+    def _fused(self, batch: Microbatch) -> HeadResult:
+        device = batch.student.hidden.device.type
+        budget = self._budget_bytes or (self.options.budget_mib or BUDGET_MIB[device]) * MIB
+        return fused_head_loss(
+            batch,
+            budget_bytes=budget,
+            workspace=self._workspace,
+            compiled=self.options.is_compiled(device),
+        )
+
+
+def check_budget(
+    options: HeadOptions,
+    losses: Mapping[str, Loss],
+    heads: Mapping[str, HeadShape],
+    ranks: int,
+    device: Device,
+) -> None:
+    """Refuse a budget that does not hold one row, before any weight is read. Not a collective.
+
+    Args:
+        options: the recipe's `head`.
+        losses: the terms by name.
+        heads: of `student` and every teacher by name.
+        ranks: of a vocabulary group.
+        device: of this rank.
+
+    Raises:
+        ConfigError: naming `head.budget_mib`, the value and what is needed.
+    """
+    if options.form == "plain":
+        return
+    budget = (options.budget_mib or BUDGET_MIB[device.type]) * MIB
+    rows_within(budget, row_bytes(losses, heads, ranks, options.is_exact), fixed_bytes(device.torch_device))

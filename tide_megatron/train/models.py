@@ -1,0 +1,212 @@
+"""The models of a run: read and checked before any weight is, then built, each with groups of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+from tide_megatron.base.device import Device
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.phases import Phases
+from tide_megatron.diffusion.complementary import Complementary
+from tide_megatron.head.budget import HeadShape
+from tide_megatron.models.architecture import Architecture
+from tide_megatron.models.build import TideModel, build_model, check_available, check_widths
+from tide_megatron.models.convert import draw_weights, load_model, read_architecture
+from tide_megatron.models.precision import Precision
+from tide_megatron.models.spec import Options
+from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.parallel.groups import make_groups
+from tide_megatron.parallel.vocab_group import VocabGroup, make_across, vocab_group_size
+from tide_megatron.teachers.route import Route
+from tide_megatron.teachers.sight import Sight
+from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.train.placement import Placed
+from tide_megatron.train.recipe import Model, Recipe, StudentModel
+from tide_megatron.train.student import Student
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """A model of the recipe, read but not built."""
+
+    key: str
+    choice: Model
+    architecture: Architecture
+    tokenizer: Tokenizer
+
+
+def read_plan(choice: Model, key: str) -> ModelPlan:
+    """Read a model's config and tokenizer, and check that the vocabulary has a row for every id."""
+    folder = Path(choice.folder)
+    architecture = read_architecture(folder)
+    tokenizer = Tokenizer.load(folder, mask=choice.mask)
+    if tokenizer.vocabulary_size > architecture.vocabulary:
+        raise ConfigError(
+            f"{key}.folder: the tokenizer in {folder} has {tokenizer.vocabulary_size} ids (mask token "
+            f"{choice.mask!r} is id {tokenizer.mask_id}), the model only {architecture.vocabulary} rows; "
+            f"set {key}.mask to a token the model knows"
+        )
+    return ModelPlan(key=key, choice=choice, architecture=architecture, tokenizer=tokenizer)
+
+
+def check_layout(choice: Model, architecture: Architecture, world: int, key: str) -> None:
+    """Refuse a layout that cannot be, naming the key of the model it belongs to."""
+    with under(key):
+        choice.layout.check(
+            world,
+            heads=architecture.heads,
+            groups=architecture.query_groups,
+            experts=architecture.num_experts,
+            layers=architecture.layers,
+        )
+        check_available(choice.layout, trainable=isinstance(choice, StudentModel))
+        check_widths(architecture, choice.layout)
+
+
+def head_ranks(recipe: Recipe, world: int) -> int:
+    """Return how many ranks share the vocabulary heads of a run; the teachers' layouts are checked.
+
+    Raises:
+        ConfigError: `head.ranks` does not fit.
+    """
+    return vocab_group_size([model.layout for model in recipe.teachers.values()], world, recipe.head.ranks)
+
+
+def check_precision(plan: ModelPlan, device: Device) -> None:
+    """Refuse a number format that the device does not have, naming the key of the model it belongs to."""
+    with under(plan.key):
+        Precision.on(plan.choice.precision, device)
+
+
+def head_shape(plan: ModelPlan, device: Device) -> HeadShape:
+    """Say what a model's logits take."""
+    return HeadShape(plan.architecture.vocabulary, Precision.on(plan.choice.precision, device).dtype)
+
+
+def placed(choice: Model, architecture: Architecture, device: Device) -> Placed:
+    """Say of a model what the placement picture needs."""
+    return Placed(
+        architecture=architecture,
+        layout=choice.layout,
+        bytes_per_parameter=Precision.on(choice.precision, device).dtype.itemsize,
+        is_student=isinstance(choice, StudentModel),
+    )
+
+
+@contextlib.contextmanager
+def under(key: str) -> Iterator[None]:
+    """Put the key of the recipe's part before what a lower layer says of its field."""
+    try:
+        yield
+    except ConfigError as fault:
+        raise ConfigError(f"{key}.{fault}") from None
+
+
+def build_student(recipe: Recipe, plan: ModelPlan, device: Device) -> Student:
+    """Build the student with its weights, data-parallel wrapper and optimizer. All ranks call it together.
+
+    Raises:
+        TideError: on every rank alike, for weights that do not fit or cannot be read.
+    """
+    return Student(
+        _build(recipe, plan, device), recipe.student.context, plan.tokenizer.mask_id, recipe.optimizer
+    )
+
+
+def build_teacher(
+    recipe: Recipe, name: str, plan: ModelPlan, device: Device, group: VocabGroup, phases: Phases
+) -> Teacher:
+    """Build a teacher: its model, how it sees a microbatch, how its rows travel. All ranks call it together.
+
+    Args:
+        recipe: the run.
+        name: the teacher's.
+        plan: its model; the layout is checked.
+        device: where to.
+        group: who owns which ids of the heads.
+        phases: the run's timer, in which teachers book what they exchange.
+
+    Raises:
+        TideError: on every rank alike, for weights that do not fit or cannot be read.
+    """
+    model = _build(recipe, plan, device, group.columns(plan.architecture.vocabulary))
+    layout, experts = plan.choice.layout, plan.architecture.num_experts
+    route = Route(
+        layout=layout, replica=model.groups.mp, across=make_across(layout, group.size), rank=group.rank
+    )
+    if layout.tensor > 1 and experts:
+        log.info(
+            "%s: each token passes its experts %d times (frozen models have no sequence parallelism); "
+            "pipeline or expert ranks instead of tensor ranks would not cost that",
+            plan.key,
+            layout.tensor,
+        )
+    return Teacher(
+        name,
+        model,
+        _sight(recipe, name, plan),
+        route,
+        shared_schedule=recipe.teachers[name].shared_schedule,
+        phases=phases,
+    )
+
+
+def _sight(recipe: Recipe, name: str, plan: ModelPlan) -> Sight:
+    """Say how a teacher sees a microbatch."""
+    choice = recipe.teachers[name]
+    is_split = choice.view == "complementary"
+    return Sight(
+        context=choice.context,
+        mask_id=plan.tokenizer.mask_id,
+        complementary=Complementary(seed=recipe.seed, share=choice.shown_share) if is_split else None,
+        forwards=2 if choice.forwards == "two" else 1,
+    )
+
+
+def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int] | None = None) -> TideModel:
+    """Build one model and fill it from its folder or from the seed. All ranks call it together.
+
+    Args:
+        recipe: the run.
+        plan: the model.
+        device: where to.
+        head: which ids' rows of its output head this rank holds; None: all.
+    """
+    choice = plan.choice
+    is_student = isinstance(choice, StudentModel)
+    options = Options(
+        device=device,
+        layout=choice.layout,
+        precision=Precision.on(choice.precision, device),
+        trainable=is_student,
+        attention=recipe.attention,
+        head=head,
+        recompute=choice.recompute if isinstance(choice, StudentModel) else False,
+        router_bias_rate=choice.router_bias_rate if isinstance(choice, StudentModel) else 0.0,
+    )
+    model = build_model(plan.architecture, make_groups(choice.layout), options)
+    with fail_together():
+        if choice.initial == "random":
+            report = draw_weights(model, recipe.seed)
+        else:
+            report = load_model(model, Path(choice.folder), verify=choice.verify)
+    log.info(
+        "%s: %s, %s, layout %s, context %s, %d parameters on this rank, %d bytes read",
+        plan.key,
+        plan.architecture.model_type,
+        options.precision.name,
+        choice.layout,
+        choice.context.kind,
+        report.parameters,
+        report.bytes_read,
+    )
+    return model
