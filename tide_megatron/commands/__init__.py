@@ -22,6 +22,7 @@ from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.doctor import doctor
 from tide_megatron.commands.export import export
 from tide_megatron.commands.prepare import prepare
+from tide_megatron.commands.recipe import recipe
 from tide_megatron.commands.sample import sample
 from tide_megatron.commands.train import train
 from tide_megatron.launch.failure import RanksFailed
@@ -29,6 +30,7 @@ from tide_megatron.launch.failure import RanksFailed
 VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "train": train,
+    "recipe": recipe,
     "sample": sample,
     "export": export,
     "doctor": doctor,

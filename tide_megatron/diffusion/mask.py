@@ -15,16 +15,21 @@ from pydantic import Field
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.base.options import Paper
 
 ContextKind = Literal["bidirectional", "block_causal", "block_diffusion"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """A context kind with its block size in tokens (ignored by `bidirectional`)."""
+    """What a token may attend to."""
 
-    kind: ContextKind
-    block_size: Annotated[int, Field(ge=1)] = 32  # said again for recipes, whose message names the whole key
+    kind: Annotated[ContextKind, Paper("student: block_diffusion")]
+    """`bidirectional`: everything; `block_causal`: its own block and those before it; `block_diffusion`: the
+    model reads [x_t ; x_0], and a noised block sees itself and the clean blocks before it."""
+    # The bound is said again, for recipes, whose message names the whole key.
+    block_size: Annotated[int, Field(ge=1), Paper("32")] = 32
+    """Tokens of a block; `bidirectional` has none."""
 
     def __post_init__(self) -> None:
         """Refuse unknown kinds and empty blocks."""

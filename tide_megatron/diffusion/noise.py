@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.options import STRICT, Paper
 from tide_megatron.diffusion.batch import Batch, Noised
-from tide_megatron.diffusion.schedule import Linear, Schedule
+from tide_megatron.diffusion.schedule import SCHEDULES, ScheduleName
 from tide_megatron.diffusion.side import hide_whole_chunks
 
 TIME_STREAM = "time"
@@ -80,25 +83,32 @@ def uniforms(seed: int, epoch: Tensor, sample_id: Tensor, stream: str, index: Te
     return _shift_right(state, 40).to(torch.float32) * 2.0**-24
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoiseOptions:
+    """The forward process (spec section 1)."""
+
+    schedule: Annotated[ScheduleName, Paper("linear")] = "linear"
+    """How likely a token is masked at noise level t: `linear`: t; `cosine`: cos(pi/2 (1 - t))."""
+    time_epsilon: float = Field(default=1e-3, ge=0.0, lt=1.0)
+    """Smallest noise level (reference: 0.001)."""
+    chunk_hiding: Annotated[Literal["whole", "as_drawn"], Paper("whole")] = "whole"
+    """Where a teacher has its own tokens: `whole` masks a chunk whole as soon as one of its tokens is drawn
+    (the paper's rule, which masks more than the noise level says); `as_drawn` masks what was drawn, and only
+    chunks that happen to be masked whole enter a loss."""
+    chunks_of: tuple[str, ...] | None = None
+    """Sides of the data whose chunks `whole` keeps together; None: those that the teachers read."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noiser:
     """Hides tokens of a batch: one noise level per sample, each maskable token hidden with 1 - alpha(t)."""
 
     seed: int
-    schedule: Schedule = dataclasses.field(default_factory=Linear)
-    time_epsilon: float = 1e-3
-    """Smallest noise level."""
+    options: NoiseOptions = dataclasses.field(default_factory=NoiseOptions)
     stream_suffix: str = ""
     """Appended to stream names: tells uses of the same seed and samples apart (levels of an evaluation)."""
     whole_chunks_of: tuple[str, ...] = ()
     """Sides of the batch whose chunks are hidden whole or not at all; none: tokens are hidden as drawn."""
-
-    def __post_init__(self) -> None:
-        """Refuse a smallest noise level outside [0, 1)."""
-        if not 0.0 <= self.time_epsilon < 1.0:
-            raise ConfigError(
-                f"noise.time_epsilon: {self.time_epsilon} is not in [0, 1); the reference uses 0.001"
-            )
 
     def __call__(self, batch: Batch, uniforms: tuple[Tensor, Tensor] | None = None) -> Noised:
         """Hide tokens at random noise levels (spec section 1 items 1 to 3).
@@ -108,7 +118,8 @@ class Noiser:
             uniforms: ([samples], [samples, length]) fp32 draws to use instead of the hash (goldens).
         """
         draws = (self._time_draws(batch), self._hide_draws(batch)) if uniforms is None else uniforms
-        time = self.time_epsilon + (1 - self.time_epsilon) * draws[0]  # [samples]
+        epsilon = self.options.time_epsilon
+        time = epsilon + (1 - epsilon) * draws[0]  # [samples]
         return self._hide(batch, time, draws[1])
 
     def at(self, batch: Batch, time: float) -> Noised:
@@ -133,7 +144,7 @@ class Noiser:
 
     def _hide(self, batch: Batch, time: Tensor, draws: Tensor) -> Noised:
         """Hide each maskable token whose draw is below 1 - alpha(t); pads and prompts never are."""
-        probability = 1 - self.schedule.alpha(time)  # [samples]
+        probability = 1 - SCHEDULES[self.options.schedule].alpha(time)  # [samples]
         hidden = (draws < probability[:, None]) & batch.maskable  # [samples, length]
         if self.whole_chunks_of:
             sides = [batch.sides[name] for name in self.whole_chunks_of]

@@ -19,17 +19,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.options import STRICT, Paper
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.losses.rows import Columns, Distribution, Rows
-
-STRICT = ConfigDict(extra="forbid")
-"""Every loss refuses options it does not have."""
 
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 """Factor of a term in the objective."""
@@ -119,7 +117,8 @@ class ColumnLoss(Loss):
 
     teacher: str
     """Name of the teacher to listen to."""
-    temperature: Temperature = 2.0
+    temperature: Annotated[Temperature, Paper("2.0")] = 2.0
+    """Divisor of both models' logits before the softmax; the value is multiplied by its square."""
     shared_vocab_size: int | None = Field(default=None, ge=1)
     """How many first ids are compared; None: all of them, which needs vocabularies of one size."""
 

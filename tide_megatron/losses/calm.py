@@ -13,14 +13,16 @@ t, detached and clamped, in the teacher's place; the mixture is one of likelihoo
 from __future__ import annotations
 
 import abc
+from typing import Annotated
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.options import STRICT, Paper
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.losses.base import STRICT, LikelihoodLoss, Temperature
+from tide_megatron.losses.base import LikelihoodLoss, Temperature
 from tide_megatron.losses.rows import Rows
 from tide_megatron.losses.tidal import Mixture
 
@@ -65,7 +67,8 @@ class ChunkLikelihood(LikelihoodLoss):
 
     teacher: str
     """Name of the teacher to listen to."""
-    temperature: Temperature = 2.0
+    temperature: Annotated[Temperature, Paper("2.0; the cross-tokenizer script has 5.0")] = 2.0
+    """Divisor of a chunk's log-likelihood."""
 
     @abc.abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.options import STRICT
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.schedule import SCHEDULES, ScheduleName
-from tide_megatron.losses.base import STRICT, LikelihoodLoss
+from tide_megatron.losses.base import LikelihoodLoss
 from tide_megatron.losses.rows import Rows
 
 

@@ -15,7 +15,8 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from tide_megatron.losses.base import STRICT, ColumnLoss
+from tide_megatron.base.options import STRICT
+from tide_megatron.losses.base import ColumnLoss
 from tide_megatron.losses.rows import Distribution
 
 

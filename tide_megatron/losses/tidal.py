@@ -22,7 +22,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.losses.base import STRICT, ColumnLoss, Loss
+from tide_megatron.base.options import STRICT, Paper
+from tide_megatron.losses.base import ColumnLoss, Loss
 from tide_megatron.losses.rows import Columns, Distribution, Rows
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -36,13 +37,15 @@ SMALLEST_TARGET = 1e-8
 class Mixture(Loss):
     """Options of a target between student and teacher."""
 
-    axes: Literal["both", "training_only", "timestep_only"] = "both"
+    axes: Annotated[Literal["both", "training_only", "timestep_only"], Paper("both")] = "both"
     """What lambda follows: lambda_train (1 - t), lambda_train, or maximum (1 - t)."""
-    growth: Literal["cosine", "linear"] = "cosine"
+    growth: Annotated[Literal["cosine", "linear"], Paper("cosine")] = "cosine"
     """How lambda_train grows from `initial` to `maximum` over the run."""
-    initial: Share = 0.1
-    maximum: Share = 0.9
-    timestep_weight: Literal["uniform", "midrange"] = "uniform"
+    initial: Annotated[Share, Paper("0.1")] = 0.1
+    """lambda_train before the first update."""
+    maximum: Annotated[Share, Paper("0.9")] = 0.9
+    """lambda_train at the end of the run."""
+    timestep_weight: Annotated[Literal["uniform", "midrange"], Paper("midrange")] = "uniform"
     """`uniform`: 1; `midrange`: exp(-(t - 0.5)^2 / (2 * 0.15^2))."""
 
     def teacher_share(self, time: Tensor, clock: Clock) -> Tensor:

@@ -76,9 +76,13 @@ class Layout:
     """How many ways each axis of a model is cut. Data parallelism is what remains of the world."""
 
     tensor: int = 1
+    """Ranks that share each matrix of a layer."""
     pipeline: int = 1
+    """Stages of consecutive layers, a rank (or `tensor` ranks) each."""
     expert: int = 1
+    """Ranks over which the experts of a mixture layer are spread."""
     expert_tensor: int = 1
+    """Ranks that share each expert's matrices."""
 
     @property
     def replica_size(self) -> int:

@@ -4,25 +4,26 @@ A recipe is the whole truth about a run; the ranks it runs on are not part of it
 given as samples per update (`batch.samples`), and accumulation follows from the number of ranks, so that the
 same recipe means the same mathematics on 1 rank or 64. `train/resolve.py` builds a `Recipe` from YAML.
 
-Fields that choose machines (device, folder, metrics, layouts, microbatch, timeout) do not enter the digest
-that a run folder is compared with on resume; fields that change the mathematics do.
+Options live with what they tune (`head.options`, `diffusion.noise`, ...); this file composes them. What is
+marked `MACHINE` chooses machines or reports and does not enter the digest that a run folder is compared with
+on resume (`base.options`). docs/recipe.md is made from all of it.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.options import MACHINE, STRICT, Paper
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.head.loss import HeadOptions
+from tide_megatron.diffusion.noise import NoiseOptions
+from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.metrics import MetricsOptions, Off
-
-STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 Folder = Annotated[str, Field(min_length=1)]
 """A folder; the empty string would silently be the current one."""
@@ -43,38 +44,38 @@ class Model:
     """Take weights from the folder, or draw them from the run's seed (then config.json alone is enough)."""
     mask: str = Field(default="<|mask|>", min_length=1)
     """The tokenizer's mask token; added to the tokenizer when it has none."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16"], Paper("bf16")] = "auto"
     """`auto`: bf16 on CUDA, fp32 on CPU and on GPUs older than sm_80, which have no bf16."""
-    verify: bool = True
+    verify: Annotated[bool, MACHINE] = True
     """Compare the weights with digests.json before they are used, where the folder has one."""
-    layout: Layout = Field(default_factory=Layout)
-    """How the model is cut over the ranks (machine choice: not part of the digest)."""
+    layout: Annotated[Layout, MACHINE] = Field(default_factory=Layout)
+    """How the model is cut over the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TeacherModel(Model):
     """A frozen model the student listens to."""
 
-    sanity: Annotated[Literal["refuse", "warn", "off"], Off] = "refuse"
+    sanity: Annotated[Literal["refuse", "warn", "off"], Off, MACHINE] = "refuse"
     """What to do when the teacher predicts held-out tokens no better than their frequencies would."""
-    view: Literal["plain", "complementary"] = "plain"
+    view: Annotated[Literal["plain", "complementary"], Paper("complementary")] = "plain"
     """`complementary` (CompDemo): show half of the hidden tokens at a time, in two views."""
-    shown_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    shown_share: Annotated[float, Paper("0.5")] = Field(default=0.5, ge=0.0, le=1.0)
     """Share of the hidden tokens that the first complementary view shows."""
-    forwards: Literal["one", "two"] = "one"
+    forwards: Annotated[Literal["one", "two"], MACHINE, Paper("two")] = "one"
     """How complementary views are run: as one forward, or as two (slower and equal; to compare)."""
-    shared_schedule: int = Field(default=4, ge=1)
+    shared_schedule: Annotated[int, MACHINE] = Field(default=4, ge=1)
     """Microbatches of an update that a pipeline teacher reads in one schedule, at most: more of them shrink
-    the bubble and hold more hidden rows (machine choice)."""
+    the bubble and hold more hidden rows."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StudentModel(Model):
     """The model that is trained."""
 
-    recompute: bool = False
+    recompute: Annotated[bool, MACHINE] = False
     """Keep only each layer's input for the backward pass and run the layer again there: a fraction of the
-    activations' memory for one more forward pass of the body (machine choice: equal numbers)."""
+    activations' memory for one more forward pass of the body, and equal numbers."""
     router_bias_rate: float = Field(default=0.0, ge=0.0)
     """Step of the load-balancing router bias after each update (MoE students only; 0 leaves it)."""
 
@@ -84,7 +85,9 @@ class Data:
     """Prepared data folders (`tide prepare`)."""
 
     train: Folder
+    """What is learned from."""
     held_out: Folder | None = None
+    """What scores are made on; None: there are none."""
     fixed_length: int | None = Field(default=None, ge=1)
     """Pad every sample to this many tokens (spec section 1 item 10); None: to the microbatch's longest."""
 
@@ -95,8 +98,8 @@ class Batch:
 
     samples: int = Field(default=64, ge=1)
     """Samples per update, over all ranks and accumulation."""
-    microbatch: int | None = Field(default=None, ge=1)
-    """Samples per rank and forward pass (machine choice); None: everything at once."""
+    microbatch: Annotated[int | None, MACHINE] = Field(default=None, ge=1)
+    """Samples per rank and forward pass; None: everything at once."""
 
     def accumulation(self, world: int) -> tuple[int, int]:
         """Return (samples per microbatch, microbatches per update) on `world` ranks.
@@ -126,49 +129,44 @@ class Optimizer:
     """AdamW (or plain SGD, for tests of scale) with a learning-rate schedule over applied updates."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(default=5e-5, gt=0.0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    """`sgd` has no state and no decay; it is for tests of scale."""
+    learning_rate: Annotated[float, Paper("5e-5")] = Field(default=5e-5, gt=0.0)
+    """The highest rate, after the warm-up."""
+    schedule: Annotated[Literal["cosine", "constant"], Paper("cosine")] = "cosine"
+    """What the rate does after the warm-up."""
     warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of the run with a linearly growing rate (reference: 0.1)."""
     minimum: float = Field(default=0.0, ge=0.0, le=1.0)
     """Where the cosine ends, as a share of `learning_rate`."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of AdamW's first and second moments."""
     epsilon: float = Field(default=1e-8, gt=0.0)
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = Field(default=0.0, ge=0.0)
+    """AdamW's decay of matrices; norms and biases have none."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest global gradient norm; None: no clipping."""
-    distributed: bool = True
-    """Shard masters and moments over data-parallel ranks (AdamW only; machine choice)."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Noise:
-    """The forward process (spec section 1)."""
-
-    schedule: Literal["linear", "cosine"] = "linear"
-    time_epsilon: float = Field(default=1e-3, gt=0.0, lt=1.0)
-    chunk_hiding: Literal["whole", "as_drawn"] = "whole"
-    """Where a teacher has its own tokens: `whole` hides a chunk whole as soon as one of its tokens is drawn
-    (the paper's rule, which hides more than the noise level says); `as_drawn` hides what was drawn, and only
-    chunks that happen to be hidden whole enter a loss."""
-    chunks_of: tuple[str, ...] | None = None
-    """Sides of the data whose chunks `whole` keeps together; None: those that the teachers read."""
+    distributed: Annotated[bool, MACHINE] = True
+    """Shard masters and moments over data-parallel ranks (AdamW only)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Evaluation:
-    """Held-out scores at fixed noises (machine choice: it never changes training)."""
+    """Held-out scores at fixed noise levels; they never change training."""
 
     every: int = Field(default=0, ge=0)
     """Updates between evaluations; 0: only at the end."""
     samples: int = Field(default=256, ge=1)
+    """How many of the held-out samples are scored."""
     times: tuple[Time, ...] = Field(default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
+    """Noise levels at which each of them is masked."""
     microbatch: int = Field(default=16, ge=1)
+    """Samples per rank and forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Checkpoints:
-    """When to save (machine choice)."""
+    """When checkpoints are saved, and which of them stay."""
 
     every: int = Field(default=0, ge=0)
     """Updates between saves; 0: only at the end and when the run is stopped."""
@@ -185,35 +183,34 @@ class Checkpoints:
 class Recipe:
     """One run."""
 
-    folder: Folder
+    folder: Annotated[Folder, MACHINE]
     """Run folder: checkpoints, metrics, resolved recipe, exported model."""
     student: StudentModel
     data: Data
     losses: dict[str, Any]
-    """Name of each term -> {kind: a row of LOSSES, its options...}; after validation, the loss objects."""
+    """Name of each term -> its `kind` and that kind's options; after validation, the loss objects."""
     steps: int = Field(ge=1)
+    """Updates to apply; schedules reach over all of them."""
     seed: int = Field(default=42, ge=0, lt=2**63)
+    """Of noise, sample order, views and drawn weights."""
     teachers: dict[str, TeacherModel] = Field(default_factory=dict)
+    """Name of each teacher -> how it is read; losses name the one they listen to."""
     batch: Batch = Field(default_factory=Batch)
     optimizer: Optimizer = Field(default_factory=Optimizer)
-    noise: Noise = Field(default_factory=Noise)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
-    metrics: MetricsOptions = Field(default_factory=MetricsOptions)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    attention: Literal["auto", "dense", "structured", "flex"] = "auto"
-    head: HeadOptions = Field(default_factory=HeadOptions)
-    timeout_seconds: float = Field(default=600.0, ge=1.0, le=604_800.0)
-    """How long any collective waits for a rank that never comes before the run fails (machine choice)."""
+    noise: NoiseOptions = Field(default_factory=NoiseOptions)
+    evaluation: Annotated[Evaluation, MACHINE] = Field(default_factory=Evaluation)
+    checkpoints: Annotated[Checkpoints, MACHINE] = Field(default_factory=Checkpoints)
+    metrics: Annotated[MetricsOptions, MACHINE] = Field(default_factory=MetricsOptions)
+    device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"
+    """`auto`: CUDA where there is a GPU. `cpu` works on a GPU machine too."""
+    attention: Annotated[Literal["auto", "dense", "structured", "flex"], MACHINE, Paper("flex")] = "auto"
+    """Attention kernel: `dense` masks, `structured` products without the masked blocks, `flex` compiled
+    FlexAttention (CUDA); `auto`: flex on CUDA, structured on CPU."""
+    head: Annotated[HeadOptions, MACHINE] = Field(default_factory=HeadOptions)
+    timeout_seconds: Annotated[float, MACHINE] = Field(default=600.0, ge=1.0, le=604_800.0)
+    """How long any collective waits for a rank that never comes before the run fails."""
 
     @property
     def terms(self) -> dict[str, Loss]:
         """The losses by name, in the order of the recipe."""
         return dict(self.losses)
-
-
-MACHINE_KEYS = (
-    *("folder", "evaluation", "checkpoints", "metrics"),
-    *("device", "attention", "head", "timeout_seconds"),
-)
-"""Top-level fields that choose machines or reports, never mathematics."""

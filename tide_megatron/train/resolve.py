@@ -21,8 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.base.options import without_machine
 from tide_megatron.losses import LOSSES
-from tide_megatron.train.recipe import MACHINE_KEYS, Recipe
+from tide_megatron.train.recipe import Recipe
 
 Tree = dict[str, Any]
 
@@ -78,17 +79,7 @@ def digest(tree: Tree) -> str:
 
 def mathematics(tree: Tree) -> Tree:
     """Return a resolved tree without its machine choices (layouts, run folder, reports, device)."""
-    kept: Tree = _without(tree, *MACHINE_KEYS)
-    kept["batch"] = _without(tree["batch"], "microbatch")
-    kept["optimizer"] = _without(tree["optimizer"], "distributed")
-    kept["student"] = _without(tree["student"], "layout", "verify", "recompute")
-    choices = ("layout", "verify", "sanity", "forwards", "shared_schedule")
-    kept["teachers"] = {name: _without(model, *choices) for name, model in tree["teachers"].items()}
-    return kept
-
-
-def _without(tree: Tree, *keys: str) -> Tree:
-    return {key: value for key, value in tree.items() if key not in keys}
+    return without_machine(tree, Recipe)
 
 
 def difference(old: Tree, new: Tree, prefix: str = "") -> list[str]:

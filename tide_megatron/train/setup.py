@@ -20,7 +20,6 @@ from tide_megatron.data.columns import Columns
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.diffusion.schedule import SCHEDULES
 from tide_megatron.head.loss import HeadLoss, check_budget
 from tide_megatron.losses.base import ColumnLoss
 from tide_megatron.parallel.collectives import fail_together
@@ -104,8 +103,7 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
         head=HeadLoss.build(recipe.terms, group, recipe.head, shapes, device, phases),
         noiser=Noiser(
             seed=recipe.seed,
-            schedule=SCHEDULES[recipe.noise.schedule],
-            time_epsilon=recipe.noise.time_epsilon,
+            options=recipe.noise,
             whole_chunks_of=_kept_whole(recipe, loader),
         ),
         phases=phases,

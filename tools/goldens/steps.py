@@ -16,8 +16,7 @@ from goldens.row import LOSS_TOLERANCE, Golden, Row
 from goldens.table import TableModel, additive, checked, picked, read_batch, read_context
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.mask import Context, dense_mask
-from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.diffusion.schedule import SCHEDULES
+from tide_megatron.diffusion.noise import Noiser, NoiseOptions
 from tide_megatron.diffusion.views import plain_view
 from tide_megatron.head.plain import head_loss
 from tide_megatron.losses.cross_entropy import CrossEntropy
@@ -48,7 +47,7 @@ def replay_plain_steps(path: Path) -> list[Row]:
     shown = torch.empty(0)
     for case in golden.cases():
         tag = checked(case, PLAIN_OPTIONS)["tag"]
-        noiser = Noiser(seed=0, schedule=SCHEDULES[case["scheduler"]])
+        noiser = Noiser(seed=0, options=NoiseOptions(schedule=case["scheduler"]))
         noised = noiser(batch, (golden.read(f"{tag}_u0"), golden.read(f"{tag}_u1")))
         context = Context(kind="block_diffusion", block_size=case["block_size"])
         view = plain_view(noised, context, model.mask_id)

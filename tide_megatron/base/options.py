@@ -1,0 +1,166 @@
+"""How a recipe's options are declared: once, beside what they tune, with what a reader wants to know of them.
+
+An options class is a frozen, keyword-only pydantic dataclass with `STRICT`; the docstring under a field is
+its meaning, and `docs/recipe.md` and `tide recipe` are made of both. Two marks stand in a field's annotation:
+
+- `MACHINE`: it chooses machines or reports and never changes the mathematics, so runs that differ in it are
+  the
+  same run, and it does not enter the digest that a run folder is compared with on resume;
+- `Paper("0.5")`: what the paper used (arXiv 2604.26951, tables 5 and 6).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict
+from pydantic.fields import FieldInfo
+
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Machine:
+    """The mark of what is no mathematics."""
+
+
+MACHINE = _Machine()
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """What the paper used."""
+
+    value: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """One field of an options class."""
+
+    name: str
+    kind: Any
+    """Its type without annotations."""
+    default: Any
+    """`dataclasses.MISSING` where there is none; a factory's value is made."""
+    meaning: str
+    """The docstring under it, on one line."""
+    paper: str | None
+    is_machine: bool
+
+    @property
+    def is_required(self) -> bool:
+        """Whether a recipe must set it."""
+        return self.default is dataclasses.MISSING
+
+    @property
+    def nested(self) -> type[Any] | None:
+        """The options class it holds, alone or by name, if any."""
+        for part in (self.kind, *get_args(self.kind)):
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                return part
+        return None
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it maps names to what it holds."""
+        return get_origin(self.kind) is dict
+
+
+def options_of(kind: type[Any]) -> Iterator[Option]:
+    """Yield the fields of an options class, inherited ones first, in order of declaration."""
+    hints, meanings = get_type_hints(kind, include_extras=True), _meanings(kind)
+    for field in dataclasses.fields(kind):
+        hint, marks = _unwrapped(hints[field.name])
+        yield Option(
+            name=field.name,
+            kind=hint,
+            default=_default(field),
+            meaning=meanings.get(field.name, ""),
+            paper=next((mark.value for mark in marks if isinstance(mark, Paper)), None),
+            is_machine=MACHINE in marks,
+        )
+
+
+def without_machine(tree: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Return a tree of plain values without what is marked as no mathematics.
+
+    Args:
+        tree: values by field, nested; keys that the class does not have stay.
+        kind: the options class that it describes.
+    """
+    known = {option.name: option for option in options_of(kind)}
+    return {
+        key: value if key not in known else _inside(value, known[key])
+        for key, value in tree.items()
+        if key not in known or not known[key].is_machine
+    }
+
+
+def _inside(value: Any, option: Option) -> Any:
+    """Do the same to what an option holds."""
+    if option.nested is None or not isinstance(value, Mapping):
+        return value
+    if option.is_named:
+        return {name: without_machine(part, option.nested) for name, part in value.items()}
+    return without_machine(value, option.nested)
+
+
+def described(kind: Any) -> str:
+    """Write a type as a recipe's reader wants it: choices, numbers, `null` for None."""
+    kind, _ = _unwrapped(kind)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(str(part) for part in parts)
+    if origin in (Union, types.UnionType):
+        return " or ".join(described(part) for part in parts)
+    if origin is tuple:
+        inner = [described(part) for part in parts if part is not Ellipsis]
+        return f"list of {inner[0]}" if Ellipsis in parts else f"[{', '.join(inner)}]"
+    if origin is dict or dataclasses.is_dataclass(kind):
+        return "by name" if origin is dict else "section"
+    names = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
+    return names[kind]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """Return a field's default; pydantic keeps that of its own `Field` inside it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    default = field.default
+    if isinstance(default, FieldInfo):
+        return (
+            dataclasses.MISSING if default.is_required() else default.get_default(call_default_factory=True)
+        )
+    return default
+
+
+def _unwrapped(hint: Any) -> tuple[Any, list[Any]]:
+    """Return a type without its annotations, and all of these."""
+    marks: list[Any] = []
+    while get_origin(hint) is Annotated:
+        hint, *more = get_args(hint)
+        marks += more
+    return hint, marks
+
+
+def _meanings(kind: type[Any]) -> dict[str, str]:
+    """Return the docstring under each field, those of base classes included."""
+    found: dict[str, str] = {}
+    for part in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(part):
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        assert isinstance(tree, ast.ClassDef), f"{part} is a class"
+        for field, text in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                if is_text and isinstance(text.value.value, str):
+                    found[field.target.id] = " ".join(inspect.cleandoc(text.value.value).split())
+    return found
