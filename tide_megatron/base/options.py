@@ -160,7 +160,7 @@ def _meanings(kind: type[Any]) -> dict[str, str]:
         assert isinstance(tree, ast.ClassDef), f"{part} is a class"
         for field, text in zip(tree.body, tree.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-                if is_text and isinstance(text.value.value, str):
-                    found[field.target.id] = " ".join(inspect.cleandoc(text.value.value).split())
+                value = text.value if isinstance(text, ast.Expr) else None
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    found[field.target.id] = " ".join(inspect.cleandoc(value.value).split())
     return found

@@ -75,9 +75,9 @@ class ColumnTerm:
         ours, target = self.softened(made)
         if not ours.shape[1]:
             return None
-        softmaxes = [(softmax.maximum, softmax.log_sum) for softmax in self.merged]
+        our, their = ((softmax.maximum, softmax.log_sum) for softmax in self.merged)
         value, dlogits = column_tile(self.loss, compiled=compiled)(
-            ours, target, *softmaxes, self.row, self.factors
+            ours, target, our, their, self.row, self.factors
         )
         self.values += value
         return dlogits

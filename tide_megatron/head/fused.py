@@ -216,7 +216,7 @@ class _SlabWork:
         for term, place in zip(
             self.terms.values(), range(len(readers), len(found.softmaxes), 2), strict=True
         ):
-            term.know(*found.softmaxes[place : place + 2], found.differences[place])
+            term.know(found.softmaxes[place], found.softmaxes[place + 1], found.differences[place])
         if dloss_dlogp is None and work.by_likelihood:
             logs = {
                 name: merged[name].log_probabilities(gold)

@@ -44,7 +44,8 @@ class GatheredRows:
 
     def is_own(self, sample: Tensor) -> Tensor:
         """Say of each sample number whether it is this rank's, [same shape] bool."""
-        return (sample >= self.own.start) & (sample < self.own.stop)
+        start, stop = int(self.own.start), int(self.own.stop)
+        return (sample >= start) & (sample < stop)
 
 
 def gather_microbatches(
