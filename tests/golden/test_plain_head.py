@@ -14,7 +14,7 @@ import torch
 
 from bench.plain_head import ChunkLikelihoods, Microbatch, Model, MovingTarget, plain_head_loss
 from goldens.row import LOSS_TOLERANCE, Golden, error_of
-from goldens.table import TableModel
+from goldens.steps import TableModel
 from tide_megatron.diffusion.batch import IGNORED
 
 STEP_TAGS = [f"taid_{views}_{order}" for views in ("std", "demo") for order in ("xt_x0", "x0_xt")]
@@ -66,7 +66,7 @@ def batch_of(golden, tag, kind="token", weighted=True):
 
 def answer_of(golden, tag, length, first=0):
     """Read the teacher's logits; of two passes, each position's from the one that hid it."""
-    teacher = TableModel.read(golden, "teacher")
+    teacher = TableModel(golden, "teacher")
     answer = None
     for key in golden.keys(f"{tag}_teacher._input_ids"):
         ids = golden.read(key)
@@ -77,11 +77,7 @@ def answer_of(golden, tag, length, first=0):
 
 
 def check(golden, tag, batch, answer, term):
-    leaf = (
-        TableModel.read(golden, "student")
-        .logits(golden.read(f"{tag}_student_input_ids"))
-        .requires_grad_(True)
-    )
+    leaf = TableModel(golden, "student").logits(golden.read(f"{tag}_student_input_ids")).requires_grad_(True)
     objective = plain_head_loss(model_of(leaf), answer, batch, term)
     objective.backward()
     assert error_of(objective, golden.read(f"{tag}_loss")) <= LOSS_TOLERANCE

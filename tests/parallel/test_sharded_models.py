@@ -65,7 +65,6 @@ RECORDED = {
     ],
     "student_a2d_qwen3": [("bidir_ids", BIDIRECTIONAL, "logits_nomask"), ("ids", None, "logits_bd3lm")],
     "teacher_llada2_moe": [("ids", BIDIRECTIONAL, "logits_bidir")],
-    "teacher_llada2_moe_g4": [("ids", BIDIRECTIONAL, "logits_bidir")],
     "teacher_llada": [("ids", BIDIRECTIONAL, "logits_bidir")],
     "teacher_llada_moe": [("ids", BIDIRECTIONAL, "logits_bidir")],
     "teacher_dream": [("ids", BIDIRECTIONAL, "logits_shifted")],
@@ -76,7 +75,7 @@ KEY_HEADS = {"teacher_llada": 4, "teacher_llada_moe": 4}
 """Key-value heads where there are more than 2, so that 4 tensor ranks can share them."""
 DENSE_MODELS = {"teacher_wedlm_like", "student_a2d_qwen3", "teacher_llada", "teacher_dream"}
 TOGETHER = {
-    "teacher_llada2_moe_g4": ("EP8 beside TP2 PP2", Layout(expert=8)),
+    "teacher_llada2_moe": ("EP8 beside TP2 PP2", Layout(expert=8)),
     "teacher_wedlm_like": ("TP2 PP2 beside EP8", Layout(tensor=2, pipeline=2)),
 }
 """Two models that live on the same eight ranks: model -> (cell, layout)."""

@@ -85,7 +85,7 @@ class Sandbox:
                 shutil.copy(source, self.path / name)
         # Before torch is imported, once: threads of a pool would not survive the fork.
         os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-        os.environ.setdefault("TIDE_GOLDENS", str(ROOT.parent / "shared" / "goldens"))
+        os.environ.setdefault("TIDE_GOLDENS", str(ROOT / "tests" / "golden" / "data"))
         for name in PRELOADED:
             __import__(name)
 

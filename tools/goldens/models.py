@@ -20,11 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from goldens.arithmetic import swap_halves
-from goldens.row import LOGIT_TOLERANCE, LOSS_TOLERANCE, Golden, Row, error_of
+from goldens.engine import EVERYBODY, Context, View, block_diffusion, dense_mask, swap_halves
+from goldens.row import LOGIT_TOLERANCE, Golden, Row, error_of
 from tide_megatron.base.device import Device
-from tide_megatron.diffusion.mask import Context, dense_mask
-from tide_megatron.diffusion.views import View
 from tide_megatron.models import Architecture
 from tide_megatron.models.build import TideModel, build_model
 from tide_megatron.models.convert import hf_tensors, load_model, read_architecture
@@ -32,12 +30,15 @@ from tide_megatron.models.spec import Options
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
-EVERYBODY = Context(kind="bidirectional")
 CAUSAL = Context(kind="block_causal", block_size=1)
+FILES = ("config.json", "model.safetensors", "shapes.json", "io.npz")
 
 
 def replay_models(folder: Path) -> list[Row]:
     """Replay one model folder: io.npz through the loaded model, shapes.json against our table of weights."""
+    for name in FILES:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder.name}/{name}")
     golden = Golden(folder / "io.npz", name=f"{folder.name}/io.npz")
     with one_rank_world():
         replayed = Replayed(folder, golden)
@@ -123,36 +124,37 @@ class Replayed:
     def block_diffusion(self) -> None:
         """Replay [x_t ; x_0] (and [x_0 ; x_t], whose halves we swap) under the folder's own positions."""
         golden = self.golden
-        orders = {"xt_x0_": lambda x: x, "x0_xt_": _swap_tokens} if "xt_x0_ids" in golden else {}
+        if "block_size" not in golden:
+            return
+        context = block_diffusion(int(golden.read("block_size")))
         if "bd3lm_mask" in golden:
-            context = Context(kind="block_diffusion", block_size=int(golden.read("block_size")))
-            ids, mask = golden.read("ids"), golden.read("bd3lm_mask")
-            self.check_mask("bd3lm_mask", mask, dense_mask(context, ids.shape[1] // 2))
+            ids = golden.read("ids")
+            self.check_mask("bd3lm_mask", golden.read("bd3lm_mask"), dense_mask(context, ids.shape[1] // 2))
             logits = self.logits(view_of(ids, context, positions=golden.read("position_ids")))
-            golden.compare("logits_bd3lm", [("logits_bd3lm", logits)], LOGIT_TOLERANCE)
-        for order, ordered in orders.items():
-            context = Context(kind="block_diffusion", block_size=int(golden.read("block_size")))
-            ids, mask = ordered(golden.read(f"{order}ids")), golden.read(f"{order}mask")
+            golden.compare_logits("logits_bd3lm", logits)
+        for order in [key.removesuffix("ids") for key in golden.keys("(xt_x0|x0_xt)_ids")]:
+            clean_first = order == "x0_xt_"
+            ordered = _swap_tokens if clean_first else torch.clone
+            ids, positions = ordered(golden.read(f"{order}ids")), ordered(golden.read("position_ids"))
             ours = dense_mask(context, ids.shape[1] // 2)
-            self.check_mask(f"{order}mask", mask, ours if order == "xt_x0_" else swap_halves(ours))
-            positions = ordered(golden.read("position_ids"))
+            self.check_mask(
+                f"{order}mask", golden.read(f"{order}mask"), swap_halves(ours) if clean_first else ours
+            )
             logits = self.logits(view_of(ids, context, positions=positions))
-            noised = logits[:, : ids.shape[1] // 2]
-            pairs = [(f"{order}logits", ordered(logits)), (f"{order}xt_logits", noised)]
+            pairs = {f"{order}logits": ordered(logits), f"{order}xt_logits": logits[:, : ids.shape[1] // 2]}
             golden.compare(f"{order}*logits", pairs, LOGIT_TOLERANCE)
 
     def single_parts(self) -> None:
         """Replay single sequences that everybody may see: unmasked, padded by 2-D and by 4-D masks."""
         golden = self.golden
-        ids = golden.read("bidir_ids" if "bidir_ids" in golden else "ids") if self._has_single else None
-        if ids is None:
+        if not golden.keys("logits_(nomask|bidir|shifted|mask2d)"):
             return
+        ids = golden.read("bidir_ids" if "bidir_ids" in golden else "ids")
         if self.model.architecture.is_shifted:
             plain = _loaded(dataclasses.replace(self.model.architecture, is_shifted=False), self.folder)
-            key = "logits_bidir_unshifted"
-            golden.compare(key, [(key, self.logits(view_of(ids, EVERYBODY), plain))], LOGIT_TOLERANCE)
+            golden.compare_logits("logits_bidir_unshifted", self.logits(view_of(ids, EVERYBODY), plain))
         for key in golden.keys("logits_(nomask|bidir|shifted)"):
-            golden.compare(key, [(key, self.logits(view_of(ids, EVERYBODY)))], LOGIT_TOLERANCE)
+            golden.compare_logits(key, self.logits(view_of(ids, EVERYBODY)))
         if "logits_mask2d" in golden:
             real, lengths = _padding(golden.read("mask2d"))
             self.compare_real("logits_mask2d", self.logits(view_of(ids, EVERYBODY, lengths=lengths)), real)
@@ -170,15 +172,15 @@ class Replayed:
             ids, allowed = golden.read("ids"), golden.read("mask4d_blockcausal") == 0
             context = Context(kind="block_causal", block_size=int(allowed[0, 0, 0].sum()))
             self.check_mask("mask4d_blockcausal", allowed, dense_mask(context, ids.shape[1]))
-            logits = self.logits(view_of(ids, context))
-            golden.compare("logits_blockcausal", [("logits_blockcausal", logits)], LOGIT_TOLERANCE)
+            golden.compare_logits("logits_blockcausal", self.logits(view_of(ids, context)))
         if "logits_mask2d_is_causal" in golden:
             ids, (real, lengths) = golden.read("ids"), _padding(golden.read("mask2d"))
             logits = self.logits(view_of(ids, CAUSAL, lengths=lengths))
             self.compare_real("logits_mask2d_is_causal", logits, real)
         if "logits_native_causal" in golden:
-            logits = self.logits(view_of(golden.read("causal_ids"), CAUSAL))
-            golden.compare("logits_native_causal", [("logits_native_causal", logits)], LOGIT_TOLERANCE)
+            golden.compare_logits(
+                "logits_native_causal", self.logits(view_of(golden.read("causal_ids"), CAUSAL))
+            )
 
     def gradients(self) -> None:
         """Replay the summed NLL of hidden tokens over all positions, and its gradient in every weight."""
@@ -187,18 +189,17 @@ class Replayed:
             return
         ids, hidden = golden.read("ids"), golden.read("mask")
         samples, length = hidden.shape
-        context = Context(kind="block_diffusion", block_size=int(golden.read("block_size")))
+        view = view_of(ids, block_diffusion(int(golden.read("block_size"))))
         sample, position = hidden.nonzero(as_tuple=True)
-        view = view_of(ids, context)
-        view = View(**{**vars(view), "rows": sample * ids.shape[1] + position})
+        view = dataclasses.replace(view, rows=sample * ids.shape[1] + position)
         logits = self.model.rows(view) @ self.model.head_weight.T
         gold = ids[:, length:][hidden]
         loss = torch.nn.functional.cross_entropy(logits, gold, reduction="sum") / (samples * length)
         loss.backward()
-        golden.compare("loss", [("loss", loss)], LOSS_TOLERANCE)
+        golden.compare("loss", {"loss": loss})
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        pairs = [(f"grad:{name}", value) for name, value in hf_tensors(self.model, gradients).items()]
-        golden.compare(f"grad:* ({len(pairs)} weights)", pairs, LOSS_TOLERANCE)
+        ours = {f"grad:{name}": value for name, value in hf_tensors(self.model, gradients).items()}
+        golden.compare(f"grad:* ({len(ours)} weights)", ours)
 
     def inside(self) -> None:
         """Replay hidden states after every layer, and each router's logits and choices, on unmasked input."""
@@ -216,9 +217,9 @@ class Replayed:
                 router = model.decoder.layers[index].mlp.router
                 hooks.callback(router.register_forward_hook(_keep_choice(seen, index)).remove)
             self.logits(view_of(ids, EVERYBODY))
-        states = [(key, _by_sample(seen[key], ids)) for key in golden.keys(r"hidden_\d+")]
+        states = {key: _by_sample(seen[key], ids) for key in golden.keys(r"hidden_\d+")}
         golden.compare("hidden_*", states, LOGIT_TOLERANCE)
-        scores = [(f"router_logits_{i}", _by_sample(seen[f"logits_{i}"], ids)) for i in mixtures]
+        scores = {f"router_logits_{i}": _by_sample(seen[f"logits_{i}"], ids) for i in mixtures}
         golden.compare("router_logits_*", scores, LOGIT_TOLERANCE)
         for index in mixtures:
             self._compare_choice(f"topk_idx_{index}", _by_sample(seen[f"choice_{index}"], ids))
@@ -233,16 +234,12 @@ class Replayed:
         given = golden.read("moe_in").transpose(0, 1).contiguous()  # [tokens, 1, hidden]
         logits = block.router.gating(given)
         weights, choice = block.router.routing(logits)
-        golden.compare("moe_router_logits", [("moe_router_logits", logits.transpose(0, 1))], LOGIT_TOLERANCE)
+        golden.compare_logits("moe_router_logits", logits.transpose(0, 1))
         picked = weights.gather(1, golden.read("moe_topk_idx"))
         self._compare_choice("moe_topk_idx", choice)
-        golden.compare("moe_topk_weight", [("moe_topk_weight", picked)], LOGIT_TOLERANCE)
+        golden.compare_logits("moe_topk_weight", picked)
         out = block(given)[0].transpose(0, 1)
-        golden.compare("moe_out*", [("moe_out", out), ("moe_out_trainpath", out)], LOGIT_TOLERANCE)
-
-    @property
-    def _has_single(self) -> bool:
-        return bool(self.golden.keys("logits_(nomask|bidir|shifted|mask2d)"))
+        golden.compare("moe_out*", {"moe_out": out, "moe_out_trainpath": out}, LOGIT_TOLERANCE)
 
     def _compare_choice(self, key: str, choice: Tensor) -> None:
         """Compare which experts were chosen; their order within a token does not matter."""

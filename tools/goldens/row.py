@@ -1,8 +1,8 @@
 """One line of the replay table, and a reader that knows which keys of a file nobody has asked for.
 
 A golden file counts as replayed only if every key in it was compared, used as an input, or put off by name:
-`Golden.rows` therefore ends with a failing row for each key that was never touched. Nothing here knows what a
-key means; the replay modules do.
+`Golden.rows` therefore ends with a failing row for each key that was never touched, and for each option of a
+case that was never read. Nothing here knows what a key means; the replay modules do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ LOSS_TOLERANCE = 1e-6
 LOGIT_TOLERANCE = 1e-5
 """Largest error of logits and hidden states (fp32), in the same measure."""
 
-Status = Literal["replayed", "differs", "later issue", "failed"]
+Status = Literal["replayed", "differs", "later issue", "not there", "failed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +84,26 @@ def judge(file: str, label: str, recorded: Any, ours: Any, excuse: Excuse | None
         return Row(file=file, label=label, status="replayed", error=0.0)
     if excuse and excuse.bug and recorded == excuse.spoilt and ours == excuse.sound:
         return Row(file=file, label=label, status="differs", note=excuse.bug)
-    return Row(
-        file=file, label=label, status="failed", note="neither ours nor what a named bug makes of ours"
-    )
+    note = "neither ours nor what a named bug makes of ours"
+    return Row(file=file, label=label, status="failed", note=note)
+
+
+class Case(dict[str, Any]):
+    """The options of one case; notes which of them somebody has read."""
+
+    def __init__(self, options: Mapping[str, Any], read: set[str]) -> None:
+        """Take the options; `read` collects their names over all cases of a file."""
+        super().__init__(options)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an option, or `default` where the case leaves it out."""
+        self._read.add(name)
+        return super().get(name, default)
 
 
 class Golden:
@@ -97,6 +114,8 @@ class Golden:
         self.name = name or path.name
         self._arrays: dict[str, Any] = dict(np.load(path, allow_pickle=False))
         self._untouched = set(self._arrays)
+        self._options: set[str] = set()
+        self._read_options: set[str] = set()
         self._rows: list[Row] = []
 
     def __contains__(self, key: str) -> bool:
@@ -106,62 +125,56 @@ class Golden:
         """List the keys that match the whole of a regular expression, in the file's order; touches none."""
         return [key for key in self._arrays if re.fullmatch(pattern, key)]
 
-    def prefixes(self, pattern: str) -> list[str]:
-        """List what stands before `_input_ids` in the keys, where it matches the whole of `pattern`."""
-        found = (key.removesuffix("_input_ids") for key in self._arrays if key.endswith("_input_ids"))
-        return [prefix for prefix in found if re.fullmatch(pattern, prefix)]
-
     def read(self, key: str) -> Tensor:
         """Return an array as a tensor and tick it off; a KeyError names a key that is not there."""
         array = self._arrays[key]
         self._untouched.discard(key)
         return torch.from_numpy(np.array(array))
 
-    def cases(self) -> list[dict[str, Any]]:
+    def cases(self) -> list[Case]:
         """Return the parsed `cases_json` of the file."""
         self._untouched.discard("cases_json")
-        cases: list[dict[str, Any]] = json.loads(str(self._arrays["cases_json"]))
+        cases = [Case(case, self._read_options) for case in json.loads(str(self._arrays["cases_json"]))]
+        self._options.update(*cases)
         return cases
 
-    def compare(
-        self, label: str, pairs: Iterable[tuple[str, Tensor]], tolerance: float, bug: str = ""
-    ) -> None:
-        """Add one row for (key, our value) pairs: failed if the worst error exceeds `tolerance`.
-
-        A named reference `bug`, which the caller has found at work in these very numbers, makes it `differs`.
-        """
-        errors = {key: error_of(ours, self.read(key)) for key, ours in pairs}
+    def compare(self, label: str, ours: Mapping[str, Tensor], tolerance: float = LOSS_TOLERANCE) -> None:
+        """Add one row for keys with our values: failed if the worst error exceeds `tolerance`."""
+        errors = {key: error_of(value, self.read(key)) for key, value in ours.items()}
         if not errors:
             self.add(label, "failed", note="no such key in the file")
             return
         worst = max(errors, key=lambda key: errors[key])
-        passed = errors[worst] <= tolerance
-        note = "" if passed else bug or f"{worst}: {errors[worst]:.3g} exceeds {tolerance:g}"
-        self._rows.append(
-            Row(
-                file=self.name,
-                label=label,
-                status="replayed" if passed else "differs" if bug else "failed",
-                error=errors[worst],
-                note=note,
-            )
-        )
+        if errors[worst] <= tolerance:
+            self.add(label, "replayed", error=errors[worst])
+        else:
+            note = f"{worst}: {errors[worst]:.3g} exceeds {tolerance:g}"
+            self.add(label, "failed", error=errors[worst], note=note)
+
+    def compare_exactly(self, key: str, ours: Tensor) -> None:
+        """Add one row for a key that must be equal: ids, masks, counts."""
+        self.compare(key, {key: ours}, tolerance=0.0)
+
+    def compare_logits(self, key: str, ours: Tensor) -> None:
+        """Add one row for a key of logits or hidden states."""
+        self.compare(key, {key: ours}, LOGIT_TOLERANCE)
 
     def add(self, label: str, status: Status, *, error: float | None = None, note: str = "") -> None:
-        """Add a row whose verdict was reached elsewhere (`differs`, or no comparison of arrays)."""
+        """Add a row whose verdict was reached elsewhere."""
         self._rows.append(Row(file=self.name, label=label, status=status, error=error, note=note))
 
     def put_off(self, label: str, keys: Iterable[str], note: str) -> None:
-        """Tick off keys that a later issue replays; adds no row when there are none."""
-        waiting = [key for key in keys if key in self._untouched]
-        self._untouched.difference_update(waiting)
+        """Tick off keys that a later issue replays and the options of cases; no row when there are none."""
+        self._read_options |= self._options
+        waiting = self._untouched.intersection(keys)
+        self._untouched -= waiting
         if waiting:
-            self._rows.append(Row(file=self.name, label=label, status="later issue", note=note))
+            self.add(label, "later issue", note=note)
 
     def rows(self) -> list[Row]:
-        """Return the rows so far, and one failing row for each key nobody touched."""
-        lost = [
-            Row(file=self.name, label=key, status="failed", note="unknown key: nothing replays it")
-            for key in sorted(self._untouched)
-        ]
-        return [*self._rows, *lost]
+        """Return the rows so far, and one failing row for each key or option that nobody asked for."""
+        lost = {key: "unknown key: nothing replays it" for key in sorted(self._untouched)}
+        options = sorted(self._options - self._read_options)
+        lost |= {f"cases_json: {name}": "unknown option: nothing reads it" for name in options}
+        told = [Row(file=self.name, label=key, status="failed", note=note) for key, note in lost.items()]
+        return [*self._rows, *told]

@@ -1,0 +1,219 @@
+"""Replays of collated batches: collate_cross.npz and collate_shared.npz, over the chats of map_*.json.
+
+Student tensors must be equal. Each sample's teacher tokens, chunks or pairs are compared with what our data
+holds; a difference is excused only where the reference's rule, carried out from its own search, gives what
+was recorded. Block sizes are read off the batch: any common divisor of the filled lengths fills alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from goldens.chats import SIDE, Chat, read_cross, read_shared
+from goldens.chunks import REPLACED, Chunks, Kinds, Matrices, blanked, even_spaces, replaced, same_bytes
+from goldens.row import Excuse, Golden, Row, judge
+from goldens.search import Found
+from goldens.texts import LAST_PAIR
+from tide_megatron.diffusion.batch import IGNORED
+from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
+from tide_megatron.text.chat import labels_of
+
+LAST_CHUNK = "spec 4.1: the reference ends the teacher with its last chunk; ours keeps the turn's end"
+CUT = "bug 4: the reference cuts the teacher inside a chunk, which stays active"
+CUT_PAIR = "spec 4.2: the reference cuts the teacher anywhere; ours ends with a whole pair"
+
+
+def replay_collate_cross(path: Path) -> list[Row]:
+    """Replay collate_cross.npz: the batch of every pair of kinds, padded to itself or to a fixed length."""
+    golden, rows = Golden(path), []
+    chats = _kept(read_cross(path.parent / "map_cross.json"))
+    for prefix in _prefixes(golden, "([^_]+_){2}(dyn|fixed)"):
+        teacher_kind, student_kind, padding = prefix.split("_")
+        real = _compare_students(golden, prefix, chats, is_fixed=padding == "fixed")
+        matrices = Matrices.read(golden, f"{prefix}_alignment_matrix")
+        fields = [
+            golden.read(f"{prefix}_teacher_{name}") for name in ("input_ids", "labels", "attention_mask")
+        ]
+        kinds = (teacher_kind, student_kind)
+        found = [searched_chunks(chat, kinds, own) for chat, own in zip(chats, real, strict=True)]
+        ends = [
+            one.places[-1][1] if one.places else len(chat.teacher.ids)
+            for one, chat in zip(found, chats, strict=True)
+        ]
+        width = fields[0].shape[1]  # the longest sample is this long; nobody else can have been cut
+        limit = width if max(ends) > width else None
+        for number, chat in enumerate(chats):
+            label, places = f"{prefix}, sample {number}", matrices.places(number)
+            recorded = [field[number].tolist() for field in fields]
+            rows.append(_judge_chunks((path.name, f"{label}: chunks"), chat, places, found[number], limit))
+            end = min(ends[number], width)
+            rows.append(_judge_teacher((path.name, f"{label}: teacher"), chat, recorded, end, limit))
+        columns = max(len(matrices.places(number)) for number in range(len(chats)))
+        same = int(fields[2].sum(dim=1).max()) == width
+        same &= matrices.student.shape[2] == matrices.teacher.shape[2] == columns
+        golden.add(f"{prefix}, padding", "replayed" if same else "failed")
+    return [*golden.rows(), *rows]
+
+
+def searched_chunks(chat: Chat, kinds: Kinds, real: int) -> Found:
+    """Align the reference's ranges as it does, before its limit on teacher tokens.
+
+    Args:
+        chat: the sample.
+        kinds: template tables of teacher and student.
+        real: student tokens, end tokens of the last block included.
+    """
+    ranges = chat.searched_ranges()
+    theirs, mine = chat.teacher.pieces, chat.student.pieces[: chat.max_length]
+    places, faults = [], list(ranges.faults)
+    for t0, t1, s0, s1 in ranges.places:
+        if s0 >= real:
+            continue
+        both = even_spaces(theirs[t0:t1], mine[s0 : min(s1, real)])
+        found = same_bytes(replaced(*both, kinds), *blanked(both, kinds))
+        if found != same_bytes(replaced(*both), *both):
+            faults.append(REPLACED)
+        places += [[t0 + a, t0 + b, s0 + c, s0 + d] for a, b, c, d in found]
+    return Found(places=places, faults=faults)
+
+
+def _judge_chunks(
+    name: tuple[str, str], chat: Chat, recorded: Chunks, found: Found, limit: int | None
+) -> Row:
+    """Compare the chunks of one sample: all of them, and those that are learnt."""
+    flat, prompt = _row(chat, limit)[f"{SIDE}.chunks"], chat.student.encoded.prompt_tokens
+    stored = [[*flat[at + 2 : at + 4], *flat[at : at + 2]] for at in range(0, len(flat), 4)]
+    theirs = found.places if limit is None else [_clipped(place, limit) for place in found.places]
+    faults = [*found.faults, *([] if theirs == found.places else [CUT])]
+
+    def with_learnt(places: Chunks) -> tuple[Chunks, Chunks]:
+        return places, [place for place in places if place[2] >= prompt]
+
+    excuse = Excuse(
+        bug=Found(places=[], faults=faults).bug,
+        spoilt=with_learnt(theirs),
+        sound=with_learnt(chat.sound_chunks(limit)),
+    )
+    return judge(*name, with_learnt(recorded), (chat.chunks(limit), stored), excuse)
+
+
+def _clipped(place: list[int], limit: int) -> list[int]:
+    """Cut a chunk's teacher side at the limit, as the reference's matrices do."""
+    start, end = place[0], min(place[1], limit)
+    return [*((start, end) if start < end else (0, 0)), *place[2:]]
+
+
+def _judge_teacher(
+    name: tuple[str, str], chat: Chat, recorded: list[list[int]], end: int, limit: int | None
+) -> Row:
+    """Compare the teacher's ids, labels and attention mask of one sample."""
+    whole, pad = chat.teacher.encoded, chat.teacher.tokenizer.pad_id
+    stored = _row(chat, limit)
+
+    def padded(ids: Sequence[int], replies: Sequence[int]) -> list[list[int]]:
+        length = max(len(recorded[0]), len(ids))
+        return [*pad_to_length(ids, labels_of(ids, replies, IGNORED), length, pad), _mask(len(ids), length)]
+
+    def cut(end: int) -> list[list[int]]:
+        return padded(whole.ids[:end], [min(place, end) for place in whole.replies])
+
+    bug = LAST_CHUNK if end < len(stored[f"{SIDE}.ids"]) else CUT
+    excuse = Excuse(bug=bug, spoilt=cut(end), sound=cut(chat.sound_end(limit)))
+    return judge(*name, recorded, padded(stored[f"{SIDE}.ids"], stored[f"{SIDE}.replies"]), excuse)
+
+
+def replay_collate_shared(path: Path) -> list[Row]:
+    """Replay collate_shared.npz: one vocabulary under two templates, for every limit on teacher tokens."""
+    golden, rows = Golden(path), []
+    chats = _kept(read_shared(path.parent / "map_shared.json"))
+    for prefix in _prefixes(golden, r"tml\d+"):
+        limit = int(prefix.removeprefix("tml"))
+        _compare_students(golden, prefix, chats, is_fixed=True)
+        ids, mask = (
+            golden.read(f"{prefix}_teacher_input_ids"),
+            golden.read(f"{prefix}_teacher_attention_mask"),
+        )
+        count = golden.read(f"{prefix}_n_aligned")
+        slots = torch.stack([golden.read(f"{prefix}_align_{side}") for side in ("teacher", "student")], dim=2)
+        used, filled = torch.arange(slots.shape[1]) < count[:, None], mask.sum(dim=1)
+        same = int(filled.max()) == ids.shape[1] and slots.shape[1] == max(1, int(count.max()))
+        golden.add(f"{prefix}, padding", "replayed" if same and not slots[~used].any() else "failed")
+        block = math.gcd(*filled.tolist())
+        for number, chat in enumerate(chats):
+            found, label = chat.searched_pairs(), f"{prefix}, sample {number}"
+            pairs = [pair for pair in found.places if pair[0] < limit]
+            ours, sound = (
+                chat.pairs(chunks)
+                for chunks in (chat.chunks(limit, chat.replies), chat.sound_chunks(limit, chat.replies))
+            )
+            excuse = Excuse(bug=found.bug, spoilt=pairs, sound=sound)
+            recorded = slots[number, used[number]].tolist()
+            rows.append(judge(path.name, f"{label}: pairs", recorded, ours, excuse))
+            whole, stored = chat.teacher.ids, _row(chat, limit)[f"{SIDE}.ids"]
+            end = min(max((t + 1 for t, _ in found.places), default=len(whole)), limit)
+            mine, spoilt, sound = (
+                _filled(chat, own, block, ids.shape[1])
+                for own in (stored, whole[:end], whole[: chat.sound_end(limit)])
+            )
+            bug = LAST_PAIR if end < len(stored) else CUT_PAIR
+            told, excuse = (
+                [ids[number].tolist(), mask[number].tolist()],
+                Excuse(bug=bug, spoilt=spoilt, sound=sound),
+            )
+            rows.append(judge(path.name, f"{label}: teacher", told, mine, excuse))
+    return [*golden.rows(), *rows]
+
+
+def _filled(chat: Chat, ids: Sequence[int], block: int, width: int) -> list[list[int]]:
+    """Fill teacher ids to whole blocks and pad them to `width`; return ids and attention mask."""
+    tokenizer = chat.teacher.tokenizer
+    blocks, labels = pad_to_blocks(ids, ids, block, tokenizer.eos_id)
+    length = max(width, len(blocks))
+    return [pad_to_length(blocks, labels, length, tokenizer.pad_id)[0], _mask(len(blocks), length)]
+
+
+def _compare_students(golden: Golden, prefix: str, chats: list[Chat], *, is_fixed: bool) -> list[int]:
+    """Compare the student's tensors; return each sample's attended tokens as recorded."""
+    is_labelled = golden.read(f"{prefix}_labels") != IGNORED
+    filled_to = (is_labelled * torch.arange(1, is_labelled.shape[1] + 1)).amax(dim=1)
+    block, tokenizer = math.gcd(*filled_to.tolist()), chats[0].student.tokenizer
+    examples = []
+    for row in (_row(chat, None) for chat in chats):
+        labels = labels_of(row["ids"], row["replies"], IGNORED)
+        examples.append(pad_to_blocks(row["ids"], labels, block, tokenizer.eos_id))
+    width = chats[0].max_length if is_fixed else max(len(ids) for ids, _ in examples)
+    padded = [
+        (*pad_to_length(ids, labels, width, tokenizer.pad_id), _mask(width if is_fixed else len(ids), width))
+        for ids, labels in examples
+    ]
+    fields = zip(("input_ids", "labels", "attention_mask"), zip(*padded, strict=True), strict=True)
+    ours = {f"{prefix}_{name}": torch.tensor(values) for name, values in fields}
+    golden.compare(f"{prefix}, student", ours, tolerance=0.0)
+    return [int(length) for length in golden.read(f"{prefix}_attention_mask").sum(dim=1)]
+
+
+def _prefixes(golden: Golden, pattern: str) -> list[str]:
+    """List the batches of a file: what stands before `_input_ids`."""
+    return [key.removesuffix("_input_ids") for key in golden.keys(f"({pattern})_input_ids")]
+
+
+def _mask(real: int, length: int) -> list[int]:
+    """Return an attention mask."""
+    return [1] * real + [0] * (length - real)
+
+
+def _kept(chats: list[Chat]) -> list[Chat]:
+    """Return the chats that are collated."""
+    return [chat for chat in chats if not chat.told["_discard"]]
+
+
+def _row(chat: Chat, limit: int | None) -> dict[str, list[int]]:
+    """Return our row of a chat that is kept."""
+    sample = chat.sample(limit)
+    if isinstance(sample, str):
+        raise ValueError(f"we leave out what the reference kept: {sample}")
+    return sample.row
