@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import json
@@ -179,11 +178,15 @@ class Tree:
             raise SystemExit(f"{' '.join(words)} of {self.source} failed:\n{done.stdout}{done.stderr}")
         return done.stdout
 
-    def numbers(self) -> Numbers:
-        """Run everything, and read what came of it."""
+    def prepare(self) -> None:
+        """Prepare training and held-out data, with the tokens of the teacher that has its own."""
         for name in ("train", "held_out"):
             words = ["--tokenizer", "models/student", "--max-length", "96", "--teacher", "own=models/own"]
             self.tide("prepare", f"data/{name}", f"{name}.jsonl", *words)
+
+    def numbers(self) -> Numbers:
+        """Run everything, and read what came of it."""
+        self.prepare()
         columns = [path for path in sorted(self.work.glob("data/*/**/*")) if path.is_file()]
         found: Numbers = {
             "data": {
@@ -193,20 +196,19 @@ class Tree:
             }
         }
         for name, run in RUNS.items():
-            self.train(name, run)
+            self.tide("train", self.write(name, run), "--ranks", str(run.ranks))
             found[name] = numbers_of(self.work / folder_of(name))
         found[RESUMED] = self.go_on(self.work)
         self.tide("export", str(folder_of(WHOLE)), "exported", "--flavour", "all")
         found["export"] = tensors_below(self.work / "exported")
         return found
 
-    def train(self, name: str, run: Run) -> None:
-        """Run a recipe to its end."""
-        folder = folder_of(name)
-        recipe = copy.deepcopy(BASE) | {"folder": str(folder)} | dict(run.recipe)
-        file = self.work / f"{folder.name}.yaml"
+    def write(self, name: str, run: Run) -> str:
+        """Write a run's recipe; return its file's name in the work folder."""
+        recipe = BASE | {"folder": str(folder_of(name))} | dict(run.recipe)
+        file = self.work / f"{folder_of(name).name}.yaml"
         file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        self.tide("train", file.name, "--ranks", str(run.ranks))
+        return file.name
 
     def go_on(self, other: Path) -> dict[str, str]:
         """Go on from an early checkpoint of the run `WHOLE` in a work folder, in new processes.
