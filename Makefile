@@ -88,6 +88,8 @@ check: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry tide_megatron
+	$(BIN)/deptry tools tests $(wildcard examples/*) --ignore DEP002,DEP004
 	$(BIN)/python -m pytest -q tests/unit/test_house.py
 
 kill-test: $(BUILT)

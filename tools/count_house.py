@@ -53,6 +53,8 @@ PACKAGE = "tide_megatron"
 PARTS = (PACKAGE, "tests", "tools", "examples")
 STORIES = Path("tests/extensions.yaml")
 """Story -> the files of the package that it touches; held to the truth by tests/test_extension.py."""
+CRUMB = 60
+"""Lines; a module may be as small, but not many may."""
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 NOT_CODE |= {tokenize.ENCODING, tokenize.ENDMARKER}
 SECTIONS = ("a batch", "noise", "teacher", "student", "head")
@@ -76,19 +78,49 @@ PAIR = Run(
 def count(root: Path) -> dict[str, Any]:
     """Count what stands in a tree."""
     sources = {part: sorted((root / part).rglob("*.py")) for part in PARTS}
-    ours = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in sources[PACKAGE]}
-    classes = [(name, path, node) for path, text in ours.items() for name, node in _classes(text)]
-    places = collections.defaultdict(list)
-    for name, path, _ in classes:
-        if not name.startswith("_"):
-            places[name].append(path)
+    ours = _read(root)
+    modules = [path for path in ours if not path.endswith("__init__.py")]
+    tested = {path.stem.removeprefix("test_") for path in sources["tests"]}
+    classes = [node for text in ours.values() for node in _classes(text)]
     return {
         "size": {part: _size(paths) for part, paths in sources.items()},
-        "dataclasses": sum(_is_dataclass(node) for _, _, node in classes),
-        "public classes": len(places),
-        "public class names used twice": {name: found for name, found in places.items() if len(found) > 1},
-        **_names_of_files([path for path in ours if not path.endswith("__init__.py")]),
+        "dataclasses": sum(map(_is_dataclass, classes)),
+        "public classes": len({node.name for node in classes if not node.name.startswith("_")}),
+        **doubles(root),
+        "modules of at most 60 lines": [path for path in modules if ours[path].count("\n") <= CRUMB],
+        "modules without a test file of their name": [
+            path for path in modules if Path(path).stem not in tested
+        ],
     }
+
+
+def doubles(root: Path) -> dict[str, Any]:
+    """Find names that the package gives twice.
+
+    Returns:
+        Public classes and file names (without ending) that stand more than once, each with its places; pairs
+        of file names of which one is the other with one letter more or another.
+    """
+    classes, files = collections.defaultdict(list), collections.defaultdict(list)
+    for path, text in _read(root).items():
+        if not path.endswith("__init__.py"):
+            files[Path(path).stem].append(path)
+        for node in _classes(text):
+            if not node.name.startswith("_"):
+                classes[node.name].append(path)
+    return {
+        "public class names used twice": {name: found for name, found in classes.items() if len(found) > 1},
+        "file names used twice": {name: found for name, found in files.items() if len(found) > 1},
+        "file names a letter apart": [
+            [one, other] for one, other in itertools.combinations(sorted(files), 2) if _one_letter(one, other)
+        ],
+    }
+
+
+def _read(root: Path) -> dict[str, str]:
+    """Return the package's files by their path in the tree."""
+    paths = sorted((root / PACKAGE).rglob("*.py"))
+    return {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 
 def _size(paths: Sequence[Path]) -> dict[str, int]:
@@ -118,28 +150,14 @@ def _code_lines(text: str) -> int:
     return len(held)
 
 
-def _classes(text: str) -> Iterator[tuple[str, ast.ClassDef]]:
-    return ((node.name, node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef))
+def _classes(text: str) -> Iterator[ast.ClassDef]:
+    return (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef))
 
 
 def _is_dataclass(node: ast.ClassDef) -> bool:
     calls = [mark.func if isinstance(mark, ast.Call) else mark for mark in node.decorator_list]
     names = [call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls]
     return "dataclass" in names
-
-
-def _names_of_files(paths: Sequence[str]) -> dict[str, Any]:
-    """Find file names that occur twice, and pairs of which one is the other with a letter more or another."""
-    places = collections.defaultdict(list)
-    for path in paths:
-        places[Path(path).stem].append(path)
-    near = [
-        [one, other] for one, other in itertools.combinations(sorted(places), 2) if _one_letter(one, other)
-    ]
-    return {
-        "file names used twice": {name: found for name, found in places.items() if len(found) > 1},
-        "file names a letter apart": near,
-    }
 
 
 def _one_letter(one: str, other: str) -> bool:
@@ -259,6 +277,10 @@ def show(figures: dict[str, Any], *, lists: bool) -> None:
         print(f"{what}: {len(figures[what])}")
         for name, found in figures[what].items():
             print(f"  {name}: {' '.join(found)}")
+    for what in ("modules of at most 60 lines", "modules without a test file of their name"):
+        print(f"{what}: {len(figures[what])}")
+        if lists:
+            print("".join(f"  {path}\n" for path in figures[what]), end="")
     near = figures["file names a letter apart"]
     print(f"file names a letter apart: {len(near)} {' '.join('/'.join(pair) for pair in near)}")
     for name, found in (figures.get("opened") or {}).items():
