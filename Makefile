@@ -10,7 +10,7 @@
 #   make gpu-rehearse        the GPU check in small, on a CPU (about a minute; `make test` makes it too)
 #   make gpu-assets          what the GPU check needs, made on a CPU machine: .gpu/ (about 5 minutes)
 #   make gpu-check           what CUDA has to prove, on a machine with a GPU and .gpu/ (at most 8 minutes)
-#   make faults              spoil the code on purpose in a copy: do the tests notice? (about 5 minutes)
+#   make faults              spoil the code on purpose in a copy: do the tests notice? (about 3 minutes)
 #
 # Variables: PYTHON (interpreter to build with), VENV, TORCH (what to install as torch), TORCH_INDEX (where the CPU
 # build of torch is looked for when the configured index does not offer it); GPU_PACK (a folder of packages for a GPU
@@ -88,6 +88,8 @@ check: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry tide_megatron
+	$(BIN)/deptry tools tests $(wildcard examples/*) --ignore DEP002,DEP004
 	$(BIN)/python -m pytest -q tests/unit/test_house.py
 
 kill-test: $(BUILT)
@@ -106,7 +108,7 @@ gpu-check:
 	  PYTHONPATH=.:tools $(BIN)/python -m gpu_check --out "$(GPU_OUT)"; fi
 
 faults: $(BUILT)
-	$(BIN)/python tools/planted_faults.py --mutations 50 --seed 1
+	$(BIN)/python tools/planted_faults.py
 
 format: $(BUILT)
 	$(BIN)/ruff check --fix --select I .

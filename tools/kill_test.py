@@ -106,10 +106,10 @@ class Life:
             assert time.monotonic() < deadline, f"no step within {START_SECONDS:g} s:\n{self.said()}"
             time.sleep(0.01)
 
-    def kill(self) -> None:
-        """Kill all of its processes at once, in any order."""
+    def kill(self, draw: random.Random) -> None:
+        """Kill all of its processes at once, in an order that is drawn."""
         pids = [self._process.pid, *descendants(self._process.pid)]
-        random.shuffle(pids)
+        draw.shuffle(pids)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -209,7 +209,7 @@ def torment(recipe: Path, folder: Path, kills: int, ranks: int, seed: int) -> Ta
                 life.stop()
                 break
             time.sleep(draw.uniform(0.0, 1.0))
-        life.kill()
+        life.kill(draw)
         tally.kills += 1
         done, saved = max(0, last_step(folder)), look(folder, tally)
         print(f"kill {tally.kills}: {mode}, {done} steps done, saved up to {saved}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""House rules that ruff, mypy and import-linter cannot hold; each is itself shown to see a planted fault.
+"""House rules that ruff, mypy, import-linter and deptry cannot hold; each is shown to see a planted fault.
 
 A rule is a function from one parsed module to its faults. `make check` runs this file after the other tools.
 The numbers are budgets: small files and functions keep every layer readable at once.
@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.metadata
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from count_house import doubles
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, FOLDERS = "tide_megatron", ("tide_megatron", "tools", "examples", "tests")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-MIN_DOCSTRING_SHARE, MAX_REPEATED_SHARE, WINDOW = 0.90, 0.05, 6
+MAX_REPEATED_SHARE, WINDOW = 0.05, 6
+MAX_CLASSES_TWICE, MAX_NAMES_A_LETTER_APART = 12, 9
 VAGUE_NAMES = {"utils", "helpers", "common", "misc", "manager"}
-# What megatron-core imports at run time without declaring it.
-MEGATRON_NEEDS = {"numpy", "einops", "absl-py", "psutil", "triton"}
 # Modules in megatron-core's layer-spec slots take what newer releases pass; stand-ins take what torch's do.
 OPEN_SIGNATURES = {"models/attention.py", "models/spec.py", "platform/cpu.py"}
 # The one place that must name the golden files' keys.
@@ -86,32 +79,6 @@ def names_say_what_is_inside(module: Module) -> Iterator[str]:
         yield f"named {vague.pop()}, which says nothing"
 
 
-def modules_have_docstrings(module: Module) -> Iterator[str]:
-    if module.tree.body and not ast.get_docstring(module.tree):
-        yield "no module docstring"
-
-
-def nothing_is_global(module: Module) -> Iterator[str]:
-    yield from (f"line {node.lineno}: global" for node in module.nodes(ast.Global))
-
-
-def environment_is_read_at_the_edges(module: Module) -> Iterator[str]:
-    if not module.inside or module.inside == "base/device.py" or module.inside.startswith("launch/"):
-        return
-    for node in module.nodes(ast.Attribute, ast.ImportFrom):
-        names = [node.attr] if isinstance(node, ast.Attribute) else [alias.name for alias in node.names]
-        if {"environ", "getenv", "putenv", "environb"}.intersection(names):
-            yield f"line {node.lineno}: environment variables are read in base/device.py and launch/ only"
-
-
-def megatrons_global_state_is_left_to_the_platform(module: Module) -> Iterator[str]:
-    if module.path.startswith(f"{PACKAGE}/platform/"):
-        return
-    for name, line in module.imports():
-        if name.startswith("megatron.") and "parallel_state" in name:
-            yield f"line {line}: parallel_state belongs to platform/"
-
-
 def the_platform_is_prepared_before_megatron(module: Module) -> Iterator[str]:
     """In the package also for deferred imports; elsewhere these run where our code has run already."""
     if module.path.startswith(f"{PACKAGE}/platform/"):
@@ -140,12 +107,6 @@ def the_papers_words_are_used(module: Module) -> Iterator[str]:
                 yield f"line {number}: say tidal, calm"
 
 
-def nothing_waits_for_later(module: Module) -> Iterator[str]:
-    for number, line in enumerate(module.text.splitlines(), start=1):
-        if re.search(r"#.*\b(TO" r"DO|FIX" r"ME|X" r"XX)\b", line):
-            yield f"line {number}: an open end"
-
-
 def assertions_speak(module: Module) -> Iterator[str]:
     if module.inside:
         yield from (f"line {n.lineno}: assert without message" for n in module.nodes(ast.Assert) if not n.msg)
@@ -155,14 +116,9 @@ RULES: tuple[Callable[[Module], Iterator[str]], ...] = (
     files_are_short,
     functions_are_short,
     names_say_what_is_inside,
-    modules_have_docstrings,
-    nothing_is_global,
-    environment_is_read_at_the_edges,
-    megatrons_global_state_is_left_to_the_platform,
     the_platform_is_prepared_before_megatron,
     public_signatures_are_closed,
     the_papers_words_are_used,
-    nothing_waits_for_later,
     assertions_speak,
 )
 
@@ -196,17 +152,6 @@ def test_rule(rule):
     assert not faults, "\n".join(faults)
 
 
-def test_public_names_are_explained():
-    names = {
-        f"{module.path}:{name}": ast.get_docstring(node)
-        for module in _modules(PACKAGE)
-        for name, node in _definitions(module.tree)
-        if _is_public(name)
-    }
-    bare = [name for name, docstring in names.items() if not docstring]
-    assert len(bare) <= (1 - MIN_DOCSTRING_SHARE) * len(names), "\n".join(bare)
-
-
 def repeated_share(modules: tuple[Module, ...]) -> tuple[float, list[str]]:
     """Return the share of code lines that lie in a window of lines seen elsewhere too, and where."""
     files = {module.path: list(_code_lines(module)) for module in modules}
@@ -232,63 +177,22 @@ def test_little_is_said_twice():
     assert share <= MAX_REPEATED_SHARE, "\n".join([f"{share:.1%} repeated", *places])
 
 
-def _declared() -> dict[str, set[str]]:
-    """Return normalised requirement names by section: "" for the base, else the extra's name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    sections = {"": project["dependencies"], **project["optional-dependencies"]}
-    return {
-        section: {_normal(Requirement(line).name) for line in lines} for section, lines in sections.items()
-    }
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def undeclared(modules: tuple[Module, ...], declared: set[str]) -> list[str]:
-    """Return third-party imports whose distribution is not among the declared names."""
-    owners = importlib.metadata.packages_distributions()
-    ours = {PACKAGE, "tests", *(path.stem for path in (ROOT / "tools").iterdir())}
-    ours |= {path.stem for path in (ROOT / "examples").rglob("*.py")} | {"examples"}
-    faults = []
-    for module in modules:
-        for name, line in module.imports():
-            top = name.split(".")[0]
-            if top in sys.stdlib_module_names or top in ours:
-                continue
-            if not declared.intersection(map(_normal, owners.get(top, [top]))):
-                faults.append(f"{module.path}, line {line}: {top} is not declared in pyproject.toml")
-    return faults
-
-
-def test_what_is_imported_is_declared():
-    declared = _declared()
-    assert declared[""] >= MEGATRON_NEEDS
-    optional = declared["te"] | declared["eval"]
-    assert not undeclared(_modules(PACKAGE), declared[""] | optional)
-    everything = set().union(*declared.values())
-    assert not undeclared(_modules("tools", "examples", "tests"), everything)
+def test_a_name_means_one_thing():
+    """Budgets, to be lowered: nobody adds to what is there."""
+    found = doubles(ROOT)
+    assert len(found["public class names used twice"]) <= MAX_CLASSES_TWICE
+    assert len(found["file names a letter apart"]) <= MAX_NAMES_A_LETTER_APART
 
 
 LONG_FUNCTION = '"""Doc."""\ndef f():\n' + "    x = 1\n" * 60
 PLANTED = [
     (files_are_short, "x = 1\n" * 401),
     (functions_are_short, LONG_FUNCTION),
-    (modules_have_docstrings, "x = 1\n"),
-    (nothing_is_global, "def f():\n    global x\n"),
-    (environment_is_read_at_the_edges, "import os\nx = os.environ['A']\n"),
-    (environment_is_read_at_the_edges, "from os import getenv\n"),
-    (megatrons_global_state_is_left_to_the_platform, "from megatron.core import parallel_state\n"),
-    (
-        megatrons_global_state_is_left_to_the_platform,
-        "def f():\n    import megatron.core.parallel_state as p\n",
-    ),
     (the_platform_is_prepared_before_megatron, "import megatron.core\nimport tide_megatron.platform\n"),
     (public_signatures_are_closed, "def f(**options): ...\n"),
     (public_signatures_are_closed, "class A:\n    def __init__(self, **options): ...\n"),
     (the_papers_words_are_used, "taid" + "_alpha = 1\n"),
     (the_papers_words_are_used, "class Alm" + "Loss: ...\n".replace("Loss", "")),
-    (nothing_waits_for_later, "x = 1  # TO" + "DO later\n"),
     (assertions_speak, "assert 1\n"),
 ]
 
@@ -303,15 +207,18 @@ def test_rules_see_planted_names_and_pass_good_ones():
     assert list(names_say_what_is_inside(Module(f"{PACKAGE}/train/helpers.py", "")))
     good = '"""Doc."""\nimport tide_megatron.platform\nimport megatron.core\ncalm = 1\nassert calm, "why"\n'
     assert not [fault for rule in RULES for fault in rule(Module(f"{PACKAGE}/train/planted.py", good))]
-    assert not list(
-        environment_is_read_at_the_edges(Module(f"{PACKAGE}/launch/a.py", "import os\nos.environ\n"))
-    )
 
 
-def test_measures_see_planted_faults():
+def test_measures_see_planted_faults(tmp_path):
+    for name in ("train/part.py", "train/parts.py", "head/bart.py"):
+        (tmp_path / PACKAGE / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / PACKAGE / name).write_text('"""Doc."""\n\nclass Part: ...\n')
+    found = doubles(tmp_path)
+    assert found["public class names used twice"]["Part"] == [
+        f"{PACKAGE}/{name}" for name in ("head/bart.py", "train/part.py", "train/parts.py")
+    ]
+    assert found["file names a letter apart"] == [["bart", "part"], ["part", "parts"]]
     lines = [f"x{i} = {i}" for i in range(12)]
     one, two = Module("a.py", "\n".join(lines)), Module("b.py", "\n".join(lines[:6]) + "\ny = 1")
     assert repeated_share((one, two))[0] == pytest.approx(12 / 19)
     assert repeated_share((one,))[0] == 0.0
-    assert undeclared((Module("a.py", "import os, pytest\nfrom yaml import load\n"),), {"pytest"})
-    assert not undeclared((Module("a.py", "import os, pytest\n"),), {"pytest"})

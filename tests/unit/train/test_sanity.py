@@ -39,14 +39,19 @@ def samples():
     return Samples([[0, 1, 1, 2], [3, 1, 2, 0]], [[False, True, True, True], [False, True, True, False]])
 
 
-def chance():
-    counts = torch.tensor([0.0, 3.0, 2.0, 0.0], dtype=torch.float64)  # what may be hidden: 1 1 2 1 2
-    return float(-(counts / 5 * ((counts + 1) / 9).log()).sum())
+CHANCE = 0.9260030
+"""By hand, of 1 1 2 1 2 among 4 ids: one more of each id makes 1, 4, 3, 1 of 9, so it is log 9 (2.1972246)
+less three fifths of log 4 (0.8317766) and two fifths of log 3 (0.4394449)."""
 
 
 def test_frequencies_are_those_of_maskable_tokens(samples):
-    assert frequency_nll(samples, 4) == pytest.approx(chance())
+    assert frequency_nll(samples, 4) == pytest.approx(CHANCE, abs=1e-6)
     assert samples.asked == [0, 1]
+
+
+def test_frequencies_that_say_nothing_cost_the_logarithm_of_the_vocabulary():
+    assert frequency_nll(Samples([[2, 0, 3, 1]], [[True] * 4]), 4) == pytest.approx(math.log(4))
+    assert frequency_nll(Samples([[2, 2, 2, 2]], [[True] * 4]), 4) < math.log(4)
 
 
 def run_check(monkeypatch, samples, nll, choice, held_out=True):
@@ -76,19 +81,19 @@ def run_check(monkeypatch, samples, nll, choice, held_out=True):
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_a_teacher_that_knows_something_is_reported(monkeypatch, samples, held_out):
-    nll = chance() - 0.01
+    nll = CHANCE - 0.01
     (entry,), asked, teacher = run_check(monkeypatch, samples, nll, "refuse", held_out)
     assert asked == [(teacher, "block_causal", samples, (0.3,))]
     assert entry == {
         "name": "big",
         "layout": "{expert=4}",
         "nll_per_token": nll,
-        "frequency_nll_per_token": pytest.approx(chance()),
+        "frequency_nll_per_token": pytest.approx(CHANCE, abs=1e-6),
         "time": 0.3,
     }
 
 
-@pytest.mark.parametrize("nll", [chance(), 9.0, math.nan, math.inf])
+@pytest.mark.parametrize("nll", [CHANCE + 0.01, 9.0, math.nan, math.inf])
 def test_a_teacher_that_knows_nothing_is_refused_with_what_to_check(monkeypatch, samples, nll):
     said = (
         r"^teachers\.big: .*mask token, chat template and context\.kind, or set teachers\.big\.sanity=warn$"

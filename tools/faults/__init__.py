@@ -1,1 +1,0 @@
-"""Faults on purpose: planted ones and small mutations, to show that the tests would see real ones."""
