@@ -27,7 +27,7 @@ from tide_megatron.diffusion.views import trimmed_view
 from tide_megatron.head.parts import HeadInput
 from tide_megatron.head.score import score_rows
 from tide_megatron.models.build import TideModel
-from tide_megatron.parallel.collectives import sum_over
+from tide_megatron.parallel.collectives import own_share, sum_over
 
 EVALUATION_SEED = 20260426
 """Seed of all evaluation noise; fixed so that figures of different runs are paired."""
@@ -143,16 +143,15 @@ def evaluate(
     Args:
         scorer: the model, in evaluation mode.
         context: what its tokens may attend to; labels the bound.
-        loader: held-out data; it knows rank and world.
+        loader: held-out data; it knows this rank's shard.
         levels: how much.
         device: where the scorer computes.
     """
     loader = dataclasses.replace(loader, sides={})  # one model is scored: nobody else's tokens are needed
-    (rank, world), samples = loader.ranks, min(levels.samples, loader.num_samples)
-    microbatch = levels.microbatch
+    shard, samples, microbatch = loader.shard, min(levels.samples, loader.num_samples), levels.microbatch
     sums = torch.zeros(4, samples, len(levels.times), dtype=torch.float64, device=device)
-    for step in range(math.ceil(samples / (microbatch * world))):
-        first = (step * world + rank) * microbatch
+    for step in range(math.ceil(samples / (microbatch * shard.size))):
+        first = (step * shard.size + shard.rank) * microbatch
         mine = [index for index in range(first, first + microbatch) if index < samples]
         batch = loader.batch_of(mine or [0]).to(device)
         for column, time in enumerate(levels.times):
@@ -167,8 +166,7 @@ def evaluate(
                 sums[:3, mine, column] = values
         if mine:
             sums[3, mine, :] = batch.reply_bytes.double()[:, None]
-    sum_over(sums, None)
-    sums = sums.cpu()
+    sums = sum_over(sums).cpu() / (own_share()[1] // shard.size)  # the ranks of a replica add the same
     return Likelihood(
         context=context.kind,
         times=tuple(levels.times),

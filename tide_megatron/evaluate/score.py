@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.data.columns import Columns
@@ -16,7 +14,8 @@ from tide_megatron.data.loader import Loader
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.likelihood import Levels, ModelScorer, evaluate
 from tide_megatron.evaluate.replies import open_model
-from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.parallel.collectives import fail_together, own_share
+from tide_megatron.parallel.layout import Layout
 from tide_megatron.text.tokenizer import Tokenizer
 
 
@@ -46,7 +45,7 @@ def score_folder(folder: Path, question: Question, *, device: Device, stop: Stop
         loader = Loader(
             columns=Columns(question.data, tokenizer_digest=tokenizer.digest),
             samples=question.microbatch,
-            ranks=(dist.get_rank(), dist.get_world_size()),
+            shard=Layout().data_shard(*own_share()),
             block_size=1 if context.kind == "bidirectional" else context.block_size,
         )
     model = open_model(folder, device)

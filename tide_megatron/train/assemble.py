@@ -138,7 +138,7 @@ def open_loader(
             columns=columns,
             samples=samples,
             accumulate=accumulate,
-            ranks=(dist.get_rank(), dist.get_world_size()),
+            shard=recipe.student.layout.data_shard(dist.get_rank(), dist.get_world_size()),
             seed=recipe.seed,
             block_size=_filled_blocks(recipe.student.context),
             fixed_length=recipe.data.fixed_length,
