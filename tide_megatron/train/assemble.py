@@ -26,8 +26,8 @@ from tide_megatron.diffusion.schedule import SCHEDULES
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.shared_vocabulary import SharedVocabulary
 from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.text.align import differing_ids, require_shared
 from tide_megatron.text.tokenizer import Tokenizer
-from tide_megatron.text.vocabulary import differing_ids, require_shared
 from tide_megatron.train.head_form import check_head_budget, choose_head_loss
 from tide_megatron.train.plans import ModelPlan, check_layout, check_precision, head_ranks, read_plan, under
 from tide_megatron.train.recipe import Recipe

@@ -19,7 +19,7 @@ from goldens.row import Excuse, Row, judge
 from goldens.text import golden_tokenizer
 from tide_megatron.text.align import align_chats
 from tide_megatron.text.chat import Encoded
-from tide_megatron.text.skeleton import Content
+from tide_megatron.text.templates import Content
 from tide_megatron.text.tokenizer import Tokenizer
 
 CASE_KEYS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from goldens.row import Row
-from tide_megatron.text.chat import ChatTemplate
+from tide_megatron.text.templates import ChatTemplate
 from tide_megatron.text.tokenizer import Tokenizer
 
 
