@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.diffusion.batch import IGNORED, Batch
 from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
 from tide_megatron.diffusion.side import Side
@@ -61,7 +61,7 @@ class Loader:
         ConfigError: sizes that cannot be, or a fixed length below the longest sample.
     """
 
-    columns: Columns
+    columns: PreparedData
     samples: int
     """Samples per microbatch."""
     accumulate: int = 1
@@ -170,14 +170,14 @@ class Loader:
     ) -> tuple[Tensor, Tensor]:
         """Return ids and labels of the student's tokens or of a side's, ([samples, length], the same)."""
         manifest, prefix = self.columns.manifest, f"{side}." if side else ""
-        facts = manifest.sides[side].tokenizer if side else manifest.tokenizer
+        tokenizer = manifest.sides[side].tokenizer if side else manifest.tokenizer
         examples = []
         for row in read:
             ids = row[f"{prefix}ids"].tolist()
             labels = labels_of(ids, row[f"{prefix}replies"].tolist(), IGNORED)
-            examples.append(pad_to_blocks(ids, labels, block_size, facts.eos_id))
+            examples.append(pad_to_blocks(ids, labels, block_size, tokenizer.eos_id))
         length = fixed_length or max(len(ids) for ids, _ in examples)
-        padded = [pad_to_length(ids, labels, length, facts.pad_id) for ids, labels in examples]
+        padded = [pad_to_length(ids, labels, length, tokenizer.pad_id) for ids, labels in examples]
         return torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded])
 
     def _check_known(self, ids: Tensor, rows: Sequence[int], known: Readers | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.likelihood import Levels, ModelScorer, evaluate
@@ -43,7 +43,7 @@ def score_folder(folder: Path, question: Question, *, device: Device, stop: Stop
     with fail_together():
         tokenizer = Tokenizer.load(folder)
         loader = Loader(
-            columns=Columns(question.data, tokenizer_digest=tokenizer.digest),
+            columns=PreparedData(question.data, tokenizer_digest=tokenizer.digest),
             samples=question.microbatch,
             shard=Layout().data_shard(*own_share()),
             block_size=1 if context.kind == "bidirectional" else context.block_size,

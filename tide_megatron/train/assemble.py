@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.base.phases import Phases
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
@@ -121,7 +121,7 @@ def open_loader(
     """
     samples, accumulate = recipe.batch.accumulation(dist.get_world_size())
     with under("data"):
-        columns = Columns(Path(folder), tokenizer_digest=tokenizer.digest)
+        columns = PreparedData(Path(folder), tokenizer_digest=tokenizer.digest)
         sides = {}
         for name, plan in readers.items():
             side = columns.manifest.side_of(plan.tokenizer.digest)

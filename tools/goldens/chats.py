@@ -15,7 +15,7 @@ from typing import Any
 from goldens.alignment import replaced, same_bytes
 from goldens.conversation import UNEQUAL, Conversation
 from goldens.text import golden_tokenizer
-from tide_megatron.data.record import Record
+from tide_megatron.data.record import ChatRecord
 from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
 from tide_megatron.text.align import Chunk, align_chats
 from tide_megatron.text.chat import Encoded, encode_chat
@@ -66,7 +66,7 @@ class Chat:
         window = Window(max_length=self.max_length, on_long=OnLong.TRUNCATE)
         encoder = Encoder(self.student.tokenizer, window, sides)
         messages = tuple(dict(message) for message in self.student.messages)
-        return encoder.encode(Record(messages=messages, file=Path("golden"), line=1, size_bytes=0))
+        return encoder.encode(ChatRecord(messages=messages, file=Path("golden"), line=1, size_bytes=0))
 
     def cut(self) -> Encoded:
         """Return the student's tokens inside its window."""

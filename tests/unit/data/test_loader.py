@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader, order_of_epoch
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.parallel.layout import DataShard
@@ -15,7 +15,7 @@ from tide_megatron.parallel.layout import DataShard
 
 @pytest.fixture
 def columns(prepared):
-    return Columns(prepared)
+    return PreparedData(prepared)
 
 
 def stream(columns, updates, *, world=1, accumulate=1, samples=12, start=0, seed=3):
