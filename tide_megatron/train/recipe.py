@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
+from tide_megatron.evaluate.likelihood import Evaluation
 from tide_megatron.losses.rows import Loss
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.metrics import MetricsOptions, Off
@@ -26,8 +27,6 @@ STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=
 Folder = Annotated[str, Field(min_length=1)]
 """A folder; the empty string would silently be the current one."""
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Time = Annotated[float, Field(gt=0.0, le=1.0)]
-"""A noise level; at 0 nothing is hidden."""
 
 
 def _high_precision(value: object) -> object:
@@ -164,17 +163,6 @@ class Noise:
     chunks that happen to be hidden whole enter a loss."""
     chunks_of: tuple[str, ...] | None = None
     """Sides of the data whose chunks `whole` keeps together; None: those that the teachers read."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Evaluation:
-    """Held-out scores at fixed noises (machine choice: it never changes training)."""
-
-    every: int = Field(default=0, ge=0)
-    """Updates between evaluations; 0: only at the end."""
-    samples: int = Field(default=256, ge=1)
-    times: tuple[Time, ...] = Field(default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
-    microbatch: int = Field(default=16, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

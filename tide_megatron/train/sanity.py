@@ -14,7 +14,7 @@ import torch
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.data.loader import Loader
-from tide_megatron.evaluate.likelihood import Levels, evaluate
+from tide_megatron.evaluate.likelihood import Evaluation, evaluate
 from tide_megatron.teachers.scorer import TeacherScorer
 from tide_megatron.train.assemble import Parts
 from tide_megatron.train.recipe import Recipe
@@ -43,9 +43,9 @@ def check_teachers(recipe: Recipe, parts: Parts) -> list[dict[str, Any]]:
         context = teacher.sight.context
         loader = _loader_for(name, parts)
         own = loader.of_teacher(name, 1 if context.kind == "bidirectional" else context.block_size)
-        levels = Levels(times=(TIME,), samples=SAMPLES, microbatch=MICROBATCH)
+        options = Evaluation(times=(TIME,), samples=SAMPLES, microbatch=MICROBATCH)
         scorer = TeacherScorer(teacher=teacher, head=parts.run.head)
-        scores = evaluate(scorer, context, own, levels, parts.run.device)
+        scores = evaluate(scorer, context, own, options, parts.run.device)
         nll = scores.by_time()[0]["nll_per_token"]
         chance = frequency_nll(own, teacher.model.architecture.vocabulary)
         log.info(
