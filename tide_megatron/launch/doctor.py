@@ -24,11 +24,10 @@ import torch.distributed as dist
 
 from tide_megatron import __version__
 from tide_megatron.base.device import Device, Wanted, choose_device
-from tide_megatron.base.errors import TideError
+from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.views import View
-from tide_megatron.launch.failure import RanksFailed
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.attention import KERNELS, choose_kernel
 from tide_megatron.models.build import build_model

@@ -10,14 +10,13 @@ import typer
 from typer.testing import CliRunner
 
 from tide_megatron import __version__, commands
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import ConfigError, RanksFailed
 from tide_megatron.commands import VERBS, app, main
 from tide_megatron.export.checks import Check
 from tide_megatron.export.export import Choices
 from tide_megatron.launch import doctor as launch_doctor
 from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
-from tide_megatron.launch.failure import RanksFailed
 
 SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
