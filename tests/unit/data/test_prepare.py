@@ -52,11 +52,11 @@ def test_manifest_tells_what_was_done(prepared, chats, tokenizer):
             "records": len(PAIRS),
         }
     ]
-    told = manifest.statistics
-    assert told.tokens == sum(len(row["ids"]) for row in rows) == told.prompt_tokens + told.reply_tokens
-    assert told.reply_bytes == sum(len(reply.encode()) for _, reply in PAIRS)
-    assert told.longest == max(len(row["ids"]) for row in rows)
-    assert (told.truncated, told.skipped) == (0, {})
+    counts = manifest.statistics
+    assert counts.tokens == sum(len(row["ids"]) for row in rows) == counts.prompt_tokens + counts.reply_tokens
+    assert counts.reply_bytes == sum(len(reply.encode()) for _, reply in PAIRS)
+    assert counts.longest == max(len(row["ids"]) for row in rows)
+    assert (counts.truncated, counts.skipped) == (0, {})
     files = {f"{column}.{end}" for column in ("ids", "replies", "reply_bytes") for end in ("bin", "idx")}
     assert set(entries(prepared)) == files | {"manifest.json"} == set(manifest.files) | {"manifest.json"}
 
