@@ -38,7 +38,7 @@ def trained_context(folder: Path, kind: str | None = None, block_size: int | Non
         block_size: tokens; None: the folder's.
 
     Raises:
-        ConfigError: something was not saved and the folder does not say it either.
+        ConfigError: neither the caller nor the folder says it.
     """
     file, saved = Path(folder) / CONTEXT_FILE, {}
     if file.is_file():
