@@ -34,7 +34,7 @@ from data import ensure_data
 
 from tide_megatron.base.log import start_log
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.compare import paired_difference
+from tide_megatron.evaluate.report import paired_difference
 from tide_megatron.parallel.layout import Layout
 
 QUICKSTART = Path("runs/quickstart-data")

@@ -20,11 +20,16 @@ import rich
 import typer
 
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.compare import paired_difference
-from tide_megatron.evaluate.generate import Sampler
-from tide_megatron.evaluate.replies import answer_prompts
-from tide_megatron.evaluate.report import Report, Sample, Table, comparison_table
-from tide_megatron.evaluate.score import Question, score_folder
+from tide_megatron.evaluate.generate import Sampler, answer_prompts
+from tide_megatron.evaluate.likelihood import score_folder
+from tide_megatron.evaluate.options import Evaluation
+from tide_megatron.evaluate.report import (
+    PromptReplies,
+    Report,
+    TextTable,
+    comparison_table,
+    paired_difference,
+)
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.loop import train
@@ -181,7 +186,7 @@ class Comparison:
             rich.print(sentence)
         rich.print(f"report: {report}, figures: {file} ({summary['seconds']:.0f} s in all)")
 
-    def _samples(self) -> list[Sample]:
+    def _samples(self) -> list[PromptReplies]:
         """Let the shown students answer a few held-out requests."""
         text = Path("runs/quickstart-data/text/test.jsonl")
         lines = text.read_text(encoding="utf-8").splitlines()[:400:150]
@@ -193,7 +198,7 @@ class Comparison:
             for name in self.shown
         }
         return [
-            Sample(
+            PromptReplies(
                 prompt=prompt,
                 replies={
                     "reference": chat[1]["content"],
@@ -210,7 +215,7 @@ def hard_twin(weight: float) -> list[str]:
     return [f"losses.twin.{word}" for word in words]
 
 
-def seed_table(results: Sequence[Results], reference: str) -> Table:
+def seed_table(results: Sequence[Results], reference: str) -> TextTable:
     """Compare variants over seeds: mean and standard deviation, paired difference over seeds, cost."""
     rows = []
     for name in results[0]:
@@ -224,7 +229,7 @@ def seed_table(results: Sequence[Results], reference: str) -> Table:
         cost = statistics.mean(run["cpu_seconds"] for run in runs)
         bound = f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}"
         rows.append((name, bound, words, f"{accuracy:.1%}", f"{cost:.0f}"))
-    return Table(
+    return TextTable(
         title=f"Over {len(results)} seeds (one base student, the same teachers)",
         columns=("run", "nats/byte, sd", "difference, 95 % over seeds", "accuracy", "CPU s"),
         rows=tuple(rows),
@@ -238,6 +243,6 @@ def in_words(pair: Mapping[str, Any]) -> str:
 
 
 def _score(folder: Path, data: Path, context: Context) -> dict[str, Any]:
-    question = Question(data=data, context=context, samples=SAMPLES)
-    scores: dict[str, Any] = run_ranks(score_folder, (folder, question), RANKS, "cpu")
+    options = Evaluation(samples=SAMPLES)
+    scores: dict[str, Any] = run_ranks(score_folder, (folder, data, context, options), RANKS, "cpu")
     return scores

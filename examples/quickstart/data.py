@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 from corpus import write_corpus
 
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.manifest import MANIFEST_FILE
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import OnLong, SideChoice
@@ -60,7 +60,7 @@ def ensure_columns(
 def _is_whole(folder: Path, tokenizer: Tokenizer, side_digests: Mapping[str, str]) -> bool:
     if not (folder / MANIFEST_FILE).is_file():
         return False
-    columns = Columns(folder, tokenizer_digest=tokenizer.digest)
+    columns = PreparedData(folder, tokenizer_digest=tokenizer.digest)
     found = {name: side.tokenizer.digest for name, side in columns.manifest.sides.items()}
     return len(columns) > 0 and found == side_digests
 

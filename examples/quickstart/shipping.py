@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from tide_megatron import __version__
 from tide_megatron.base.errors import DataError
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.score import Question, score_folder
-from tide_megatron.evaluate.trained_context import write_context
+from tide_megatron.evaluate.likelihood import score_folder
+from tide_megatron.evaluate.model_folder import write_context
+from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import digest, load_recipe
@@ -50,8 +51,8 @@ class Shipped:
 
     def score(self) -> dict[str, float]:
         """Score the shipped weights."""
-        question = Question(data=self.data, context=self.context, samples=SAMPLES)
-        scores = run_ranks(score_folder, (self.folder, question), 1, "cpu")
+        options = Evaluation(samples=SAMPLES)
+        scores = run_ranks(score_folder, (self.folder, self.data, self.context, options), 1, "cpu")
         return {key: scores[key] for key in ("nll_per_byte", "masked_accuracy")}
 
     def make(self, run: Path | None) -> dict[str, Any]:

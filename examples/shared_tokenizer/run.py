@@ -23,7 +23,7 @@ from comparison import SEEDS, Comparison, Teacher, hard_twin, in_words
 from data import ensure_data
 
 from tide_megatron.base.log import start_log
-from tide_megatron.evaluate.compare import paired_difference
+from tide_megatron.evaluate.report import paired_difference
 from tide_megatron.parallel.layout import Layout
 
 DATA = Path("runs/quickstart-data")

@@ -11,7 +11,7 @@ from goldens.row import Golden
 from tests.unit.models.shapes import CPU
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.trained_context import write_context
+from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.export.export import Choices, export_student
 from tide_megatron.export.flavours import FLAVOURS
 

@@ -15,8 +15,7 @@ from tide_megatron.platform import prepare_platform
 import torch
 import torch.distributed as dist
 
-from tide_megatron.base.errors import ConfigError, DataError, TideError
-from tide_megatron.launch.failure import RanksFailed
+from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, TideError
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout

@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from tests.parallel import launch_cases as cases
-from tide_megatron.base.errors import ConfigError, DataError
+from tide_megatron.base.errors import ConfigError, DataError, RanksFailed
 from tide_megatron.launch.doctor import compare_parallel
-from tide_megatron.launch.failure import Failure, RanksFailed, first_failure
 from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.launch.supervisor import first_failure
+from tide_megatron.launch.worker import Failure
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(200)  # a fault in this layer is a hang

@@ -230,7 +230,7 @@ def test_a_conversion_that_was_cut_off_goes_on(pool, tmp_path):
     most = max(sizes[1:])
     assert sizes[0] < most, "the first file must fit"
     command = [sys.executable, "-m", "tide_megatron.commands", "convert", "megatron-to-hf"]
-    command += [tmp_path / "megatron", tmp_path / "again", "--shard-gb", str(SMALL_FILES / 1e9)]
+    command += [tmp_path / "megatron", tmp_path / "again", "--shard-size", str(SMALL_FILES)]
     cut = run_limited(command, most - 1)
     assert cut.returncode == 2, cut.stderr
     assert "it goes on" in cut.stderr

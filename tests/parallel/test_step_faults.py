@@ -16,8 +16,7 @@ import torch.distributed as dist
 from tests.tiny_run import PAIR_ON_FOUR, write_pair_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
-from tide_megatron.base.errors import TideError
-from tide_megatron.launch.failure import RanksFailed
+from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.train.resolve import load_recipe
 from tide_megatron.train.setup import set_up

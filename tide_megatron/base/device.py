@@ -24,7 +24,7 @@ Kind = Literal["cpu", "cuda"]
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "MASTER_ADDR", "MASTER_PORT")
 _LOCALHOST, _DEFAULT_PORT = "127.0.0.1", 29500
-# Set by torchrun and by `launch/ranks.py`, whose ranks of one machine all see the same GPUs.
+# Set by torchrun and by `launch/supervisor.py`, whose ranks of one machine all see the same GPUs.
 _LOCAL_SIZE = "LOCAL_WORLD_SIZE"
 # Set by who puts several ranks on one GPU on purpose: NCCL then takes them for ranks of several machines.
 _HOST_ID = "NCCL_HOSTID"
@@ -214,7 +214,7 @@ def _gpu_of(ranks: Ranks) -> int:
 
     Ranks of torchrun and of our own launcher see the same GPUs. A task of srun may see one that is its own,
     and its local rank is then no index; whether two tasks see the same one only they can tell each other
-    (`launch.here`).
+    (`launch.worker`).
     """
     visible, local_size = torch.cuda.device_count(), _local_size()
     if local_size is None and visible == 1:

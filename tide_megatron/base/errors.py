@@ -26,6 +26,10 @@ class CheckpointError(TideError):
     """A model folder or checkpoint that is missing, truncated, or of another run."""
 
 
+class RanksFailed(Exception):
+    """A rank ended by a bug or a signal; the message names the rank and holds its traceback."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return a hint that names the closest legal choice, for the end of an error message.
 

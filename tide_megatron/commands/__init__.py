@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from tide_megatron import __version__
-from tide_megatron.base.errors import TideError
+from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.base.log import start_log
 from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
@@ -25,7 +25,6 @@ from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
 from tide_megatron.commands.sample import sample
 from tide_megatron.commands.train import train
-from tide_megatron.launch.failure import RanksFailed
 
 VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,

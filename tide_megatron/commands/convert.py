@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
     import torch
-
-
-class Dtype(str, Enum):
-    """Dtype of the weights that are written."""
-
-    STORED = "stored"
-    BF16 = "bf16"
-    FP32 = "fp32"
 
 
 app = typer.Typer(help="Convert weights between Hugging Face and Megatron.", no_args_is_help=True)
@@ -26,7 +17,10 @@ Ranks = Annotated[
     int | None, typer.Option(min=1, help="Processes to share the work; leave out under torchrun or srun.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what stands at TARGET.")]
-Wanted = Annotated[Dtype, typer.Option(help="Dtype of the weights; a router bias stays as stored.")]
+Dtype = Annotated[
+    Literal["stored", "bf16", "fp32"],
+    typer.Option(help="Dtype of the weights; a router bias stays as stored."),
+]
 
 
 @app.command("hf-to-megatron")
@@ -34,7 +28,7 @@ def hf_to_megatron(
     source: Annotated[Path, typer.Argument(help="Hugging Face folder of safetensors.")],
     target: Annotated[Path, typer.Argument(help="Megatron checkpoint folder to make.")],
     ranks: Ranks = None,
-    dtype: Wanted = Dtype.STORED,
+    dtype: Dtype = "stored",
     force: Force = False,
 ) -> None:
     """Write a Megatron checkpoint (torch_dist), which any layout of any Megatron tool can load.
@@ -64,8 +58,8 @@ def megatron_to_hf(
         typer.Option(help="Hugging Face folder of the same model, for config.json and tokenizer; SOURCE/hf."),
     ] = None,
     ranks: Ranks = None,
-    dtype: Wanted = Dtype.STORED,
-    shard_gb: Annotated[float, typer.Option(min=0.0, help="Largest file, GB.")] = 5.0,
+    dtype: Dtype = "stored",
+    shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     force: Force = False,
 ) -> None:
     """Write safetensors from a Megatron checkpoint, whatever layout wrote it.
@@ -76,23 +70,22 @@ def megatron_to_hf(
     """
     import rich
 
+    from tide_megatron.base.units import read_bytes
     from tide_megatron.convert.outward import Written
     from tide_megatron.convert.outward import megatron_to_hf as convert
     from tide_megatron.launch.ranks import run_ranks
 
-    written = Written(dtype=_torch(dtype), shard_bytes=round(shard_gb * 1e9), force=force)
+    shard_bytes = read_bytes(shard_size, "--shard-size")
+    written = Written(dtype=_torch(dtype), shard_bytes=shard_bytes, force=force)
     found = run_ranks(convert, (source, target, config, written), ranks, "cpu")
-    rich.print(f"{target}: {_told(found)}")
-
-
-def _told(found: dict[str, float]) -> str:
-    """Say what was written, and how much of it by an earlier try."""
     kept = f" ({found['files_kept']} of an earlier try)" if found["files_kept"] else ""
-    return f"{found['tensors']} tensors in {found['files']} files{kept}, {found['seconds']:.1f} s"
+    rich.print(
+        f"{target}: {found['tensors']} tensors in {found['files']} files{kept}, {found['seconds']:.1f} s"
+    )
 
 
-def _torch(dtype: Dtype) -> torch.dtype | None:
+def _torch(dtype: str) -> torch.dtype | None:
     """Return torch's dtype, or None for as stored."""
     import torch
 
-    return {Dtype.STORED: None, Dtype.BF16: torch.bfloat16, Dtype.FP32: torch.float32}[dtype]
+    return {"stored": None, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]

@@ -32,9 +32,8 @@ def sample(
     import rich
     from rich.markup import escape
 
-    from tide_megatron.evaluate.generate import Sampler
-    from tide_megatron.evaluate.replies import answer_prompts
-    from tide_megatron.evaluate.trained_context import trained_context
+    from tide_megatron.evaluate.generate import Sampler, answer_prompts
+    from tide_megatron.evaluate.model_folder import trained_context
     from tide_megatron.launch.ranks import run_ranks
 
     asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]

@@ -1,1 +1,1 @@
-"""Filled in by the layer's owner."""
+"""Training data: chats in JSONL files, prepared once into columns on disk, read back as batches."""

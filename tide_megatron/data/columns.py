@@ -12,9 +12,8 @@ and for every side, a teacher with its own tokenizer or template, under the side
     NAME.replies  as above, in these
     NAME.chunks   aligned runs of the learnt reply, flat: student start, end, teacher start, end, ...
 
-Labels are not stored: they follow from `ids` and
-`replies`, which also leaves room for several replies in a conversation. Padding is not stored either; it
-depends on a run's block size and is the loader's.
+Labels are not stored: they follow from `ids` and `replies`, which also leaves room for several replies in a
+conversation. Padding is not stored either; it depends on a run's block size and is the loader's.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class ColumnWriter:
             builder.data_file.close()
 
 
-class Columns:
+class PreparedData:
     """A prepared data folder, opened and checked; rows are read when asked for.
 
     Args:
@@ -105,10 +104,10 @@ class Columns:
                 f"({self.manifest.tokenizer.name}, digest {self.manifest.tokenizer.digest[:12]}, not "
                 f"{tokenizer_digest[:12]}): prepare the data again with this model's tokenizer"
             )
-        total_bytes = sum(facts["bytes"] for facts in self.manifest.files.values())
+        total_bytes = sum(recorded["bytes"] for recorded in self.manifest.files.values())
         is_compared = total_bytes <= HASHED_AT_OPEN_BYTES if compare_digests is None else compare_digests
-        for name, facts in self.manifest.files.items():
-            _check_file(self.folder / name, facts, is_compared=is_compared)
+        for name, recorded in self.manifest.files.items():
+            _check_file(self.folder / name, recorded, is_compared=is_compared)
         self._readers = {
             name: _open_column(self.folder, name, self.manifest) for name in self.manifest.columns
         }
@@ -168,18 +167,18 @@ def digest_file(file: Path) -> str:
     return digest_of(file)[1]
 
 
-def _check_file(file: Path, facts: Mapping[str, Any], *, is_compared: bool) -> None:
+def _check_file(file: Path, recorded: Mapping[str, Any], *, is_compared: bool) -> None:
     """Compare one file with the manifest."""
     if not file.is_file():
         raise DataError(f"{file}: missing: prepare the data again or copy the whole folder")
     size = file.stat().st_size
-    if size != facts["bytes"]:
-        change = "cut" if size < facts["bytes"] else "changed"
+    if size != recorded["bytes"]:
+        change = "cut" if size < recorded["bytes"] else "changed"
         raise DataError(
-            f"{file}: {size} bytes, the manifest says {facts['bytes']}: it was {change} after preparation; "
-            "copy it again or prepare the data again"
+            f"{file}: {size} bytes, the manifest says {recorded['bytes']}: it was {change} after "
+            "preparation; copy it again or prepare the data again"
         )
-    if is_compared and digest_file(file) != facts["sha256"]:
+    if is_compared and digest_file(file) != recorded["sha256"]:
         raise DataError(
             f"{file}: its content changed after preparation (sha256 differs): prepare the data again"
         )

@@ -1,10 +1,10 @@
 """The loader: which samples a rank reads at a position of the run, as a pure function.
 
 A position counts samples of all ranks together (`Clock.consumed`), so the data order has nothing to do with
-how a step is cut: an update at position p takes positions p .. p + world * accumulate * samples - 1, and
-microbatch m of rank r takes `samples` of them from p + (m * world + r) * samples on. Another split with the
-same product reads the same samples in the same order, and resuming is calling with a larger p: there is no
-state to save.
+how a step is cut: an update at position p takes positions p .. p + shards * accumulate * samples - 1, and
+microbatch m of data shard r takes `samples` of them from p + (m * shards + r) * samples on. Another split
+with the same product reads the same samples in the same order, and resuming is calling with a larger p:
+there is no state to save.
 
 Position q lies in epoch q // N; the order within an epoch depends on (seed, epoch) only. An update that
 crosses an epoch's end goes on in the next epoch, so nothing is dropped, and each sample carries its own
@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.diffusion.batch import IGNORED, Batch
 from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
 from tide_megatron.diffusion.side import Side
+from tide_megatron.parallel.layout import DataShard
 from tide_megatron.text.chat import labels_of
 
 Readers = tuple[int, str]
@@ -54,19 +55,19 @@ class SideReading:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loader:
-    """Microbatches of one rank over one prepared data set, on the CPU.
+    """Microbatches of one data shard over one prepared data set, on the CPU.
 
     Raises:
         ConfigError: sizes that cannot be, or a fixed length below the longest sample.
     """
 
-    columns: Columns
+    columns: PreparedData
     samples: int
     """Samples per microbatch."""
     accumulate: int = 1
-    """Microbatches per update and rank."""
-    ranks: tuple[int, int] = (0, 1)
-    """This rank, and the number of ranks."""
+    """Microbatches per update and shard."""
+    shard: DataShard = dataclasses.field(default_factory=DataShard)
+    """Whose microbatches these are."""
     seed: int = 0
     block_size: int = 1
     """Fill the last block with end tokens up to a multiple of this; 1: add none."""
@@ -82,8 +83,6 @@ class Loader:
     here, before any device sees it."""
 
     def __post_init__(self) -> None:
-        rank, world = self.ranks
-        assert 0 <= rank < world, f"rank {rank} of {world}"
         for name in ("samples", "accumulate", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is too few; use at least 1")
@@ -107,14 +106,13 @@ class Loader:
 
     @property
     def update_samples(self) -> int:
-        """Samples per update, over all ranks and accumulation: what an update adds to the position."""
-        return self.samples * self.accumulate * self.ranks[1]
+        """Samples per update, over all shards and accumulation: what an update adds to the position."""
+        return self.samples * self.accumulate * self.shard.size
 
     def microbatch(self, consumed: int, index: int) -> Batch:
-        """Return this rank's microbatch `index` of the update that starts at position `consumed`."""
+        """Return the shard's microbatch `index` of the update that starts at position `consumed`."""
         assert 0 <= index < self.accumulate, f"microbatch {index} of {self.accumulate}"
-        rank, world = self.ranks
-        first = consumed + (index * world + rank) * self.samples
+        first = consumed + (index * self.shard.size + self.shard.rank) * self.samples
         epochs = [position // self.num_samples for position in range(first, first + self.samples)]
         rows = [
             int(order_of_epoch(self.seed, epoch, self.num_samples)[position % self.num_samples])
@@ -123,7 +121,7 @@ class Loader:
         return self.batch_of(rows, epochs)
 
     def update(self, consumed: int) -> list[Batch]:
-        """Return all of this rank's microbatches of the update that starts at position `consumed`."""
+        """Return all of the shard's microbatches of the update that starts at position `consumed`."""
         return [self.microbatch(consumed, index) for index in range(self.accumulate)]
 
     def batch_of(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
@@ -172,14 +170,14 @@ class Loader:
     ) -> tuple[Tensor, Tensor]:
         """Return ids and labels of the student's tokens or of a side's, ([samples, length], the same)."""
         manifest, prefix = self.columns.manifest, f"{side}." if side else ""
-        facts = manifest.sides[side].tokenizer if side else manifest.tokenizer
+        tokenizer = manifest.sides[side].tokenizer if side else manifest.tokenizer
         examples = []
         for row in read:
             ids = row[f"{prefix}ids"].tolist()
             labels = labels_of(ids, row[f"{prefix}replies"].tolist(), IGNORED)
-            examples.append(pad_to_blocks(ids, labels, block_size, facts.eos_id))
+            examples.append(pad_to_blocks(ids, labels, block_size, tokenizer.eos_id))
         length = fixed_length or max(len(ids) for ids, _ in examples)
-        padded = [pad_to_length(ids, labels, length, facts.pad_id) for ids, labels in examples]
+        padded = [pad_to_length(ids, labels, length, tokenizer.pad_id) for ids, labels in examples]
         return torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded])
 
     def _check_known(self, ids: Tensor, rows: Sequence[int], known: Readers | None) -> None:

@@ -14,15 +14,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
 from tide_megatron.base.errors import DataError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tide-columns"
 VERSION = 1
+STRICT = ConfigDict(extra="forbid")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerFacts:
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TokenizerMetadata:
     """The tokenizer whose ids the columns hold."""
 
     name: str
@@ -35,8 +39,8 @@ class TokenizerFacts:
     pad_id: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Statistics:
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataStatistics:
     """Counts over the samples kept, and what happened to the others."""
 
     tokens: int = 0
@@ -50,11 +54,11 @@ class Statistics:
     """Reason -> records left out."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SideFacts:
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SideMetadata:
     """The same samples in a teacher's own tokens, and how well they align with the student's."""
 
-    tokenizer: TokenizerFacts
+    tokenizer: TokenizerMetadata
     max_length: int
     tokens: int = 0
     longest: int = 0
@@ -72,7 +76,7 @@ class SideFacts:
     """Samples of which nothing is aligned; they teach the student nothing about this teacher."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Manifest:
     """Everything in `manifest.json` but its format line and its digest."""
 
@@ -81,13 +85,13 @@ class Manifest:
     """Column -> number of int32 values in it."""
     files: dict[str, dict[str, Any]]
     """File name -> {bytes, sha256}."""
-    tokenizer: TokenizerFacts
+    tokenizer: TokenizerMetadata
     max_length: int
     on_long: str
     sources: list[dict[str, Any]]
     """Per source file: name, bytes, sha256, records."""
-    statistics: Statistics
-    sides: dict[str, SideFacts] = dataclasses.field(default_factory=dict)
+    statistics: DataStatistics
+    sides: dict[str, SideMetadata] = dataclasses.field(default_factory=dict)
     """Side name -> a teacher's tokenizer that the samples were also prepared for."""
 
     @property
@@ -116,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check a folder's manifest.
 
     Raises:
-        DataError: it is missing, broken, of another format or version, or was edited.
+        DataError: it is missing, broken, of another format or version, was edited, or holds what cannot be.
     """
     file = folder / MANIFEST_FILE
     try:
@@ -136,17 +140,12 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if content.pop("digest", None) != _digest(content):
         raise DataError(f"{file}: was edited after preparation (its digest differs): prepare the data again")
-    return Manifest(
-        **{
-            **content,
-            "tokenizer": TokenizerFacts(**content["tokenizer"]),
-            "statistics": Statistics(**content["statistics"]),
-            "sides": {
-                name: SideFacts(**{**side, "tokenizer": TokenizerFacts(**side["tokenizer"])})
-                for name, side in content.get("sides", {}).items()
-            },
-        }
-    )
+    try:
+        return Manifest(**content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key, value = ".".join(map(str, fault["loc"])), f" ({fault['input']!r})" * (fault["type"] != "missing")
+        raise DataError(f"{file}: {key}: {fault['msg']}{value}: prepare the data again") from None
 
 
 def _digest(content: Mapping[str, Any]) -> str:

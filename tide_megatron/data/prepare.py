@@ -25,8 +25,14 @@ import rich.progress
 from tide_megatron.base.durable import flush
 from tide_megatron.base.errors import DataError
 from tide_megatron.data.columns import ColumnWriter, digest_file
-from tide_megatron.data.manifest import MANIFEST_FILE, Manifest, SideFacts, Statistics, TokenizerFacts
-from tide_megatron.data.record import Record, read_records
+from tide_megatron.data.manifest import (
+    MANIFEST_FILE,
+    DataStatistics,
+    Manifest,
+    SideMetadata,
+    TokenizerMetadata,
+)
+from tide_megatron.data.record import ChatRecord, read_records
 from tide_megatron.data.sample import Encoder, OnLong, SideChoice, Window
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -131,11 +137,11 @@ def _write(folder: Path, sources: Sequence[Path], encoder: Encoder) -> Manifest:
     skipped: collections.Counter[str] = collections.Counter()
     side_counts = {name: collections.Counter[str]() for name in encoder.sides}
     longest: collections.Counter[str] = collections.Counter()
-    facts = []
+    described = []
     try:
         for source in sources:
             records = 0
-            for record in _followed(source):
+            for record in _read_with_progress(source):
                 records += 1
                 sample = encoder.encode(record)
                 if isinstance(sample, str):
@@ -146,10 +152,12 @@ def _write(folder: Path, sources: Sequence[Path], encoder: Encoder) -> Manifest:
                 longest |= sample.longest
                 for name, found in sample.side_counts.items():
                     side_counts[name].update(found)
-            facts.append(_source_facts(source, records))
+            described.append(_describe_source(source, records))
         if not writer.samples:
             names = ", ".join(str(source) for source in sources)
-            raise DataError(f"{names}: no samples ({_told(skipped)}): give records, or raise max_length")
+            raise DataError(
+                f"{names}: no samples ({_list_skipped(skipped)}): give records, or raise max_length"
+            )
         for name, found in side_counts.items():
             if not found["chunks"]:
                 raise DataError(
@@ -163,14 +171,14 @@ def _write(folder: Path, sources: Sequence[Path], encoder: Encoder) -> Manifest:
         samples=writer.samples,
         columns=columns,
         files=files,
-        tokenizer=_tokenizer_facts(encoder.tokenizer),
+        tokenizer=_tokenizer_metadata(encoder.tokenizer),
         max_length=encoder.window.max_length,
         on_long=encoder.window.on_long.value,
-        sources=facts,
-        statistics=Statistics(**counts, longest=longest[""], skipped=dict(skipped)),
+        sources=described,
+        statistics=DataStatistics(**counts, longest=longest[""], skipped=dict(skipped)),
         sides={
-            name: SideFacts(
-                tokenizer=_tokenizer_facts(side.tokenizer),
+            name: SideMetadata(
+                tokenizer=_tokenizer_metadata(side.tokenizer),
                 max_length=encoder.side_length(name),
                 longest=longest[name],
                 **side_counts[name],
@@ -180,7 +188,7 @@ def _write(folder: Path, sources: Sequence[Path], encoder: Encoder) -> Manifest:
     )
 
 
-def _followed(source: Path) -> Iterator[Record]:
+def _read_with_progress(source: Path) -> Iterator[ChatRecord]:
     """Yield a file's records, on a terminal under a progress bar over its bytes."""
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
     is_watched = rich.get_console().is_terminal
@@ -191,7 +199,7 @@ def _followed(source: Path) -> Iterator[Record]:
             bar.advance(task, record.size_bytes)
 
 
-def _source_facts(source: Path, records: int) -> dict[str, object]:
+def _describe_source(source: Path, records: int) -> dict[str, object]:
     """Describe a source file; only its name, so that a data folder tells nothing about a machine."""
     return {
         "name": source.name,
@@ -201,9 +209,9 @@ def _source_facts(source: Path, records: int) -> dict[str, object]:
     }
 
 
-def _tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
+def _tokenizer_metadata(tokenizer: Tokenizer) -> TokenizerMetadata:
     assert tokenizer.chat is not None, "encoding needs a template and ran"
-    return TokenizerFacts(
+    return TokenizerMetadata(
         name=Path(tokenizer.name).name,
         digest=tokenizer.digest,
         vocabulary_digest=tokenizer.vocabulary_digest,
@@ -215,5 +223,5 @@ def _tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
     )
 
 
-def _told(skipped: collections.Counter[str]) -> str:
+def _list_skipped(skipped: collections.Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "the files are empty"

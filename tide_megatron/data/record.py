@@ -19,7 +19,7 @@ ROLES = ("system", "user", "assistant")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
+class ChatRecord:
     """One conversation; its last message is the assistant's reply."""
 
     messages: tuple[dict[str, str], ...]
@@ -34,7 +34,7 @@ class Record:
         return f"{self.file}:{self.line}"
 
 
-def read_records(file: Path) -> Iterator[Record]:
+def read_records(file: Path) -> Iterator[ChatRecord]:
     """Yield the records of one JSONL file in order; blank lines are passed over.
 
     Raises:
@@ -49,7 +49,7 @@ def read_records(file: Path) -> Iterator[Record]:
         raise DataError(f"{file}: cannot be read ({error.strerror}): give the path of a JSONL file") from None
 
 
-def _parse(line: bytes, file: Path, number: int) -> Record:
+def _parse(line: bytes, file: Path, number: int) -> ChatRecord:
     """Turn one line into a record."""
     place = f"{file}:{number}"
     try:
@@ -72,7 +72,7 @@ def _parse(line: bytes, file: Path, number: int) -> Record:
         )
     if len(checked) == 1:
         raise DataError(f"{place}: a reply without a request: put a user message before it")
-    return Record(messages=checked, file=file, line=number, size_bytes=len(line))
+    return ChatRecord(messages=checked, file=file, line=number, size_bytes=len(line))
 
 
 def _checked(message: Any, place: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tide_megatron.base.errors import ConfigError, DataError, nearest
 from tide_megatron.data.columns import COLUMNS, SIDE_COLUMNS
-from tide_megatron.data.record import Record
+from tide_megatron.data.record import ChatRecord
 from tide_megatron.text.align import Chunk, align_chats
 from tide_megatron.text.chat import Encoded, encode_chat
 from tide_megatron.text.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ class Encoder:
         chosen = self.sides[name].max_length
         return 2 * self.window.max_length if chosen is None else chosen
 
-    def encode(self, record: Record) -> Sample | str:
+    def encode(self, record: ChatRecord) -> Sample | str:
         """Encode one record, or say why it is left out.
 
         Raises:
@@ -169,7 +169,7 @@ class Encoder:
         return sample
 
     def _add_side(
-        self, sample: Sample, name: str, record: Record, student: Encoded, *, student_is_cut: bool
+        self, sample: Sample, name: str, record: ChatRecord, student: Encoded, *, student_is_cut: bool
     ) -> None:
         """Add one side's columns and counts to a sample."""
         teacher = encode_chat(self.sides[name].tokenizer, record.messages, aligned=True)

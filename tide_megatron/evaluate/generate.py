@@ -1,4 +1,4 @@
-"""A plain block sampler: enough to see text (fast decoding comes later).
+"""Text from a model: a plain block sampler, enough to see text (fast decoding comes later).
 
 Blocks are counted from the first token of the prompt, as in training; the block in which the prompt ends
 starts with its visible tokens. Each step reads the whole sequence so far under the block-causal rule, which
@@ -13,15 +13,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.device import Device
+from tide_megatron.base.errors import ConfigError, DataError
+from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.denoise import commit_most_confident, transfer_counts
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.schedule import Linear
 from tide_megatron.diffusion.views import View
+from tide_megatron.evaluate.model_folder import open_model
 from tide_megatron.models.build import TideModel
+from tide_megatron.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,65 @@ class Sampler:
         for name in ("new_tokens", "steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not positive")
+
+
+def answer_prompts(
+    folder: Path,
+    prompts: Sequence[str],
+    context: Context,
+    sampler: Sampler,
+    *,
+    device: Device,
+    stop: StopFlag,
+) -> list[str]:
+    """Load a model on this rank and answer prompts one after the other; a rank function for `run_ranks`.
+
+    Args:
+        folder: config.json, safetensors and tokenizer.json with a chat template.
+        prompts: one user message each.
+        context: the model's training context.
+        sampler: length and steps.
+        device: where to compute.
+        stop: after a stop signal no further prompt is begun.
+
+    Returns:
+        The replies; fewer than prompts when stopped.
+    """
+    tokenizer = Tokenizer.load(folder)
+    model = open_model(folder, device)
+    if tokenizer.vocabulary_size > model.architecture.vocabulary:
+        raise ConfigError(
+            f"{folder}: its tokenizer has {tokenizer.vocabulary_size} ids, its model "
+            f"{model.architecture.vocabulary} rows; give the tokenizer and mask token it was trained with"
+        )
+    replies = []
+    for prompt in prompts:
+        if stop.requested:
+            break
+        replies.append(reply_to(model, tokenizer, prompt, context, sampler))
+    return replies
+
+
+def reply_to(model: TideModel, tokenizer: Tokenizer, prompt: str, context: Context, sampler: Sampler) -> str:
+    """Return one reply as text.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat is None:
+        raise DataError(
+            f"{tokenizer.name} has no chat template: add chat_template.jinja beside tokenizer.json"
+        )
+    asked = tokenizer.chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    ids = generate(
+        model,
+        context,
+        tokenizer.encode(asked),
+        sampler,
+        mask_id=tokenizer.mask_id,
+        eos_id=tokenizer.eos_id,
+    )
+    return tokenizer.decode(ids)
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """Held-out scores at fixed noises: NLL per byte of reply and masked accuracy, by noise level.
 
-For every sample and every noise level t the same tokens are hidden in every evaluation of every run (the
+For every sample and every noise level t the same tokens are masked in every evaluation of every run (the
 noise is keyed by the evaluation seed, not by the run's), so two runs can be compared sample by sample. The
-NLL at level t is the sum over hidden tokens divided by t, the integrand of the diffusion bound with linear
-schedule (spec section 1 item 7); its mean over the levels is a five-point estimate of the bound. The bound
-depends on what a hidden token may attend to, so it is labelled by the model's context kind.
+NLL at level t is the sum over masked tokens divided by t, the integrand of the diffusion bound with linear
+schedule (spec section 1 item 7); its mean over the levels is an estimate of the bound. The bound depends on
+what a masked token may attend to, so it is labelled by the model's context kind.
 
 Left out: sampling-based scores (`generate.py` makes text; benchmarks come later).
 """
@@ -13,21 +13,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tide_megatron.base.device import Device
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.views import trimmed_view
+from tide_megatron.evaluate.model_folder import open_model
+from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.tiles import score_rows
 from tide_megatron.models.build import TideModel
-from tide_megatron.parallel.collectives import sum_over
+from tide_megatron.parallel.collectives import fail_together, own_share, sum_over
+from tide_megatron.parallel.layout import Layout
+from tide_megatron.text.tokenizer import Tokenizer
 
 EVALUATION_SEED = 20260426
 """Seed of all evaluation noise; fixed so that figures of different runs are paired."""
@@ -61,7 +68,7 @@ class Likelihood:
 
     @property
     def masked_accuracy(self) -> float:
-        """Share of hidden tokens predicted right, over all levels."""
+        """Share of hidden tokens predicted right, over all options."""
         return float(self.correct.sum() / self.hidden.sum().clamp_min(1))
 
     def by_time(self) -> list[dict[str, float]]:
@@ -119,21 +126,9 @@ class ModelScorer:
         return score_rows(head, noised.batch.ids[sample, position])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Levels:
-    """How much is scored, and at which noise levels."""
-
-    times: Sequence[float]
-    """In (0, 1]."""
-    samples: int
-    """At most the data set."""
-    microbatch: int
-    """Samples per forward pass and rank."""
-
-
 @torch.no_grad()
 def evaluate(
-    scorer: Scorer, context: Context, loader: Loader, levels: Levels, device: torch.device
+    scorer: Scorer, context: Context, loader: Loader, options: Evaluation, device: torch.device
 ) -> Likelihood:
     """Score a model on the first held-out samples. All ranks call it together.
 
@@ -143,19 +138,18 @@ def evaluate(
     Args:
         scorer: the model, in evaluation mode.
         context: what its tokens may attend to; labels the bound.
-        loader: held-out data; it knows rank and world.
-        levels: how much.
+        loader: held-out data; it knows this rank's shard.
+        options: how much, and at which noise options.
         device: where the scorer computes.
     """
     loader = dataclasses.replace(loader, sides={})  # one model is scored: nobody else's tokens are needed
-    (rank, world), samples = loader.ranks, min(levels.samples, loader.num_samples)
-    microbatch = levels.microbatch
-    sums = torch.zeros(4, samples, len(levels.times), dtype=torch.float64, device=device)
-    for step in range(math.ceil(samples / (microbatch * world))):
-        first = (step * world + rank) * microbatch
+    shard, samples, microbatch = loader.shard, min(options.samples, loader.num_samples), options.microbatch
+    sums = torch.zeros(4, samples, len(options.times), dtype=torch.float64, device=device)
+    for step in range(math.ceil(samples / (microbatch * shard.size))):
+        first = (step * shard.size + shard.rank) * microbatch
         mine = [index for index in range(first, first + microbatch) if index < samples]
         batch = loader.batch_of(mine or [0]).to(device)
-        for column, time in enumerate(levels.times):
+        for column, time in enumerate(options.times):
             noised = Noiser(seed=EVALUATION_SEED, stream_suffix=f"@{time}").at(batch, time)
             nll, is_right = scorer(noised)
             sample, _ = noised.row_index
@@ -167,13 +161,45 @@ def evaluate(
                 sums[:3, mine, column] = values
         if mine:
             sums[3, mine, :] = batch.reply_bytes.double()[:, None]
-    sum_over(sums, None)
-    sums = sums.cpu()
+    sums = sum_over(sums).cpu() / (own_share()[1] // shard.size)  # the ranks of a replica add the same
     return Likelihood(
         context=context.kind,
-        times=tuple(levels.times),
+        times=tuple(options.times),
         nll=sums[0],
         correct=sums[1],
         hidden=sums[2],
         reply_bytes=sums[3, :, 0],
     )
+
+
+def score_folder(
+    folder: Path, data: Path, context: Context, options: Evaluation, *, device: Device, stop: StopFlag
+) -> dict[str, Any]:
+    """Score a model folder, a teacher's or a shipped model's; a rank function for `launch.run_ranks`.
+
+    Every rank holds the whole model and scores its own part of the data. All ranks call it together.
+
+    Args:
+        folder: config.json, safetensors and tokenizer.
+        data: prepared with this tokenizer and template.
+        context: what the model's tokens may attend to.
+        options: how much, and at which noise levels.
+        device: where to compute.
+        stop: not looked at.
+
+    Returns:
+        `Likelihood.summary()`.
+
+    Raises:
+        TideError: a folder is missing or damaged, or the data was made with another tokenizer.
+    """
+    with fail_together():
+        tokenizer = Tokenizer.load(folder)
+        loader = Loader(
+            columns=PreparedData(data, tokenizer_digest=tokenizer.digest),
+            samples=options.microbatch,
+            shard=Layout().data_shard(*own_share()),
+            block_size=1 if context.kind == "bidirectional" else context.block_size,
+        )
+    scorer = ModelScorer(model=open_model(folder, device), context=context, mask_id=tokenizer.mask_id)
+    return evaluate(scorer, context, loader, options, device.torch_device).summary()

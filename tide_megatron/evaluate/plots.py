@@ -20,7 +20,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.evaluate.compare import Difference
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -70,7 +69,7 @@ def plot_training(
     without a common term it is the objective. Without held-out scores there is one panel.
 
     Args:
-        records: run name -> `read_records`.
+        records: run name -> `read_metrics`.
         path: file to write.
         order: all names of the report, whose places give the colours; default: the records'.
     """
@@ -105,12 +104,16 @@ def plot_training(
 
 
 def plot_differences(
-    differences: Mapping[str, Difference], reference: str, path: Path, *, order: Sequence[str] = ()
+    differences: Mapping[str, tuple[float, float, float]],
+    reference: str,
+    path: Path,
+    *,
+    order: Sequence[str] = (),
 ) -> None:
     """Draw each run's paired difference to the reference with its 95 % interval, into a PNG.
 
     Args:
-        differences: run name -> difference in nats per byte, negative is better.
+        differences: run name -> (mean, low, high) of the difference in nats per byte; negative is better.
         reference: name of the run they are differences to.
         path: file to write.
         order: all names of the report, whose places give the colours; default: the differences'.
@@ -118,13 +121,12 @@ def plot_differences(
     order = order or list(differences)
     figure, (axis,) = _figure(7.0, 1.3 + 0.5 * len(differences), 1)
     axis.axvline(0.0, color="#666666", linewidth=1.0)
-    for row, (who, difference) in enumerate(differences.items()):
-        low, high = difference.ci95
+    for row, (who, (mean, low, high)) in enumerate(differences.items()):
         style = _style(order.index(who))
         axis.errorbar(
-            difference.mean,
+            mean,
             row,
-            xerr=[[difference.mean - low], [high - difference.mean]],
+            xerr=[[mean - low], [high - mean]],
             fmt=style["marker"],
             color=style["color"],
             capsize=4,
@@ -132,8 +134,8 @@ def plot_differences(
             markersize=6,
         )
         axis.annotate(
-            f"{difference.mean:+.4f}",
-            (difference.mean, row),
+            f"{mean:+.4f}",
+            (mean, row),
             xytext=(0, 8),
             textcoords="offset points",
             ha="center",
@@ -147,7 +149,7 @@ def plot_differences(
     _save(figure, path)
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read a run folder's `metrics.jsonl`.
 
     Raises:

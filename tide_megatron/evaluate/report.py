@@ -3,31 +3,37 @@
 Input is plain values (what `Likelihood.summary` returns, what `metrics.jsonl` holds), so a report can be made
 again from files. The table labels each bound by its context kind: bounds of different kinds are not
 comparable.
+
+Evaluation hides the same tokens of the same samples for every run, so two runs are compared sample by sample:
+what makes a sample hard drops out of the difference. The interval is Student's over the pairs (samples of one
+run pair, or seeds). It says how sure the difference is for other samples (or seeds) like these, and nothing
+about other base models or data.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import rich.box
 import rich.table
 
 from tide_megatron.base.errors import DataError, nearest
-from tide_megatron.evaluate.compare import Difference, paired_difference
 from tide_megatron.evaluate.plots import (
     Scores,
     plot_differences,
     plot_noise_levels,
     plot_training,
-    read_records,
+    read_metrics,
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
+class TextTable:
     """Rows of text, for a terminal or for Markdown; the first column is left-aligned."""
 
     title: str
@@ -53,7 +59,23 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
+class PairedDifference:
+    """A mean paired difference and its 95 % interval."""
+
+    mean: float
+    ci95: tuple[float, float]
+    """(low, high); both NaN for a single pair."""
+    pairs: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        low, high = self.ci95
+        return low > 0 or high < 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptReplies:
     """One prompt with what each run wrote."""
 
     prompt: str
@@ -74,7 +96,7 @@ class Report:
     """Teacher name -> scores, listed under the runs."""
     run_folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     """Run name -> folder with `metrics.jsonl`, for the training curves."""
-    samples: Sequence[Sample] = ()
+    samples: Sequence[PromptReplies] = ()
     notes: Sequence[str] = ()
     """Sentences that belong under the table: data, what a step costs, what is not claimed."""
 
@@ -95,7 +117,8 @@ class Report:
                 f"Differences to {self.reference} are paired over {pairs} samples, with 95 % t intervals: "
                 "they speak about other samples, not about other seeds or base models."
             )
-            plot_differences(differences, self.reference, folder / "differences.png", order=order)
+            intervals = {name: (pair.mean, *pair.ci95) for name, pair in differences.items()}
+            plot_differences(intervals, self.reference, folder / "differences.png", order=order)
             parts.append("![paired differences](differences.png)")
         by_time = {
             name: score for name, score in {**self.scores, **self.teachers}.items() if score.get("by_time")
@@ -106,7 +129,7 @@ class Report:
             )
             parts.append("## By noise level\n\n![scores by noise level](noise_levels.png)")
         if self.run_folders:
-            records = {name: read_records(path) for name, path in self.run_folders.items()}
+            records = {name: read_metrics(path) for name, path in self.run_folders.items()}
             plot_training(records, folder / "training.png", order=order)
             parts.append("## Training\n\n![training curves](training.png)")
         if self.samples:
@@ -117,7 +140,7 @@ class Report:
         return path
 
 
-def comparison_table(scores: Scores, reference: str, *, teachers: Scores | None = None) -> Table:
+def comparison_table(scores: Scores, reference: str, *, teachers: Scores | None = None) -> TextTable:
     """Compare runs: bound, accuracy, paired difference to the reference run, CPU time where it is known.
 
     Args:
@@ -151,10 +174,10 @@ def comparison_table(scores: Scores, reference: str, *, teachers: Scores | None 
     bound = (
         f"{min(kinds)} bound" if len(kinds) == 1 else "bounds of several kinds: not comparable across kinds"
     )
-    return Table(title=f"Held-out scores ({bound})", columns=tuple(columns), rows=tuple(rows))
+    return TextTable(title=f"Held-out scores ({bound})", columns=tuple(columns), rows=tuple(rows))
 
 
-def differences_to(scores: Scores, reference: str) -> dict[str, Difference]:
+def differences_to(scores: Scores, reference: str) -> dict[str, PairedDifference]:
     """Return each other run's paired NLL difference (nats per byte), where the bound is of the same kind.
 
     Raises:
@@ -173,20 +196,55 @@ def differences_to(scores: Scores, reference: str) -> dict[str, Difference]:
     }
 
 
+def paired_difference(one: Sequence[float], other: Sequence[float]) -> PairedDifference:
+    """Return the mean of `one - other` over pairs, with its 95 % t interval.
+
+    Args:
+        one: a value per pair, for example NLL per byte of each sample under the distilled student.
+        other: the value of the same pairs under the reference.
+
+    Raises:
+        DataError: no pairs, or sequences of different lengths.
+    """
+    if len(one) != len(other) or not len(one):
+        raise DataError(
+            f"paired values: {len(one)} against {len(other)}; score both runs on the same held-out samples"
+        )
+    values = numpy.asarray(one, dtype=numpy.float64) - numpy.asarray(other, dtype=numpy.float64)
+    mean, pairs = float(values.mean()), len(values)
+    half = math.nan
+    if pairs > 1:
+        half = t_quantile(pairs - 1) * float(values.std(ddof=1)) / math.sqrt(pairs)
+    return PairedDifference(mean=mean, ci95=(mean - half, mean + half), pairs=pairs)
+
+
+def t_quantile(freedom: int, share: float = 0.95) -> float:
+    """Return q with P(|T| < q) = `share` for Student's T, good to 5 digits.
+
+    With T = sqrt(freedom) * tan(angle) the density of the angle is proportional to cos(angle)^(freedom - 1),
+    which is integrated on a grid: `statistics` has no Student's T, and no dependency brings SciPy.
+    """
+    # Beyond 12 standard deviations of the angle nothing is left to integrate.
+    angles = numpy.linspace(0.0, min(math.pi / 2, 12 / math.sqrt(freedom)), 20_001)
+    density = numpy.cos(angles) ** (freedom - 1)
+    mass = numpy.concatenate([[0.0], numpy.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(numpy.interp(share * mass[-1], mass, angles)))
+
+
 def _figure_of(name: str, score: Mapping[str, Any], key: str) -> float:
     if key not in score:
         raise DataError(f"scores of {name!r} lack {key!r}; evaluate the run again")
     return float(score[key])
 
 
-def _in_words(difference: Difference | None) -> str:
+def _in_words(difference: PairedDifference | None) -> str:
     if difference is None:
         return ""
     low, high = difference.ci95
     return f"{difference.mean:+.4f} ± {(high - low) / 2:.4f}"
 
 
-def _sample_text(number: int, sample: Sample) -> str:
+def _sample_text(number: int, sample: PromptReplies) -> str:
     parts = [f"**{number}.** Prompt:\n\n{_fenced(sample.prompt)}"]
     parts += [f"{name}:\n\n{_fenced(text)}" for name, text in sample.replies.items()]
     return "\n\n".join(parts)

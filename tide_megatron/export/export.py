@@ -18,7 +18,7 @@ from tide_megatron.base.errors import CheckpointError, ConfigError, TideError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.base.units import in_bytes
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.trained_context import write_context
+from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.export.card import CARD_FILE, model_card
 from tide_megatron.export.checks import (
     Check,

@@ -13,7 +13,7 @@ import yaml
 from tide_megatron.base.errors import CheckpointError, ConfigError, DataError
 from tide_megatron.data.manifest import Manifest, read_manifest
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.trained_context import CONTEXT_FILE, trained_context
+from tide_megatron.evaluate.model_folder import CONTEXT_FILE, trained_context
 from tide_megatron.export.flavours import Flavour
 from tide_megatron.models.convert import read_architecture
 from tide_megatron.models.folder import CONFIG_FILE

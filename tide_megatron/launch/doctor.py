@@ -1,8 +1,9 @@
 """What `tide doctor` finds out: software, machine, engines, and whether parallel equals dense here.
 
-Facts are read without starting anything. The check starts two real ranks the way a run does, adds numbers up
-over them, and runs one tiny expert-parallel mixture model against the same model on one rank: the shortest
-program that needs launcher, process groups, megatron-core, the dispatcher and the weights all to work.
+Versions and the machine are read without starting anything. The check starts two real ranks the way a run
+does, adds numbers up over them, and runs one tiny expert-parallel mixture model against the same model on one
+rank: the shortest program that needs launcher, process groups, megatron-core, the dispatcher and the weights
+all to work.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ import torch.distributed as dist
 
 from tide_megatron import __version__
 from tide_megatron.base.device import Device, Wanted, choose_device
-from tide_megatron.base.errors import TideError
+from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.views import View
-from tide_megatron.launch.failure import RanksFailed
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.attention import KERNELS, choose_kernel
 from tide_megatron.models.build import build_model
@@ -159,25 +159,25 @@ def check_ranks(device: Device) -> list[Finding]:
         value = "one GPU is too few; CUDA_VISIBLE_DEVICES= tide doctor checks ranks on the CPU"
         return [Finding(topic=f"{NUM_RANKS} ranks", value=value, verdict="note")]
     try:
-        facts = run_ranks(compare_parallel, (), NUM_RANKS, device.type)
+        found = run_ranks(compare_parallel, (), NUM_RANKS, device.type)
     except (TideError, RanksFailed) as error:
         return [Finding(topic=f"{NUM_RANKS} ranks", value=str(error).strip(), verdict="fault")]
-    return judge(facts)
+    return judge(found)
 
 
-def judge(facts: dict[str, Any]) -> list[Finding]:
+def judge(found: dict[str, Any]) -> list[Finding]:
     """Turn what `compare_parallel` measured into findings."""
-    is_sum_right = facts["sum"] == sum(range(1, NUM_RANKS + 1))
-    is_equal = facts["difference"] <= TOLERANCE and facts["alltoall_bytes"] > 0
+    is_sum_right = found["sum"] == sum(range(1, NUM_RANKS + 1))
+    is_equal = found["difference"] <= TOLERANCE and found["alltoall_bytes"] > 0
     return [
         Finding(
             topic=f"{NUM_RANKS} ranks",
-            value=f"sum over {facts['backend']} {'right' if is_sum_right else 'WRONG: ' + str(facts['sum'])}",
+            value=f"sum over {found['backend']} {'right' if is_sum_right else 'WRONG: ' + str(found['sum'])}",
             verdict="ok" if is_sum_right else "fault",
         ),
         Finding(
             topic="expert-parallel = dense",
-            value=f"largest difference {facts['difference']:.1e}, {facts['alltoall_bytes']} bytes all-to-all",
+            value=f"largest difference {found['difference']:.1e}, {found['alltoall_bytes']} bytes all-to-all",
             verdict="ok" if is_equal else "fault",
         ),
     ]

@@ -6,7 +6,7 @@ foreground group, then torchrun forwards the signal again), so within two second
 further signal is an echo of it.
 
 Python hears a signal only between two of its own instructions, so a process that stands in a library's call
-(a CUDA synchronisation, a store that waits for a rank) would be deaf. A thread hears with it, told by the
+(a CUDA synchronisation, a store that waits for a rank) would be deaf. A second thread listens too, by the
 interpreter's wake-up descriptor, and ends the process at the second request when nothing else has.
 """
 
@@ -49,16 +49,13 @@ def watch_signals() -> Iterator[StopFlag]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    with heard_by(hear), _heard_in_libraries():
+    with heard_by(hear) as can_hear, _heard_in_libraries() if can_hear else contextlib.nullcontext():
         yield stop
 
 
 @contextlib.contextmanager
 def _heard_in_libraries() -> Iterator[None]:
-    """End this process at the second request while the main thread hears nothing; in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """End this process at the second request while the main thread, which calls this, hears nothing."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -85,13 +82,13 @@ def _end_at_the_second(reader: int) -> None:
 
 
 @contextlib.contextmanager
-def heard_by(hear: Callable[[int], None]) -> Iterator[None]:
-    """Call `hear(signal number)` for every stop signal while the block runs.
+def heard_by(hear: Callable[[int], None]) -> Iterator[bool]:
+    """Call `hear(signal number)` for every stop signal while the block runs; say whether any can be heard.
 
-    A SIGHUP that is ignored (nohup) stays ignored. Outside the main thread nothing is heard.
+    A SIGHUP that is ignored (nohup) stays ignored. Python hears signals in the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield False
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -102,7 +99,7 @@ def heard_by(hear: Callable[[int], None]) -> Iterator[None]:
         if not (number == signal.SIGHUP and before[number] == signal.SIG_IGN):
             signal.signal(number, handler)
     try:
-        yield
+        yield True
     finally:
         for number, old in before.items():
             signal.signal(number, old)

@@ -1,9 +1,15 @@
-"""What a rank started by `launch/ranks.py` does: settle in, run, report, go.
+"""One rank: join the world, call the function, leave; and what a rank that we started does around that.
 
-The rank leads a session of its own, so that Ctrl-C of the terminal reaches only the parent (which passes it
-on once), and so that the parent can end the rank together with what it started (megatron-core's checkpoint
-writers) in one kill. It also watches its parent: when that is gone, however it went, the rank ends itself;
-nothing is left behind.
+Every way of starting ends in `run_here`: ranks that `launch/supervisor.py` started, ranks of torchrun or
+srun, and the single rank of a plain `tide train`. Before anything else the ranks of a world make sure that no
+two of them hold the same GPU. A rank cannot know by itself: tasks of srun may each see one GPU that is their
+own, or all see the same one, and look alike; NCCL would say so at the first collective, minutes later and in
+its own words.
+
+A started rank leads a session of its own, so that Ctrl-C of the terminal reaches only the parent (which
+passes it on once), and so that the parent can end the rank together with what it started (megatron-core's
+checkpoint writers) in one kill. It also watches its parent: when that is gone, however it went, the rank ends
+itself; nothing is left behind.
 """
 
 from __future__ import annotations
@@ -12,35 +18,50 @@ import dataclasses
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tide_megatron.base.device import Wanted, read_ranks
-from tide_megatron.base.errors import TideError
+from tide_megatron.platform import prepare_platform
+from tide_megatron.platform.distributed import TIMEOUT_SECONDS, start_distributed, stop_distributed
+
+import torch
+import torch.distributed as dist
+
+from tide_megatron.base.device import Device, Ranks, Wanted, choose_device, read_ranks
+from tide_megatron.base.errors import ConfigError, TideError
 from tide_megatron.base.log import start_log
-from tide_megatron.launch.failure import Failure
-from tide_megatron.launch.here import RankFunction, is_echo, run_here
+from tide_megatron.base.stop import StopFlag
 from tide_megatron.launch.signals import release_signals, watch_signals
+from tide_megatron.parallel.collectives import gather_objects, own_share
+
+log = logging.getLogger(__name__)
+
+RankFunction = Callable[..., Any]
+"""Called as `function(*args, device=Device, stop=StopFlag)` with the process world already joined."""
+
+_LOST_PEER = re.compile(
+    r"gloo/|NCCL|Connection (closed|reset) by peer|Connection refused|Broken pipe|recvValue failed"
+    r"|^rank \d+ failed: "  # what `fail_together` tells the ranks without the bug
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every rank is told."""
+    """What every rank is to do."""
 
     function: RankFunction
-    args: tuple[Any, ...]
-    wanted: Wanted
-    world_size: int
-    port: int
-    """Where the parent keeps the store."""
-    environment: dict[str, str]
-    """The parent's variables: a rank forked from a server has the server's."""
-    timeout_seconds: float
+    args: tuple[Any, ...] = ()
+    """Picklable where ranks are started."""
+    wanted: Wanted = "auto"
+    """Device to choose."""
+    timeout_seconds: float = TIMEOUT_SECONDS
     """How long a collective waits for a rank that never comes."""
 
 
@@ -51,32 +72,37 @@ class Done:
     value: Any
 
 
-def work(rank: int, job: Job, report: Connection) -> None:
-    """Run one rank to its end and send a `Done` or a `Failure`. Called once, in a fresh process."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """How a rank failed: `error` for a fault of the user's, else `text` with the traceback."""
+
+    rank: int
+    at_seconds: float
+    """Time of day; ranks of one machine share the clock, so the earliest is the cause."""
+    text: str
+    error: TideError | None = None
+    is_echo: bool = False
+    """Only the loss of another rank was seen."""
+
+
+def work(rank: int, job: Job, environment: Mapping[str, str], report: Connection) -> None:
+    """Run one started rank to its end and send a `Done` or a `Failure`. Called once, in a fresh process.
+
+    Args:
+        rank: this one's number.
+        job: what to do.
+        environment: the parent's variables, and where the world meets: a rank forked from a server has the
+            server's.
+        report: the parent's pipe.
+    """
     os.setsid()
     threading.Thread(target=_end_with_parent, name="watch-parent", daemon=True).start()
-    os.environ.update(
-        job.environment,
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(job.world_size),
-        LOCAL_WORLD_SIZE=str(job.world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(job.port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # the parent keeps the store: no port has to be guessed
-    )
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     start_log(rank)
     with watch_signals() as stop:
         release_signals()
         try:
-            value = run_here(
-                job.function,
-                job.args,
-                wanted=job.wanted,
-                ranks=read_ranks(),
-                stop=stop,
-                timeout_seconds=job.timeout_seconds,
-            )
+            value = run_here(job, read_ranks(), stop)
             report.send(Done(value=value if rank == 0 else None))
         except BaseException as error:
             report.send(_failure(rank, error))
@@ -85,6 +111,14 @@ def work(rank: int, job: Job, report: Connection) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end; then end this rank and everything it started."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a rank is started by multiprocessing"
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _failure(rank: int, error: BaseException) -> Failure:
@@ -97,9 +131,106 @@ def _failure(rank: int, error: BaseException) -> Failure:
     )
 
 
-def _end_with_parent() -> None:
-    """Wait for the parent's end; then end this rank and everything it started."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a rank is started by multiprocessing"
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
+def run_here(job: Job, ranks: Ranks | None, stop: StopFlag) -> Any:
+    """Join the world, call the job's function, leave the world; return what the function returned.
+
+    All ranks call it together. After an error a world of several ranks is left as it is, for leaving it could
+    wait for ranks that are stuck; the process ends soon.
+
+    Args:
+        job: what to do.
+        ranks: this process's place; None for a world of one.
+        stop: handed to the function.
+
+    Raises:
+        ConfigError: before the function is called, for a device that cannot be had.
+    """
+    device = choose_device(job.wanted)
+    _refuse_seen_gpus(device)
+    start_distributed(device, ranks, timeout_seconds=job.timeout_seconds)
+    try:
+        value = job.function(*job.args, device=agree_on_gpus(device), stop=stop)
+    except BaseException:
+        if ranks is None:
+            stop_distributed()
+        raise
+    stop_distributed()
+    return value
+
+
+def _refuse_seen_gpus(device: Device) -> None:
+    """Refuse a run on the CPU in a process where megatron-core would use the GPUs that it sees."""
+    if device.type == "cpu" and not prepare_platform().redirected_to_cpu:
+        raise ConfigError(
+            "device: 'cpu' is asked of ranks that see GPUs, which megatron-core would use; hide them: put "
+            "CUDA_VISIBLE_DEVICES= (empty) before the command that starts the ranks"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A rank's GPU."""
+
+    identity: str
+    """Equal where NCCL would find the same GPU twice."""
+    capability: tuple[int, int]
+    name: str
+
+
+def agree_on_gpus(device: Device) -> Device:
+    """Return the device with what every rank's GPU can do. All ranks of the world call it together.
+
+    Where ranks have different GPUs, it is the weakest one's name and capability, so that all choose alike.
+
+    Raises:
+        ConfigError: on every rank, when two of them hold the same GPU.
+    """
+    if device.type == "cpu":
+        return device
+    assert device.capability is not None, "a chosen GPU has a capability"
+    own = Gpu(identity=_identity(device), capability=device.capability, name=device.name)
+    agreed = agreed_on(device, gather_objects(own))
+    if not agreed.has_bf16:
+        log.info("%s has no bf16: precision auto is fp32 in this run", agreed.described)
+    return agreed
+
+
+def agreed_on(device: Device, gpus: Sequence[Gpu]) -> Device:
+    """Do the arithmetic of `agree_on_gpus` over the GPUs of all ranks, in their order. Not a collective."""
+    for gpu in gpus:
+        sharing = [rank for rank, other in enumerate(gpus) if other.identity == gpu.identity]
+        if len(sharing) > 1:
+            raise ConfigError(
+                f"ranks {sharing} were given the same GPU, {gpu.name}, which NCCL refuses "
+                '("Duplicate GPU detected"); give each its own (srun --gpus-per-task=1), start fewer ranks, '
+                "or set device=cpu"
+            )
+    weakest = min(gpus, key=lambda gpu: gpu.capability)
+    return dataclasses.replace(device, capability=weakest.capability, name=weakest.name)
+
+
+def _identity(device: Device) -> str:
+    """Name the GPU as NCCL tells GPUs apart; both of these variables are set to share one on purpose."""
+    uuid = torch.cuda.get_device_properties(device.index).uuid
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") == "1":
+        return f"rank {own_share()[0]}"
+    return f"{os.environ.get('NCCL_HOSTID', '')} {uuid}"
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error only says that another rank went away.
+
+    gloo, NCCL and the store have no common class for that, so messages are read; a wrong guess only changes
+    which of two failures is reported first.
+    """
+    return any(
+        isinstance(link, dist.DistError) or (isinstance(link, RuntimeError) and _LOST_PEER.search(str(link)))
+        for link in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__

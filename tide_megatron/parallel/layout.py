@@ -35,6 +35,19 @@ class Seat:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DataShard:
+    """Which part of the data a rank reads; all ranks of a replica read the same part."""
+
+    rank: int = 0
+    """0 .. size - 1."""
+    size: int = 1
+    """Number of parts: replicas of the model that reads them."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size, f"part {self.rank} of {self.size}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RankLists:
     """All groups of one layout; the lists of one field are disjoint and stand in a fixed order.
 
@@ -128,6 +141,10 @@ class Layout:
         data, index = divmod(rank, self.replica_size)
         pipeline, tensor = divmod(index, self.tensor)
         return Seat(tensor=tensor, pipeline=pipeline, data=data, index=index)
+
+    def data_shard(self, rank: int, world: int) -> DataShard:
+        """Return the part of the data that `rank` reads in a world of `world` ranks: its replica's."""
+        return DataShard(rank=self.seat(rank).data, size=self.num_replicas(world))
 
     def rank_lists(self, world: int) -> RankLists:
         """Return every group of this layout in a world of `world` ranks; the layout must fit (`check`)."""

@@ -1,1 +1,1 @@
-"""Filled in by the layer's owner."""
+"""Text: tokenizers, chat templates, chats as token ids, and where two tokenizers agree."""

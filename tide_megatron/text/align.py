@@ -1,4 +1,4 @@
-"""Where two tokenizers agree: chunks of tokens that spell the same bytes of a message on both sides.
+"""Where two tokenizers agree: in chunks of tokens that spell the same bytes of a message, or id by id.
 
 Each side knows where in its rendered text a message's content stands and where each of its tokens ends, in
 bytes. Put into offsets of the ORIGINAL content, the token boundaries that both sides share cut it into
@@ -9,6 +9,8 @@ special cases.
 A token that reaches over the content's edge, into template text, belongs to no chunk; neither does what is
 behind the last common boundary, or behind a cut.
 
+Losses that compare distributions by id ask `require_shared` whether ids are the same bytes on both sides.
+
 Left out: tokenkit's replacement tables, which match template words inside contents (spec section 9, bug 3).
 """
 
@@ -17,10 +19,11 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from tide_megatron.text.chat import Encoded
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.text.chat import Encoded
+from tide_megatron.text.tokenizer import Tokenizer
 
 
 class Chunk(NamedTuple):
@@ -85,3 +88,41 @@ def _boundaries(encoded: Encoded, message: int) -> list[tuple[int, int]]:
             break
         found.append((end + shift, token + 1))
     return found
+
+
+def differing_ids(left: Tokenizer, right: Tokenizer, limit: int) -> list[int]:
+    """List the ids below `limit` that are not the same bytes in both vocabularies; mask tokens are exempt.
+
+    An id that one side does not have differs. Each model is shown its own mask token, and neither is ever a
+    target, so their spelling does not matter.
+    """
+    exempt = {left.mask_id, right.mask_id}
+    return [
+        token for token in range(limit) if token not in exempt and _bytes(left, token) != _bytes(right, token)
+    ]
+
+
+def require_shared(student: Tokenizer, teacher: Tokenizer, limit: int, key: str) -> None:
+    """Refuse to compare distributions whose first `limit` ids are not the same bytes.
+
+    Args:
+        student: the student's tokenizer, whose ids the data holds.
+        teacher: the teacher's.
+        limit: how many first ids are compared.
+        key: recipe key for the message.
+
+    Raises:
+        ConfigError: names the first differing id with both spellings, and how far the vocabularies agree.
+    """
+    different = differing_ids(student, teacher, limit)
+    if different:
+        first = different[0]
+        raise ConfigError(
+            f"{key}: {len(different)} of the first {limit} ids are different bytes in {student.name} and "
+            f"{teacher.name} (id {first}: {_bytes(student, first)!r} against {_bytes(teacher, first)!r}); "
+            f"set shared_vocab_size to {first} or less, or choose a teacher with the student's tokenizer"
+        )
+
+
+def _bytes(tokenizer: Tokenizer, token: int) -> bytes | None:
+    return tokenizer.token_bytes(token) if tokenizer.has(token) else None

@@ -1,9 +1,5 @@
 """Chats as token ids: render the template, split prompt and reply, count bytes (spec section 4.1).
 
-A chat template is a Jinja program that comes with a tokenizer. It runs in a sandbox with the messages,
-`add_generation_prompt`, the tokenizer's special tokens and extra variables (`enable_thinking=False`), and
-with nothing that changes from day to day: no clock, so that equal records give equal ids.
-
 The prompt is what a model sees when it is asked: the template over all messages but the last, with the
 generation prompt. Everything after it, the end-of-turn token included, is the reply and may be hidden. The
 reference searches decoded text for contents; here the boundary is the end of the rendered prompt, which
@@ -16,71 +12,12 @@ turns (and the spans of alignment) have their place.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
-
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
+from collections.abc import Sequence
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.text.skeleton import Content, find_contents
 from tide_megatron.text.spelling import SpellingError
-
-if TYPE_CHECKING:
-    from tide_megatron.text.tokenizer import Tokenizer
-
-Message = Mapping[str, str]
-"""`{"role": ..., "content": ...}`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatTemplate:
-    """One chat template with the variables it is rendered with."""
-
-    source: str
-    origin: str
-    """The file it came from, for messages."""
-    variables: Mapping[str, object]
-    special_tokens: Mapping[str, str]
-
-    @property
-    def digest(self) -> str:
-        """Name template and variables by content (sha256, hexadecimal)."""
-        content = json.dumps([self.source, dict(self.variables), dict(self.special_tokens)], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    @functools.cached_property
-    def _program(self) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        # Templates expect plain JSON; Jinja's own filter escapes for web pages.
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            return environment.from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise DataError(f"{self.origin}: the chat template does not parse: {error}") from None
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """Return the text of `messages`, with the opening of a reply behind it when asked.
-
-        Raises:
-            DataError: the template is broken or refuses these messages.
-        """
-        values = {**self.special_tokens, **self.variables}
-        try:
-            return self._program.render(
-                values, messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt
-            )
-        except DataError:
-            raise
-        except Exception as error:  # a template is foreign code: whatever it raises is about this record
-            raise DataError(f"the chat template ({self.origin}) fails on these messages: {error}") from None
+from tide_megatron.text.templates import Content, Message
+from tide_megatron.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +64,7 @@ def encode_chat(
     """
     prompt, whole = _render(tokenizer, messages)
     assert tokenizer.chat is not None, "rendering needs a template and ran"
-    contents = find_contents(tokenizer.chat, messages, whole)
+    contents = tokenizer.chat.contents(messages, whole)
     for number, content in enumerate(contents):
         if content.start == content.end:
             raise DataError(
@@ -181,11 +118,6 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str, str
             "there, so the two cannot be told apart: use a template whose generation prompt opens its replies"
         )
     return prompt, whole
-
-
-def _refuse(message: str) -> NoReturn:
-    """Stand behind `raise_exception(...)` in templates."""
-    raise DataError(f"the chat template refuses these messages: {message}")
 
 
 def labels_of(ids: Sequence[int], replies: Sequence[int], ignored: int) -> list[int]:

@@ -39,7 +39,7 @@ def ends_of(
         is_special: of each token.
         text: what the tokens stand for, in any Unicode form.
         who: the tokenizer, for the message.
-        advice: how to mend a tokenizer that changes text, for the message.
+        advice: how to fix a tokenizer that changes text, for the message.
 
     Raises:
         SpellingError: the tokens spell something else; says where, and what to do.

@@ -7,7 +7,7 @@ it got, because the model must have a row for it.
 
 `digest` names the tokenizer by content (entries, merges, pre-processing, special ids, template), so that a
 data set can refuse another one. `token_bytes` is the view that alignment between two tokenizers stands on:
-the bytes a token contributes to the text; `encode_with_ends` checks that view against the text itself.
+the bytes a token contributes to the text; `ends` checks that view against the text itself.
 
 Left out: the `transformers` tokenizer classes. They add seconds of import and options that change ids
 behind one's back.
@@ -25,12 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.text.backends.backend import Backend
-from tide_megatron.text.backends.choice import open_backend
+from tide_megatron.text.backends import Backend, open_backend
 from tide_megatron.text.backends.files import CONFIG_FILE, find_file, read_json
-from tide_megatron.text.chat import ChatTemplate
 from tide_megatron.text.spelling import ends_of
-from tide_megatron.text.templates import find_template, packaged_template
+from tide_megatron.text.templates import ChatTemplate, find_template, packaged_template
 
 logger = logging.getLogger(__name__)
 
@@ -129,15 +127,6 @@ class Tokenizer:
             opening: False: it goes on behind another text (no space in front for those that put one there).
         """
         return self.backend.encode(text, opening=opening)
-
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Return ids and, for each, the byte of `text` behind it.
-
-        Raises:
-            SpellingError: the tokens spell something else.
-        """
-        ids = self.encode(text)
-        return ids, self.ends(ids, text)
 
     def ends(self, ids: Sequence[int], text: str) -> list[int]:
         """Return the byte of `text` behind each of the ids that stand for it, never descending.

@@ -21,8 +21,8 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.save import Saver
-from tide_megatron.evaluate.likelihood import Levels, Likelihood, ModelScorer, evaluate
-from tide_megatron.evaluate.trained_context import write_context
+from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
+from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.models.convert import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.cost import Devices
@@ -193,12 +193,11 @@ def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> L
     """Score the student on held-out data, if there is any. All ranks call it."""
     if setup.held_out is None:
         return None
-    student, options = setup.run.student, recipe.evaluation
-    levels = Levels(times=options.times, samples=options.samples, microbatch=options.microbatch)
+    student = setup.run.student
     scorer = ModelScorer(model=student.model, context=student.context, mask_id=student.mask_id)
     with setup.run.phases("evaluate"):
         student.model.eval()
-        scores = evaluate(scorer, student.context, setup.held_out, levels, setup.run.device)
+        scores = evaluate(scorer, student.context, setup.held_out, recipe.evaluation, setup.run.device)
         student.model.train()
     values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
     assert all(map(math.isfinite, values.values())), "a score is a finite number"

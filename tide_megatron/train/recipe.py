@@ -20,6 +20,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.options import MACHINE, STRICT, Paper
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
+from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
 from tide_megatron.parallel.layout import Layout
@@ -28,8 +29,6 @@ from tide_megatron.train.metrics import MetricsOptions, Off
 Folder = Annotated[str, Field(min_length=1)]
 """A folder; the empty string would silently be the current one."""
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Time = Annotated[float, Field(gt=0.0, le=1.0)]
-"""A noise level; at 0 nothing is hidden."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -148,20 +147,6 @@ class Optimizer:
     """Largest global gradient norm; None: no clipping."""
     distributed: Annotated[bool, MACHINE] = True
     """Shard masters and moments over data-parallel ranks (AdamW only)."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Evaluation:
-    """Held-out scores at fixed noise levels; they never change training."""
-
-    every: int = Field(default=0, ge=0)
-    """Updates between evaluations; 0: only at the end."""
-    samples: int = Field(default=256, ge=1)
-    """How many of the held-out samples are scored."""
-    times: tuple[Time, ...] = Field(default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
-    """Noise levels at which each of them is masked."""
-    microbatch: int = Field(default=16, ge=1)
-    """Samples per rank and forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

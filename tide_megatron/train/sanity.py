@@ -14,7 +14,8 @@ import torch
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.data.loader import Loader
-from tide_megatron.evaluate.likelihood import Levels, evaluate
+from tide_megatron.evaluate.likelihood import evaluate
+from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.teachers.scorer import TeacherScorer
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.setup import Setup
@@ -43,9 +44,9 @@ def check_teachers(recipe: Recipe, setup: Setup) -> list[dict[str, Any]]:
         context = teacher.sight.context
         loader = _loader_for(name, setup)
         own = loader.of_teacher(name, 1 if context.kind == "bidirectional" else context.block_size)
-        levels = Levels(times=(TIME,), samples=SAMPLES, microbatch=MICROBATCH)
+        options = Evaluation(times=(TIME,), samples=SAMPLES, microbatch=MICROBATCH)
         scorer = TeacherScorer(teacher=teacher, group=setup.run.head.group)
-        scores = evaluate(scorer, context, own, levels, setup.run.device)
+        scores = evaluate(scorer, context, own, options, setup.run.device)
         nll = scores.by_time()[0]["nll_per_token"]
         chance = frequency_nll(own, teacher.model.architecture.vocabulary)
         log.info(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.base.phases import Phases
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
@@ -24,8 +24,8 @@ from tide_megatron.head.loss import HeadLoss, check_budget
 from tide_megatron.losses.base import ColumnLoss
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.parallel.vocab_group import make_vocab_group
+from tide_megatron.text.align import differing_ids, require_shared
 from tide_megatron.text.tokenizer import Tokenizer
-from tide_megatron.text.vocabulary import differing_ids, require_shared
 from tide_megatron.train.models import (
     ModelPlan,
     build_student,
@@ -132,7 +132,7 @@ def open_loader(
     """
     samples, accumulate = recipe.batch.accumulation(dist.get_world_size())
     with under("data"):
-        columns = Columns(Path(folder), tokenizer_digest=tokenizer.digest)
+        columns = PreparedData(Path(folder), tokenizer_digest=tokenizer.digest)
         sides = {}
         for name, plan in readers.items():
             side = columns.manifest.side_of(plan.tokenizer.digest)
@@ -149,7 +149,7 @@ def open_loader(
             columns=columns,
             samples=samples,
             accumulate=accumulate,
-            ranks=(dist.get_rank(), dist.get_world_size()),
+            shard=recipe.student.layout.data_shard(dist.get_rank(), dist.get_world_size()),
             seed=recipe.seed,
             block_size=_filled_blocks(recipe.student.context),
             fixed_length=recipe.data.fixed_length,

@@ -17,7 +17,7 @@ from typing import Any
 
 from goldens.chunks import Chunks, replaced, same_bytes
 from goldens.search import UNEQUAL, Found, Span, Spelled
-from tide_megatron.data.record import Record
+from tide_megatron.data.record import ChatRecord
 from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
 from tide_megatron.text.align import align_chats
 from tide_megatron.text.chat import ChatTemplate, Encoded, encode_chat
@@ -145,7 +145,7 @@ class Chat:
         window = Window(max_length=self.max_length, on_long=OnLong.TRUNCATE)
         encoder = Encoder(self.student.tokenizer, window, sides)
         messages = tuple(dict(message) for message in self.student.messages)
-        return encoder.encode(Record(messages=messages, file=Path("golden"), line=1, size_bytes=0))
+        return encoder.encode(ChatRecord(messages=messages, file=Path("golden"), line=1, size_bytes=0))
 
     def cut(self) -> Encoded:
         """Return the student's tokens inside its window."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tide_megatron.text.skeleton import Content
 from tokenizers.pre_tokenizers import ByteLevel
 
 from goldens.chats import SIDE, Chat, Conversation, golden_tokenizer, read_cross, read_shared
@@ -22,7 +23,6 @@ from goldens.search import FIRST, Spelled
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.text.align import align_chats
 from tide_megatron.text.chat import Encoded, labels_of
-from tide_megatron.text.skeleton import Content
 from tide_megatron.text.tokenizer import Tokenizer
 
 SIDES = ("teacher", "student")

@@ -10,14 +10,13 @@ import typer
 from typer.testing import CliRunner
 
 from tide_megatron import __version__, commands
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import ConfigError, RanksFailed
 from tide_megatron.commands import VERBS, app, main
 from tide_megatron.export.checks import Check
 from tide_megatron.export.export import Choices
 from tide_megatron.launch import doctor as launch_doctor
 from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
-from tide_megatron.launch.failure import RanksFailed
 
 SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
@@ -26,7 +25,7 @@ SURFACE = {
     "export": "model out --flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --force",
-    "convert megatron-to-hf": "source target --config --ranks --dtype --shard-gb --force",
+    "convert megatron-to-hf": "source target --config --ranks --dtype --shard-size --force",
     "checkpoint inspect": "path --tensors",
     "checkpoint verify": "path --record",
     "checkpoint diff": "first second",

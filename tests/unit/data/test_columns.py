@@ -10,7 +10,7 @@ from tests.small_tokenizer import write_chats
 from tide_megatron.base.errors import DataError
 from tide_megatron.data import columns as module
 from tide_megatron.data import manifest
-from tide_megatron.data.columns import Columns, ColumnWriter
+from tide_megatron.data.columns import ColumnWriter, PreparedData
 from tide_megatron.data.manifest import read_manifest
 from tide_megatron.data.prepare import prepare
 
@@ -29,7 +29,7 @@ def edit(folder, change, *, sign=False):
 
 def refused(folder, **options):
     with pytest.raises(DataError) as caught:
-        Columns(folder, **options)
+        PreparedData(folder, **options)
     return str(caught.value)
 
 
@@ -58,7 +58,7 @@ def test_changed_content_of_equal_size_is_refused(prepared):
 def test_large_data_is_hashed_only_on_demand(prepared, monkeypatch):
     monkeypatch.setattr(module, "HASHED_AT_OPEN_BYTES", 100)
     monkeypatch.setattr(module, "digest_file", lambda file: pytest.fail(f"hashed {file}"))
-    Columns(prepared)
+    PreparedData(prepared)
     monkeypatch.setattr(module, "digest_file", lambda file: "other")
     assert "its content changed" in refused(prepared, compare_digests=True)
 
@@ -88,12 +88,25 @@ def test_a_later_format_is_refused(prepared):
     assert "format version 99" in refused(prepared)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(packed=True), "packed: Unexpected keyword argument (True)"),
+        (lambda content: content["tokenizer"].pop("eos_id"), "tokenizer.eos_id: Field required: prepare"),
+        (lambda content: content["statistics"].update(longest="far"), "statistics.longest: Input should be"),
+    ],
+)
+def test_a_manifest_of_another_shape_names_file_key_and_value(prepared, change, message):
+    edit(prepared, change, sign=True)
+    assert f"manifest.json: {message}" in refused(prepared)
+
+
 def test_a_folder_without_data_is_refused(tmp_path):
     assert "run `tide prepare`" in refused(tmp_path / "nothing")
 
 
 def test_another_tokenizer_is_refused(prepared, tokenizer):
-    Columns(prepared, tokenizer_digest=tokenizer.digest)
+    PreparedData(prepared, tokenizer_digest=tokenizer.digest)
     message = refused(prepared, tokenizer_digest="0" * 64)
     assert "prepared with another tokenizer or chat template (tokenizer, digest" in message
 
@@ -131,7 +144,7 @@ def test_an_index_that_is_none_is_refused(prepared):
 
 
 def test_rows_outlive_the_columns(prepared):
-    columns = Columns(prepared)
+    columns = PreparedData(prepared)
     row, again = columns.row(5), columns.row(5)
     row["ids"][0] = 77
     del columns
@@ -141,6 +154,6 @@ def test_rows_outlive_the_columns(prepared):
 
 def test_the_data_set_has_one_name(prepared, chats, tokenizer, tmp_path):
     prepare([chats], tokenizer, tmp_path / "other", max_length=127)
-    first, second = Columns(prepared).manifest, Columns(tmp_path / "other").manifest
+    first, second = PreparedData(prepared).manifest, PreparedData(tmp_path / "other").manifest
     assert first.digest == json.loads((prepared / "manifest.json").read_text())["digest"]
     assert first.digest != second.digest

@@ -7,20 +7,27 @@ import pytest
 import torch
 
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader, order_of_epoch
 from tide_megatron.diffusion.batch import IGNORED
+from tide_megatron.parallel.layout import DataShard
 
 
 @pytest.fixture
 def columns(prepared):
-    return Columns(prepared)
+    return PreparedData(prepared)
 
 
 def stream(columns, updates, *, world=1, accumulate=1, samples=12, start=0, seed=3):
     """Return (sample, epoch) in the order of the run, update by update, from all ranks."""
     loaders = [
-        Loader(columns=columns, samples=samples, accumulate=accumulate, ranks=(rank, world), seed=seed)
+        Loader(
+            columns=columns,
+            samples=samples,
+            accumulate=accumulate,
+            shard=DataShard(rank=rank, size=world),
+            seed=seed,
+        )
         for rank in range(world)
     ]
     seen = []
@@ -42,7 +49,7 @@ def test_every_cut_reads_the_same_samples(columns, world, accumulate, samples):
 
 def test_ranks_take_turns_within_a_microbatch(columns):
     order = order_of_epoch(3, 0, 23).tolist()
-    loader = Loader(columns=columns, samples=2, accumulate=2, ranks=(1, 3), seed=3)
+    loader = Loader(columns=columns, samples=2, accumulate=2, shard=DataShard(rank=1, size=3), seed=3)
     assert loader.update_samples == 12
     assert loader.microbatch(0, 0).sample_ids.tolist() == order[2:4]
     assert loader.microbatch(0, 1).sample_ids.tolist() == order[8:10]

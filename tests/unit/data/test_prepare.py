@@ -10,7 +10,7 @@ from tests.unit.data.conftest import PAIRS
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data import prepare as module
 from tide_megatron.data import sample as sampling
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.prepare import prepare
 from tide_megatron.text.chat import encode_chat
 from tide_megatron.text.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ def run(sources, tokenizer, out, **options):
 
 
 def test_columns_hold_every_record_in_order(prepared, tokenizer):
-    columns = Columns(prepared)
+    columns = PreparedData(prepared)
     assert len(columns) == len(PAIRS)
     for sample, (ask, reply) in enumerate(PAIRS):
         row = columns.row(sample)
@@ -38,8 +38,8 @@ def test_columns_hold_every_record_in_order(prepared, tokenizer):
 
 
 def test_manifest_tells_what_was_done(prepared, chats, tokenizer):
-    manifest = Columns(prepared).manifest
-    rows = [Columns(prepared).row(sample) for sample in range(len(PAIRS))]
+    manifest = PreparedData(prepared).manifest
+    rows = [PreparedData(prepared).row(sample) for sample in range(len(PAIRS))]
     assert manifest.samples == len(PAIRS)
     assert manifest.tokenizer.digest == tokenizer.digest
     assert manifest.tokenizer.template_digest == tokenizer.chat.digest
@@ -52,11 +52,11 @@ def test_manifest_tells_what_was_done(prepared, chats, tokenizer):
             "records": len(PAIRS),
         }
     ]
-    told = manifest.statistics
-    assert told.tokens == sum(len(row["ids"]) for row in rows) == told.prompt_tokens + told.reply_tokens
-    assert told.reply_bytes == sum(len(reply.encode()) for _, reply in PAIRS)
-    assert told.longest == max(len(row["ids"]) for row in rows)
-    assert (told.truncated, told.skipped) == (0, {})
+    counts = manifest.statistics
+    assert counts.tokens == sum(len(row["ids"]) for row in rows) == counts.prompt_tokens + counts.reply_tokens
+    assert counts.reply_bytes == sum(len(reply.encode()) for _, reply in PAIRS)
+    assert counts.longest == max(len(row["ids"]) for row in rows)
+    assert (counts.truncated, counts.skipped) == (0, {})
     files = {f"{column}.{end}" for column in ("ids", "replies", "reply_bytes") for end in ("bin", "idx")}
     assert set(entries(prepared)) == files | {"manifest.json"} == set(manifest.files) | {"manifest.json"}
 
@@ -71,7 +71,7 @@ def test_several_sources_are_read_in_the_given_order(chats, tokenizer, tmp_path)
     other = write_chats(tmp_path / "other.jsonl", [("first", "of all")])
     manifest = run([other, chats], tokenizer, tmp_path / "out")
     assert [source["records"] for source in manifest.sources] == [1, len(PAIRS)]
-    assert "of all" in tokenizer.decode(Columns(tmp_path / "out").row(0)["ids"].tolist())
+    assert "of all" in tokenizer.decode(PreparedData(tmp_path / "out").row(0)["ids"].tolist())
 
 
 LONG = [("short", "yes"), ("x", "word " * 40), ("long " * 60, "no")]
@@ -107,7 +107,7 @@ def test_long_records_can_be_cut_but_prompts_need_room(tokenizer, tmp_path):
     assert manifest.samples == 2
     assert manifest.statistics.truncated == 1
     assert manifest.statistics.skipped == {"prompt fills max_length": 1}
-    row = Columns(tmp_path / "out").row(1)
+    row = PreparedData(tmp_path / "out").row(1)
     assert len(row["ids"]) == 40 == row["replies"][1]
     kept = tokenizer.decode(row["ids"][row["replies"][0] :].tolist())
     assert int(row["reply_bytes"][0]) == len(kept.encode()) < len(LONG[1][1])
@@ -151,9 +151,9 @@ def test_existing_data_is_replaced_only_when_asked(prepared, tokenizer, tmp_path
     other = write_chats(tmp_path / "other.jsonl", [("a", "b")])
     with pytest.raises(DataError, match="exists: choose another folder"):
         run([other], tokenizer, prepared)
-    assert len(Columns(prepared)) == len(PAIRS)
+    assert len(PreparedData(prepared)) == len(PAIRS)
     run([other], tokenizer, prepared, replace=True)
-    assert len(Columns(prepared)) == 1
+    assert len(PreparedData(prepared)) == 1
     assert entries(tmp_path) == ["other.jsonl", "prepared"]
 
 
@@ -161,7 +161,7 @@ def test_a_failed_replacement_leaves_the_old_data(prepared, tokenizer, tmp_path)
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         run([tmp_path / "bad.jsonl"], tokenizer, prepared, replace=True)
-    assert len(Columns(prepared)) == len(PAIRS)
+    assert len(PreparedData(prepared)) == len(PAIRS)
     assert entries(tmp_path) == ["bad.jsonl", "prepared"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.prepare import prepare
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.text.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ def test_corpus_tokenizer_and_data_fit_together(corpus, root, tmp_path, monkeypa
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.mask_id) == (0, 2, 3)
     assert tokenizer.vocabulary_size <= 512
     prepare([tmp_path / "text/train.jsonl"], tokenizer, tmp_path / "data", max_length=200)
-    row = Columns(tmp_path / "data").row(2)
+    row = PreparedData(tmp_path / "data").row(2)
     reply = tokenizer.decode(row["ids"][row["replies"][0] :].tolist(), keep_special=True)
     assert reply.endswith("return number * 4<|im_end|>")
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.small_tokenizer import write_chats, write_other, write_tokenizer
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.columns import Columns
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import SideChoice
@@ -39,7 +39,7 @@ def run(tokenizers, tmp_path):
         chats = write_chats(tmp_path / "chats.jsonl", pairs)
         sides = {"own": SideChoice(tokenizer=tokenizers[1], max_length=side_length)}
         prepare([chats], tokenizers[0], tmp_path / name, max_length=max_length, sides=sides, **options)
-        return Columns(tmp_path / name)
+        return PreparedData(tmp_path / name)
 
     return run
 
@@ -169,7 +169,7 @@ def test_data_without_sides_has_the_digest_it_always_had(tokenizers, tmp_path):
     chats = write_chats(tmp_path / "chats.jsonl", PAIRS)
     manifest = prepare([chats], tokenizers[0], tmp_path / "out", max_length=128)
     assert "sides" not in (tmp_path / "out/manifest.json").read_text()
-    assert manifest.digest == Columns(tmp_path / "out").manifest.digest
+    assert manifest.digest == PreparedData(tmp_path / "out").manifest.digest
     assert manifest.sides == {}
 
 
@@ -210,7 +210,7 @@ def test_chunks_outside_the_tokens_are_refused(run, tmp_path):
     spans[3] = 9999
     spans.flush()
     with pytest.raises(DataError, match="content changed"):
-        Columns(tmp_path / "data")
+        PreparedData(tmp_path / "data")
     with pytest.raises(DataError, match=r"own\.chunks of sample 0 points outside the tokens"):
-        Columns(tmp_path / "data", compare_digests=False)
+        PreparedData(tmp_path / "data", compare_digests=False)
     assert len(columns) == len(PAIRS)

@@ -1,6 +1,7 @@
 """A report: its table, its files, and that what cannot be compared is not."""
 
 import json
+import math
 import re
 
 import pytest
@@ -8,8 +9,15 @@ from PIL import Image
 from rich.console import Console
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.evaluate.plots import plot_training, read_records, smooth
-from tide_megatron.evaluate.report import Report, Sample, comparison_table, differences_to
+from tide_megatron.evaluate.plots import plot_training, read_metrics, smooth
+from tide_megatron.evaluate.report import (
+    PromptReplies,
+    Report,
+    comparison_table,
+    differences_to,
+    paired_difference,
+    t_quantile,
+)
 
 TIMES = (0.1, 0.5, 0.9)
 
@@ -87,7 +95,7 @@ def test_the_table_fits_a_terminal_and_markdown():
 
 
 def test_a_report_is_whole(tmp_path, run_folders):
-    sample = Sample(prompt="Say ```x```.", replies={"distilled": "def x(): ..."})
+    sample = PromptReplies(prompt="Say ```x```.", replies={"distilled": "def x(): ..."})
     report = Report(
         title="Study",
         scores=SCORES,
@@ -124,7 +132,7 @@ def test_a_report_of_bare_figures_has_no_plots(tmp_path):
 def test_a_common_term_is_drawn_rather_than_objectives(tmp_path, run_folders, monkeypatch):
     labels = []
     monkeypatch.setattr("tide_megatron.evaluate.plots._label", lambda axis, x, y: labels.append(y))
-    records = {name: read_records(folder) for name, folder in run_folders.items()}
+    records = {name: read_metrics(folder) for name, folder in run_folders.items()}
     plot_training(records, tmp_path / "one.png")
     assert labels == ["training loss, ce", "held-out NLL, nats per byte"]
     labels.clear()
@@ -159,7 +167,54 @@ def test_scores_that_cannot_be_compared(scores, reference, words):
 
 def test_metrics_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl: not readable .* is .* a run folder\?"):
-        read_records(tmp_path)
+        read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
     with pytest.raises(DataError, match=r"metrics\.jsonl line 2: not a metrics record"):
-        read_records(tmp_path)
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # 97.5 % points of Student's T from printed tables
+    [
+        (1, 12.7062),
+        (2, 4.30265),
+        (4, 2.77645),
+        (10, 2.22814),
+        (30, 2.04227),
+        (255, 1.96931),
+        (100_000, 1.95999),
+    ],
+)
+def test_quantiles_are_those_of_the_tables(freedom, quantile):
+    assert t_quantile(freedom) == pytest.approx(quantile, rel=2e-5)
+
+
+def test_the_interval_is_students():
+    # differences 1, 2, 3: mean 2, standard deviation 1
+    difference = paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    half = 4.30265 / math.sqrt(3)
+    assert difference.mean == 2.0
+    assert difference.ci95 == pytest.approx((2 - half, 2 + half), rel=1e-4)
+    assert difference.pairs == 3
+    assert not difference.is_clear
+
+
+def test_what_makes_samples_hard_drops_out():
+    hard = [1.0, 10.0, 100.0, 1000.0]
+    difference = paired_difference([value - 0.5 for value in hard], hard)
+    assert difference.mean == -0.5
+    assert difference.ci95 == (-0.5, -0.5)
+    assert difference.is_clear
+
+
+def test_one_pair_has_no_interval():
+    difference = paired_difference([1.0], [0.0])
+    assert difference.mean == 1.0
+    assert all(map(math.isnan, difference.ci95))
+    assert not difference.is_clear
+
+
+@pytest.mark.parametrize(("one", "other"), [([], []), ([1.0], [1.0, 2.0])])
+def test_pairs_must_be_pairs(one, other):
+    with pytest.raises(DataError, match=r"paired values: \d against \d; score both runs on the same"):
+        paired_difference(one, other)

@@ -19,7 +19,7 @@ from tests.unit.models.shapes import CPU
 from tide_megatron.base.errors import CheckpointError, ConfigError, DataError, TideError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.trained_context import trained_context, write_context
+from tide_megatron.evaluate.model_folder import trained_context, write_context
 from tide_megatron.export import checks, export
 from tide_megatron.export.export import Choices, export_student
 from tide_megatron.export.flavours import FLAVOURS

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from tide_megatron.base.device import choose_device
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import ConfigError, RanksFailed
 from tide_megatron.launch import doctor
 from tide_megatron.launch.doctor import check_ranks, examine, judge
-from tide_megatron.launch.failure import RanksFailed
 from tide_megatron.parallel.layout import Layout
 
 GOOD = {"sum": 3.0, "difference": 2e-7, "alltoall_bytes": 4288, "backend": "gloo"}

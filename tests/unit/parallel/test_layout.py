@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.parallel.layout import Layout, RankLists, Seat
+from tide_megatron.parallel.layout import DataShard, Layout, RankLists, Seat
 
 
 def lists(text):
@@ -218,6 +218,12 @@ def test_seats_invert_ranks(case):
         seat = layout.seat(rank)
         assert layout.rank(tensor=seat.tensor, pipeline=seat.pipeline, data=seat.data) == rank
         assert layout.replicas(world)[seat.data][seat.index] == rank
+
+
+def test_the_ranks_of_a_replica_read_the_same_part_of_the_data():
+    shards = [Layout(tensor=2).data_shard(rank, 6) for rank in range(6)]
+    assert shards == [DataShard(rank=part, size=3) for part in (0, 0, 1, 1, 2, 2)]
+    assert Layout().data_shard(1, 2) == DataShard(rank=1, size=2)
 
 
 def test_a_seat_by_hand():

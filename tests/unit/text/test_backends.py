@@ -55,7 +55,7 @@ def spelled(tokenizer, ids):
 @pytest.mark.parametrize("text", TEXTS)
 def test_ends_are_the_bytes_behind_each_token(real, kind, text):
     tokenizer = real[kind]
-    ids, ends = tokenizer.encode_with_ends(text)
+    ids, ends = with_ends(tokenizer, text)
     assert len(ids) == len(ends)
     assert ends == sorted(ends)
     assert (ends or [0])[-1] == len(text.encode())
@@ -77,7 +77,7 @@ def test_text_comes_back(real, kind, text):
 def test_special_spellings_are_one_token_wherever_they_stand(real, kind):
     tokenizer = real[kind]
     eos = tokenizer.special_tokens["eos_token"]
-    ids, ends = tokenizer.encode_with_ends(f"one{eos}two{eos}")
+    ids, ends = with_ends(tokenizer, f"one{eos}two{eos}")
     places = [place for place, token in enumerate(ids) if token == tokenizer.eos_id]
     assert [ends[place] for place in places] == [3 + len(eos.encode()), 6 + 2 * len(eos.encode())]
     assert tokenizer.token_bytes(tokenizer.eos_id) == eos.encode()
@@ -122,7 +122,7 @@ def test_a_saved_tokenizer_is_the_same_one(real, file_kind, tmp_path):
     assert second.digest == first.digest
     assert not second.mask_was_added
     for text in TEXTS:
-        assert second.encode_with_ends(text) == first.encode_with_ends(text)
+        assert with_ends(second, text) == with_ends(first, text)
 
 
 def test_a_file_alone_is_a_tokenizer_too(real_folders, file_kind, real):
@@ -157,13 +157,13 @@ def test_digests_know_what_decides_ids(real, real_folders, tmp_path):
 @pytest.mark.parametrize("name", ["sentencepiece", "metaspace", "metaspace_legacy"])
 def test_the_space_in_front_is_no_byte_of_the_text(real, name):
     tokenizer = real[name]
-    ids, ends = tokenizer.encode_with_ends("Hello")
+    ids, ends = with_ends(tokenizer, "Hello")
     assert spelled(tokenizer, ids) == b" Hello"
     assert ends[-1] == 5
     goes_on = tokenizer.encode("Hello", opening=False)
     assert spelled(tokenizer, goes_on) == b"Hello"
     eos = tokenizer.special_tokens["eos_token"]
-    ids, ends = tokenizer.encode_with_ends(f"a{eos}b{eos} c{eos}")
+    ids, ends = with_ends(tokenizer, f"a{eos}b{eos} c{eos}")
     assert ends[-1] == len(f"a{eos}b{eos} c{eos}".encode())
     prefixes = spelled(tokenizer, ids).decode().replace(f"a{eos}b{eos} c{eos}", "")
     assert prefixes in (" ", f" a{eos} b{eos}  c{eos}")
@@ -172,7 +172,7 @@ def test_the_space_in_front_is_no_byte_of_the_text(real, name):
 def test_bytes_without_a_piece_fall_back(real):
     for name in ("sentencepiece", "metaspace"):
         tokenizer = real[name]
-        ids, ends = tokenizer.encode_with_ends("x👩")
+        ids, ends = with_ends(tokenizer, "x👩")
         assert [tokenizer.token_bytes(token) for token in ids[-4:]] == [b"\xf0", b"\x9f", b"\x91", b"\xa9"]
         assert ends[-4:] == [2, 3, 4, 5]
 
@@ -186,7 +186,7 @@ def test_a_folder_with_two_kinds_reads_the_json(real_folders, real, tmp_path):
 @pytest.mark.parametrize("name", ["metaspace", "sentencepiece"])
 def test_a_text_that_holds_the_sign_for_a_space_is_refused(real, name):
     with pytest.raises(SpellingError, match=r"spell b.* x.* where the text has") as caught:
-        real[name].encode_with_ends("a\u2581x")
+        with_ends(real[name], "a\u2581x")
     assert caught.value.place == 1
 
 
@@ -195,21 +195,21 @@ def test_a_model_that_normalises_says_so(tmp_path):
         tmp_path / "nfkc", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True
     )
     tokenizer = Tokenizer.load(folder)
-    assert tokenizer.encode_with_ends("plain text")[1][-1] == 10
+    assert with_ends(tokenizer, "plain text")[1][-1] == 10
     with pytest.raises(
         SpellingError, match=r"normalises text to NFKC: write the record in NFKC, or use a model"
     ):
-        tokenizer.encode_with_ends("one ﬁne")
+        with_ends(tokenizer, "one ﬁne")
     with pytest.raises(
         SpellingError, match=r"spell b'two' where the text has b' two' \(byte 4\): it changes"
     ):
-        tokenizer.encode_with_ends("one  two")
+        with_ends(tokenizer, "one  two")
 
 
 def test_a_model_without_byte_fallback_says_what_it_cannot_spell(tmp_path):
     tokenizer = Tokenizer.load(write_sentencepiece(tmp_path / "plain", byte_fallback=False))
     with pytest.raises(SpellingError, match=r"spell b'<unk>.*byte 2\)"):
-        tokenizer.encode_with_ends("x 日")
+        with_ends(tokenizer, "x 日")
 
 
 @pytest.mark.parametrize(
@@ -283,3 +283,9 @@ def test_a_mask_that_is_taken_is_refused(real_folders, real, name):
         Tokenizer.load(real_folders[name], mask=real[name].special_tokens["eos_token"])
     with pytest.raises(DataError, match="ordinary text"):
         Tokenizer.load(real_folders[name], mask="e")
+
+
+def with_ends(tokenizer, text):
+    """Return the ids of a text and the byte behind each."""
+    ids = tokenizer.encode(text)
+    return ids, tokenizer.ends(ids, text)

@@ -6,7 +6,8 @@ import pytest
 
 from tests.small_tokenizer import CHATML, write_tokenizer
 from tide_megatron.base.errors import DataError
-from tide_megatron.text.chat import ChatTemplate, encode_chat, labels_of
+from tide_megatron.text.chat import encode_chat, labels_of
+from tide_megatron.text.templates import ChatTemplate
 from tide_megatron.text.tokenizer import Tokenizer
 
 

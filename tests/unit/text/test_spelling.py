@@ -115,9 +115,9 @@ def test_a_byte_level_tokenizer_with_a_space_in_front_counts_it_as_nothing(tmp_p
     content["pre_tokenizer"]["add_prefix_space"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     spaced = Tokenizer.load(tmp_path)
-    ids, found = spaced.encode_with_ends("left<|im_end|>right")
+    ids = spaced.encode("left<|im_end|>right")
     assert ids != tokenizer.encode("left<|im_end|>right")
-    assert found[-1] == len("left<|im_end|>right")
+    assert spaced.ends(ids, "left<|im_end|>right")[-1] == len("left<|im_end|>right")
     assert spaced.encode("left", opening=False) == tokenizer.encode("left")
 
 

@@ -8,7 +8,6 @@ from tests.rendered_chats import generation_prompt, render
 from tests.small_tokenizer import CHATML, write_tokenizer
 from tide_megatron.base.errors import DataError
 from tide_megatron.text.chat import encode_chat
-from tide_megatron.text.skeleton import find_contents
 from tide_megatron.text.templates import template_names
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -48,7 +47,7 @@ def test_every_content_is_found_where_the_template_put_it(name, tokenizer, conte
     messages = chat(contents, system)
     text, spans = render(name, messages)
     assert tokenizer.chat.render(messages, add_generation_prompt=False) == text
-    found = find_contents(tokenizer.chat, messages, text)
+    found = tokenizer.chat.contents(messages, text)
     assert [(content.start, content.end, content.skipped) for content in found] == spans
     for message, content in zip(messages, found, strict=True):
         shown = text.encode()[content.start : content.end]

@@ -57,8 +57,8 @@ def test_frequencies_that_say_nothing_cost_the_logarithm_of_the_vocabulary():
 def run_check(monkeypatch, samples, nll, choice, held_out=True):
     asked = []
 
-    def evaluate(scorer, context, loader, levels, device):
-        asked.append((scorer.teacher, context.kind, loader, levels.times))
+    def evaluate(scorer, context, loader, options, device):
+        asked.append((scorer.teacher, context.kind, loader, options.times))
         return SimpleNamespace(by_time=lambda: [{"nll_per_token": nll}])
 
     monkeypatch.setattr(sanity, "evaluate", evaluate)

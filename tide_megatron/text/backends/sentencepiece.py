@@ -31,7 +31,7 @@ class SentencePiece:
     """One model with its special tokens."""
 
     advice = (
-        "use a model whose normalisation is the identity and that keeps repeated spaces, or mend the record"
+        "use a model whose normalisation is the identity and that keeps repeated spaces, or fix the record"
     )
 
     def __init__(self, file: Path, model: bytes, added: Mapping[int, str]) -> None:

@@ -36,7 +36,7 @@ PATTERNS = {
 class Tiktoken:
     """One file of ranks with its pattern and special tokens."""
 
-    advice = "use another tokenizer, or mend the record"
+    advice = "use another tokenizer, or fix the record"
 
     def __init__(self, file: Path, pattern: str, ranks: dict[bytes, int], added: Mapping[int, str]) -> None:
         """Hold the parts; `read` makes one from a file."""
@@ -130,7 +130,7 @@ class Tiktoken:
             )
         except Exception as error:  # the library raises what its Rust half makes of a broken pattern
             raise DataError(
-                f"{self._name}: tiktoken refuses these ranks and this pattern ({error}); mend {CONFIG_FILE}"
+                f"{self._name}: tiktoken refuses these ranks and this pattern ({error}); fix {CONFIG_FILE}"
             ) from None
 
 

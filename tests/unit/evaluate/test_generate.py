@@ -9,8 +9,8 @@ from tests.unit.train.test_summary import DENSE
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.generate import Sampler
-from tide_megatron.evaluate.replies import answer_prompts, open_model
+from tide_megatron.evaluate.generate import Sampler, answer_prompts
+from tide_megatron.evaluate.model_folder import open_model
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.build import build_model
 from tide_megatron.models.convert import draw_weights, read_architecture, save_model

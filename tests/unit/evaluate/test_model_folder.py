@@ -4,7 +4,7 @@ import pytest
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.trained_context import CONTEXT_FILE, trained_context, write_context
+from tide_megatron.evaluate.model_folder import CONTEXT_FILE, trained_context, write_context
 
 STORED = Context(kind="block_causal", block_size=16)
 

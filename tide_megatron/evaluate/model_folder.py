@@ -1,0 +1,64 @@
+"""A model folder as evaluation opens it: the context that it was trained in, and the model itself.
+
+The context is written beside the weights, for no Hugging Face config has a key for it. Whoever reads the
+model without it must name the context, because a wrong one does not crash: it writes bad text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from tide_megatron.base.device import Device
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.models.build import TideModel, build_model
+from tide_megatron.models.convert import load_model, read_architecture
+from tide_megatron.models.precision import Precision
+from tide_megatron.models.spec import Options
+from tide_megatron.parallel.groups import make_groups
+from tide_megatron.parallel.layout import Layout
+
+CONTEXT_FILE = "tide_context.json"
+
+
+def write_context(folder: Path, context: Context) -> None:
+    """Write a model folder's context."""
+    text = json.dumps(dataclasses.asdict(context), indent=1)
+    (folder / CONTEXT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def trained_context(folder: Path, kind: str | None = None, block_size: int | None = None) -> Context:
+    """Return the context to read a model in: what was asked for, else what its folder says.
+
+    Args:
+        folder: the model's.
+        kind: context kind; None: the folder's.
+        block_size: tokens; None: the folder's.
+
+    Raises:
+        ConfigError: neither the caller nor the folder says it.
+    """
+    file, saved = Path(folder) / CONTEXT_FILE, {}
+    if file.is_file():
+        try:
+            saved = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ConfigError(f"{file}: not readable; give --context and --block-size") from None
+    kind, block_size = kind or saved.get("kind"), block_size or saved.get("block_size")
+    if kind is None or (block_size is None and kind != "bidirectional"):
+        raise ConfigError(
+            f"{folder}: does not say what context it was trained in ({CONTEXT_FILE} is missing); "
+            "give --context and --block-size"
+        )
+    return Context(kind=kind, block_size=block_size or 1)  # type: ignore[arg-type] # Context checks the word
+
+
+def open_model(folder: Path, device: Device) -> TideModel:
+    """Build a frozen model whole on this rank and load it. All ranks of the world call it together."""
+    layout = Layout()
+    options = Options(device=device, layout=layout, precision=Precision.on("auto", device))
+    model = build_model(read_architecture(folder), make_groups(layout), options)
+    load_model(model, folder)
+    return model

@@ -1,0 +1,27 @@
+"""What a held-out evaluation does: the `evaluation` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from tide_megatron.base.options import STRICT
+
+Time = Annotated[float, Field(gt=0.0, le=1.0)]
+"""A noise level; at 0 nothing is masked."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Evaluation:
+    """Held-out scores at fixed noise levels; they never change training."""
+
+    every: int = Field(default=0, ge=0)
+    """Updates between evaluations; 0: only at the end."""
+    samples: int = Field(default=256, ge=1)
+    """Score the first so many held-out samples; at most all of them."""
+    times: tuple[Time, ...] = Field(default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
+    """Noise levels at which each of them is masked."""
+    microbatch: int = Field(default=16, ge=1)
+    """Samples per forward pass and rank."""

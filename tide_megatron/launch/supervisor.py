@@ -1,0 +1,273 @@
+"""Start ranks on this node, look after them, and return rank 0's value.
+
+The supervisor is our own, over Python's multiprocessing, because torch's two launchers do not do what a user
+needs when something goes wrong (read in torch 2.13): `elastic_launch` and `start_processes` send SIGTERM and
+wait 30 seconds before they kill a rank that is stuck in a collective (a run that listens to SIGTERM never
+dies of it), name the failing rank with the lowest number rather than the first, and turn a Ctrl-C into that
+same 30-second shutdown. Ours:
+
+- the first failure is the one reported; ranks that only lost their peers are echoes and rank last;
+- after a failure the others have two seconds to unwind, then they are killed with all they started;
+- a fault of the user's (`TideError`) is raised again here as itself, once; a bug as `RanksFailed` with its
+  traceback;
+- stop signals are passed on; ranks get `grace_seconds` to save and return; a second signal kills at once;
+- ranks end when this process is gone, even by SIGKILL (`launch/worker.py`).
+
+Left out: restarts and several nodes (torchrun and SLURM do those).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from tide_megatron.base.device import Wanted, check_gpus, choose_kind
+from tide_megatron.base.errors import RanksFailed, TideError
+from tide_megatron.launch.signals import heard_by, signals_held
+from tide_megatron.launch.worker import Done, Failure, Job, work
+
+log = logging.getLogger(__name__)
+
+SETTLE_SECONDS = 2.0
+"""After a failure: how long the other ranks may take to fail too, clean up and report."""
+EXIT_SECONDS = 10.0
+"""After a rank's last word: how long its process may take to end."""
+PRELOADED = ("tide_megatron.platform", "tide_megatron.train.loop")
+"""What ranks on CPU find imported already."""
+_THREADS = "OMP_NUM_THREADS"
+_COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+"""Else every rank starts a process per core, at most 32, to compile in."""
+_NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def supervise(job: Job, num_ranks: int, grace_seconds: float) -> Any:
+    """Start ranks on this node, wait until they end, and return rank 0's value.
+
+    Args:
+        job: what each of them does.
+        num_ranks: how many.
+        grace_seconds: after a stop signal: how long the ranks may take to save and return.
+
+    Raises:
+        TideError: what one of the ranks raised, with the rank named.
+        RanksFailed: a rank had a bug, was killed, or did not stop in time.
+        KeyboardInterrupt: a second stop signal.
+    """
+    if choose_kind(job.wanted) == "cuda":
+        check_gpus(num_ranks)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks: list[_Rank] = []
+    relay = _Relay(ranks)
+    try:
+        with heard_by(relay.hear):
+            environment = _environment(num_ranks, job.wanted) | _meeting_point(num_ranks, store.port)
+            _start(ranks, job, num_ranks, environment)
+            relay.pass_on()  # what was heard before there were ranks
+            _wait(ranks, relay, grace_seconds)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.process.join()
+    if relay.is_aborted:
+        raise KeyboardInterrupt
+    failures = [rank.outcome for rank in ranks if isinstance(rank.outcome, Failure)]
+    if failures:
+        raise first_failure(failures, num_ranks)
+    late = [rank.number for rank in ranks if rank.outcome is None]
+    if late:
+        assert relay.heard is not None, "without a failure only a stop signal sets a deadline"
+        raise RanksFailed(
+            f"{relay.heard.name}: ranks {late} did not finish within {grace_seconds:g} seconds and were "
+            "killed; the run's last checkpoint is as it was"
+        )
+    assert isinstance(ranks[0].outcome, Done), "a rank that neither failed nor is late is done"
+    return ranks[0].outcome.value
+
+
+def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[str, str]) -> None:
+    """Start every rank; stop signals wait until they can be passed on to all of them."""
+    log.info("starting %d ranks on this node with %s thread(s) each", num_ranks, environment[_THREADS])
+    resource_tracker.ensure_running()  # else the first start of a process would end the hold on signals
+    with signals_held(), _start_environment(job.wanted):
+        context = _start_method(job.wanted)
+        for number in range(num_ranks):
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=work, args=(number, job, environment, theirs), name=f"rank {number}"
+            )
+            process.start()
+            theirs.close()
+            ranks.append(_Rank(number=number, process=process, report=mine))
+
+
+def _start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
+    """Choose how processes start: fresh ones for CUDA, which survives no fork; else forks of a server.
+
+    The server has imported torch and megatron-core once: a rank starts in 0.1 s instead of 4 s of CPU, and
+    shares those pages. It is a fresh process itself, that sees no GPUs, whatever this one has done with them.
+    """
+    if choose_kind(wanted) == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _start_environment(wanted: Wanted) -> Iterator[None]:
+    """Set what must stand before Python and torch are loaded; ranks get their own number of threads later.
+
+    This process asks CUDA nothing meanwhile: its answer would stay as it is for good.
+    """
+    # A thread pool would not survive the server's forks; megatron-core and torch warn once per rank and
+    # import.
+    defaults = {"PYTHONWARNINGS": "ignore", **_COMPILERS}
+    early = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    early |= {_THREADS: "1", **_hiding(wanted)}
+    before = {name: os.environ.get(name) for name in early}
+    os.environ.update(early)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _environment(num_ranks: int, wanted: Wanted) -> dict[str, str]:
+    """Return this process's environment, with the cores shared among the ranks unless it says otherwise."""
+    share = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    return {_THREADS: str(share), **_COMPILERS, **os.environ, **_hiding(wanted)}
+
+
+def _hiding(wanted: Wanted) -> dict[str, str]:
+    """Return the variables that hide the GPUs from ranks on the CPU."""
+    return _NO_GPUS if wanted == "cpu" else {}
+
+
+def _meeting_point(num_ranks: int, port: int) -> dict[str, str]:
+    """Return where the ranks meet: at this process's store, so that no port has to be guessed."""
+    return {
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Rank:
+    """A started rank as its parent sees it."""
+
+    number: int
+    process: BaseProcess
+    report: connection.Connection
+    outcome: Done | Failure | None = None
+
+    def look(self) -> None:
+        """Take the rank's report, or note that it died without one."""
+        has_ended = self.process.exitcode is not None  # asked first: a report may come just before the end
+        if self.report.poll():
+            with contextlib.suppress(EOFError, OSError):
+                self.outcome = self.report.recv()
+        if has_ended and self.outcome is None:
+            text = f"it {_end_in_words(self.process.exitcode)}"
+            self.outcome = Failure(rank=self.number, at_seconds=time.time(), text=text)
+
+    def kill(self) -> None:
+        """End the rank and everything it started, at once."""
+        assert self.process.pid is not None, "only started ranks are kept"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # it may not lead its session yet
+
+
+class _Relay:
+    """Passes stop signals of this process on to the ranks; the second one kills them."""
+
+    def __init__(self, ranks: Sequence[_Rank]) -> None:
+        self.ranks = ranks
+        self.heard: signal.Signals | None = None
+        self.heard_seconds = 0.0
+        self.is_aborted = False
+
+    def hear(self, number: int) -> None:
+        """Handle one signal (called from a signal handler: it must not log)."""
+        if self.heard is None:
+            self.heard, self.heard_seconds = signal.Signals(number), time.monotonic()
+            self.pass_on()
+        else:
+            self.is_aborted = True
+            for rank in self.ranks:
+                rank.kill()
+
+    def pass_on(self) -> None:
+        """Tell the ranks that run; telling them twice is harmless."""
+        for rank in self.ranks:
+            if self.heard is not None and rank.process.exitcode is None and rank.process.pid is not None:
+                os.kill(rank.process.pid, self.heard)
+
+
+def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float) -> None:
+    """Return when every rank has an outcome and ended, or when the time it may still take is over."""
+    deadline = float("inf")
+    while waiting := [rank for rank in ranks if rank.outcome is None]:
+        # The poll is for ranks whose children keep the pipes open, and for deadlines.
+        connection.wait(
+            [each for rank in waiting for each in (rank.report, rank.process.sentinel)], timeout=0.2
+        )
+        for rank in waiting:
+            rank.look()
+        now = time.monotonic()
+        if relay.heard is not None:
+            deadline = min(deadline, relay.heard_seconds + grace_seconds)
+        if any(isinstance(rank.outcome, Failure) for rank in ranks):
+            deadline = min(deadline, now + SETTLE_SECONDS)
+        if now > deadline or relay.is_aborted:
+            return
+    if all(isinstance(rank.outcome, Done) for rank in ranks):
+        end = time.monotonic() + EXIT_SECONDS
+        for rank in ranks:
+            rank.process.join(max(0.0, end - time.monotonic()))
+
+
+def _end_in_words(code: int | None) -> str:
+    assert code is not None, "asked of ranks that ended"
+    if code >= 0:
+        return f"ended with exit code {code} without a report"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def first_failure(failures: Sequence[Failure], world_size: int) -> TideError | RanksFailed:
+    """Choose the failure that caused the others, as the exception to raise.
+
+    When one rank fails, the others fail after it, for their connections close. The earliest failure that is
+    not such an echo is the cause.
+
+    Args:
+        failures: at least one; the lost connections that follow a failure are marked as echoes.
+        world_size: ranks of the run.
+    """
+    first = min(failures, key=lambda failure: (failure.is_echo, failure.at_seconds))
+    who = f"rank {first.rank} of {world_size}"
+    if first.error is None:
+        return RanksFailed(f"{who} failed first: {first.text}")
+    everybody = sum(str(failure.error) == str(first.error) for failure in failures) == world_size
+    return first.error if everybody else type(first.error)(f"{first.error} (seen by {who})")
