@@ -10,7 +10,7 @@ import pytest
 
 from tests.parallel.test_resume import losses, run
 from tests.tiny_run import write_tiny_run
-from tide_megatron.base.digests import damage
+from tide_megatron.base.files import damage
 from tide_megatron.checkpoint import finish
 from tide_megatron.checkpoint.names import listed
 from tide_megatron.checkpoint.task import Task

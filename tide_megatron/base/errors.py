@@ -26,6 +26,12 @@ class CheckpointError(TideError):
     """A model folder or checkpoint that is missing, truncated, or of another run."""
 
 
+def last_line(fault: BaseException) -> str:
+    """Return the last words of a library's complaint, which may hold whole tracebacks of other ranks."""
+    lines = str(fault).strip().splitlines()
+    return f"{type(fault).__name__}: {lines[-1]}" if lines else type(fault).__name__
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return a hint that names the closest legal choice, for the end of an error message.
 

@@ -46,7 +46,7 @@ def hf_to_megatron(
     """
     import rich
 
-    from tide_megatron.convert.inward import hf_to_megatron as convert
+    from tide_megatron.convert.hf_to_megatron import hf_to_megatron as convert
     from tide_megatron.launch.ranks import run_ranks
 
     found = run_ranks(convert, (source, target, _torch(dtype), force), ranks, "cpu")
@@ -76,8 +76,8 @@ def megatron_to_hf(
     """
     import rich
 
-    from tide_megatron.convert.outward import Written
-    from tide_megatron.convert.outward import megatron_to_hf as convert
+    from tide_megatron.convert.megatron_to_hf import Written
+    from tide_megatron.convert.megatron_to_hf import megatron_to_hf as convert
     from tide_megatron.launch.ranks import run_ranks
 
     written = Written(dtype=_torch(dtype), shard_bytes=round(shard_gb * 1e9), force=force)

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
+from tide_megatron.checkpoint.retention import Checkpoints
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.losses.rows import Loss
 from tide_megatron.parallel.layout import Layout
@@ -175,21 +176,6 @@ class Evaluation:
     samples: int = Field(default=256, ge=1)
     times: tuple[Time, ...] = Field(default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
     microbatch: int = Field(default=16, ge=1)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Checkpoints:
-    """When to save (machine choice)."""
-
-    every: int = Field(default=0, ge=0)
-    """Updates between saves; 0: only at the end and when the run is stopped."""
-    keep: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints stay on disk."""
-    keep_every: int = Field(default=0, ge=0)
-    """Checkpoints whose step is a multiple of it stay for good; 0: none."""
-    asynchronous: bool = True
-    """Write while training goes on, over a copy in main memory as large as the rank's share of weights and
-    optimizer; False: training waits for the disk, and nothing is copied."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from bench.cost import apart, machine
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
-from tide_megatron.base.digests import damage
+from tide_megatron.base.files import damage
 from tide_megatron.base.durable import flush
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.durable import flush_tree

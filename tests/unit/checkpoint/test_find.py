@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tide_megatron.base.digests import write_digests
+from tide_megatron.base.files import write_digests
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.checkpoint.durable import point_latest
 from tide_megatron.checkpoint.find import find_checkpoint

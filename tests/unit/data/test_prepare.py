@@ -140,8 +140,12 @@ def test_an_interrupt_leaves_nothing(monkeypatch, chats, tokenizer, tmp_path, wh
     def interrupt(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    target = {"encode": "encode_chat", "finish": "digest_file", "rename": "_move"}[where]
-    monkeypatch.setattr(sampling if where == "encode" else module, target, interrupt)
+    place, name = {
+        "encode": (sampling, "encode_chat"),
+        "finish": (module, "digest_file"),
+        "rename": (files, "commit_folder"),
+    }[where]
+    monkeypatch.setattr(place, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run([chats], tokenizer, tmp_path / "out")
     assert entries(tmp_path) == []

@@ -19,7 +19,7 @@ from tests.unit.models.shapes import (
     build,
     view,
 )
-from tide_megatron.base.digests import record_digests
+from tide_megatron.base.files import record_digests
 from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.commands import app
 from tide_megatron.models.build import build_model

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from tide_megatron.base.digests import DIGESTS, DigestingFile, damage, digest_of, write_digests
+from tide_megatron.base.files import DIGESTS, DigestingFile, damage, digest_of, write_digests
 
 FILES = {".metadata": b"table", "a.distcp": bytes(range(256)) * 5000, "state.json": b"{}"}
 
@@ -57,7 +57,7 @@ def test_a_file_knows_the_digest_of_what_went_through_it(tmp_path):
         for part in (b"one", memoryview(b"two"), b""):
             file.write(part)
     assert file.facts() == digest_of(path)
-    assert file.position == 6
+    assert file.tell() == 6
 
 
 class ShortStream:
