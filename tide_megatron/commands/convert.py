@@ -56,7 +56,7 @@ def hf_to_megatron(
 
 
 @app.command("megatron-to-hf")
-def megatron_to_hf(
+def megatron_to_hf(  # noqa: PLR0913, PLR0917 - one option is an old spelling of another
     source: Annotated[Path, typer.Argument(help="Megatron checkpoint (torch_dist), or a run's checkpoints.")],
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.")],
     config: Annotated[
@@ -65,7 +65,8 @@ def megatron_to_hf(
     ] = None,
     ranks: Ranks = None,
     dtype: Wanted = Dtype.STORED,
-    shard_gb: Annotated[float, typer.Option(min=0.0, help="Largest file, GB.")] = 5.0,
+    shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    shard_gb: Annotated[float | None, typer.Option(min=0.0, hidden=True)] = None,
     force: Force = False,
 ) -> None:
     """Write safetensors from a Megatron checkpoint, whatever layout wrote it.
@@ -76,11 +77,13 @@ def megatron_to_hf(
     """
     import rich
 
+    from tide_megatron.base.units import read_bytes
     from tide_megatron.convert.megatron_to_hf import Written
     from tide_megatron.convert.megatron_to_hf import megatron_to_hf as convert
     from tide_megatron.launch.ranks import run_ranks
 
-    written = Written(dtype=_torch(dtype), shard_bytes=round(shard_gb * 1e9), force=force)
+    size = read_bytes(shard_size if shard_gb is None else f"{round(shard_gb * 1e9)}B", "--shard-size")
+    written = Written(dtype=_torch(dtype), shard_bytes=size, force=force)
     found = run_ranks(convert, (source, target, config, written), ranks, "cpu")
     rich.print(f"{target}: {_told(found)}")
 

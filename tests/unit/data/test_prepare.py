@@ -7,6 +7,7 @@ import pytest
 
 from tests.small_tokenizer import write_chats, write_tokenizer
 from tests.unit.data.conftest import PAIRS
+from tide_megatron.base import files
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data import prepare as module
 from tide_megatron.data import sample as sampling
