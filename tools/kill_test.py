@@ -30,8 +30,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
 
 from tests.tiny_run import write_tiny_run
-from tide_megatron.base.digests import damage
-from tide_megatron.checkpoint.names import Mark, listed
+from tide_megatron.base.files import damage
+from tide_megatron.checkpoint.retention import Mark, listed
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY, START_SECONDS = 2, 120.0

@@ -10,9 +10,8 @@ from typer.testing import CliRunner
 from tests.parallel.test_resume import cut_shard, run
 from tests.tiny_run import write_tiny_run
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.checkpoint.compare import differences
-from tide_megatron.checkpoint.names import listed
-from tide_megatron.checkpoint.table import Table
+from tide_megatron.checkpoint.inspect import StoredTensors, tensor_differences
+from tide_megatron.checkpoint.retention import listed
 from tide_megatron.commands import app
 
 
@@ -53,10 +52,10 @@ def test_verify_passes_a_whole_one_and_names_what_is_broken(folder, tmp_path):
     _, _, fault = spoken("verify", broken)
     assert isinstance(fault, CheckpointError), "the command line ends with code 2 at it"
     cut, gone = str(fault).splitlines()[1:3]
-    assert re.fullmatch(r"  pieces_0000\d\.distcp has \d+ bytes instead of \d+", cut)
+    assert re.fullmatch(r"  __\d_0\.distcp has \d+ bytes instead of \d+", cut)
     assert gone == "  state.json is missing"
     with pytest.raises(CheckpointError, match=r"cannot be read \(.*\); see tide checkpoint verify"):
-        list(differences(old, broken))
+        list(tensor_differences(old, broken))
 
 
 def test_diff_names_recipe_clock_and_tensors(folder):
@@ -65,9 +64,9 @@ def test_diff_names_recipe_clock_and_tensors(folder):
     assert code == 0
     assert "clock.step: 2 -> 4" in said
     assert re.search(r"embedding.word_embeddings.weight \S+ \S+", said)
-    found = {line.name: line for line in differences(old, new)}
+    found = {line.name: line for line in tensor_differences(old, new)}
     name = "optimizer.state.exp_avg_sq.embedding.word_embeddings.weight"
-    a, b = Table(old).read(name), Table(new).read(name)
+    a, b = StoredTensors(old).read(name), StoredTensors(new).read(name)
     assert found[name].absolute == float((a - b).abs().max()) > 0
     code, said, _ = spoken("diff", folder, folder / "checkpoints")
     assert (code, said) == (0, "all tensors are equal")
@@ -77,7 +76,7 @@ def test_diff_of_other_shapes_and_other_tensors_says_so(folder, tmp_path, pool):
     tiny = write_tiny_run(tmp_path / "tiny", vocabulary=328)
     pool(1).run(run, tiny, tmp_path / "run", 1, 0, 1, ("optimizer.name=sgd",))
     pair = [listed(path / "checkpoints")[0] for path in (folder, tmp_path / "run")]
-    found = {line.name: line.words for line in differences(*pair)}
+    found = {line.name: line.words for line in tensor_differences(*pair)}
     assert found["embedding.word_embeddings.weight"] == "shapes (320, 32) and (328, 32)"
     assert found["optimizer.state.exp_avg.embedding.word_embeddings.weight"] == "not in the second"
 
@@ -92,4 +91,4 @@ def test_a_folder_without_a_checkpoint_and_a_table_from_elsewhere_are_refused(fo
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Trap()))
     with pytest.raises(CheckpointError, match=r"builtins\.print does not belong there"):
-        Table(tmp_path)
+        StoredTensors(tmp_path)

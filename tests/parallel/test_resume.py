@@ -13,8 +13,8 @@ from tests.tiny_run import PAIR_ON_FOUR, write_cross_run, write_pair_run, write_
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.checkpoint.facts import read_facts
-from tide_megatron.checkpoint.names import listed
+from tide_megatron.checkpoint.metadata import read_metadata
+from tide_megatron.checkpoint.retention import listed
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import load_recipe
 
@@ -101,10 +101,10 @@ def test_other_ranks_layouts_and_accumulation_go_on_with_the_same_stream(pool, t
     assert wanted.keys() == got.keys() == set(range(1, STEPS + 1))
     for step in wanted:
         assert got[step] == pytest.approx(wanted[step], rel=1e-5), f"step {step}"
-    facts = [read_facts(listed(folder / "checkpoints")[-1]) for folder in (whole, parted)]
-    assert [fact.optimizer_steps for fact in facts] == [[STEPS], [STEPS]]
-    assert facts[0].clock == facts[1].clock
-    assert [fact.ranks for fact in facts] == [2, ranks]
+    both = [read_metadata(listed(folder / "checkpoints")[-1]) for folder in (whole, parted)]
+    assert [one.optimizer_steps for one in both] == [[STEPS], [STEPS]]
+    assert both[0].clock == both[1].clock
+    assert [one.ranks for one in both] == [2, ranks]
 
 
 def test_another_recipe_and_nothing_whole_are_refused(pool, tmp_path):

@@ -10,25 +10,25 @@ import pytest
 
 from tests.parallel.test_resume import losses, run
 from tests.tiny_run import write_tiny_run
-from tide_megatron.base.digests import damage
-from tide_megatron.checkpoint import finish
-from tide_megatron.checkpoint.names import listed
-from tide_megatron.checkpoint.task import Task
+from tide_megatron.base.files import damage
+from tide_megatron.checkpoint import save
+from tide_megatron.checkpoint.retention import listed
+from tide_megatron.checkpoint.save import Save
 
 
 def run_on_a_slow_disk(seconds, *args):
     """Train while every save's writing begins so much later."""
-    write = Task.write
+    write = Save.write
 
     def late(self):
         time.sleep(seconds)
         write(self)
 
-    Task.write = late
+    Save.write = late
     try:
         return run(*args)
     finally:
-        Task.write = write
+        Save.write = write
 
 
 @pytest.mark.parametrize(
@@ -123,24 +123,25 @@ class Killed(BaseException):
 
 
 def die_instead_of(name, *args):
-    """Train until the finish calls a function of this name; stop there as a kill would."""
+    """Train until a save calls a function of this name; stop there as a kill would."""
 
     def die(*_):
         raise Killed
 
-    kept = getattr(finish, name)
-    setattr(finish, name, die)
+    kept = getattr(save, name)
+    setattr(save, name, die)
     try:
         run(*args)
     except Killed:
         return True
     finally:
-        setattr(finish, name, kept)
+        setattr(save, name, kept)
     return False
 
 
 @pytest.mark.parametrize(
-    ("window", "goes_on_from"), [("flush_tree", 2), ("write_digests", 2), ("flush", 4), ("point_latest", 4)]
+    ("window", "goes_on_from"),
+    [("write_digests", 2), ("commit_folder", 2), ("point_latest", 4), ("remove_expired", 4)],
 )
 def test_a_kill_around_the_rename_loses_at_most_that_save(pool, tmp_path, window, goes_on_from):
     tiny = write_tiny_run(tmp_path / "tiny")

@@ -30,6 +30,12 @@ class RanksFailed(Exception):
     """A rank ended by a bug or a signal; the message names the rank and holds its traceback."""
 
 
+def last_line(fault: BaseException) -> str:
+    """Return the last words of a library's complaint, which may hold whole tracebacks of other ranks."""
+    lines = str(fault).strip().splitlines()
+    return f"{type(fault).__name__}: {lines[-1]}" if lines else type(fault).__name__
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return a hint that names the closest legal choice, for the end of an error message.
 

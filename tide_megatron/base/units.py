@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from tide_megatron.base.errors import ConfigError
-
-_UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 
 
 def in_bytes(number: float) -> str:
@@ -19,7 +17,7 @@ def in_bytes(number: float) -> str:
 
 
 def read_bytes(text: str, key: str) -> int:
-    """Read a number of bytes with a decimal unit: 5GB, 500 MB, 1.5kB.
+    """Read a number of bytes with its unit: 5GB, 500 MB, 1.5kB, 4GiB.
 
     Args:
         text: what the user wrote.
@@ -28,9 +26,10 @@ def read_bytes(text: str, key: str) -> int:
     Raises:
         ConfigError: not a size of at least one byte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b|)\s*", text, re.IGNORECASE)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    number = round(float(match[1]) * unit) if match and unit else 0
+    try:
+        number = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        number = 0
     if number < 1:
         raise ConfigError(f"{key}: {text!r} is no size; write a number with B, kB, MB, GB or TB, as in 5GB")
     return number

@@ -10,9 +10,8 @@ import tide_megatron.platform  # noqa: F401 - before megatron
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tide_megatron.base.errors import CheckpointError
-from tide_megatron.checkpoint.finish import last_line
-from tide_megatron.checkpoint.state import loading_state
+from tide_megatron.base.errors import CheckpointError, last_line
+from tide_megatron.checkpoint.sharded_state import loading_state
 
 
 def load_checkpoint(found: Path, model: Any, optimizer: Any) -> None:

@@ -1,9 +1,10 @@
 """Saving: copy in a moment, write in the background, agree between steps that it is done.
 
-A save has four parts. *Begin*, while training waits: the ranks plan together and each copies what it will
-write. *Write*, in a thread of each rank: files, digests, fsync. *Gather*, while training waits, once all
-ranks have written: where everything lies. *Complete*, in a thread of rank 0: facts, digests, rename,
-`latest`. No thread calls a collective: all ranks agree before a step whether every one of them is done.
+A save has four parts. *Begin*, while training waits: each rank copies what it will write (at the first save
+the ranks plan together who writes what; it stays so). *Write*, in a thread of each rank: files, digests,
+fsync. *Gather*, while training waits, once all ranks have written: where everything lies. *Complete*, in a
+thread of rank 0: table of contents, metadata, digests, rename, `latest`. No thread calls a collective: all
+ranks agree before a step whether every one of them is done.
 
 A folder appears under its final name only when it is whole and on the disk, and `latest` moves only after
 that, so a kill at any moment leaves either the old state or the new one.
@@ -11,66 +12,87 @@ that, so a kill at any moment leaves either the old state or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import tide_megatron.platform  # noqa: F401 - before megatron
+
+from torch.distributed.checkpoint import Metadata, SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
 from tide_megatron.base.clock import Clock
-from tide_megatron.checkpoint.facts import Facts, Origin
-from tide_megatron.checkpoint.finish import begin_folder, disk
-from tide_megatron.checkpoint.names import name_of
-from tide_megatron.checkpoint.pieces import Staging
-from tide_megatron.checkpoint.request import Request
-from tide_megatron.checkpoint.state import SHARDING, SavingState, live_storages, optimizer_steps
-from tide_megatron.checkpoint.task import Task, Times
-from tide_megatron.parallel.collectives import all_agree, fail_together, is_first, own_share
+from tide_megatron.base.errors import CheckpointError, last_line
+from tide_megatron.base.files import PARTIAL, Digests, commit_folder, write_digests
+from tide_megatron.checkpoint.metadata import CheckpointMetadata, RunIdentity
+from tide_megatron.checkpoint.planner import ShardPlanner, Staging
+from tide_megatron.checkpoint.retention import Checkpoints, name_of, point_latest, remove_expired
+from tide_megatron.checkpoint.sharded_state import SHARDING, ShardedState, optimizer_steps
+from tide_megatron.checkpoint.writer import DigestingWriter, write_common
+from tide_megatron.parallel.collectives import all_agree, fail_together, gather_objects, is_first, own_share
 
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Keeping:
-    """How checkpoints are written and which stay."""
+@dataclasses.dataclass(kw_only=True)
+class SaveTimes:
+    """What one save cost on this rank, in seconds."""
 
-    keep: int = 2
-    """How many of the newest stay."""
-    keep_every: int = 0
-    """Those whose step is a multiple of it stay for good; 0: none."""
-    asynchronous: bool = True
-    """Write while training goes on; False: training waits for the disk, and nothing is copied."""
+    begin: float = 0.0
+    """Training waited: planning and copying."""
+    write: float = 0.0
+    """Writing, digests and fsync."""
+    wait: float = 0.0
+    """Training waited for the writing to end: always, where it is not asynchronous; else because another save
+    came, or the run's end."""
+    gather: float = 0.0
+    """Training waited: where everything lies."""
+    complete: float = 0.0
+    """Table of contents, metadata, digests and rename (rank 0)."""
+
+    @property
+    def stall(self) -> float:
+        """How long training stood still."""
+        return self.begin + self.wait + self.gather
 
 
 class Saver:
     """Writes a run's checkpoints; one save is under way at a time. Every method is collective."""
 
-    def __init__(self, folder: Path, model: Any, optimizer: Any, origin: Origin, keeping: Keeping) -> None:
+    def __init__(
+        self, folder: Path, model: Any, optimizer: Any, run: RunIdentity, options: Checkpoints
+    ) -> None:
         """Prepare to save.
 
         Args:
             folder: the run's checkpoint folder.
             model: the student, with its process groups.
             optimizer: megatron's.
-            origin: recipe and data.
-            keeping: how and how many.
+            run: recipe and data.
+            options: how, and which stay.
         """
         self.folder = folder
-        self._model, self._optimizer = model, optimizer
-        self._origin, self._keeping = origin, keeping
-        self._state = SavingState(model, optimizer)
+        self._optimizer, self._run, self._options = optimizer, run, options
+        self._state = ShardedState(model, optimizer)
         self._staging = Staging()
+        self._plan: SavePlan | None = None
+        self._table: Metadata | None = None
         # One thread for all saves: to start another, training would wait for the interpreter.
-        self._background = ThreadPoolExecutor(1, "checkpoint") if keeping.asynchronous else None
-        self._task: Task | None = None
-        self.times: list[Times] = []
+        self._background = ThreadPoolExecutor(1, "checkpoint") if options.asynchronous else None
+        self._save: Save | None = None
+        self.times: list[SaveTimes] = []
         """What the finished saves cost, in their order."""
 
     @property
     def is_saving(self) -> bool:
         """Whether a save is under way; the same on every rank."""
-        return self._task is not None
+        return self._save is not None
 
     def begin(self, clock: Clock, metrics: dict[str, float]) -> None:
         """Save the state as it is now, as `step-N`; an earlier save that is not finished is waited for.
@@ -84,22 +106,32 @@ class Saver:
         """
         self.wait()
         started = time.monotonic()
-        partial = begin_folder(self.folder, name_of(clock))
-        state, pieces = self._state.now()
-        facts = Facts.now(clock, self._origin, optimizer_steps(self._optimizer), metrics, own_share()[1])
-        with disk(partial):
-            request = Request(state, partial, SHARDING, is_checked=not self.times)  # it stays so
+        if self._plan is None:
+            self._plan_together()
+        shards, partial = self._state.shards, self.folder / f"{name_of(clock)}{PARTIAL}"
+        common = self._state.common()
+        with fail_together(), saying_which_disk(partial):
+            if is_first():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                write_common(partial, common, SHARDING)
         if self._background:
-            request.copy(live_storages(self._model, self._optimizer))
-            pieces = self._staging.copy(pieces)
-        self._task = task = Task(partial, facts, request, pieces)
+            shards = self._staging.copy(shards)
+        steps, (_, ranks) = optimizer_steps(self._optimizer), own_share()
+        self._save = save = Save(
+            partial,
+            CheckpointMetadata.now(self._run, clock, steps, metrics, ranks),
+            ShardPlanner(shards, self._state.objects),
+            self._plan,
+            self._table,
+        )
         if self._background:
-            task.start(task.write, self._background)
-        task.times.begin = time.monotonic() - started
+            save.start(save.write, self._background)
+        save.times.begin = time.monotonic() - started
         if not self._background:
-            task.start(task.write, None)
+            save.start(save.write, None)
             self.wait()
-            task.times.wait = task.times.write + task.times.complete
+            save.times.wait = save.times.write + save.times.complete
 
     def poll(self) -> None:
         """Take the save under way a part further if all ranks are done with the last; between any two steps.
@@ -107,8 +139,8 @@ class Saver:
         Raises:
             CheckpointError: on every rank, when writing failed on some.
         """
-        if self._task is not None and all_agree(not self._task.is_busy):
-            self._advance(self._task)
+        if self._save is not None and all_agree(not self._save.is_busy):
+            self._advance(self._save)
 
     def wait(self) -> None:
         """Finish the save under way, however long it takes; before another one, and at the run's end.
@@ -116,31 +148,139 @@ class Saver:
         Raises:
             CheckpointError: on every rank, when writing failed on some.
         """
-        task = self._task
-        if task is not None and task.is_busy:
-            log.info("%s is not written yet; waiting for it", task.partial.name)
-        while task is not None and self._task is task:
+        save = self._save
+        if save is not None and save.is_busy:
+            log.info("%s is not written yet; waiting for it", save.partial.name)
+        while save is not None and self._save is save:
             started = time.monotonic()
-            task.join()
-            task.times.wait += time.monotonic() - started
-            self._advance(task)
+            save.join()
+            save.times.wait += time.monotonic() - started
+            self._advance(save)
 
-    def _advance(self, task: Task) -> None:
+    def _plan_together(self) -> None:
+        """Agree on who writes what, into which file, and what the table of contents will say of it."""
+        self._state.describe()
+        planner, (rank, _) = ShardPlanner(self._state.shards, self._state.objects), own_share()
+        plans, self._table = planner.create_global_plan(gather_objects(planner.create_local_plan()))
+        self._plan = DigestingWriter(self.folder).prepare_global_plan(plans)[rank]
+
+    def _advance(self, save: Save) -> None:
         """Begin the next part of a save that no rank is busy with, or be done with it."""
-        self._task = None  # a fault ends it
+        self._save = None  # a fault ends it
         started = time.monotonic()
         with fail_together():
-            if task.fault is not None:
-                raise task.fault
-        if task.is_gathered:
-            self.times.append(task.times)
+            if save.fault is not None:
+                raise save.fault
+        if save.is_gathered:
+            self.times.append(save.times)
             log.info(
-                "%s: training waited %.2f s, written in %.2f s", task.name, task.times.stall, task.times.write
+                "%s: training waited %.2f s, written in %.2f s", save.name, save.times.stall, save.times.write
             )
             return
-        task.gather()
-        keeping = self._keeping
-        task.times.gather = time.monotonic() - started
+        save.gather()
+        save.times.gather = time.monotonic() - started
         if is_first():
-            task.start(lambda: task.complete(keeping.keep, keeping.keep_every), self._background)
-        self._task = task
+            save.start(lambda: save.complete(self._options), self._background)
+        self._save = save
+
+
+class Save:
+    """One save under way on this rank: what its threads do, and what it cost.
+
+    Nothing here but `gather` is a collective; a fault in a thread is kept until all ranks look at it
+    together.
+    """
+
+    def __init__(
+        self,
+        partial: Path,
+        metadata: CheckpointMetadata,
+        planner: ShardPlanner,
+        plan: SavePlan,
+        table: Metadata | None,
+    ) -> None:
+        """Take what is to be written.
+
+        Args:
+            partial: the folder that was made for it.
+            metadata: what state.json will say.
+            planner: hands out the shards.
+            plan: what this rank writes.
+            table: of contents, without places.
+        """
+        self.partial = partial
+        self.times = SaveTimes()
+        self.fault: Exception | None = None
+        self.is_gathered = False
+        self._metadata, self._planner, self._plan, self._table = metadata, planner, plan, table
+        self._writer = DigestingWriter(partial)
+        self._results: list[list[WriteResult]] = []
+        self._digests: Digests = {}
+        self._future: Future[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's final name."""
+        return self.partial.name.removesuffix(PARTIAL)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread of this rank works on it."""
+        return self._future is not None and not self._future.done()
+
+    def start(self, part: Callable[[], None], background: ThreadPoolExecutor | None) -> None:
+        """Do a part, in the background or (None) at once; what it raises becomes `fault`."""
+
+        def guarded() -> None:
+            try:
+                with saying_which_disk(self.partial):
+                    part()
+            except Exception as fault:
+                self.fault = fault
+
+        if background is None:
+            guarded()
+        else:
+            self._future = background.submit(guarded)
+
+    def join(self) -> None:
+        """Wait for this rank's thread."""
+        if self._future is not None:
+            self._future.result()
+
+    def write(self) -> None:
+        """Write all that is this rank's."""
+        started = time.monotonic()
+        self._results = [self._writer.write_data(self._plan, self._planner).wait()]
+        self.times.write = time.monotonic() - started
+
+    def gather(self) -> None:
+        """Tell all ranks what lies where. Collective."""
+        gathered = gather_objects((self._results, self._writer.digests))
+        self._results = [results for of_rank, _ in gathered for results in of_rank]
+        self._digests = {name: value for _, known in gathered for name, value in known.items()}
+        self.is_gathered = True
+
+    def complete(self, options: Checkpoints) -> None:
+        """Give the checkpoint its name, and take away those that are not to stay (rank 0)."""
+        started = time.monotonic()
+        assert self._table is not None, "the ranks have planned together"
+        self._writer.finish(self._table, self._results)
+        self._metadata.write(self.partial)
+        write_digests(self.partial, self._digests)
+        commit_folder(self.partial, self.partial.with_name(self.name))
+        point_latest(self.partial.parent, self.name)
+        remove_expired(self.partial.parent, options)
+        self.times.complete = time.monotonic() - started
+
+
+@contextlib.contextmanager
+def saying_which_disk(partial: Path) -> Iterator[None]:
+    """Say in one line that writing failed, whatever a library raised."""
+    try:
+        yield
+    except Exception as fault:
+        raise CheckpointError(
+            f"{partial}: cannot be written ({last_line(fault)}); make room or choose another folder=, then "
+            "start again: the run goes on from its last whole checkpoint"
+        ) from fault

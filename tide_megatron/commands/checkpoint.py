@@ -25,7 +25,7 @@ def inspect(
     from rich.markup import escape
     from rich.table import Table
 
-    from tide_megatron.checkpoint.report import facts_of, tensors_of
+    from tide_megatron.checkpoint.inspect import facts_of, tensors_of
 
     shown = Table(box=None, show_header=False)
     for name, value in facts_of(path).items():
@@ -54,9 +54,9 @@ def verify(
 
     Example: tide checkpoint verify models/wedlm --record
     """
-    from tide_megatron.base.digests import damage, read_digests, record_digests
     from tide_megatron.base.errors import CheckpointError
-    from tide_megatron.checkpoint.choose import chosen
+    from tide_megatron.base.files import damage, read_digests, record_digests
+    from tide_megatron.checkpoint.retention import chosen
     from tide_megatron.models.folder import check_weights
     from tide_megatron.models.writing import WEIGHTS
 
@@ -80,15 +80,14 @@ def diff(first: Place, second: Place) -> None:
     import rich
     from rich.table import Table
 
-    from tide_megatron.checkpoint.choose import chosen
-    from tide_megatron.checkpoint.compare import differences
-    from tide_megatron.checkpoint.report import differing_facts
+    from tide_megatron.checkpoint.inspect import metadata_differences, tensor_differences
+    from tide_megatron.checkpoint.retention import chosen
 
     one, other = chosen(first), chosen(second)
-    for line in differing_facts(one, other):
+    for line in metadata_differences(one, other):
         typer.echo(line)
     shown = Table("tensor", "largest difference", "relative", box=None)
-    for found in differences(one, other):
+    for found in tensor_differences(one, other):
         numbers = (found.words, "") if found.words else (f"{found.absolute:.3g}", f"{found.relative:.3g}")
         shown.add_row(found.name, *numbers)
     if shown.row_count:

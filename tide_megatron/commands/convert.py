@@ -40,7 +40,7 @@ def hf_to_megatron(
     """
     import rich
 
-    from tide_megatron.convert.inward import hf_to_megatron as convert
+    from tide_megatron.convert.hf_to_megatron import hf_to_megatron as convert
     from tide_megatron.launch.ranks import run_ranks
 
     found = run_ranks(convert, (source, target, _torch(dtype), force), ranks, "cpu")
@@ -50,7 +50,7 @@ def hf_to_megatron(
 
 
 @app.command("megatron-to-hf")
-def megatron_to_hf(
+def megatron_to_hf(  # noqa: PLR0913, PLR0917 - one option is an old spelling of another
     source: Annotated[Path, typer.Argument(help="Megatron checkpoint (torch_dist), or a run's checkpoints.")],
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.")],
     config: Annotated[
@@ -60,6 +60,7 @@ def megatron_to_hf(
     ranks: Ranks = None,
     dtype: Dtype = "stored",
     shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    shard_gb: Annotated[float | None, typer.Option(min=0.0, hidden=True)] = None,
     force: Force = False,
 ) -> None:
     """Write safetensors from a Megatron checkpoint, whatever layout wrote it.
@@ -71,12 +72,12 @@ def megatron_to_hf(
     import rich
 
     from tide_megatron.base.units import read_bytes
-    from tide_megatron.convert.outward import Written
-    from tide_megatron.convert.outward import megatron_to_hf as convert
+    from tide_megatron.convert.megatron_to_hf import Written
+    from tide_megatron.convert.megatron_to_hf import megatron_to_hf as convert
     from tide_megatron.launch.ranks import run_ranks
 
-    shard_bytes = read_bytes(shard_size, "--shard-size")
-    written = Written(dtype=_torch(dtype), shard_bytes=shard_bytes, force=force)
+    size = read_bytes(shard_size if shard_gb is None else f"{round(shard_gb * 1e9)}B", "--shard-size")
+    written = Written(dtype=_torch(dtype), shard_bytes=size, force=force)
     found = run_ranks(convert, (source, target, config, written), ranks, "cpu")
     kept = f" ({found['files_kept']} of an earlier try)" if found["files_kept"] else ""
     rich.print(

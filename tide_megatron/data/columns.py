@@ -30,9 +30,8 @@ from numpy.typing import NDArray
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
 
 
-from tide_megatron.base.digests import digest_of
-from tide_megatron.base.durable import flush
 from tide_megatron.base.errors import DataError
+from tide_megatron.base.files import digest_of
 from tide_megatron.data.manifest import Manifest, read_manifest
 
 COLUMNS = ("ids", "replies", "reply_bytes")
@@ -62,12 +61,10 @@ class ColumnWriter:
         self.samples += 1
 
     def finish(self) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
-        """Write the indices; return values per column and {bytes, sha256} per file, all on disk for good."""
+        """Write the indices; return values per column and {bytes, sha256} per file."""
         for name, builder in self._builders.items():
             builder.finalize(str(self._folder / f"{name}.idx"))
         files = [f"{name}.{ending}" for name in self._builders for ending in ("bin", "idx")]
-        for file in files:
-            flush(self._folder / file)
         return dict(self._values), {
             file: {"bytes": (self._folder / file).stat().st_size, "sha256": digest_file(self._folder / file)}
             for file in files

@@ -11,19 +11,16 @@ A record that is longer than `max_length` is an error by default, because losing
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import rich
 import rich.progress
 
-from tide_megatron.base.durable import flush
 from tide_megatron.base.errors import DataError
+from tide_megatron.base.files import replaced_folder
 from tide_megatron.data.columns import ColumnWriter, digest_file
 from tide_megatron.data.manifest import (
     MANIFEST_FILE,
@@ -70,12 +67,9 @@ def prepare(
     missing = [source for source in sources if not source.is_file()]
     if missing or not sources:
         raise DataError(f"{missing[0] if missing else 'sources'}: no such file: name at least one JSONL file")
-    with _unfinished_folder(out) as folder:
+    with replaced_folder(out, fault_kind=DataError) as folder:
         manifest = _write(folder, sources, encoder)
         manifest.write(folder)
-        flush(folder / MANIFEST_FILE)
-        flush(folder)
-        _move(folder, out)
     for name, side in manifest.sides.items():
         logger.info(
             "%s: side %s: %d chunks (%d of one token on both sides) over %d tokens, %d cut, %d without any",
@@ -100,34 +94,6 @@ def _check_target(out: Path, *, replace: bool) -> None:
         )
     if not replace:
         raise DataError(f"{out}: exists: choose another folder, or ask for it to be replaced (--replace)")
-
-
-@contextlib.contextmanager
-def _unfinished_folder(out: Path) -> Iterator[Path]:
-    """Give a folder beside `out` that does not outlive an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp makes private folders; data sets are shared
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move(folder: Path, out: Path) -> None:
-    """Rename the finished folder into place; what was there stays until the new one is."""
-    if not out.exists() or not any(out.iterdir()):
-        folder.replace(out)
-    else:
-        old = folder.with_suffix(".old")
-        out.rename(old)
-        try:
-            folder.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-        shutil.rmtree(old)
-    flush(out.parent)
 
 
 def _write(folder: Path, sources: Sequence[Path], encoder: Encoder) -> Manifest:

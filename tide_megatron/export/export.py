@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import CheckpointError, ConfigError, TideError
+from tide_megatron.base.files import replaced_folder
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.base.units import in_bytes
 from tide_megatron.diffusion.mask import Context
@@ -34,7 +35,7 @@ from tide_megatron.export.student import Student, read_student
 from tide_megatron.export.weights import STORED, chosen_dtype, is_exact, plan_weights, read_weights
 from tide_megatron.models.folder import CONFIG_FILE, HfFolder
 from tide_megatron.models.shards import SHARD_BYTES, Plan, planned_bytes, write_tensors
-from tide_megatron.models.writing import replaced_folder, write_config
+from tide_megatron.models.writing import WEIGHTS, write_config
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
@@ -88,7 +89,7 @@ def export_student(path: Path, out: Path, choices: Choices, *, device: Device, s
         _check_space(out, sum(map(planned_bytes, plans.values())))
         expected = _expected(student, device) if choices.verify else []
         checks: list[Check] = []
-        with replaced_folder(out) as partial:
+        with replaced_folder(out, WEIGHTS) as partial:
             folders = {
                 flavour: partial / flavour.name if len(flavours) > 1 else partial for flavour in flavours
             }

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tide_megatron.base.digests import refuse_damaged
 from tide_megatron.base.errors import CheckpointError, ConfigError, nearest
+from tide_megatron.base.files import refuse_damaged
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel

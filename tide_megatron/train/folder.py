@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from tide_megatron.base.errors import CheckpointError, ConfigError
+from tide_megatron.base.files import write_text
 from tide_megatron.train.resolve import Tree, difference, digest, mathematics
 
 RECIPE, CHECKPOINTS, MODEL, RESULT = "recipe.yaml", "checkpoints", "model", "result.json"
@@ -71,14 +72,14 @@ def claim_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
         if not resume:
             for name in _OURS:  # the recipe last: it marks the rest as ours
                 _remove(folder / name)
-        _write(folder / RECIPE, yaml.safe_dump(tree, sort_keys=False))
+        write_text(folder / RECIPE, yaml.safe_dump(tree, sort_keys=False))
     except OSError as fault:
         raise ConfigError(f"folder: {folder} cannot be used: {fault}; {_OTHER}") from None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write result.json in one rename (only rank 0 calls it)."""
-    _write(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
 def _check_recipe(written: Path, tree: Tree) -> None:
@@ -94,13 +95,6 @@ def _check_recipe(written: Path, tree: Tree) -> None:
         f"folder: {written.parent} holds the run of another recipe:\n  {changed}\n"
         "use another folder=, the old values, or --fresh to discard the old run"
     )
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file in one rename."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(file)
 
 
 def _remove(path: Path) -> None:

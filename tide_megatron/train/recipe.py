@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.options import MACHINE, STRICT, Paper
+from tide_megatron.checkpoint.retention import Checkpoints
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
 from tide_megatron.evaluate.options import Evaluation
@@ -150,20 +151,6 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Checkpoints:
-    """When checkpoints are saved, and which of them stay."""
-
-    every: int = Field(default=0, ge=0)
-    """Updates between saves; 0: only at the end and when the run is stopped."""
-    keep: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints stay on disk."""
-    keep_every: int = Field(default=0, ge=0)
-    """Checkpoints whose step is a multiple of it stay for good; 0: none."""
-    asynchronous: bool = True
-    """Write while training goes on, over a copy in main memory as large as the rank's share of weights and
-    optimizer; False: training waits for the disk, and nothing is copied."""
-
-
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """One run."""

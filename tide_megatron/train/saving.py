@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.checkpoint.facts import Origin, read_facts
-from tide_megatron.checkpoint.find import find_checkpoint
 from tide_megatron.checkpoint.load import load_checkpoint
-from tide_megatron.checkpoint.save import Keeping, Saver
+from tide_megatron.checkpoint.metadata import RunIdentity, read_metadata
+from tide_megatron.checkpoint.retention import find_checkpoint
+from tide_megatron.checkpoint.save import Saver
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.train.folder import CHECKPOINTS
 from tide_megatron.train.recipe import Recipe
@@ -23,20 +23,20 @@ from tide_megatron.train.setup import Setup
 log = logging.getLogger(__name__)
 
 
-def origin_of(tree: Tree, setup: Setup) -> Origin:
+def identity_of(tree: Tree, setup: Setup) -> RunIdentity:
     """Say what this run's checkpoints belong to."""
-    return Origin(recipe=tree, recipe_digest=digest(tree), data=setup.loader.columns.manifest.digest)
+    return RunIdentity(recipe=tree, recipe_digest=digest(tree), data=setup.loader.columns.manifest.digest)
 
 
 def make_saver(recipe: Recipe, tree: Tree, setup: Setup) -> Saver:
     """Build what saves this run."""
-    options, student = recipe.checkpoints, setup.run.student
+    student = setup.run.student
     return Saver(
         Path(recipe.folder) / CHECKPOINTS,
         student.model,
         student.optimizer,
-        origin_of(tree, setup),
-        Keeping(keep=options.keep, keep_every=options.keep_every, asynchronous=options.asynchronous),
+        identity_of(tree, setup),
+        recipe.checkpoints,
     )
 
 
@@ -48,46 +48,45 @@ def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup) -> Clock:
     """
     found = find_checkpoint(Path(recipe.folder) / CHECKPOINTS)
     with fail_together():
-        clock = checked_clock(found, origin_of(tree, setup)) if found else Clock(total_steps=recipe.steps)
+        clock = checked_clock(found, identity_of(tree, setup)) if found else Clock(total_steps=recipe.steps)
     if found:
         load_checkpoint(found, setup.run.student.model, setup.run.student.optimizer)
         log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)
     return clock
 
 
-def checked_clock(found: Path, origin: Origin) -> Clock:
+def checked_clock(found: Path, run: RunIdentity) -> Clock:
     """Return the clock of a checkpoint after checking that it belongs to this recipe.
 
     Args:
         found: a checkpoint folder.
-        origin: recipe and data that want to go on from it.
+        run: recipe and data that want to go on from it.
 
     Raises:
         CheckpointError: another recipe (all differing keys are named) or other data, or a newer megatron-core
             wrote it.
     """
-    facts = read_facts(found)
-    old = facts.origin
+    old = read_metadata(found)
     try:
-        is_same = digest(old.recipe) == digest(origin.recipe)
+        is_same = digest(old.recipe) == digest(run.recipe)
     except (KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(f"{found}: its recipe is not readable ({fault}); remove it") from None
     if not is_same:
-        changed = "\n  ".join(difference(mathematics(old.recipe), mathematics(origin.recipe)))
+        changed = "\n  ".join(difference(mathematics(old.recipe), mathematics(run.recipe)))
         raise CheckpointError(
             f"{found} belongs to another recipe:\n  {changed}\n"
             "use another folder=, the old values, or --fresh to discard the old run"
         )
-    if old.data != origin.data:
-        where = origin.recipe["data"]["train"]
+    if old.data != run.data:
+        where = run.recipe["data"]["train"]
         raise CheckpointError(
             f"{found}: data.train {where} was prepared anew since, so the position in it means "
             "nothing; use the old data, or another folder= or --fresh to start over"
         )
-    was, wanted = (recipe["optimizer"]["distributed"] for recipe in (old.recipe, origin.recipe))
+    was, wanted = (recipe["optimizer"]["distributed"] for recipe in (old.recipe, run.recipe))
     if was != wanted:  # no mathematics, but megatron-core keeps the two kinds of state in two forms
         raise CheckpointError(
             f"{found} was written with optimizer.distributed={was}, another form than {wanted} reads; "
             f"go on with optimizer.distributed={was}"
         )
-    return facts.clock
+    return old.clock

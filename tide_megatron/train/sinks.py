@@ -11,13 +11,13 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +81,7 @@ class JsonLines:
                 is_kept = False
             if is_kept:
                 kept.append(line)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_text(self.path, "".join(kept))
 
 
 class TensorBoard:

@@ -35,15 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from bench.cost import apart, machine
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
-from tide_megatron.base.digests import damage
-from tide_megatron.base.durable import flush
+from tide_megatron.base.files import commit_folder, damage
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.checkpoint.durable import flush_tree
-from tide_megatron.checkpoint.facts import Origin
-from tide_megatron.checkpoint.finish import begin_folder
-from tide_megatron.checkpoint.names import listed
-from tide_megatron.checkpoint.save import Keeping, Saver
-from tide_megatron.checkpoint.state import SHARDING
+from tide_megatron.checkpoint.metadata import RunIdentity
+from tide_megatron.checkpoint.retention import Checkpoints, listed
+from tide_megatron.checkpoint.save import Saver
+from tide_megatron.checkpoint.sharded_state import SHARDING
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models import ARCHITECTURES
@@ -120,8 +117,8 @@ def measure(
         folder,
         student.model,
         student.optimizer,
-        Origin(recipe={}, recipe_digest="", data=""),
-        Keeping(keep=1, asynchronous=way == "asynchronous"),
+        RunIdentity(recipe={}, recipe_digest="", data=""),
+        Checkpoints(keep=1, asynchronous=way == "asynchronous"),
     )
     update()
     undisturbed, disturbed = [update() for _ in range(UNDISTURBED)], []
@@ -154,16 +151,18 @@ def megatron_saves(shape: str, saves: int, folder: Path, *, device: Device, stop
     metadata = {**SHARDING, "dp_cp_group": student.groups.dp_cp}
     for number in range(saves):
         started = time.perf_counter()
-        partial = begin_folder(folder, f"step-{number:08d}-{number:012d}")
+        final = folder / f"step-{number:08d}-{number:012d}"
+        partial = final.with_suffix(".partial")
+        if is_first():
+            partial.mkdir(parents=True)
+        barrier()
         weights = student.model.sharded_state_dict(metadata=metadata)
         optimizer = student.optimizer.sharded_state_dict(weights, is_loading=False, metadata=metadata)
         dist_checkpointing.save(
             {"model": weights, "optimizer": optimizer}, str(partial), content_metadata=dict(SHARDING)
         )
         if is_first():
-            flush_tree(partial)
-            partial.rename(partial.with_suffix(""))
-            flush(folder)
+            commit_folder(partial, final)
         barrier()
         seconds.append(time.perf_counter() - started)
     return seconds

@@ -25,7 +25,7 @@ SURFACE = {
     "export": "model out --flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --force",
-    "convert megatron-to-hf": "source target --config --ranks --dtype --shard-size --force",
+    "convert megatron-to-hf": "source target --config --ranks --dtype --shard-size --shard-gb --force",
     "checkpoint inspect": "path --tensors",
     "checkpoint verify": "path --record",
     "checkpoint diff": "first second",

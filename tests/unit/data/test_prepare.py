@@ -7,6 +7,7 @@ import pytest
 
 from tests.small_tokenizer import write_chats, write_tokenizer
 from tests.unit.data.conftest import PAIRS
+from tide_megatron.base import files
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data import prepare as module
 from tide_megatron.data import sample as sampling
@@ -140,8 +141,12 @@ def test_an_interrupt_leaves_nothing(monkeypatch, chats, tokenizer, tmp_path, wh
     def interrupt(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    target = {"encode": "encode_chat", "finish": "digest_file", "rename": "_move"}[where]
-    monkeypatch.setattr(sampling if where == "encode" else module, target, interrupt)
+    place, name = {
+        "encode": (sampling, "encode_chat"),
+        "finish": (module, "digest_file"),
+        "rename": (files, "commit_folder"),
+    }[where]
+    monkeypatch.setattr(place, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run([chats], tokenizer, tmp_path / "out")
     assert entries(tmp_path) == []

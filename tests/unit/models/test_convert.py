@@ -19,8 +19,8 @@ from tests.unit.models.shapes import (
     build,
     view,
 )
-from tide_megatron.base.digests import record_digests
 from tide_megatron.base.errors import CheckpointError, ConfigError
+from tide_megatron.base.files import record_digests
 from tide_megatron.commands import app
 from tide_megatron.models.build import build_model
 from tide_megatron.models.convert import hf_tensors, load_model, read_architecture, save_model

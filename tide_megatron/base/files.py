@@ -1,23 +1,144 @@
-"""`digests.json`: the sizes and SHA-256 of files of a folder, such as a checkpoint or a model's weights.
+"""Files and folders that are there whole or not at all, and digests that say whether they still are.
 
+The one place that replaces anything: what is new is written beside its place, flushed to the disk, and
+renamed. A kill, a power cut or a full disk at any moment leaves the old or the new. Only a folder that takes
+another one's place needs two renames: a kill between them leaves the old one beside its place (`.NAME.old`),
+where the next replacement puts it back first.
+
+`digests.json` holds sizes and SHA-256 of files of a folder, such as a checkpoint or a model's weights.
 SHA-256 because processors have instructions for it (2 GB/s a core), and disks are slower.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import shutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.errors import CheckpointError, TideError
 
+PARTIAL = ".partial"
+"""How the name of what is not whole yet ends."""
 DIGESTS = "digests.json"
 Digests = dict[str, tuple[int, str]]
 """File name -> (bytes, SHA-256 in hexadecimal)."""
 
 _CHUNK_BYTES = 2**22
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Give a file new text, all of it or none.
+
+    Raises:
+        OSError: the disk refuses; what was there stays.
+    """
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def commit_folder(partial: Path, final: Path) -> None:
+    """Flush a folder that was filled and give it its name; what stood there goes as a whole, and only then.
+
+    Args:
+        partial: the folder, beside its place.
+        final: its place.
+
+    Raises:
+        OSError: the disk refuses; what stood there stays.
+    """
+    for path in (*partial.rglob("*"), partial):
+        flush(path)
+    old = _aside(final)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    try:
+        partial.rename(final)
+        flush(final.parent)
+    finally:
+        _put_back(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(
+    folder: Path, digested: tuple[str, ...] = (), fault_kind: type[TideError] = CheckpointError
+) -> Iterator[Path]:
+    """Give a new folder to fill, which takes the place of `folder` when the block ends without an error.
+
+    Args:
+        folder: where it shall stand; what stands there goes only when the new one is whole.
+        digested: how the names of the files end whose digests are written beside them.
+        fault_kind: of the error.
+
+    Yields:
+        An empty folder beside it, which does not outlive an error.
+
+    Raises:
+        TideError: (of that kind) the disk refuses; nothing has changed.
+    """
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
+    try:
+        _put_back(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for inner in {path.parent for path in partial.rglob("*") if path.name.endswith(digested)}:
+            write_digests(inner, {}, digested)
+        commit_folder(partial, folder)
+    except OSError as fault:
+        raise fault_kind(f"{folder}: cannot be written ({fault}); check space and permissions") from fault
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder away so that a kill on the way leaves no half of it under its name.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    partial = folder.with_name(f"{folder.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Return where a folder waits while another one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _put_back(folder: Path) -> None:
+    """Undo the first of two renames that the second did not follow."""
+    if _aside(folder).exists() and not folder.exists():
+        _aside(folder).rename(folder)
 
 
 class DigestingFile:
@@ -27,13 +148,17 @@ class DigestingFile:
         """Start with an empty file."""
         self._stream = stream
         self._hash = hashlib.sha256()
-        self.position = 0
+        self._position = 0
+
+    def tell(self) -> int:
+        """Return how many bytes were written."""
+        return self._position
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes, all of them: a stream without buffer may take a part, as on a disk that gets full."""
         left = memoryview(data).cast("B")
         self._hash.update(left)
-        self.position += left.nbytes
+        self._position += left.nbytes
         size = left.nbytes
         while left.nbytes:
             left = left[self._stream.write(left) :]
@@ -43,9 +168,17 @@ class DigestingFile:
         """Hand what was written to the system."""
         self._stream.flush()
 
+    def fileno(self) -> int:
+        """Return the system's number of the file."""
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        """Write no more."""
+        self._stream.close()
+
     def facts(self) -> tuple[int, str]:
         """Return (bytes, SHA-256) of what was written."""
-        return self.position, self._hash.hexdigest()
+        return self._position, self._hash.hexdigest()
 
 
 def digest_of(path: Path) -> tuple[int, str]:
@@ -76,7 +209,7 @@ def write_digests(
     counted = [name for name in names if name != DIGESTS and name.endswith(suffixes)]
     files = {name: known.get(name) or digest_of(folder / name) for name in counted}
     lines = {name: {"bytes": size, "sha256": value} for name, (size, value) in files.items()}
-    (folder / DIGESTS).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / DIGESTS, json.dumps(lines, indent=1) + "\n")
 
 
 def record_digests(folder: Path, suffixes: tuple[str, ...]) -> None:
