@@ -57,7 +57,7 @@ def verify(
     from tide_megatron.base.digests import damage, read_digests, record_digests
     from tide_megatron.base.errors import CheckpointError
     from tide_megatron.checkpoint.choose import chosen
-    from tide_megatron.models.folder import check_weights
+    from tide_megatron.models.hf.folder import check_weights
     from tide_megatron.models.writing import WEIGHTS
 
     if record:

@@ -36,8 +36,8 @@ from tide_megatron.checkpoint.pieces import Piece
 from tide_megatron.convert.place import HF, RELEASE, TRACKER, copy_companions, refuse_existing
 from tide_megatron.convert.slots import Slot, slots_of
 from tide_megatron.convert.unfinished import begin, unfinished
-from tide_megatron.models.convert import check_names, read_architecture
-from tide_megatron.models.folder import HfFolder
+from tide_megatron.models.hf.folder import HfFolder
+from tide_megatron.models.weights import check_names, read_architecture
 from tide_megatron.models.writing import replaced_folder
 from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, own_share
 

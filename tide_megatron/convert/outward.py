@@ -30,17 +30,17 @@ from tide_megatron.convert.inward import shown
 from tide_megatron.convert.place import copy_companions, find_config, find_files, refuse_existing
 from tide_megatron.convert.slots import Slot, slots_of
 from tide_megatron.convert.unfinished import begin, unfinished
-from tide_megatron.models.convert import listed, read_architecture
-from tide_megatron.models.folder import CONFIG_FILE
-from tide_megatron.models.shards import (
+from tide_megatron.models.hf.config import CONFIG_FILE, write_config
+from tide_megatron.models.hf.safetensors import (
     SHARD_BYTES,
     WEIGHTS_FILE,
-    Planned,
     ShardWriter,
+    TensorSpec,
     split_plan,
     write_index,
 )
-from tide_megatron.models.writing import replaced_folder, write_config
+from tide_megatron.models.weights import listed, read_architecture
+from tide_megatron.models.writing import replaced_folder
 from tide_megatron.parallel.collectives import barrier, broadcast_object, fail_together, is_first, own_share
 
 
@@ -61,7 +61,7 @@ class File:
     """One file of the folder."""
 
     name: str
-    plan: Mapping[str, Planned]
+    plan: Mapping[str, TensorSpec]
     slots: list[Slot]
     """What to read for it."""
 
@@ -155,7 +155,7 @@ def _files(slots: Sequence[Slot], stored: Mapping[str, torch.dtype], written: Wr
     for slot in slots:
         dtype = stored[slot.name] if written.dtype is None or not slot.piece.is_parameter else written.dtype
         for name, shape in slot.piece.sources.items():
-            plan[name], by_source[name] = Planned(shape, dtype), slot
+            plan[name], by_source[name] = TensorSpec(shape, dtype), slot
     files = []
     for file, tensors in split_plan(plan, written.shard_bytes).items():
         wanted = {by_source[name].name: by_source[name] for name in tensors}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.checkpoint.names import LATEST
-from tide_megatron.models.folder import CONFIG_FILE
+from tide_megatron.models.hf.config import CONFIG_FILE
 
 TRACKER, RELEASE, HF = "latest_checkpointed_iteration.txt", "release", "hf"
 _METADATA = "metadata.json"

@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tide_megatron.base.device import Device
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel
-from tide_megatron.models.holding import held
-from tide_megatron.models.spec import Options
-from tide_megatron.models.weights import Head, Piece
+from tide_megatron.models.mapping import HeadRows, ParamMapping
+from tide_megatron.models.params import local_params
+from tide_megatron.models.spec import ModelOptions
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
@@ -34,7 +34,7 @@ class Slot:
 
     name: str
     """Our name, of the uncut model."""
-    piece: Piece
+    piece: ParamMapping
     entry: ShardedTensor | ShardedTensorFactory
     """Without data."""
 
@@ -73,18 +73,18 @@ def slots_of(architecture: Architecture, device: Device, *, merged: bool = False
     Args:
         architecture: of the whole model.
         device: where models of this process are built.
-        merged: whether the Hugging Face tensors are those of `Architecture.pieces(merged=True)`.
+        merged: whether the Hugging Face tensors are those of `param_mappings(Architecture, merged=True)`.
     """
     layout = Layout()
     groups = make_groups(layout)
     with FakeTensorMode():
-        model = TideModel(architecture, groups, Options(device=device, layout=layout))
+        model = TideModel(architecture, groups, ModelOptions(device=device, layout=layout))
         found: dict[str, Any] = model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
         shard = model.shard
     slots = []
-    for name, piece in held(architecture, shard, merged=merged):
+    for name, piece in local_params(architecture, shard, merged=merged):
         entry = found.pop(name).without_data()
-        if isinstance(piece, Head):  # our slice of a head is no layer of megatron-core's; its own says so
+        if isinstance(piece, HeadRows):  # our slice of a head is no layer of megatron-core's; its own says so
             entry = dataclasses.replace(entry, allow_shape_mismatch=True)
         slots.append(Slot(name=name, piece=piece, entry=entry))
     assert all(isinstance(value, ShardedObject) for value in found.values()), f"no weights: {list(found)}"

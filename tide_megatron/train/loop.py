@@ -25,7 +25,7 @@ from tide_megatron.evaluate.likelihood import Levels, Likelihood, ModelScorer, e
 from tide_megatron.evaluate.trained_context import write_context
 from tide_megatron.losses.mixture import Mixture
 from tide_megatron.losses.rows import Loss
-from tide_megatron.models.convert import save_model
+from tide_megatron.models.weights import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.assemble import Parts, assemble
 from tide_megatron.train.cost import Devices

@@ -11,8 +11,8 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import check_available, check_widths
-from tide_megatron.models.convert import read_architecture
 from tide_megatron.models.precision import Precision
+from tide_megatron.models.weights import read_architecture
 from tide_megatron.parallel.head_group import head_group_size
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.placement import Placed

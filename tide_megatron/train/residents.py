@@ -16,9 +16,9 @@ from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.head.cut import Cut
 from tide_megatron.models.build import TideModel, build_model
-from tide_megatron.models.convert import draw_weights, load_model
 from tide_megatron.models.precision import Precision
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights, load_model
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.parallel.groups import HeadGroup, make_across, make_groups, make_head_group
 from tide_megatron.teachers.route import Route
@@ -127,7 +127,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
     """
     choice = plan.choice
     is_student = isinstance(choice, StudentModel)
-    options = Options(
+    options = ModelOptions(
         device=device,
         layout=choice.layout,
         precision=Precision.on(choice.precision, device),
