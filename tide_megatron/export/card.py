@@ -47,7 +47,7 @@ def _what(form: ExportFormat, student: TrainedStudent, parameters: int) -> str:
     if context and context.kind == "bidirectional":
         said = context.kind
     return (
-        f"A language model of {parameters:,} parameters that fills hidden tokens instead of guessing the "
+        f"A language model of {parameters:,} parameters that fills masked tokens instead of guessing the "
         f"next one, trained with tide_megatron {__version__} and exported as `{form.architecture}` for "
         f"{form.readers}.\n\n"
         f"- layers {shape.layers}, hidden {shape.hidden}, heads {shape.heads} ({shape.query_groups} for keys "

@@ -69,7 +69,7 @@ def checks_table(checks: Sequence[Check]) -> Table:
 
 
 def probe_ids(tokenizer: Tokenizer) -> Tensor:
-    """Return the text's first ids with every third one hidden, [1, tokens] int64."""
+    """Return the text's first ids with every third one masked, [1, tokens] int64."""
     ids = torch.tensor([tokenizer.encode(TEXT)[:MOST_TOKENS]])
     ids[:, ::3] = tokenizer.mask_id
     return ids

@@ -23,7 +23,7 @@ SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
     "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
     "sample": "model prompts --context --block-size --new-tokens --steps --device",
-    "export": "model out --format --shard-size --dtype --force --verify/--no-verify",
+    "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --force",
     "convert megatron-to-hf": "source target --config --ranks --dtype --shard-gb --force",

@@ -59,11 +59,11 @@ def test_every_dtype_survives(tmp_path, dtype):
     assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
 
 
-def test_files_are_filled_in_the_plans_order_and_named_by_an_index(tmp_path):
+def test_files_are_filled_as_transformers_does_and_named_by_an_index(tmp_path):
     sizes = {"a": 3, "b": 4, "c": 9, "d": 1, "e": 1}
     tensors = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
     files = split_plan(plan_of(tensors), 7)
-    assert [list(file) for file in files.values()] == [["a", "b"], ["c"], ["d", "e"]]
+    assert [list(file) for file in files.values()] == [["c"], ["a", "b"], ["d", "e"]]
     write_tensors(tmp_path, plan_of(tensors), tensors.items(), 7)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 18}
