@@ -5,6 +5,7 @@ share one tokenizer; the teacher is called `moe`. Nothing here needs torch.distr
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from tests.small_tokenizer import write_chats, write_other, write_tokenizer
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import SideChoice
 from tide_megatron.models import ARCHITECTURES
-from tide_megatron.models.writing import write_folder
+from tide_megatron.models.hf.folder import stream_folder
+from tide_megatron.models.hf.safetensors import TensorSpec
+from tide_megatron.models.params import param_mappings
 from tide_megatron.text.tokenizer import Tokenizer
 
 DEVIATION = 0.2
@@ -174,6 +177,14 @@ def teacher_config(vocabulary: int, experts: int) -> dict:
     }
 
 
+def write_folder(
+    folder: Path, config: dict, tensors: dict[str, torch.Tensor], files: Sequence[Path] = ()
+) -> None:
+    """Write a model folder of tensors that are all there, by Hugging Face name."""
+    plan = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    stream_folder(folder, config, plan, tensors.items(), files)
+
+
 def write_model(folder: Path, config: dict, *, seed: int) -> Path:
     """Write a model folder: config, random weights, the small tokenizer."""
     draw = torch.Generator().manual_seed(seed)
@@ -181,7 +192,7 @@ def write_model(folder: Path, config: dict, *, seed: int) -> Path:
         name: torch.randn(shape, generator=draw) * DEVIATION
         if piece.fill is None
         else torch.full(shape, piece.fill)
-        for piece in ARCHITECTURES[config["model_type"]].from_hf(config).pieces()
+        for piece in param_mappings(ARCHITECTURES[config["model_type"]].from_hf(config))
         for name, shape in piece.sources.items()
     }
     write_folder(folder, config, tensors)

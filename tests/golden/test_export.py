@@ -12,8 +12,8 @@ from tests.unit.models.shapes import CPU
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import write_context
-from tide_megatron.export.export import Choices, export_student
-from tide_megatron.export.flavours import FLAVOURS
+from tide_megatron.export.export import ExportOptions, export_student
+from tide_megatron.export.formats import FORMATS
 
 SPECIAL = ["<|end|>", "<|mask|>"]
 
@@ -35,14 +35,14 @@ def student(goldens, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", FLAVOURS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_an_export_gives_the_recorded_logits(goldens, student, tmp_path, name):
     out = tmp_path / "out"
     with one_rank_world():
-        export_student(student, out, Choices(flavours=(name,)), device=CPU, stop=StopFlag())
+        export_student(student, out, ExportOptions(formats=(name,)), device=CPU, stop=StopFlag())
         for file in ("io.npz", "shapes.json"):
             shutil.copyfile(goldens / "student_a2d_qwen3" / file, out / file)
-        rows = replay_untied(out) if FLAVOURS[name].unties else replay_models(out)
+        rows = replay_untied(out) if FORMATS[name].unties else replay_models(out)
     assert not [row for row in rows if row.status != "replayed"]
     assert {"logits_bd3lm", "logits_nomask", "logits_mask2d", "bd3lm_mask"} <= {row.label for row in rows}
 

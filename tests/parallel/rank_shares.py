@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tide_megatron.models.convert import read_architecture
-from tide_megatron.models.gather import whole
+from tests.whole_model import whole_tensors
 from tide_megatron.models.shard import Shard
+from tide_megatron.models.weights import read_architecture
 
 STAGES = {(2, 1): [{0, 1}], (3, 1): [{0, 1, 2}], (2, 2): [{0}, {1}], (3, 2): [{0, 1}, {2}]}
 """(layers, stages) -> layers of each stage."""
@@ -78,7 +78,7 @@ def assert_same_file(folder, layout, ranks):
         for rank in range(len(ranks))
     ]
     tensors = [{name: torch.from_numpy(array) for name, array in arrays.items()} for arrays in ranks]
-    wanted, found = load_file(folder / "model.safetensors"), dict(whole(read, shards, tensors))
+    wanted, found = load_file(folder / "model.safetensors"), whole_tensors(read, shards, tensors)
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor.view(torch.int32), wanted[name].view(torch.int32)), name

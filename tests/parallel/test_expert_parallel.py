@@ -17,9 +17,10 @@ from goldens.row import error_of
 from tests.unit.models.shapes import CPU, MIXTURE, architecture, view
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import draw_weights, hf_tensors, load_model, read_architecture, save_model
-from tide_megatron.models.folder import HfFolder
-from tide_megatron.models.spec import Options
+from tide_megatron.models.hf.folder import HfFolder
+from tide_megatron.models.params import hf_shapes
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights, hf_tensors, load_model, read_architecture, save_model
 from tide_megatron.parallel.collectives import Traffic, barrier
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
@@ -40,7 +41,7 @@ def part_of(whole):
 def make(expert, read, fill, **options):
     layout = Layout(expert=expert)
     layout.check(dist.get_world_size(), experts=read.num_experts)
-    model = build_model(read, make_groups(layout), Options(device=CPU, layout=layout, **options))
+    model = build_model(read, make_groups(layout), ModelOptions(device=CPU, layout=layout, **options))
     return model, fill(model)
 
 
@@ -160,7 +161,7 @@ def test_fresh_weights_and_written_folders_do_not_depend_on_the_layout(pool, tmp
         assert all(pool(ranks).run(drawn_and_saved, expert, str(folder)))
         for turn in ("first", "second"):
             assert len(load_file(folder / turn / "model.safetensors")) == len(
-                [name for piece in architecture(MIXTURE).pieces() for name in piece.sources]
+                hf_shapes(architecture(MIXTURE))
             )
             digests.add(hashlib.sha256((folder / turn / "model.safetensors").read_bytes()).hexdigest())
     assert len(digests) == 1

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.tiny_run import write_cross_run, write_pair_run, write_tiny_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
-from tide_megatron.models.convert import hf_tensors
+from tide_megatron.models.weights import hf_tensors
 from tide_megatron.train.resolve import load_recipe
 from tide_megatron.train.setup import set_up
 from tide_megatron.train.step import train_step

@@ -22,14 +22,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from safetensors.torch import load_file
 
+from tests.tiny_run import write_folder
 from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.convert import hf_to_megatron as inward_module
 from tide_megatron.convert.hf_to_megatron import hf_to_megatron
 from tide_megatron.convert.megatron_to_hf import Written, megatron_to_hf
-from tide_megatron.models.spec import Options, transformer_config
-from tide_megatron.models.writing import write_folder
+from tide_megatron.models.params import param_mappings
+from tide_megatron.models.spec import ModelOptions, transformer_config
 from tide_megatron.parallel.collectives import barrier
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
@@ -43,7 +44,7 @@ def write_source(folder, name, dtype=torch.bfloat16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         source: torch.randn(shape, generator=generator).to(dtype if piece.is_parameter else torch.float32)
-        for piece in architecture(CONFIGS[name]).pieces()
+        for piece in param_mappings(architecture(CONFIGS[name]))
         for source, shape in piece.sources.items()
     }
     write_folder(folder, CONFIGS[name], tensors)
@@ -76,7 +77,7 @@ def through_stock(source, target, config, layout):
     """Load a checkpoint into stock models and save it again."""
     model_facts = architecture(config)
     groups = make_groups(layout)
-    facts = transformer_config(model_facts, Options(device=CPU, layout=layout))
+    facts = transformer_config(model_facts, ModelOptions(device=CPU, layout=layout))
     stage, stages = groups.pp.rank(), groups.pp.size()
     model = GPTModel(
         config=facts,
@@ -122,7 +123,7 @@ def outward_small(source, target):
 def test_merged_experts_come_back_split(pool, tmp_path):
     split = write_source(tmp_path / "split", "mixture")
     merged = {}
-    for piece in architecture(MIXTURE).pieces(merged=True):
+    for piece in param_mappings(architecture(MIXTURE), merged=True):
         for name, shape in piece.stored.items():
             if name in split:
                 merged[name] = split[name]

@@ -23,9 +23,9 @@ from tide_megatron.commands import app
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import draw_weights
 from tide_megatron.models.precision import Precision
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.recipe import Optimizer
@@ -48,7 +48,7 @@ CONFIG = {
 
 
 def make_student(seed):
-    how = Options(device=CPU, precision=Precision.choose("bf16", "cpu"), trainable=True)
+    how = ModelOptions(device=CPU, precision=Precision.choose("bf16", "cpu"), trainable=True)
     model = build_model(ARCHITECTURES["a2d-qwen3"].from_hf(CONFIG), make_groups(Layout()), how)
     draw_weights(model, seed)
     return Student(model, Context(kind="block_diffusion", block_size=16), 1, Optimizer(warmup=0.0))

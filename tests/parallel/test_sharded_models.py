@@ -27,10 +27,10 @@ from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture, view
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import draw_weights, load_model, read_architecture
-from tide_megatron.models.holding import held_parameters
+from tide_megatron.models.params import num_local_params
 from tide_megatron.models.shard import Shard
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights, load_model, read_architecture
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
@@ -142,7 +142,7 @@ def make(read, layout, head=None):
         experts=read.num_experts,
         layers=read.layers,
     )
-    return build_model(read, make_groups(layout), Options(device=CPU, layout=layout, head=head))
+    return build_model(read, make_groups(layout), ModelOptions(device=CPU, layout=layout, head=head))
 
 
 def golden_cell(folder, layout, cases):
@@ -161,7 +161,7 @@ def golden_cell(folder, layout, cases):
         views = [seat_view(seat, *case)[1] for seat in range(first, first + size)]
         columns.append([rows @ model.head_weight.T for rows in forward_seats(model, views)])
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    planned = held_parameters(read, Shard.of(layout, rank, world, read.layers, head))
+    planned = num_local_params(read, Shard.of(layout, rank, world, read.layers, head))
     arrays = {name: value.numpy() for name, value in tensors.items()}
     return columns, arrays, report, planned, model.head_start
 
@@ -201,8 +201,8 @@ def test_golden_logits_in_every_layout(pool, goldens, name, cell):
     answers = pool(ranks).run(golden_cell, str(folder), layout, cases)
     worst, size = 0.0, layout.replica_size
     for rank, (_, arrays, report, planned, start) in enumerate(answers):
-        held, read, tables = own_share(folder, layout, rank)
-        assert report.parameters == planned == held, f"rank {rank}"
+        local_params, read, tables = own_share(folder, layout, rank)
+        assert report.parameters == planned == local_params, f"rank {rank}"
         assert report.bytes_read == 4 * read, f"rank {rank}"
         shapes = {key: array.shape for key, array in arrays.items()}
         vocabulary = {key: shape for key, shape in shapes.items() if "embedding" in key or "output" in key}

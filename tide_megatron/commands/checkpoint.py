@@ -57,8 +57,7 @@ def verify(
     from tide_megatron.base.errors import CheckpointError
     from tide_megatron.base.files import damage, read_digests, record_digests
     from tide_megatron.checkpoint.retention import chosen
-    from tide_megatron.models.folder import check_weights
-    from tide_megatron.models.writing import WEIGHTS
+    from tide_megatron.models.hf.folder import WEIGHTS, check_weights
 
     if record:
         check_weights(path)

@@ -8,14 +8,19 @@ from typing import Annotated, Literal
 import typer
 
 Form = Literal["a2d-qwen3", "sdar", "qwen3", "all"]
-"""The keys of `export.flavours.FLAVOURS`, which would import torch here."""
+"""The keys of `export.formats.FORMATS`, which would import torch here."""
 
 
 def export(
     model: Annotated[Path, typer.Argument(help="A run's folder, or a model folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; `all` makes one in it for each form.")],
-    flavour: Annotated[
-        Form, typer.Option(help="a2d-qwen3: dLLM, TIDE. sdar: SGLang, LMDeploy. qwen3: transformers.")
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--format",
+            "--flavour",
+            help="a2d-qwen3: dLLM, TIDE. sdar: SGLang, LMDeploy. qwen3: transformers.",
+        ),
     ] = "all",
     shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     dtype: Annotated[Literal["bf16", "fp32", "stored"], typer.Option(help="Of the weights.")] = "stored",
@@ -26,25 +31,25 @@ def export(
 ) -> None:
     """Write a student with tokenizer, chat template, generation config and model card, and load it back.
 
-    Example: tide export runs/kl OUT --flavour all
+    Example: tide export runs/kl OUT --format all
 
-    Example: tide export runs/kl OUT --flavour sdar --dtype bf16 --shard-size 2GB --force
+    Example: tide export runs/kl OUT --format sdar --dtype bf16 --shard-size 2GB --force
     """
     import rich
 
     from tide_megatron.base.units import read_bytes
-    from tide_megatron.export.export import Choices, export_student
-    from tide_megatron.export.flavours import FLAVOURS
-    from tide_megatron.export.table import checks_table
+    from tide_megatron.export.checks import checks_table
+    from tide_megatron.export.export import ExportOptions, export_student
+    from tide_megatron.export.formats import FORMATS
     from tide_megatron.launch.ranks import run_ranks
 
-    choices = Choices(
-        flavours=tuple(FLAVOURS) if flavour == "all" else (flavour,),
+    options = ExportOptions(
+        formats=tuple(FORMATS) if form == "all" else (form,),
         shard_bytes=read_bytes(shard_size, "--shard-size"),
         dtype=dtype,
         force=force,
         verify=verify,
     )
-    checks = run_ranks(export_student, (model, out, choices), 1)
+    checks = run_ranks(export_student, (model, out, options), 1)
     if verify:
         rich.print(checks_table(checks))

@@ -36,11 +36,11 @@ from tide_megatron.base.files import PARTIAL, commit_folder, replaced_folder
 from tide_megatron.checkpoint.retention import LATEST
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel
-from tide_megatron.models.folder import CONFIG_FILE
-from tide_megatron.models.holding import held
-from tide_megatron.models.spec import Options
-from tide_megatron.models.weights import Head, Piece
-from tide_megatron.models.writing import WEIGHTS
+from tide_megatron.models.hf.config import CONFIG_FILE
+from tide_megatron.models.hf.folder import WEIGHTS
+from tide_megatron.models.mapping import HeadRows, ParamMapping
+from tide_megatron.models.params import local_params
+from tide_megatron.models.spec import ModelOptions
 from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, own_share
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
@@ -65,7 +65,7 @@ class ShardedEntry:
 
     name: str
     """Our name, of the uncut model."""
-    mapping: Piece
+    mapping: ParamMapping
     entry: ShardedTensor | ShardedTensorFactory
     """Without data."""
 
@@ -93,7 +93,7 @@ def sharded_entries(
     Args:
         architecture: of the whole model.
         device: where models of this process are built.
-        merged: whether the Hugging Face tensors are those of `Architecture.pieces(merged=True)`.
+        merged: whether the Hugging Face tensors are those of `param_mappings(Architecture, merged=True)`.
 
     Returns:
         The tensors in the order of the weight table, and what megatron-core's layers write beside weights
@@ -102,13 +102,15 @@ def sharded_entries(
     layout = Layout()
     groups = make_groups(layout)
     with FakeTensorMode():
-        model = TideModel(architecture, groups, Options(device=device, layout=layout))
+        model = TideModel(architecture, groups, ModelOptions(device=device, layout=layout))
         found: dict[str, Any] = model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
         shard = model.shard
     entries = []
-    for name, mapping in held(architecture, shard, merged=merged):
+    for name, mapping in local_params(architecture, shard, merged=merged):
         entry = found.pop(name).without_data()
-        if isinstance(mapping, Head):  # our slice of a head is no layer of megatron-core's; its own says so
+        if isinstance(
+            mapping, HeadRows
+        ):  # our slice of a head is no layer of megatron-core
             entry = dataclasses.replace(entry, allow_shape_mismatch=True)
         entries.append(ShardedEntry(name=name, mapping=mapping, entry=entry))
     assert all(isinstance(value, ShardedObject) for value in found.values()), f"no weights: {list(found)}"

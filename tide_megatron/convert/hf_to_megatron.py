@@ -39,8 +39,8 @@ from tide_megatron.convert.common import (
     refuse_existing,
     sharded_entries,
 )
-from tide_megatron.models.convert import check_names, read_architecture
-from tide_megatron.models.folder import HfFolder
+from tide_megatron.models.hf.folder import HfFolder
+from tide_megatron.models.weights import check_names, read_architecture
 from tide_megatron.parallel.collectives import fail_together, own_share
 
 FILE_ELEMENTS = 2**28

@@ -31,18 +31,17 @@ from tide_megatron.convert.common import (
     refuse_existing,
     sharded_entries,
 )
-from tide_megatron.models.convert import listed, read_architecture
-from tide_megatron.models.folder import CONFIG_FILE
-from tide_megatron.models.shards import (
+from tide_megatron.models.hf.config import CONFIG_FILE, write_config
+from tide_megatron.models.hf.safetensors import (
     SHARD_BYTES,
     WEIGHTS_FILE,
     Plan,
-    Planned,
     ShardWriter,
+    TensorSpec,
     split_plan,
     write_index,
 )
-from tide_megatron.models.writing import write_config
+from tide_megatron.models.weights import listed, read_architecture
 from tide_megatron.parallel.collectives import fail_together, own_share
 
 
@@ -136,14 +135,14 @@ def _stored_dtypes(stored: StoredTensors, entries: Sequence[ShardedEntry]) -> di
 
 def _files(
     entries: Sequence[ShardedEntry], stored: Mapping[str, torch.dtype], written: Written
-) -> tuple[list[ConvertedFile], dict[str, dict[str, Planned]]]:
+) -> tuple[list[ConvertedFile], dict[str, dict[str, TensorSpec]]]:
     """Say what must be read for each file, and what it holds."""
     plan, by_source = {}, {}
     for entry in entries:
         mapping = entry.mapping
         dtype = stored[entry.name] if written.dtype is None or not mapping.is_parameter else written.dtype
         for name, shape in mapping.sources.items():
-            plan[name], by_source[name] = Planned(shape, dtype), entry
+            plan[name], by_source[name] = TensorSpec(shape, dtype), entry
     plans = split_plan(plan, written.shard_bytes)
     files = []
     for file, tensors in plans.items():

@@ -14,9 +14,9 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import TideModel, build_model
-from tide_megatron.models.convert import load_model, read_architecture
 from tide_megatron.models.precision import Precision
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import load_model, read_architecture
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
@@ -58,7 +58,7 @@ def trained_context(folder: Path, kind: str | None = None, block_size: int | Non
 def open_model(folder: Path, device: Device) -> TideModel:
     """Build a frozen model whole on this rank and load it. All ranks of the world call it together."""
     layout = Layout()
-    options = Options(device=device, layout=layout, precision=Precision.on("auto", device))
+    options = ModelOptions(device=device, layout=layout, precision=Precision.on("auto", device))
     model = build_model(read_architecture(folder), make_groups(layout), options)
     load_model(model, folder)
     return model

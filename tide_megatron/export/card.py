@@ -10,46 +10,46 @@ import yaml
 
 from tide_megatron import __version__
 from tide_megatron.data.manifest import Manifest
-from tide_megatron.export.flavours import SERVER_FILE, Flavour
-from tide_megatron.export.student import Student
+from tide_megatron.export.formats import SERVER_FILE, ExportFormat
+from tide_megatron.export.student import TrainedStudent
 
 CARD_FILE = "README.md"
 
 
-def model_card(flavour: Flavour, student: Student, parameters: int) -> str:
+def model_card(form: ExportFormat, student: TrainedStudent, parameters: int) -> str:
     """Return README.md of an export.
 
     Args:
-        flavour: the form.
+        form: the form.
         student: with its story.
         parameters: elements of all tensors, a tied head once.
     """
     sections = {
-        "What it is": _what(flavour, student, parameters),
+        "What it is": _what(form, student, parameters),
         "How it was trained": _training(student),
         "Data": _data(student),
         "Held-out metrics": _metrics(student.result),
-        "How to load it": _loading(flavour, student),
-        "Limits": _limits(flavour, student),
+        "How to load it": _loading(form, student),
+        "Limits": _limits(form, student),
     }
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["diffusion-language-model", "distillation", "tide", flavour.model_type],
+        "tags": ["diffusion-language-model", "distillation", "tide", form.model_type],
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# A distilled diffusion student\n\n{body}\n"
 
 
-def _what(flavour: Flavour, student: Student, parameters: int) -> str:
+def _what(form: ExportFormat, student: TrainedStudent, parameters: int) -> str:
     shape, context = student.architecture, student.context
     said = f"{context.kind}, blocks of {context.block_size} tokens" if context else "not recorded"
     if context and context.kind == "bidirectional":
         said = context.kind
     return (
-        f"A language model of {parameters:,} parameters that fills hidden tokens instead of guessing the "
-        f"next one, trained with tide_megatron {__version__} and exported as `{flavour.architecture}` for "
-        f"{flavour.readers}.\n\n"
+        f"A language model of {parameters:,} parameters that fills masked tokens instead of guessing the "
+        f"next one, trained with tide_megatron {__version__} and exported as `{form.architecture}` for "
+        f"{form.readers}.\n\n"
         f"- layers {shape.layers}, hidden {shape.hidden}, heads {shape.heads} ({shape.query_groups} for keys "
         f"and values), vocabulary {shape.vocabulary:,}\n"
         f"- trained context: {said}\n"
@@ -57,13 +57,13 @@ def _what(flavour: Flavour, student: Student, parameters: int) -> str:
     )
 
 
-def _training(student: Student) -> str:
+def _training(student: TrainedStudent) -> str:
     if student.recipe is None:
         return "No run is known: the student was exported from a model folder."
     return f"The resolved recipe, whole:\n\n```yaml\n{yaml.safe_dump(student.recipe, sort_keys=False)}```"
 
 
-def _data(student: Student) -> str:
+def _data(student: TrainedStudent) -> str:
     named = (student.recipe or {}).get("data")
     if not isinstance(named, dict):
         return "Not recorded."
@@ -71,8 +71,8 @@ def _data(student: Student) -> str:
     for part in ("train", "held_out"):
         if named.get(part):
             manifest = student.data.get(part)
-            told = _manifest(manifest) if manifest else "no longer at hand when this was exported"
-            lines.append(f"- {part.replace('_', '-')} (`{Path(str(named[part])).name}`): {told}")
+            described = _manifest(manifest) if manifest else "no longer at hand when this was exported"
+            lines.append(f"- {part.replace('_', '-')} (`{Path(str(named[part])).name}`): {described}")
     return "\n".join(lines) or "Not recorded."
 
 
@@ -103,10 +103,10 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield f"{prefix}{name}", f"{value:.6g}"
 
 
-def _loading(flavour: Flavour, student: Student) -> str:
+def _loading(form: ExportFormat, student: TrainedStudent) -> str:
     blocks = student.block_size
     ours = "`tide sample FOLDER PROMPT` reads every form."
-    if flavour.serves_blocks:
+    if form.serves_blocks:
         return (
             f"```\npython -m sglang.launch_server --model-path FOLDER --trust-remote-code \\\n"
             f"  --dllm-algorithm LowConfidence --dllm-algorithm-config FOLDER/{SERVER_FILE}\n"
@@ -115,7 +115,7 @@ def _loading(flavour: Flavour, student: Student) -> str:
             f"SGLang assumes blocks of 4 unless `{SERVER_FILE}` says otherwise; LMDeploy takes the length "
             f"from its option alone. {ours}"
         )
-    if flavour.model_type == "a2d-qwen3":
+    if form.model_type == "a2d-qwen3":
         size = f"{blocks}" if blocks else "THE TRAINED ONE"
         return (
             "```python\nimport dllm  # registers the model type\nimport transformers\n\n"
@@ -130,12 +130,12 @@ def _loading(flavour: Flavour, student: Student) -> str:
     )
 
 
-def _limits(flavour: Flavour, student: Student) -> str:
+def _limits(form: ExportFormat, student: TrainedStudent) -> str:
     lines = [
         "The licences of the base model, of the teachers and of the data hold for this student as well.",
         "Nothing was done to make its answers safe or true.",
     ]
-    if flavour.model_type == "qwen3":
+    if form.model_type == "qwen3":
         lines.append(
             "Qwen3's own forward pass is causal and predicts the next token; this student learnt neither. "
             "Use this form to go on training it, or with a sampler that brings its own attention mask: "
@@ -144,9 +144,9 @@ def _limits(flavour: Flavour, student: Student) -> str:
     if student.context is None:
         lines.append("The context that it was trained in is not recorded; a wrong one writes bad text.")
     mask_id = student.tokenizer.mask_id
-    if flavour.mask_id is not None and flavour.mask_id != mask_id:
+    if form.mask_id is not None and form.mask_id != mask_id:
         lines.append(
-            f"SGLang and LMDeploy assume mask token {flavour.mask_id} for this architecture; this student's "
+            f"SGLang and LMDeploy assume mask token {form.mask_id} for this architecture; this student's "
             f"is {mask_id}, so they cannot serve it. Engines that read `mask_token_id` of config.json can."
         )
     return "\n".join(f"- {line}" for line in lines)

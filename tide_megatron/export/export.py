@@ -22,20 +22,23 @@ from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.export.card import CARD_FILE, model_card
 from tide_megatron.export.checks import (
+    CAUSAL,
     Check,
+    answers,
     check_contract,
     check_logits,
     check_tensors,
     check_tokenizer,
+    probe_ids,
     transformers_logits,
 )
-from tide_megatron.export.flavours import FLAVOURS, Flavour
-from tide_megatron.export.probe import CAUSAL, answers, probe_ids
-from tide_megatron.export.student import Student, read_student
-from tide_megatron.export.weights import STORED, chosen_dtype, is_exact, plan_weights, read_weights
-from tide_megatron.models.folder import CONFIG_FILE, HfFolder
-from tide_megatron.models.shards import SHARD_BYTES, Plan, planned_bytes, write_tensors
-from tide_megatron.models.writing import WEIGHTS, write_config
+from tide_megatron.export.formats import FORMATS, STORED, ExportFormat, chosen_dtype
+from tide_megatron.export.student import TrainedStudent, read_student
+from tide_megatron.models.hf.config import CONFIG_FILE, write_config
+from tide_megatron.models.hf.folder import WEIGHTS, HfFolder
+from tide_megatron.models.hf.safetensors import SHARD_BYTES, Plan, planned_bytes, write_tensors
+from tide_megatron.models.params import param_mappings
+from tide_megatron.models.weights import check_names
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
@@ -46,11 +49,11 @@ _SPARE_BYTES = 100_000_000  # tokenizer, card and what file systems keep for the
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Choices:
+class ExportOptions:
     """How an export is made."""
 
-    flavours: tuple[str, ...]
-    """Keys of FLAVOURS; several get a folder each."""
+    formats: tuple[str, ...]
+    """Keys of FORMATS; several get a folder each."""
     shard_bytes: int = SHARD_BYTES
     dtype: str = STORED
     """`bf16`, `fp32`, or `stored`."""
@@ -60,13 +63,15 @@ class Choices:
     """Load every form again and compare."""
 
 
-def export_student(path: Path, out: Path, choices: Choices, *, device: Device, stop: StopFlag) -> list[Check]:
+def export_student(
+    path: Path, out: Path, options: ExportOptions, *, device: Device, stop: StopFlag
+) -> list[Check]:
     """Write a student in the wanted forms; a rank function for `run_ranks`, on one rank.
 
     Args:
         path: a run's folder or a model's.
         out: the export's folder; with several forms it holds a folder for each.
-        choices: see there.
+        options: see there.
         device: where logits are compared.
         stop: after a stop signal nothing is left behind.
 
@@ -79,57 +84,43 @@ def export_student(path: Path, out: Path, choices: Choices, *, device: Device, s
         DataError: no tokenizer.
         TideError: stopped.
     """
-    flavours = [FLAVOURS[name] for name in choices.flavours]
-    student = read_student(path, flavours)
-    _check_place(out, student.folder, choices)
-    dtype = chosen_dtype(choices.dtype)
+    formats = [FORMATS[name] for name in options.formats]
+    student = read_student(path, formats)
+    _check_place(out, student.folder, options)
+    dtype = chosen_dtype(options.dtype)
     with HfFolder(student.folder) as source:
-        _check_weights(student, source)
-        plans = {flavour: plan_weights(flavour, student.architecture, source, dtype) for flavour in flavours}
+        check_names(student.architecture, source)
+        plans = {form: form.plan(student.architecture, source, dtype) for form in formats}
         _check_space(out, sum(map(planned_bytes, plans.values())))
-        expected = _expected(student, device) if choices.verify else []
+        expected = _expected(student, device) if options.verify else []
         checks: list[Check] = []
         with replaced_folder(out, WEIGHTS) as partial:
-            folders = {
-                flavour: partial / flavour.name if len(flavours) > 1 else partial for flavour in flavours
-            }
-            for flavour, folder in folders.items():
+            folders = {form: partial / form.name if len(formats) > 1 else partial for form in formats}
+            for form, folder in folders.items():
                 folder.mkdir(exist_ok=True)
-                _write(folder, flavour, student, source, plans[flavour], choices.shard_bytes, stop)
-            for flavour, folder in folders.items():
-                if choices.verify:
+                _write(folder, form, student, source, plans[form], options.shard_bytes, stop)
+            for form, folder in folders.items():
+                if options.verify:
                     _refuse_when_stopped(stop)
-                    log.info("%s: reading it back", flavour.name)
-                    checks += _verify(folder, flavour, student, source, plans[flavour], expected, device)
-    log.info("%s: %s", out, ", ".join(flavour.name for flavour in flavours))
+                    log.info("%s: reading it back", form.name)
+                    checks += _verify(folder, form, student, source, plans[form], expected, device)
+    log.info("%s: %s", out, ", ".join(form.name for form in formats))
     return checks
 
 
-def _check_place(out: Path, source: Path, choices: Choices) -> None:
+def _check_place(out: Path, source: Path, options: ExportOptions) -> None:
     """Refuse a place that holds something else than an export, or one that nobody said to replace."""
     if source.resolve().is_relative_to(out.resolve()):
         raise ConfigError(f"OUT: {out} holds the student itself; choose another folder")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     is_export = (out / CONFIG_FILE).is_file() or (
-        out.is_dir() and {path.name for path in out.iterdir()} <= FLAVOURS.keys()
+        out.is_dir() and {path.name for path in out.iterdir()} <= FORMATS.keys()
     )
     if not is_export:
         raise ConfigError(f"OUT: {out} exists and is no export; choose another folder")
-    if not choices.force:
+    if not options.force:
         raise ConfigError(f"OUT: {out} exists; choose another folder, or --force to replace it")
-
-
-def _check_weights(student: Student, source: HfFolder) -> None:
-    """Compare names and shapes of the student's weights with what its config.json says."""
-    wanted = {name: shape for piece in student.architecture.pieces() for name, shape in piece.sources.items()}
-    faults = [name for name, shape in wanted.items() if source.shapes.get(name) != shape]
-    faults += [n for n in source.shapes if n not in wanted and n not in student.architecture.ignored]
-    if faults:
-        raise CheckpointError(
-            f"{student.folder}: {len(faults)} tensors are missing, unknown or of another shape than "
-            f"config.json says, the first {faults[0]}; check that both come from the same model"
-        )
 
 
 def _check_space(out: Path, wanted: int) -> None:
@@ -139,14 +130,14 @@ def _check_space(out: Path, wanted: int) -> None:
     if free < wanted + _SPARE_BYTES:
         raise CheckpointError(
             f"{out}: needs {in_bytes(wanted + _SPARE_BYTES)}, the disk has {in_bytes(free)}; make room, "
-            "choose another disk, or export fewer forms at a time (--flavour)"
+            "choose another disk, or export fewer forms at a time (--format)"
         )
 
 
 def _write(
     folder: Path,
-    flavour: Flavour,
-    student: Student,
+    form: ExportFormat,
+    student: TrainedStudent,
     source: HfFolder,
     plan: Plan,
     shard_bytes: int,
@@ -156,18 +147,18 @@ def _write(
     dtypes = {planned.dtype for planned in plan.values()}
     dtype = str(max(dtypes, key=lambda kind: kind.itemsize)).removeprefix("torch.")
     block_size = student.block_size
-    write_config(folder, flavour.config(student.architecture, student.special, block_size, dtype))
+    write_config(folder, form.config(student.architecture, student.special, block_size, dtype))
     ids = {f"{name}_token_id": number for name, number in student.special.items() if name != "mask"}
     generation = {**ids, "do_sample": False, "max_new_tokens": 256}
     (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     student.tokenizer.save(folder)
     if student.context is not None:
         write_context(folder, student.context)
-    flavour.write_files(folder, block_size)
-    parameters = sum(piece.elements for piece in student.architecture.pieces() if piece.is_parameter)
-    (folder / CARD_FILE).write_text(model_card(flavour, student, parameters), encoding="utf-8")
-    tensors = read_weights(flavour, student.architecture, source, plan)
-    write_tensors(folder, plan, _watched(flavour.name, tensors, planned_bytes(plan), stop), shard_bytes)
+    form.write_files(folder, block_size)
+    parameters = sum(piece.elements for piece in param_mappings(student.architecture) if piece.is_parameter)
+    (folder / CARD_FILE).write_text(model_card(form, student, parameters), encoding="utf-8")
+    tensors = form.read(student.architecture, source, plan)
+    write_tensors(folder, plan, _watched(form.name, tensors, planned_bytes(plan), stop), shard_bytes)
 
 
 def _watched(
@@ -188,12 +179,12 @@ def _refuse_when_stopped(stop: StopFlag) -> None:
         raise TideError(f"stopped by {stop.reason}: nothing was written; the same command begins again")
 
 
-def _contexts(student: Student) -> list[Context]:
+def _contexts(student: TrainedStudent) -> list[Context]:
     """Return the trained context, or where nobody knows it the one that sees all, and the causal one."""
     return [student.context or Context(kind="bidirectional"), CAUSAL]
 
 
-def _expected(student: Student, device: Device) -> list[Tensor]:
+def _expected(student: TrainedStudent, device: Device) -> list[Tensor]:
     """Return what the student answers to the probe, in `_contexts`."""
     ids = probe_ids(student.tokenizer)
     return answers(student.folder, ids, _contexts(student), make_groups(Layout()), device)
@@ -201,8 +192,8 @@ def _expected(student: Student, device: Device) -> list[Tensor]:
 
 def _verify(
     folder: Path,
-    flavour: Flavour,
-    student: Student,
+    form: ExportFormat,
+    student: TrainedStudent,
     source: HfFolder,
     plan: Plan,
     expected: Sequence[Tensor],
@@ -210,15 +201,13 @@ def _verify(
 ) -> list[Check]:
     """Read one form back in every way there is."""
     ids, architecture = probe_ids(student.tokenizer), student.architecture
-    exact = is_exact(plan, flavour, architecture, source)
-    checks = [check_tensors(folder, flavour, student, source, plan)]
+    exact = form.is_exact(architecture, source, plan)
+    checks = [check_tensors(folder, form, student, source, plan)]
     own = answers(folder, ids, _contexts(student), make_groups(Layout()), device)
-    checks.append(
-        check_logits(flavour, "our reader against the student", expected[0], own[0], is_exact=exact)
-    )
-    if flavour.model_type == "qwen3":
+    checks.append(check_logits(form, "our reader against the student", expected[0], own[0], is_exact=exact))
+    if form.model_type == "qwen3":
         theirs = transformers_logits(folder, ids)
-        checks.append(check_logits(flavour, "transformers, causal, against ours", own[1], theirs))
-    checks += check_contract(folder, flavour, student)
-    checks.append(check_tokenizer(folder, flavour, student))
+        checks.append(check_logits(form, "transformers, causal, against ours", own[1], theirs))
+    checks += check_contract(folder, form, student)
+    checks.append(check_tokenizer(folder, form, student))
     return checks

@@ -14,10 +14,10 @@ from tide_megatron.base.errors import CheckpointError, ConfigError, DataError
 from tide_megatron.data.manifest import Manifest, read_manifest
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import CONTEXT_FILE, trained_context
-from tide_megatron.export.flavours import Flavour
-from tide_megatron.models.convert import read_architecture
-from tide_megatron.models.folder import CONFIG_FILE
-from tide_megatron.models.qwen3 import Qwen3
+from tide_megatron.export.formats import ExportFormat
+from tide_megatron.models.arch.qwen3 import Qwen3
+from tide_megatron.models.hf.config import CONFIG_FILE
+from tide_megatron.models.weights import read_architecture
 from tide_megatron.text.backends.files import CONFIG_FILE as TOKENIZER_CONFIG
 from tide_megatron.text.backends.files import read_json
 from tide_megatron.text.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from tide_megatron.train.folder import MODEL, RECIPE, RESULT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Student:
+class TrainedStudent:
     """A model folder and its story."""
 
     folder: Path
@@ -56,12 +56,12 @@ class Student:
         return self.context.block_size if self.context is not None and has_blocks else None
 
 
-def read_student(path: Path, flavours: Sequence[Flavour]) -> Student:
+def read_student(path: Path, formats: Sequence[ExportFormat]) -> TrainedStudent:
     """Read a run folder, or a model folder, and refuse what cannot go out in these forms.
 
     Args:
         path: a run's folder, its `model/`, or any model folder.
-        flavours: the wanted forms.
+        formats: the wanted forms.
 
     Raises:
         CheckpointError: no weights, or the run has not ended.
@@ -74,7 +74,7 @@ def read_student(path: Path, flavours: Sequence[Flavour]) -> Student:
     if not isinstance(architecture, Qwen3) or not architecture.qk_norm or architecture.qkv_bias:
         raise ConfigError(
             f"{folder}: config.json: model_type: {architecture.model_type!r} cannot become "
-            f"{' or '.join(flavour.name for flavour in flavours)}: its layers are not Qwen3's; "
+            f"{' or '.join(form.name for form in formats)}: its layers are not Qwen3's; "
             "export a student of model_type a2d-qwen3, qwen3 or sdar"
         )
     if tokenizer.vocabulary_size > architecture.vocabulary:
@@ -83,7 +83,7 @@ def read_student(path: Path, flavours: Sequence[Flavour]) -> Student:
             f"{architecture.vocabulary} rows; give it the tokenizer that it was trained with"
         )
     recipe = _read_yaml(run / RECIPE) if run else None
-    student = Student(
+    student = TrainedStudent(
         folder=folder,
         architecture=architecture,
         tokenizer=tokenizer,
@@ -92,12 +92,12 @@ def read_student(path: Path, flavours: Sequence[Flavour]) -> Student:
         result=_read_result(run / RESULT) if run else None,
         data=_read_data(recipe),
     )
-    for flavour in flavours:
-        if flavour.serves_blocks and student.block_size is None:
+    for form in formats:
+        if form.serves_blocks and student.block_size is None:
             said = f"was trained {student.context.kind}" if student.context else "does not say its context"
             raise ConfigError(
-                f"{folder}: {flavour.name} is served block by block, and this student {said}; choose another "
-                f"--flavour, or if it was trained in blocks write {CONTEXT_FILE} there: "
+                f"{folder}: {form.name} is served block by block, and this student {said}; choose another "
+                f"--format, or if it was trained in blocks write {CONTEXT_FILE} there: "
                 '{"kind": "block_diffusion", "block_size": 32}'
             )
     return student

@@ -30,11 +30,11 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.views import View
 from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.models.arch.llada2_moe import Llada2Moe
 from tide_megatron.models.attention import KERNELS, choose_kernel
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import draw_weights
-from tide_megatron.models.llada2_moe import Llada2Moe
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.collectives import Traffic, gather_objects
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
@@ -210,7 +210,7 @@ def compare_parallel(*, device: Device, stop: StopFlag) -> dict[str, Any]:
 def _hidden(view: View, layout: Layout, device: Device) -> tuple[torch.Tensor, Traffic]:
     """Run the tiny model cut as `layout`; all ranks together."""
     # Dense attention on every device: what is compared is layouts, and `Traffic` sees no FlexAttention.
-    options = Options(device=device, layout=layout, attention="dense")
+    options = ModelOptions(device=device, layout=layout, attention="dense")
     model = build_model(Llada2Moe.from_hf(TINY), make_groups(layout), options)
     draw_weights(model, seed=0)
     with Traffic() as traffic:

@@ -1,8 +1,8 @@
-"""What a model is, read from a Hugging Face `config.json`: shape facts, and how its weights are named.
+"""What a model is, read from a Hugging Face `config.json`: shape, switches, the names of its weights.
 
-An `Architecture` knows numbers and names only: no process group, no device, no megatron. `build.py` makes a
-GPTModel of it, `convert.py` moves weights by its table, the planner will ask it for sizes. A new architecture
-is one file with a subclass (how to read its config, its `Names`) and one line in `models/__init__.py`.
+An `Architecture` knows numbers and names only: no process group, no device, no megatron. `spec.py` says it in
+megatron-core's words, `params.py` lists its weights, `build.py` makes the model. A new one is a file with a
+subclass in `arch/` and a line in `arch/__init__.py`.
 
 A config switch that would change the mathematics and is not implemented is refused by name, never ignored.
 """
@@ -11,24 +11,53 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.models.names import Gated, Names
-from tide_megatron.models.reader import HfConfig
-from tide_megatron.models.weights import (
-    EXPERT,
-    LAYER,
-    Copy,
-    Embedding,
-    FusedQkv,
-    GatedPair,
-    Head,
-    Heads,
-    Piece,
-    Qkv,
-)
+from tide_megatron.diffusion.mask import Context, allowed_pairs
+from tide_megatron.models.hf.config import Activation, HfConfig
+
+Gated = tuple[str, str, str]
+"""Names of the gate, up and down projections of a gated feed-forward block."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Names:
+    """Hugging Face names without `.weight` or `.bias`; the defaults are those of Qwen's and most later files.
+
+    Names inside a layer are relative to `layer`.
+    """
+
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    layer: str = "model.layers.{layer}."
+    """Prefix of a layer; `{layer}` is its number."""
+    attention_norm: str = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Query, key, value; or one name where they are one matrix: all queries, all keys, all values."""
+    attention_out: str = "self_attn.o_proj"
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    feed_forward_norm: str = "post_attention_layernorm"
+    feed_forward: Gated = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    router: str = "mlp.gate"
+    router_bias: str = "mlp.gate.expert_bias"
+    """In full."""
+    expert: Gated = (
+        "mlp.experts.{expert}.gate_proj",
+        "mlp.experts.{expert}.up_proj",
+        "mlp.experts.{expert}.down_proj",
+    )
+    """`{expert}` is the expert's number."""
+    merged_experts: Gated = ("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj")
+    """In full: tensors of all experts of a layer, stacked along a first axis, as some files have them."""
+    shared_expert: Gated = (
+        "mlp.shared_experts.gate_proj",
+        "mlp.shared_experts.up_proj",
+        "mlp.shared_experts.down_proj",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +88,7 @@ class Experts:
     """Whether a bias that is no part of the routing weight enters the choice."""
 
     def __post_init__(self) -> None:
-        """Hold what megatron-core's router can do."""
+        """Assert what megatron-core's router can do."""
         assert self.score == "softmax" or self.is_normalised, "sigmoid scores are always normalised"
         assert self.score == "sigmoid" or not self.has_bias, "only sigmoid scores take a bias"
 
@@ -93,6 +122,11 @@ class Architecture(abc.ABC):
     qkv_bias: bool = False
     is_shifted: bool = False
     """Whether the state at a position predicts the token behind it; see `View.shifted`."""
+    zero_centered_norms: bool = False
+    """Whether every RMS norm multiplies by 1 + weight, so that a fresh weight is 0."""
+    activation: Activation = "silu"
+    embedding_scale: float = 1.0
+    """Factor on token embeddings before the first layer; the output head, tied or not, has none."""
     experts: Experts | None = None
     source: HfConfig = dataclasses.field(default_factory=dict, compare=False, repr=False)
     """The config.json this came from: what we do not read (special ids...) is handed back unchanged."""
@@ -130,40 +164,6 @@ class Architecture(abc.ABC):
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json that `from_hf` reads back to an equal architecture."""
 
-    def pieces(self, *, merged: bool = False) -> list[Piece]:
-        """List every weight of the whole model: our name, its Hugging Face names and shapes, how they map.
-
-        Args:
-            merged: as a file has them that stacks all experts of a layer in one tensor.
-        """
-        names, table, norm = self.names, (self.vocabulary, self.hidden), (self.hidden,)
-        found: list[Piece] = [
-            Embedding.of("embedding.word_embeddings.weight", self.embedding_name, table, place="first")
-        ]
-        for layer in range(self.layers):
-            ours, theirs = f"decoder.layers.{LAYER}.", names.layer.format(layer=layer)
-            outer, inner = (
-                f"{theirs}{name}.weight" for name in (names.attention_norm, names.feed_forward_norm)
-            )
-            inside: list[Piece] = [
-                Copy.of(f"{ours}input_layernorm.weight", outer, norm, fill=1.0),
-                *_attention_pieces(self, ours, theirs),
-                Copy.of(f"{ours}pre_mlp_layernorm.weight", inner, norm, fill=1.0),
-                *(
-                    _mixture_pieces(self, f"{ours}mlp.", theirs, merged=merged)
-                    if self.is_mixture(layer)
-                    else _gated_pieces(
-                        f"{ours}mlp.", theirs, names.feed_forward, (self.feed_forward, self.hidden)
-                    )
-                ),
-            ]
-            found += [dataclasses.replace(piece, layer=layer) for piece in inside]
-        final = "decoder.final_layernorm.weight"
-        found.append(Copy.of(final, f"{names.final_norm}.weight", norm, fill=1.0, place="last"))
-        if not self.tied:
-            found.append(Head.of("output_layer.weight", f"{names.head}.weight", table))
-        return found
-
     def has_merged(self, found: Container[str]) -> bool:
         """Say whether a file with tensors of these names stacks all experts of a layer in one tensor."""
         layers = (
@@ -182,18 +182,13 @@ class Architecture(abc.ABC):
         return frozenset({f"{self.names.head}.weight"}) if self.tied else frozenset()
 
     @property
-    def head_shape(self) -> Heads:
-        """How rows of query, key and value matrices are grouped into heads."""
-        return Heads(heads=self.heads, groups=self.query_groups, head_dim=self.head_dim)
-
-    @property
     def num_experts(self) -> int:
         """Routed experts per mixture layer; 0 for a dense model."""
         return self.experts.number if self.experts else 0
 
     def common_hf(self) -> dict[str, Any]:
         """Return what every config.json says, under this family's keys."""
-        facts = {
+        common = {
             "model_type": self.model_type,
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,
@@ -207,79 +202,49 @@ class Architecture(abc.ABC):
             "rms_norm_eps": self.epsilon,
             "rope_theta": self.rotary_base,
             "initializer_range": self.initializer_range,
-            "hidden_act": "silu",
+            "hidden_act": self.activation,
         }
-        return {self.keys.get(key, key): value for key, value in facts.items()}
+        return {self.keys.get(key, key): value for key, value in common.items()}
 
     def is_mixture(self, layer: int) -> bool:
         """Say whether a layer (from 0) has experts."""
         return self.experts is not None and layer >= self.experts.first_layer
 
 
-def _attention_pieces(architecture: Architecture, ours: str, theirs: str) -> list[Piece]:
-    """List the weights of one attention layer; both prefixes are the layer's."""
-    names, shape, width = architecture.names, architecture.head_shape, architecture.hidden
-    target = f"{ours}self_attention."
-    found: list[Piece] = []
-    for kind in ("weight", "bias") if architecture.qkv_bias else ("weight",):
-        tail = (width,) if kind == "weight" else ()
-        fill = None if kind == "weight" else 0.0
-        name = f"{target}linear_qkv.{kind}"
-        if len(names.qkv) == 1:
-            source = {f"{theirs}{names.qkv[0]}.{kind}": (sum(shape.rows), *tail)}
-            found.append(FusedQkv(target=name, sources=source, fill=fill, shape=shape))
-        else:
-            parts = zip(names.qkv, shape.rows, strict=True)
-            sources = {f"{theirs}{part}.{kind}": (rows, *tail) for part, rows in parts}
-            found.append(Qkv(target=name, sources=sources, fill=fill, shape=shape))
-    out = {f"{theirs}{names.attention_out}.weight": (width, shape.query_rows)}
-    found.append(Copy(target=f"{target}linear_proj.weight", sources=out, axis=1))
-    if architecture.qk_norm:
-        for part, norm in (("q", names.query_norm), ("k", names.key_norm)):
-            name = f"{target}{part}_layernorm.weight"
-            found.append(Copy.of(name, f"{theirs}{norm}.weight", (architecture.head_dim,), fill=1.0))
-    return found
+def body_flops(architecture: Architecture, context: Context, lengths: Sequence[int], rows: int) -> int:
+    """Count the floating-point operations of one forward pass from embedded tokens to hidden rows.
 
-
-def _mixture_pieces(architecture: Architecture, ours: str, theirs: str, *, merged: bool) -> list[Piece]:
-    """List the weights of one mixture layer: router, experts, shared expert; see `Architecture.pieces`."""
-    names, experts, width = architecture.names, architecture.experts, architecture.hidden
-    assert experts is not None, "the layer is a mixture"
-    router = (experts.number, width)
-    found: list[Piece] = [Copy.of(f"{ours}router.weight", f"{theirs}{names.router}.weight", router)]
-    if experts.has_bias:
-        target, source = f"{ours}router.expert_bias", f"{theirs}{names.router_bias}"
-        found.append(Copy.of(target, source, router[:1], fill=0.0, is_parameter=False))
-    inner = f"{ours}experts.local_experts.{EXPERT}."
-    shape = (experts.feed_forward, width)
-    for expert in range(experts.number):
-        if merged:
-            pieces = _gated_pieces(inner, theirs, names.merged_experts, shape, suffix="")
-            stack = experts.number
-        else:
-            gate, up, down = (name.format(expert=expert) for name in names.expert)
-            pieces, stack = _gated_pieces(inner, theirs, (gate, up, down), shape), 0
-        found += [dataclasses.replace(piece, expert=expert, stack=stack) for piece in pieces]
-    if experts.shared_feed_forward:
-        shape = (experts.shared_feed_forward, width)
-        found += _gated_pieces(f"{ours}shared_experts.", theirs, names.shared_expert, shape)
-    return found
-
-
-def _gated_pieces(
-    ours: str, theirs: str, names: Gated, shape: tuple[int, int], suffix: str = ".weight"
-) -> list[Piece]:
-    """List the two weights of a gated feed-forward block; `linear_fc1` holds the gate, then the up rows.
+    docs/metrics.md defines what counts: matrix products of real tokens only, two operations for a
+    multiplication and its addition; attention for the pairs that the mask allows; the experts that a token is
+    sent to; the last layer's feed-forward only at the rows that are asked for, because the model makes no
+    others. Norms, softmaxes, rotations, activations and embeddings count nothing.
 
     Args:
-        ours: our prefix of the block.
-        theirs: Hugging Face prefix of the layer.
-        names: of gate, up and down behind it.
-        shape: (width of the block, hidden size).
-        suffix: ends the Hugging Face names.
+        architecture: of the model.
+        context: what it reads; every part of the sequence counts.
+        lengths: real tokens of each sample, in one part.
+        rows: positions that are asked for, of all samples.
     """
-    gate, up, down = (f"{theirs}{name}{suffix}" for name in names)
-    return [
-        GatedPair(target=f"{ours}linear_fc1.weight", sources={gate: shape, up: shape}),
-        Copy(target=f"{ours}linear_fc2.weight", sources={down: shape[::-1]}, axis=1),
-    ]
+    tokens = context.parts * sum(lengths)
+    pairs = sum(allowed_pairs(context, length) for length in lengths)
+    heads = 2 * architecture.heads + 2 * architecture.query_groups  # of queries and outputs, keys and values
+    projections = 2 * tokens * architecture.hidden * architecture.head_dim * heads
+    scores_and_sums = 4 * pairs * architecture.heads * architecture.head_dim
+    last = architecture.layers - 1
+    before = sum(_feed_forward_flops(architecture, layer) for layer in range(last))
+    feed_forward = tokens * before + rows * _feed_forward_flops(architecture, last)
+    return architecture.layers * (projections + scores_and_sums) + feed_forward
+
+
+def head_flops(architecture: Architecture, rows: int) -> int:
+    """Count the floating-point operations of the logits of some rows over the whole vocabulary, once."""
+    return 2 * rows * architecture.hidden * architecture.vocabulary
+
+
+def _feed_forward_flops(architecture: Architecture, layer: int) -> int:
+    """Count, for one token, a layer's gate, up and down products, or those of router and experts."""
+    experts, width = architecture.experts, architecture.hidden
+    if experts is None or not architecture.is_mixture(layer):
+        return 6 * width * architecture.feed_forward
+    chosen = experts.per_token * experts.feed_forward + experts.shared_feed_forward
+    return 2 * width * experts.number + 6 * width * chosen

@@ -31,7 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.diffusion.mask import Context, dense_mask
 from tide_megatron.diffusion.views import View
-from tide_megatron.models.flex import CompiledFlex, fitting, make_plain_flex
+from tide_megatron.models.flex import CompiledFlex, make_plain_flex
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,31 @@ class Kernel(Protocol):
         """Attend; all [samples, heads or groups, tokens, head_dim], the result shaped like `query`."""
 
 
-KernelMaker = Callable[[Context, int, Tensor | None, torch.device], Kernel]
-"""(context, length of one part, [samples] real lengths or None, device) -> a kernel."""
+class KernelMaker(Protocol):
+    """One model's attention: makes the kernel of each view."""
+
+    def __call__(
+        self, context: Context, length: int, lengths: Tensor | None, device: torch.device, /
+    ) -> Kernel:
+        """Make the kernel of a view: context, length of one part, [samples] real lengths or None, device."""
+
+    def multiple(self, tokens: int) -> int:
+        """Return of what number a view's tokens a sample should be a multiple, where it has so many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyLength:
+    """A kernel maker that takes views of any length."""
+
+    make: Callable[[Context, int, Tensor | None, torch.device], Kernel]
+
+    def __call__(self, context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Kernel:
+        """Make the kernel of a view; see `KernelMaker`."""
+        return self.make(context, length, lengths, device)
+
+    def multiple(self, tokens: int) -> int:
+        """Return 1."""
+        return 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,9 +131,9 @@ def make_structured(context: Context, length: int, lengths: Tensor | None, devic
 
 
 KERNELS: dict[str, KernelMaker] = {
-    "dense": make_dense,
-    "structured": make_structured,
-    "flex": make_plain_flex,
+    "dense": AnyLength(make_dense),
+    "structured": AnyLength(make_structured),
+    "flex": AnyLength(make_plain_flex),
 }
 """Word in a recipe -> how a view's kernel is made; on CUDA `flex` is compiled instead (`choose_kernel`)."""
 
@@ -137,12 +160,11 @@ def choose_kernel(wanted: str, device_type: str, *, trainable: bool, owner: str 
 
 
 def fit(view: View, make: KernelMaker) -> View:
-    """Return a view in a shape that a model's kernel is made for; what real tokens see does not change.
+    """Return a view padded to a length that a model's kernel wants; what real tokens see stays the same.
 
-    Compiled FlexAttention wants whole blocks and few shapes, the others take any. All stages of a model must
-    read views of one shape, so whoever tells them the shape fits the views first.
+    All stages of a model must read views of one shape, so whoever tells them the shape fits the views first.
     """
-    return view.rounded(fitting(view.ids.shape[1])) if isinstance(make, CompiledFlex) else view
+    return view.rounded(make.multiple(view.ids.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
 drops the others as soon as attention is done with them): logits of all positions never exist, the head is
 applied elsewhere to picked rows (design section 2). On other stages than the last it gives what the next one
 reads. Groups are explicit, so models of several layouts live in one process. Weights are uninitialised after
-`build_model`; `convert.load_weights` or `convert.draw_weights` fills them.
+`build_model`; `weights.load_model` or `weights.draw_weights` fills them.
 
 A frozen model never allocates megatron-core's output layer. It holds the rows of the head that it is asked to
 hold, on every rank of every stage: heads are cut by vocabulary over ranks of their own kind (design section
@@ -28,9 +28,9 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import AttentionPlan, choose_kernel, fit, rotary_frequencies
-from tide_megatron.models.lookup import look_up
+from tide_megatron.models.embedding import look_up
 from tide_megatron.models.shard import Shard
-from tide_megatron.models.spec import Options, block_spec, transformer_config
+from tide_megatron.models.spec import ModelOptions, block_spec, transformer_config
 from tide_megatron.parallel.layout import Layout
 
 
@@ -46,7 +46,9 @@ class HeadSlice(torch.nn.Module):
 class TideModel(GPTModel):  # type: ignore[misc]
     """A GPTModel of one architecture whose forward pass goes from a view to hidden rows."""
 
-    def __init__(self, architecture: Architecture, groups: ProcessGroupCollection, options: Options) -> None:
+    def __init__(
+        self, architecture: Architecture, groups: ProcessGroupCollection, options: ModelOptions
+    ) -> None:
         """Allocate the model on its device; use `build_model`, which also checks and freezes."""
         config = transformer_config(architecture, options)
         shard = _shard(architecture, groups, options)
@@ -71,6 +73,8 @@ class TideModel(GPTModel):  # type: ignore[misc]
         self.make_kernel = choose_kernel(
             options.attention, device.type, trainable=options.trainable, owner=architecture.model_type
         )
+        # In the model's dtype, as Hugging Face's models round it; on the CPU it multiplies as a number does.
+        self._embedding_scale = torch.tensor(architecture.embedding_scale, dtype=config.params_dtype)
         self._frequencies = rotary_frequencies(architecture.rotary_dim, architecture.rotary_base, device)
 
     def _add_end(self, spec: Any, device: torch.device) -> None:
@@ -141,10 +145,12 @@ class TideModel(GPTModel):  # type: ignore[misc]
     def _embed(self, view: View) -> Tensor:
         """Return [tokens, samples, hidden]: there are no positions, token types or dropout to add."""
         table = self.embedding.word_embeddings.weight
+        embedded: Tensor
         if torch.is_grad_enabled() and hasattr(table, "main_grad"):  # trained inside megatron-core's DDP
-            return look_up(table, view.ids)
-        embedded: Tensor = self.embedding(input_ids=view.ids, position_ids=view.positions)
-        return embedded
+            embedded = look_up(table, view.ids)
+        else:
+            embedded = self.embedding(input_ids=view.ids, position_ids=view.positions)
+        return embedded if self.architecture.embedding_scale == 1.0 else embedded * self._embedding_scale
 
     def rows(self, view: View) -> Tensor:
         """Return the hidden states a view asks for, of a model of one stage; see `forward`."""
@@ -153,7 +159,9 @@ class TideModel(GPTModel):  # type: ignore[misc]
         return answer
 
 
-def build_model(architecture: Architecture, groups: ProcessGroupCollection, options: Options) -> TideModel:
+def build_model(
+    architecture: Architecture, groups: ProcessGroupCollection, options: ModelOptions
+) -> TideModel:
     """Build this rank's part of a model with uninitialised weights on its device.
 
     Args:
@@ -219,7 +227,7 @@ def check_widths(architecture: Architecture, layout: Layout) -> None:
             )
 
 
-def _shard(architecture: Architecture, groups: ProcessGroupCollection, options: Options) -> Shard:
+def _shard(architecture: Architecture, groups: ProcessGroupCollection, options: ModelOptions) -> Shard:
     """Say what this rank holds; the groups must be those of the layout."""
     rank, world = dist.get_rank(), dist.get_world_size()
     shard = Shard.of(options.layout, rank, world, architecture.layers, options.head)

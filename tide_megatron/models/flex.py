@@ -2,16 +2,16 @@
 
 Uncompiled, FlexAttention materialises every score of every head. torch.compile falls back to that without a
 word once one function has been compiled for more shapes than dynamo's limit (8). So every model has a
-`CompiledFlex` of its own, which keeps ONE compiled function a shape: each has a code object of its own, on
-which dynamo's cache and its limit hang (torch 2.11 and 2.13), and `fullgraph`, under which dynamo raises at
-its limit. How many shapes there may be is our own number; beyond it a run ends with a message. No setting of
-dynamo is touched.
+`CompiledFlex` of its own, with ONE compiled function for each shape. Each function has a code object of its
+own, because dynamo's cache and limit hang on that (torch 2.11 and 2.13), and `fullgraph`, under which dynamo
+raises at its limit. How many shapes there may be is our own number; beyond it a run ends with a message. No
+setting of dynamo is touched.
 
 Shapes are static (`dynamic=False`): a kernel that knows its lengths needs no guards on them and is what
-FlexAttention is tuned for, and `fit` rounds the views' lengths so that few shapes occur.
+FlexAttention is tuned for, and `attention.fit` rounds the views' lengths so that few shapes occur.
 
-On CPU a `CompiledFlex` runs forward only, and takes a C++ compiler: tests do that. A model on CPU that is
-told to use `flex` gets `make_plain_flex`, uncompiled, to compare with.
+On CPU a `CompiledFlex` runs forward only, and takes a C++ compiler: tests do that. A model on CPU that asks
+for `flex` gets `make_plain_flex`, uncompiled, to compare with.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 BLOCK = 128
 """Tokens of FlexAttention's blocks: it skips or fills whole ones, and wants sequences of whole ones."""
 MOST_KERNELS = 64
-"""Graphs of one model, at most. Each costs seconds to compile; what needs more should fix its length."""
+"""Most graphs of one model. Each costs seconds to compile; a run that needs more should fix its length."""
 
 _LENGTHS_AN_OCTAVE = 8
-"""Between one power of two and the next so many numbers of tokens occur, at most: a microbatch reads an
-eighth more pads at worst (a sixteenth on average), and 8,192 tokens are reached in 32 kernels, not 64."""
+"""At most so many lengths occur between one power of two and the next: a microbatch has an eighth more pads
+at worst (a sixteenth on average), and lengths up to 8,192 tokens need 32 kernels, not 64."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """(query, key, value, block mask) -> answer, in the shapes of `attention.Kernel`."""
@@ -57,8 +57,8 @@ class Flex:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """All that a kernel is compiled for."""
+class KernelKey:
+    """Cache key of a compiled kernel: all that it is compiled for."""
 
     context: Context
     length: int
@@ -98,12 +98,17 @@ class CompiledFlex:
         self.compilations = 0
         """Graphs that were compiled so far, for all shapes: what a check reads."""
         self._owner, self._most_kernels, self._backend = owner, most_kernels, backend
-        self._kernels: dict[Shape, Attend] = {}
+        self._kernels: dict[KernelKey, Attend] = {}
 
     def __call__(self, context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Flex:
         """Make the kernel of a view; see `attention.KernelMaker`."""
         attend = functools.partial(self._attend, context, length, lengths is not None)
         return Flex(block_mask=block_mask(context, length, lengths, device), attend=attend)
+
+    def multiple(self, tokens: int) -> int:
+        """Return a block, or for longer views an eighth of the power of two below them: few shapes occur."""
+        octave = 1 << max(0, tokens - 1).bit_length()  # the next power of two
+        return max(BLOCK, octave // 2 // _LENGTHS_AN_OCTAVE)
 
     def _attend(
         self,
@@ -120,7 +125,7 @@ class CompiledFlex:
         Raises:
             TideError: when more are needed than there may be, or torch leaves one uncompiled.
         """
-        shape = Shape(
+        shape = KernelKey(
             context=context,
             length=length,
             has_lengths=has_lengths,
@@ -146,7 +151,7 @@ class CompiledFlex:
             raise TideError(self._uncompiled())
         return answer
 
-    def _run(self, shape: Shape, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    def _run(self, shape: KernelKey, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
         from torch._dynamo.exc import FailOnRecompileLimitHit  # dynamo takes seconds to import
 
         try:
@@ -166,7 +171,7 @@ class CompiledFlex:
             "more shape; set data.fixed_length, prepare records of fewer lengths, or use attention=dense"
         )
 
-    def _compiled(self, shape: Shape) -> Attend:
+    def _compiled(self, shape: KernelKey) -> Attend:
         """Return a function of its own for a shape; it is compiled at its first call, which is logged."""
         from torch._dynamo import lookup_backend
         from torch.nn.attention.flex_attention import flex_attention
@@ -193,12 +198,6 @@ class CompiledFlex:
         )
         compiled: Attend = torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
         return compiled
-
-
-def fitting(tokens: int) -> int:
-    """Return of what a sample's number of tokens should be a multiple, so that few shapes occur."""
-    octave = 1 << max(0, tokens - 1).bit_length()  # the next power of two
-    return max(BLOCK, octave // 2 // _LENGTHS_AN_OCTAVE)
 
 
 def make_plain_flex(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Flex:

@@ -32,27 +32,24 @@ class Precision:
             raise ConfigError(f"precision: {self.name!r} is unknown; {nearest(self.name, _DTYPES)}")
 
     @classmethod
-    def choose(cls, wanted: str, device_type: str) -> Precision:
-        """Return the format a recipe asks for; `auto` is bf16 on CUDA and fp32 on CPU."""
-        if wanted == "auto":
-            return cls("bf16" if device_type == "cuda" else "fp32")
-        return cls(wanted)
-
-    @classmethod
     def on(cls, wanted: str, device: Device) -> Precision:
-        """Return the format of a model on this device; `auto` is fp32 on a GPU without bf16.
+        """Return the format that a recipe's word means on this device.
+
+        Args:
+            wanted: `auto` (bf16 on a GPU that has it, else fp32) or a format's name.
+            device: the model's.
 
         Raises:
-            ConfigError: bf16 was asked of such a GPU.
+            ConfigError: an unknown format, or bf16 on a GPU that does not have it.
         """
-        chosen = cls.choose(wanted, device.type)
-        if chosen.name != "bf16" or device.has_bf16:
-            return chosen
         if wanted == "auto":
-            return cls("fp32")
-        raise ConfigError(
-            f"precision: 'bf16' needs a GPU of sm_80 or newer, and this run has {device.described}; use fp32"
-        )
+            return cls("bf16" if device.type == "cuda" and device.has_bf16 else "fp32")
+        if wanted == "bf16" and not device.has_bf16:
+            raise ConfigError(
+                "precision: 'bf16' needs a GPU of sm_80 or newer, and this run has "
+                f"{device.described}; use fp32"
+            )
+        return cls(wanted)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import tide_megatron.platform  # noqa: F401 - before megatron
@@ -22,12 +24,19 @@ from torch import Tensor
 from tide_megatron.base.device import Device
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import PlannedAttention
+from tide_megatron.models.hf.config import Activation
 from tide_megatron.models.precision import Precision
 from tide_megatron.parallel.layout import Layout
 
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_pytorch_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+_FUSED = ("silu",)  # activations with a fused kernel in megatron-core that means the same
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class ModelOptions:
     """How a model is built, beside what it is."""
 
     device: Device
@@ -47,6 +56,22 @@ class Options:
     """Step of the load-balancing router bias after each update; 0 leaves the bias as it is."""
 
 
+class ZeroCenteredNorm(torch.nn.Module):
+    """RMS norm that multiplies by 1 + weight, in fp32; megatron-core's local layers have none."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs: Any) -> None:
+        """Allocate the weight, [hidden_size] zeros; `config` and `kwargs` are for other norms."""
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Normalise over the last dimension."""
+        wide = states.float()
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (normed * (1.0 + self.weight.float())).to(states.dtype)
+
+
 class LastLayer(TransformerLayer):  # type: ignore[misc]
     """The last layer: after its attention only the rows the view asks for go on.
 
@@ -59,11 +84,11 @@ class LastLayer(TransformerLayer):  # type: ignore[misc]
         return self._forward_mlp(kwargs["attention_bias"].pick(hidden)), context
 
 
-def transformer_config(architecture: Architecture, options: Options) -> TransformerConfig:
+def transformer_config(architecture: Architecture, options: ModelOptions) -> TransformerConfig:
     """Say in megatron-core's words what to build.
 
     `calculate_per_token_loss` makes megatron-core's DDP sum gradients instead of averaging them (design
-    section 3). Weights stay uninitialised: they are loaded or drawn afterwards (`convert.py`).
+    section 3). Weights stay uninitialised: they are loaded or drawn afterwards (`weights.py`).
     """
     on_cuda = options.device.type == "cuda"
     layout = options.layout
@@ -78,7 +103,8 @@ def transformer_config(architecture: Architecture, options: Options) -> Transfor
         add_qkv_bias=architecture.qkv_bias,
         layernorm_epsilon=architecture.epsilon,
         normalization="RMSNorm",
-        activation_func=torch.nn.functional.silu,
+        layernorm_zero_centered_gamma=architecture.zero_centered_norms,
+        activation_func=ACTIVATIONS[architecture.activation],
         gated_linear_unit=True,
         add_bias_linear=False,
         hidden_dropout=0.0,
@@ -89,7 +115,7 @@ def transformer_config(architecture: Architecture, options: Options) -> Transfor
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=not on_cuda,
-        bias_activation_fusion=on_cuda,
+        bias_activation_fusion=on_cuda and architecture.activation in _FUSED,
         bias_dropout_fusion=on_cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -105,7 +131,7 @@ def transformer_config(architecture: Architecture, options: Options) -> Transfor
     )
 
 
-def _recompute_config(options: Options) -> dict[str, Any]:
+def _recompute_config(options: ModelOptions) -> dict[str, Any]:
     """Return what makes megatron-core run every layer of a trained model again in the backward pass."""
     if not (options.recompute and options.trainable):
         return {}
@@ -126,7 +152,7 @@ def _stage_config(architecture: Architecture, layout: Layout) -> dict[str, int]:
     }
 
 
-def _mixture_config(architecture: Architecture, options: Options) -> dict[str, Any]:
+def _mixture_config(architecture: Architecture, options: ModelOptions) -> dict[str, Any]:
     """Return the options of mixture layers, none for a dense model."""
     experts = architecture.experts
     if experts is None:
@@ -157,12 +183,14 @@ def _mixture_config(architecture: Architecture, options: Options) -> dict[str, A
 
 
 def block_spec(config: TransformerConfig, pipeline_rank: int) -> Any:
-    """Return megatron-core's local layers for one stage, with our core attention and last layer."""
+    """Return megatron-core's local layers for one stage, with our core attention, norm and last layer."""
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pipeline_rank
     )
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = PlannedAttention
+        if config.layernorm_zero_centered_gamma:
+            _center_norms(layer.submodules, config)
     if pipeline_rank == config.pipeline_model_parallel_size - 1:
         last = copy.copy(spec.layer_specs[-1])  # megatron-core lists one object several times
         last.module = LastLayer
@@ -170,3 +198,11 @@ def block_spec(config: TransformerConfig, pipeline_rank: int) -> Any:
     # With Apex present the final norm would be Apex's, which has no RMS form; the layers' own norm does.
     spec.layer_norm = spec.layer_specs[0].submodules.input_layernorm
     return spec
+
+
+def _center_norms(layer: Any, config: TransformerConfig) -> None:
+    """Put our norm into every norm's slot of a layer."""
+    layer.input_layernorm = layer.pre_mlp_layernorm = ZeroCenteredNorm
+    if config.qk_layernorm:
+        attention = layer.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = ZeroCenteredNorm

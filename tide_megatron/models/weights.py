@@ -1,296 +1,265 @@
-"""How weights map between Hugging Face tensors and ours: each kind of mapping once, in both directions.
+"""Weights in and out: from a Hugging Face folder into this rank's part, back into a folder, or fresh.
 
-A `Piece` describes one tensor of ours, the Hugging Face tensors it is made of, and their shapes. `join` makes
-ours from theirs, `split` makes theirs from ours; the same pair moves weights, gradients and fresh random
-values. `share` gives the piece as one rank holds it: the same mapping over the rows or columns of each source
-that the rank reads, so cut and uncut models go through the same two methods.
+Every rank reads the headers of a folder (names and shapes of all tensors, so all ranks refuse alike) and then
+only the rows and columns it holds: nobody ever has the whole model. Missing, unknown and misshapen
+tensors are named together in one message. Only safetensors: no pickle is read or written.
 
-megatron-core keeps query, key and value rows interleaved by group (spec section 6.5): for each key-value
-head g, its query heads, then key g, then value g. A tensor cut is therefore a run of whole groups.
+Fresh weights are drawn per Hugging Face tensor from (seed, its name), through the same mapping as loading:
+an expert gets the same values wherever it lives, and a cut matrix is a cut of the same whole, so 1 rank and
+4 ranks start from the same model.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from tide_megatron.models.shard import Part, Shape, Shard, Slice
+from tide_megatron.base.errors import CheckpointError, ConfigError, nearest
+from tide_megatron.base.files import refuse_damaged
+from tide_megatron.models.arch import ARCHITECTURES
+from tide_megatron.models.architecture import Architecture
+from tide_megatron.models.build import TideModel
+from tide_megatron.models.hf.config import read_config
+from tide_megatron.models.hf.folder import HfFolder, stream_folder
+from tide_megatron.models.hf.safetensors import TensorSpec
+from tide_megatron.models.mapping import ParamMapping
+from tide_megatron.models.params import hf_shapes, local_params, param_mappings
+from tide_megatron.parallel.collectives import own_share
 
-EXPERT, LAYER = "{expert}", "{layer}"
-"""Stand in a piece's target where the rank's local numbers of expert and layer go."""
-
-Place = Literal["every", "first", "last"]
-"""Which pipeline stages hold a piece that is in no layer."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Heads:
-    """How the rows of query, key and value matrices are grouped."""
-
-    heads: int
-    groups: int
-    head_dim: int
-
-    @property
-    def query_rows(self) -> int:
-        """Rows of the query matrix."""
-        return self.heads * self.head_dim
-
-    @property
-    def key_rows(self) -> int:
-        """Rows of the key matrix, and of the value matrix."""
-        return self.groups * self.head_dim
-
-    def shared(self, size: int) -> Heads:
-        """Return the heads of one of `size` ranks."""
-        return Heads(heads=self.heads // size, groups=self.groups // size, head_dim=self.head_dim)
-
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """Rows of query, key and value."""
-        return self.query_rows, self.key_rows, self.key_rows
-
-    def interleave(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Merge three matrices (or biases) into megatron's order by group."""
-        blocks = [
-            part.reshape(self.groups, -1, *part.shape[1:]) for part in (query, key, value)
-        ]  # [groups, rows, ...]
-        return torch.cat(blocks, dim=1).flatten(0, 1)
-
-    def separate(self, merged: Tensor) -> tuple[Tensor, ...]:
-        """Undo `interleave`."""
-        by_group = merged.reshape(self.groups, -1, *merged.shape[1:])  # [groups, rows, ...]
-        blocks = torch.split(by_group, [rows // self.groups for rows in self.rows], dim=1)
-        return tuple(block.flatten(0, 1) for block in blocks)
+_MOST_NAMED = 20  # tensors of one kind that a message names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece(abc.ABC):
-    """One tensor of ours and the Hugging Face tensors it is made of."""
+class LoadReport:
+    """What filling a model took, on this rank."""
 
-    target: str
-    """Our name, with LAYER and EXPERT where local numbers go."""
-    sources: Mapping[str, Shape]
-    """Hugging Face name -> whole shape, in the order `join` takes them."""
-    parts: Mapping[str, Part] = dataclasses.field(default_factory=dict)
-    """Hugging Face name -> what of it this rank holds; absent: all."""
-    layer: int | None = None
-    """Number of the layer in the whole model; None: outside the layers."""
-    place: Place = "every"
-    expert: int | None = None
-    """Number of the expert in the whole model; None: every rank of the stage holds the tensor."""
-    stack: int = 0
-    """How many tensors of a source's shape the stored tensor stacks, this piece's at `expert`; 0: it is that
-    one tensor."""
-    fill: float | None = None
-    """Fresh value of every element; None: drawn from a normal distribution."""
-    is_parameter: bool = True
-    """False for a buffer, which no gradient trains."""
+    parameters: int
+    """Elements of all parameters this rank holds."""
+    tensors_read: int
+    bytes_read: int
+    """Bytes of tensors read from disk, as stored; headers not counted."""
 
-    @abc.abstractmethod
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Make our tensor from (this rank's parts of) theirs."""
 
-    @abc.abstractmethod
-    def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Make (this rank's parts of) their tensors from ours (views where possible)."""
+def read_architecture(folder: Path) -> Architecture:
+    """Read what a model folder holds from its config.json.
 
-    @abc.abstractmethod
-    def cut(self, to: Slice) -> Piece:
-        """Return the piece as one of several tensor ranks holds it."""
+    Raises:
+        CheckpointError: no folder, or no readable config.json.
+        ConfigError: a model type or switch that is not implemented; the message names folder and key.
+    """
+    config = read_config(folder)
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        hint = nearest(str(model_type), ARCHITECTURES)
+        raise ConfigError(f"{folder}: config.json: model_type: {model_type!r} is not supported; {hint}")
+    try:
+        return ARCHITECTURES[model_type].from_hf(config)
+    except ConfigError as fault:
+        raise ConfigError(f"{folder}: {fault}") from None
 
-    def share(self, shard: Shard) -> Piece:
-        """Return the piece as a rank holds it; whether the rank holds it at all, `local_name` says."""
-        to = shard.tensor if self.expert is None else shard.expert_tensor
-        return self if to.size == 1 else self.cut(to)
 
-    def local_name(self, shard: Shard, num_experts: int) -> str | None:
-        """Return the piece's name on a rank, or None when another rank holds it."""
-        name = self.target
-        if (self.place == "first" and not shard.is_first) or (self.place == "last" and not shard.is_last):
-            return None
-        if self.layer is not None:
-            if not shard.holds_layer(self.layer):
-                return None
-            name = name.replace(LAYER, str(self.layer - shard.first_layer))
-        if self.expert is not None:
-            if shard.expert_owner(self.expert, num_experts) != shard.expert_rank:
-                return None
-            name = name.replace(EXPERT, str(self.expert % (num_experts // shard.expert_size)))
-        return name
+def load_model(model: TideModel, folder: Path, *, verify: bool = True) -> LoadReport:
+    """Fill a model from a Hugging Face folder, casting to the model's dtypes.
 
-    @property
-    def stored(self) -> dict[str, Shape]:
-        """Hugging Face name -> shape of the tensor in a file."""
-        stacked = (self.stack,) if self.stack else ()
-        return {name: (*stacked, *shape) for name, shape in self.sources.items()}
+    Not a collective: each rank reads for itself. With several ranks, wrap the call in
+    `parallel.collectives.fail_together`, because a disk may fail one of them.
 
-    def part(self, source: str) -> Part | None:
-        """Return what this rank reads of a tensor in a file; None: all."""
-        part = self.parts.get(source)
-        if not self.stack:
-            return part
-        whole = Part(ranges=((0, self.sources[source][0]),))
-        return dataclasses.replace(part or whole, number=self.expert)
+    Args:
+        model: with its dtypes.
+        folder: config.json and safetensors.
+        verify: where the folder has digests of its weights (`base.digests`), compare them first; the ranks
+            share the files out.
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Hugging Face name -> shape of what this rank holds of it."""
-        return {
-            name: self.parts[name].shape(shape) if name in self.parts else shape
-            for name, shape in self.sources.items()
+    Raises:
+        CheckpointError: with all missing, unknown and misshapen tensors, or the files that are damaged.
+    """
+    with HfFolder(folder) as source:
+        check_names(model.architecture, source)
+        if verify:
+            refuse_damaged(folder, own_share())
+        tensors_read = _fill(
+            model,
+            lambda mapping: [source.read(name, mapping.part(name)) for name in mapping.sources],
+            merged=model.architecture.has_merged(source.shapes),
+        )
+        return _report(model, tensors_read, source.bytes_read)
+
+
+@torch.no_grad()
+def draw_weights(model: TideModel, seed: int) -> LoadReport:
+    """Fill a model with fresh weights that depend on the seed and each tensor's name, not on ranks or layout.
+
+    Matrices are normal with the architecture's `initializer_range`, norms one, biases zero. Not a collective.
+    """
+    deviation = model.architecture.initializer_range
+
+    def draw(mapping: ParamMapping) -> list[Tensor]:
+        if mapping.fill is not None:
+            return [torch.full(shape, mapping.fill) for shape in mapping.shapes.values()]
+        drawn = {name: _normal(seed, name, shape) * deviation for name, shape in mapping.sources.items()}
+        return [
+            mapping.parts[name].take(whole) if name in mapping.parts else whole
+            for name, whole in drawn.items()
+        ]
+
+    _fill(model, draw)
+    return _report(model, 0, 0)
+
+
+def save_model(
+    model: TideModel, folder: Path, *, dtype: torch.dtype | None = None, files: Iterable[Path] = ()
+) -> None:
+    """Write a model as a Hugging Face folder: config.json, model.safetensors, and `files` beside them.
+
+    Every rank must call it; the experts of rank 0's expert group travel to rank 0, which alone writes. Other
+    ranks return early, so a caller that reads the folder next puts a barrier between.
+
+    Args:
+        model: trainable or frozen, cut over expert ranks only; its weights are not touched.
+        folder: where it shall stand; an older one is replaced as a whole, at once.
+        dtype: stored dtype of parameters; None keeps each tensor's own. The router bias stays fp32.
+        files: files to copy into the folder (the tokenizer's).
+
+    Raises:
+        CheckpointError: on rank 0, when the disk refuses.
+    """
+    assert model.shard.is_uncut, "only models cut over expert ranks alone are written"
+    if 0 not in dist.get_process_group_ranks(model.groups.ep):
+        return
+    tensors = _gather(model, dtype)
+    try:
+        if dist.get_rank() == 0:
+            config = model.architecture.to_hf()
+            stored = str(dtype or model.config.params_dtype).removeprefix("torch.")
+            config["dtype" if "dtype" in config else "torch_dtype"] = stored
+            stream_folder(folder, config, _plan(model, dtype), tensors, files)
+    finally:
+        for _ in tensors:  # other ranks send theirs, and this one takes them in although its disk refused
+            pass
+
+
+def hf_tensors(model: TideModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give this rank's tensors (weights or gradients, by our names) Hugging Face's names and shapes."""
+    renamed: dict[str, Tensor] = {}
+    for name, mapping in local_params(model.architecture, model.shard):
+        if name in tensors:
+            assert not mapping.parts, f"{name} is a part of {list(mapping.sources)}, which has no name there"
+            renamed |= zip(mapping.sources, mapping.split(tensors[name]), strict=True)
+    return renamed
+
+
+def _own_tensors(model: TideModel) -> dict[str, Tensor]:
+    """Return every tensor of a model that a checkpoint must hold, by name."""
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+@torch.no_grad()
+def _fill(model: TideModel, parts: Callable[[ParamMapping], list[Tensor]], *, merged: bool = False) -> int:
+    """Copy every tensor this rank holds into its place; return how many Hugging Face tensors were given.
+
+    Args:
+        model: filled.
+        parts: gives this rank's parts of the Hugging Face tensors that a mapping joins.
+        merged: see `param_mappings`.
+    """
+    own, num_tensors = _own_tensors(model), 0
+    for name, mapping in local_params(model.architecture, model.shard, merged=merged):
+        given = parts(mapping)
+        num_tensors += len(given)
+        own.pop(name).copy_(mapping.join(given))
+    assert not own, f"the weight table of {type(model.architecture).__name__} forgets {sorted(own)}"
+    return num_tensors
+
+
+def _report(model: TideModel, tensors_read: int, bytes_read: int) -> LoadReport:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return LoadReport(parameters=parameters, tensors_read=tensors_read, bytes_read=bytes_read)
+
+
+def check_names(architecture: Architecture, source: HfFolder) -> None:
+    """Compare a folder's headers with the whole model's table, experts apart or stacked as it has them.
+
+    Raises:
+        CheckpointError: with all missing, unknown and misshapen tensors.
+    """
+    found = source.shapes
+    wanted = hf_shapes(architecture, merged=architecture.has_merged(found))
+    shapes = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "unknown": [name for name in found if name not in wanted and name not in architecture.ignored],
+        "misshapen": shapes,
+    }
+    lines = [listed(kind, names) for kind, names in faults.items() if names]
+    if lines:
+        raise CheckpointError(
+            f"{source.folder}: the weights do not fit config.json (model_type {architecture.model_type}):\n"
+            + "\n".join(lines)
+            + "\ncheck that both come from the same model"
+        )
+
+
+def listed(kind: str, names: Sequence[str]) -> str:
+    """Write a line of a message: how many tensors have a fault, and the first of them."""
+    more = f", and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f"  {len(names)} {kind}: {', '.join(names[:_MOST_NAMED])}{more}"
+
+
+def _normal(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Draw a standard normal tensor that depends on seed and name alone, on CPU in fp32."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randn(shape, generator=generator)
+
+
+def _plan(model: TideModel, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+    """Return what `_gather` will yield."""
+    own = _own_tensors(model)
+    plan: dict[str, TensorSpec] = {}
+    for mapping in param_mappings(model.architecture):
+        name = mapping.local_name(model.shard, model.architecture.num_experts)
+        here = model.head_weight.dtype if name is None else own[name].dtype
+        plan |= {
+            source: TensorSpec(shape, _kept(mapping, here, dtype))
+            for source, shape in mapping.sources.items()
         }
-
-    @property
-    def joined_shape(self) -> Shape:
-        """Shape of our tensor: sources are stacked along the first axis."""
-        rows, tails = zip(*((shape[0], shape[1:]) for shape in self.shapes.values()), strict=True)
-        return (sum(rows), *tails[0])
-
-    @property
-    def elements(self) -> int:
-        """Elements of our tensor."""
-        return math.prod(self.joined_shape)
+    return plan
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Copy(Piece):
-    """The same tensor under two names."""
+def _gather(model: TideModel, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the whole model's Hugging Face tensors on the expert group's first rank; nothing elsewhere.
 
-    axis: int | None = None
-    """What tensor ranks cut: rows (0), columns (1), or nothing."""
-
-    @classmethod
-    def of(
-        cls,
-        target: str,
-        source: str,
-        shape: Shape,
-        fill: float | None = None,
-        is_parameter: bool = True,
-        place: Place = "every",
-    ) -> Copy:
-        """Name one tensor on both sides."""
-        return cls(target=target, sources={source: shape}, fill=fill, is_parameter=is_parameter, place=place)
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the one part."""
-        return parts[0]
-
-    def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Return the tensor itself."""
-        return (tensor,)
-
-    def cut(self, to: Slice) -> Piece:
-        """Take a rank's rows or columns."""
-        if self.axis is None:
-            return self
-        ((name, shape),) = self.sources.items()
-        part = Part(axis=self.axis, ranges=(to.range(shape[self.axis]),))
-        return dataclasses.replace(self, parts={name: part})
+    Every rank of the expert group must exhaust it: owners send their experts in the table's order.
+    """
+    own, shard, group = _own_tensors(model), model.shard, model.groups.ep
+    for mapping in param_mappings(model.architecture):
+        name = mapping.local_name(shard, model.architecture.num_experts)
+        if shard.expert_rank == 0:
+            if name is None:
+                assert mapping.expert is not None, f"{mapping.target} is held by every rank"
+                owner = shard.expert_owner(mapping.expert, model.architecture.num_experts)
+                tensor = model.head_weight.new_empty(mapping.joined_shape)
+                dist.recv(tensor, src=dist.get_global_rank(group, owner), group=group)
+            else:
+                tensor = own[name].detach()
+            kept = _kept(mapping, tensor.dtype, dtype)
+            for source, part in zip(mapping.sources, mapping.split(tensor), strict=True):
+                yield source, part.to(kept)
+        elif name is not None and mapping.expert is not None:
+            sent = own[name].detach().contiguous()
+            dist.send(sent, dst=dist.get_global_rank(group, 0), group=group)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Embedding(Copy):
-    """The rows of a vocabulary, filled up with zero rows to a multiple of the tensor ranks."""
-
-    def share(self, shard: Shard) -> Piece:
-        """Take a tensor rank's rows."""
-        ((name, (vocabulary, _)),) = self.sources.items()
-        if shard.tensor_size == 1:
-            return self
-        start, stop = shard.embedding_ids(vocabulary)
-        rows = shard.padded_vocabulary(vocabulary) // shard.tensor_size
-        part = Part(ranges=((start, stop),), zero_rows=rows - (stop - start))
-        return dataclasses.replace(self, parts={name: part})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Head(Copy):
-    """The rows of the output head: whatever ids a rank is asked to hold, on every stage."""
-
-    def share(self, shard: Shard) -> Piece:
-        """Take the rows of the rank's ids."""
-        ((name, (vocabulary, _)),) = self.sources.items()
-        if shard.head is None:
-            return self
-        return dataclasses.replace(self, parts={name: Part(ranges=(shard.head_ids(vocabulary),))})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Qkv(Piece):
-    """Query, key and value of their own on their side, interleaved by group on ours."""
-
-    shape: Heads
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Interleave query, key, value."""
-        query, key, value = parts
-        return self.shape.interleave(query, key, value)
-
-    def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Return query, key, value."""
-        return self.shape.separate(tensor)
-
-    def cut(self, to: Slice) -> Piece:
-        """Take a rank's groups."""
-        return dataclasses.replace(self, parts=_row_parts(self.sources, to), shape=self.shape.shared(to.size))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FusedQkv(Piece):
-    """One matrix on their side: all query heads, all key heads, all value heads."""
-
-    shape: Heads
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Interleave the three row ranges."""
-        query, key, value = torch.split(parts[0], list(self.shape.rows))
-        return self.shape.interleave(query, key, value)
-
-    def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Return the one fused matrix."""
-        return (torch.cat(self.shape.separate(tensor)),)
-
-    def cut(self, to: Slice) -> Piece:
-        """Take a rank's groups: a run of rows from each of the three ranges."""
-        ((name, _),) = self.sources.items()
-        query, key, value = self.shape.rows
-        starts = ((query, 0), (key, query), (value, query + key))
-        part = Part(ranges=tuple(to.range(rows, start) for rows, start in starts))
-        return dataclasses.replace(self, parts={name: part}, shape=self.shape.shared(to.size))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GatedPair(Piece):
-    """Gate and up projection on their side, one matrix with the gate's rows first on ours."""
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Stack gate over up."""
-        return torch.cat(list(parts))
-
-    def split(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Return gate and up."""
-        return tensor.chunk(2)
-
-    def cut(self, to: Slice) -> Piece:
-        """Take a rank's rows of both, so that each gate row keeps its up row beside it."""
-        return dataclasses.replace(self, parts=_row_parts(self.sources, to))
-
-
-def to_hf(pieces: Iterable[tuple[str, Piece]], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) for uncut tensors under our names: weights, or their gradients."""
-    for name, piece in pieces:
-        assert not piece.parts, f"{name} is a part of {list(piece.sources)}, which has no name there"
-        yield from zip(piece.sources, piece.split(tensors[name]), strict=True)
-
-
-def _row_parts(sources: Mapping[str, Shape], to: Slice) -> dict[str, Part]:
-    """Cut the rows of every source alike."""
-    return {name: Part(ranges=(to.range(shape[0]),)) for name, shape in sources.items()}
+def _kept(mapping: ParamMapping, held: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype a tensor is stored in; buffers keep theirs."""
+    return held if dtype is None or not mapping.is_parameter else dtype

@@ -10,7 +10,6 @@ import warnings
 from tide_megatron.platform.adam import repair_torch_adam
 from tide_megatron.platform.cpu import redirect_cuda
 from tide_megatron.platform.gloo import allow_uneven_shares
-from tide_megatron.platform.router import use_torch_for_routers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,3 +41,16 @@ def prepare_platform() -> Platform:
         repaired = repair_torch_adam()
     version = importlib.metadata.version("megatron-core")
     return Platform(megatron_version=version, redirected_to_cpu=redirected, torch_adam_repaired=repaired)
+
+
+def use_torch_for_routers() -> None:
+    """Make megatron-core's routers multiply by torch, in fp32. Call it before a router runs.
+
+    Our routers keep fp32 weights under bf16 activations, because their scores decide which experts run.
+    megatron-core hands both as they are to Transformer Engine's GEMM where that is installed, which wants one
+    dtype; its other branch casts both to the router's dtype and multiplies, which is what we mean. Without
+    Transformer Engine some releases leave the name undefined, and the router fails with a NameError.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None

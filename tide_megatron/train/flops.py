@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.models.flops import body_flops, head_flops
+from tide_megatron.models.architecture import body_flops, head_flops
 from tide_megatron.teachers.teacher import Teacher
 from tide_megatron.train.cost import Cost
 from tide_megatron.train.student import Student

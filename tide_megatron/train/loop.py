@@ -23,7 +23,7 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.model_folder import write_context
-from tide_megatron.models.convert import save_model
+from tide_megatron.models.weights import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.cost import Devices
 from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result

@@ -17,9 +17,9 @@ from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.head.budget import HeadShape
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel, build_model, check_available, check_widths
-from tide_megatron.models.convert import draw_weights, load_model, read_architecture
 from tide_megatron.models.precision import Precision
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights, load_model, read_architecture
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.vocab_group import VocabGroup, make_across, vocab_group_size
@@ -183,7 +183,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
     """
     choice = plan.choice
     is_student = isinstance(choice, StudentModel)
-    options = Options(
+    options = ModelOptions(
         device=device,
         layout=choice.layout,
         precision=Precision.on(choice.precision, device),

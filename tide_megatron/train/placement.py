@@ -16,7 +16,7 @@ from rich.table import Table
 
 from tide_megatron.base.units import in_bytes
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.holding import held_parameters
+from tide_megatron.models.params import num_local_params
 from tide_megatron.models.shard import Shard
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.parallel.vocab_group import VocabGroup
@@ -90,7 +90,7 @@ def _cell(model: Placed, rank: int, world: int, group: VocabGroup) -> str:
         words.append(f"experts {first}-{first + share - 1}" if share > 1 else f"expert {first}")
     if layout.expert_tensor > 1:
         words.append(f"expert shard {shard.expert_tensor_rank + 1}/{shard.expert_tensor_size}")
-    size = held_parameters(architecture, shard) * model.bytes_per_parameter
+    size = num_local_params(architecture, shard) * model.bytes_per_parameter
     return f"{', '.join(words) or 'whole'}: {in_bytes(size)}"
 
 

@@ -151,7 +151,6 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """One run."""
 

@@ -12,7 +12,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from tide_megatron.base.device import Device, choose_device
-from tide_megatron.models.convert import read_architecture
+from tide_megatron.models.weights import read_architecture
 from tide_megatron.train.models import check_layout, head_ranks, placed, under
 from tide_megatron.train.placement import Placed, placement_table
 from tide_megatron.train.recipe import Recipe

@@ -45,9 +45,9 @@ from tide_megatron.diffusion.mask import Context
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import draw_weights
 from tide_megatron.models.precision import Precision
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.collectives import barrier, is_first
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
@@ -90,8 +90,8 @@ def make_student(shape: str, device: Device) -> Student:
         "tie_word_embeddings": True,
         **SHAPES[shape],
     }
-    precision = Precision.choose(PRECISION[shape], device.type)
-    how = Options(device=device, precision=precision, trainable=True)
+    precision = Precision.on(PRECISION[shape], device)
+    how = ModelOptions(device=device, precision=precision, trainable=True)
     model = build_model(ARCHITECTURES["a2d-qwen3"].from_hf(config), make_groups(Layout()), how)
     draw_weights(model, 1)
     return Student(model, Context(kind="block_diffusion", block_size=16), 1, Optimizer(warmup=0.0))

@@ -30,9 +30,9 @@ from tide_megatron.diffusion.views import complementary_passes, complementary_vi
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import TideModel, build_model
-from tide_megatron.models.convert import draw_weights
 from tide_megatron.models.precision import Precision
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
@@ -68,8 +68,8 @@ class Setting:
 def measure(setting: Setting, *, device: Device, stop: StopFlag) -> dict[str, float]:
     """Time all three in turns on this rank; return seconds and ratios."""
     architecture = ARCHITECTURES["a2d-qwen3"].from_hf({**SHAPE, "num_hidden_layers": setting.layers})
-    options = Options(
-        device=device, precision=Precision.choose(setting.precision, device.type), attention=setting.attention
+    options = ModelOptions(
+        device=device, precision=Precision.on(setting.precision, device), attention=setting.attention
     )
     model = build_model(architecture, make_groups(Layout()), options)
     draw_weights(model, 1)

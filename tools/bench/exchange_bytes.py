@@ -35,7 +35,7 @@ from tide_megatron.losses.tidal import Tidal
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import TideModel, build_model
 from tide_megatron.models.precision import Precision
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.parallel.vocab_group import VocabGroup, make_across, make_vocab_group
@@ -160,7 +160,7 @@ def _model(
     model = build_model(
         architecture,
         make_groups(layout),
-        Options(device=device, layout=layout, precision=precision, **options),
+        ModelOptions(device=device, layout=layout, precision=precision, **options),
     )
     generator = torch.Generator(device.torch_device).manual_seed(1)
     for parameter in model.parameters():

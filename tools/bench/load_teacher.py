@@ -33,12 +33,12 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.base.units import in_bytes
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import load_model, read_architecture
-from tide_megatron.models.folder import HfFolder
-from tide_megatron.models.holding import held
+from tide_megatron.models.hf.folder import HfFolder
+from tide_megatron.models.params import local_params, param_mappings
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.shard import Shard
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import load_model, read_architecture
 from tide_megatron.parallel.collectives import gather_objects
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
@@ -76,7 +76,7 @@ def slice_all(folder: Path) -> dict[str, Any]:
         shard = Shard.of(LAYOUT, rank, RANKS, architecture.layers, head)
         began, planned, biases = time.perf_counter(), 0, 0
         with HfFolder(folder) as source:
-            for _, piece in held(architecture, shard):
+            for _, piece in local_params(architecture, shard):
                 for name in piece.sources:
                     part = source.read(name, piece.part(name))
                     if not piece.is_parameter:
@@ -87,7 +87,7 @@ def slice_all(folder: Path) -> dict[str, Any]:
         each.append({"planned": planned, "read": read, "seconds": time.perf_counter() - began})
         print(f"rank {rank}: planned {in_bytes(planned)}, read {in_bytes(read)}", file=sys.stderr)
     return {
-        "parameters": sum(piece.elements for piece in architecture.pieces() if piece.is_parameter),
+        "parameters": sum(piece.elements for piece in param_mappings(architecture) if piece.is_parameter),
         "on_disk": sum(file.stat().st_blocks * 512 for file in folder.iterdir()),
         "ranks": each,
         "as_planned": all(rank["planned"] == rank["read"] for rank in each),
@@ -109,7 +109,7 @@ def load(folder: Path, *, device: Device, stop: StopFlag) -> dict[str, Any]:
     """Build and load this rank's part of an expert-parallel model; return what memory did."""
     torch.set_num_threads(1)
     layout = Layout(expert=torch.distributed.get_world_size())
-    options = Options(device=device, layout=layout, precision=Precision(name="bf16"))
+    options = ModelOptions(device=device, layout=layout, precision=Precision(name="bf16"))
     model = build_model(read_architecture(folder), make_groups(layout), options)
     own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     began = time.perf_counter()

@@ -8,7 +8,7 @@ highest resident size (VmHWM) of that process, with the mapped pages of the file
 
 - `make`: draw the student, tensor by tensor;
 - `step`: `tide train` for one AdamW step of 256 tokens, checkpoint and final model written;
-- `write`: `tide export --flavour all --no-verify`;
+- `write`: `tide export --format all --no-verify`;
 - `verify`: the same again over it, with `--force`, and read back in every way.
 
 Exit code 1: a phase needs more than LIMIT_GIB.
@@ -35,12 +35,13 @@ from torch import Tensor
 
 from bench.cost import STATUS, apart, machine
 from tide_megatron.data.prepare import prepare
-from tide_megatron.export.export import Choices, export_student
-from tide_megatron.export.flavours import FLAVOURS
+from tide_megatron.export.export import ExportOptions, export_student
+from tide_megatron.export.formats import FORMATS
 from tide_megatron.launch.ranks import run_ranks
-from tide_megatron.models.qwen3 import Qwen3
-from tide_megatron.models.shards import Planned
-from tide_megatron.models.writing import stream_folder
+from tide_megatron.models.arch.qwen3 import Qwen3
+from tide_megatron.models.hf.folder import stream_folder
+from tide_megatron.models.hf.safetensors import TensorSpec
+from tide_megatron.models.params import hf_shapes, param_mappings
 from tide_megatron.text.backends.huggingface import byte_of_character
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.loop import train
@@ -91,11 +92,7 @@ class Size:
 def make_student(folder: Path, size: Size) -> dict[str, Any]:
     """Write a random student and a sample of data for it; return what it is."""
     architecture = Qwen3.from_hf(size.config())
-    plan = {
-        name: Planned(shape, torch.bfloat16)
-        for piece in architecture.pieces()
-        for name, shape in piece.sources.items()
-    }
+    plan = {name: TensorSpec(shape, torch.bfloat16) for name, shape in hf_shapes(architecture).items()}
     stream_folder(folder / "student", size.config(), plan, _drawn(plan))
     _write_tokenizer(folder / "student")
     chat = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "tide " * size.tokens}]
@@ -103,7 +100,7 @@ def make_student(folder: Path, size: Size) -> dict[str, Any]:
     tokenizer = Tokenizer.load(folder / "student")
     source, data = [folder / "chats.jsonl"], folder / "data"
     prepare(source, tokenizer, data, max_length=size.tokens, on_long="truncate", replace=True)
-    elements = sum(piece.elements for piece in architecture.pieces())
+    elements = sum(piece.elements for piece in param_mappings(architecture))
     return {"parameters": elements, "mask_id": tokenizer.mask_id}
 
 
@@ -131,7 +128,7 @@ def take_step(folder: Path, size: Size) -> dict[str, Any]:
 
 def export(folder: Path, *, verify: bool) -> dict[str, Any]:
     """Export the trained student in all forms; return what was verified."""
-    choices = Choices(flavours=tuple(FLAVOURS), force=True, verify=verify)
+    choices = ExportOptions(formats=tuple(FORMATS), force=True, verify=verify)
     checks = run_ranks(export_student, (folder / "run", folder / "out", choices), 1, "cpu")
     size = sum(file.stat().st_size for file in (folder / "out").rglob("*"))
     return {"bytes": size, "checks": [dataclasses.asdict(check) for check in checks]}
@@ -168,7 +165,7 @@ def _peak_gib() -> float:
     return int(fields["VmHWM"].split()[0]) / 2**20
 
 
-def _drawn(plan: dict[str, Planned]) -> Iterator[tuple[str, Tensor]]:
+def _drawn(plan: dict[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:
     """Yield random weights; norms are ones."""
     torch.manual_seed(1)
     for name, planned in plan.items():

@@ -13,9 +13,16 @@ from typing import Any
 import torch
 
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.convert import read_architecture
-from tide_megatron.models.shards import Planned, file_header, planned_bytes, split_plan, write_index
-from tide_megatron.models.writing import write_config
+from tide_megatron.models.hf.config import write_config
+from tide_megatron.models.hf.safetensors import (
+    TensorSpec,
+    file_header,
+    planned_bytes,
+    split_plan,
+    write_index,
+)
+from tide_megatron.models.params import param_mappings
+from tide_megatron.models.weights import read_architecture
 
 
 def write_sparse(folder: Path, config: Mapping[str, Any], shard_bytes: int = 5_000_000_000) -> Architecture:
@@ -24,8 +31,8 @@ def write_sparse(folder: Path, config: Mapping[str, Any], shard_bytes: int = 5_0
     write_config(folder, {**config, "torch_dtype": "bfloat16"})
     architecture = read_architecture(folder)
     plan = {
-        name: Planned(shape, torch.bfloat16 if piece.is_parameter else torch.float32)
-        for piece in architecture.pieces()
+        name: TensorSpec(shape, torch.bfloat16 if piece.is_parameter else torch.float32)
+        for piece in param_mappings(architecture)
         for name, shape in piece.sources.items()
     }
     files = split_plan(plan, shard_bytes)

@@ -39,9 +39,9 @@ from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.tidal import Tidal
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import TideModel, build_model
-from tide_megatron.models.convert import draw_weights
 from tide_megatron.models.precision import Precision
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.parallel.vocab_group import make_across, make_vocab_group
@@ -156,7 +156,7 @@ def make_student(setting: Setting, device: Device) -> Student:
 
 def _model(config: dict[str, Any], setting: Setting, device: Device, **options: Any) -> TideModel:
     architecture = ARCHITECTURES[config["model_type"]].from_hf(config)
-    how = Options(device=device, precision=Precision(setting.precision), **options)
+    how = ModelOptions(device=device, precision=Precision(setting.precision), **options)
     model = build_model(architecture, make_groups(Layout()), how)
     if setting.is_drawn_there:
         for parameter in model.parameters():

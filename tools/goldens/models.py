@@ -25,8 +25,9 @@ from goldens.row import LOGIT_TOLERANCE, Golden, Row, error_of
 from tide_megatron.base.device import Device
 from tide_megatron.models import Architecture
 from tide_megatron.models.build import TideModel, build_model
-from tide_megatron.models.convert import hf_tensors, load_model, read_architecture
-from tide_megatron.models.spec import Options
+from tide_megatron.models.params import hf_shapes
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import hf_tensors, load_model, read_architecture
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
@@ -99,8 +100,7 @@ class Replayed:
     def shapes(self) -> None:
         """Compare shapes.json with our table."""
         told = json.loads((self.folder / "shapes.json").read_text(encoding="utf-8"))
-        pieces = self.model.architecture.pieces()
-        ours = {name: list(shape) for piece in pieces for name, shape in piece.sources.items()}
+        ours = {name: list(shape) for name, shape in hf_shapes(self.model.architecture).items()}
         wrong = sorted(name for name in {*told, *ours} if told.get(name) != ours.get(name))
         # The reference lists parameters; the router bias is a buffer in it.
         wrong = [name for name in wrong if name in told or not name.endswith("expert_bias")]
@@ -251,7 +251,7 @@ class Replayed:
 def _loaded(architecture: Architecture, folder: Path) -> TideModel:
     """Build a trainable fp32 model on this rank and fill it from a folder."""
     device = Device(type="cpu", index=0, backend="gloo", threads=1)
-    model = build_model(architecture, make_groups(Layout()), Options(device=device, trainable=True))
+    model = build_model(architecture, make_groups(Layout()), ModelOptions(device=device, trainable=True))
     load_model(model, folder)
     return model
 

@@ -13,7 +13,7 @@ from tide_megatron import __version__, commands
 from tide_megatron.base.errors import ConfigError, RanksFailed
 from tide_megatron.commands import VERBS, app, main
 from tide_megatron.export.checks import Check
-from tide_megatron.export.export import Choices
+from tide_megatron.export.export import ExportOptions
 from tide_megatron.launch import doctor as launch_doctor
 from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
@@ -22,7 +22,7 @@ SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
     "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
     "sample": "model prompts --context --block-size --new-tokens --steps --device",
-    "export": "model out --flavour --shard-size --dtype --force --verify/--no-verify",
+    "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --force",
     "convert megatron-to-hf": "source target --config --ranks --dtype --shard-size --shard-gb --force",
@@ -202,21 +202,21 @@ def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "forms"), [([], ("a2d-qwen3", "sdar", "qwen3")), (["--flavour", "sdar"], ("sdar",))]
+    ("words", "forms"), [([], ("a2d-qwen3", "sdar", "qwen3")), (["--format", "sdar"], ("sdar",))]
 )
 def test_export_passes_choices_on_and_shows_what_was_verified(monkeypatch, words, forms):
     calls = []
 
     def run_ranks(function, args, num_ranks):
         calls.append((function.__name__, args, num_ranks))
-        return [Check(flavour="sdar", what="servers", found="mask [3]", is_fine=False)]
+        return [Check(form="sdar", what="servers", found="mask [3]", is_fine=False)]
 
     monkeypatch.setattr(launch_ranks, "run_ranks", run_ranks)
     words = ["export", "runs/x", "out", *words, "--shard-size", "2MB", "--dtype", "bf16", "--force"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "note  mask [3]" in result.output
-    wanted = Choices(flavours=forms, shard_bytes=2_000_000, dtype="bf16", force=True)
+    wanted = ExportOptions(formats=forms, shard_bytes=2_000_000, dtype="bf16", force=True)
     assert calls == [("export_student", (Path("runs/x"), Path("out"), wanted), 1)]
     quiet = CliRunner().invoke(app, [*words, "--no-verify"])
     assert (quiet.exit_code, quiet.output) == (0, "")

@@ -13,8 +13,8 @@ from tide_megatron.evaluate.generate import Sampler, answer_prompts
 from tide_megatron.evaluate.model_folder import open_model
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import draw_weights, read_architecture, save_model
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights, read_architecture, save_model
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def write_model(folder, *, device, stop, **changes):
     rows = Tokenizer.load(folder).vocabulary_size
     (folder / "config.json").write_text(json.dumps({**DENSE, "vocab_size": rows, **changes}))
     files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
-    model = build_model(read_architecture(folder), make_groups(Layout()), Options(device=device))
+    model = build_model(read_architecture(folder), make_groups(Layout()), ModelOptions(device=device))
     draw_weights(model, seed=1)
     save_model(model, folder, files=files)
 

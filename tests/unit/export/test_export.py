@@ -21,15 +21,15 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import trained_context, write_context
 from tide_megatron.export import checks, export
-from tide_megatron.export.export import Choices, export_student
-from tide_megatron.export.flavours import FLAVOURS
-from tide_megatron.export.probe import MOST_TOKENS, probe_ids
-from tide_megatron.models.convert import read_architecture
+from tide_megatron.export.checks import MOST_TOKENS, probe_ids
+from tide_megatron.export.export import ExportOptions, export_student
+from tide_megatron.export.formats import FORMATS
+from tide_megatron.models.weights import read_architecture
 from tide_megatron.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("groups")
 TRAINED = Context(kind="block_diffusion", block_size=8)
-ALL = Choices(flavours=tuple(FLAVOURS))
+ALL = ExportOptions(formats=tuple(FORMATS))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def go(path, out, choices=ALL, stop=None):
 
 
 def alone(name, **options):
-    return Choices(flavours=(name,), **options)
+    return ExportOptions(formats=(name,), **options)
 
 
 def config_of(folder):
@@ -53,15 +53,15 @@ def config_of(folder):
 
 def test_all_forms_are_written_and_verified(student, tmp_path):
     found = go(student, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FLAVOURS)
-    told = [(check.flavour, check.what) for check in found]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FORMATS)
+    told = [(check.form, check.what) for check in found]
     each = ["tensors", "logits", "contract", "tokenizer"]
     assert [what for name, what in told if name == "a2d-qwen3"] == each
     assert [what for name, what in told if name == "sdar"] == [*each[:3], "servers", each[3]]
     assert [what for name, what in told if name == "qwen3"] == ["tensors", "logits", *each[1:]]
     assert [check.what for check in found if not check.is_fine] == ["servers"], "its mask is not 151669"
     source = load_file(student / "model.safetensors")
-    for name in FLAVOURS:
+    for name in FORMATS:
         folder = tmp_path / "out" / name
         weights = load_file(folder / "model.safetensors")
         head = {"lm_head.weight": source["model.embed_tokens.weight"]} if name == "sdar" else {}
@@ -70,8 +70,8 @@ def test_all_forms_are_written_and_verified(student, tmp_path):
         assert trained_context(folder) == TRAINED
         assert Tokenizer.load(folder).digest == Tokenizer.load(student).digest
         config = config_of(folder)
-        assert config["architectures"] == [FLAVOURS[name].architecture]
-        assert config["model_type"] == FLAVOURS[name].model_type
+        assert config["architectures"] == [FORMATS[name].architecture]
+        assert config["model_type"] == FORMATS[name].model_type
         assert config["tie_word_embeddings"] is (name != "sdar")
         assert config["torch_dtype"] == "float32"
         generation = json.loads((folder / "generation_config.json").read_text())
@@ -127,7 +127,7 @@ def test_an_untied_student_keeps_its_head(tmp_path):
     write_context(student, TRAINED)
     go(student, tmp_path / "out")
     head = load_file(student / "model.safetensors")["lm_head.weight"]
-    for name in FLAVOURS:
+    for name in FORMATS:
         written = load_file(tmp_path / "out" / name / "model.safetensors")
         assert torch.equal(written["lm_head.weight"], head)
         assert config_of(tmp_path / "out" / name)["tie_word_embeddings"] is False
@@ -238,8 +238,8 @@ def test_only_an_export_is_replaced_and_only_when_told(student, tmp_path):
     assert "or --force to replace it" in refused(student, out, alone("a2d-qwen3"))
     go(student, out, alone("a2d-qwen3", force=True, verify=False))
     assert config_of(out)["model_type"] == "a2d-qwen3"
-    go(student, out, Choices(flavours=tuple(FLAVOURS), force=True, verify=False))
-    go(student, out, Choices(flavours=tuple(FLAVOURS), force=True, verify=False))
+    go(student, out, ExportOptions(formats=tuple(FORMATS), force=True, verify=False))
+    go(student, out, ExportOptions(formats=tuple(FORMATS), force=True, verify=False))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     assert "is no export" in refused(student, tmp_path / "mine", alone("qwen3", force=True))
@@ -273,7 +273,7 @@ def test_a_stop_leaves_nothing(student, tmp_path, verify):
     stop = StopFlag()
     stop.request("SIGINT")
     with pytest.raises(TideError, match="stopped by SIGINT"):
-        go(student, tmp_path / "out", Choices(flavours=("qwen3",), verify=verify), stop=stop)
+        go(student, tmp_path / "out", ExportOptions(formats=("qwen3",), verify=verify), stop=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -332,8 +332,8 @@ def test_logits_of_transformers_are_judged(student, tmp_path, monkeypatch):
 
 def test_a_stock_qwen3_mask_is_what_servers_assume(student, tmp_path, monkeypatch):
     mask_id = Tokenizer.load(student).mask_id
-    served = dataclasses.replace(FLAVOURS["sdar"], mask_id=mask_id)
-    monkeypatch.setitem(FLAVOURS, "sdar", served)
+    served = dataclasses.replace(FORMATS["sdar"], mask_id=mask_id)
+    monkeypatch.setitem(FORMATS, "sdar", served)
     found = go(student, tmp_path / "out", alone("sdar"))
     assert [check.found for check in found if check.what == "servers"] == [
         f"mask {mask_id}, blocks of 8: as SGLang and LMDeploy have it"

@@ -9,8 +9,8 @@ from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.views import View
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import draw_weights
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights
 
 CPU = Device(type="cpu", index=0, backend="gloo", threads=1)
 
@@ -115,7 +115,7 @@ def build(config, groups, *, seed=1, **changes):
     options = {
         key: changes.pop(key) for key in ("trainable", "attention", "precision", "layout") if key in changes
     }
-    model = build_model(architecture(config, **changes), groups, Options(device=CPU, **options))
+    model = build_model(architecture(config, **changes), groups, ModelOptions(device=CPU, **options))
     draw_weights(model, seed)
     return model
 

@@ -7,9 +7,11 @@ import torch
 
 from tests.unit.models.shapes import CPU, DENSE, DREAM, LLADA, LLADA_MOE, MIXTURE, architecture, build, view
 from tide_megatron.base.errors import ConfigError
+from tide_megatron.models import weights
 from tide_megatron.models.build import build_model, check_available
-from tide_megatron.models.convert import draw_weights, hf_tensors, save_model
-from tide_megatron.models.spec import Options
+from tide_megatron.models.params import local_params
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights, hf_tensors, save_model
 from tide_megatron.parallel.layout import Layout
 
 UNTIED = {**DENSE, "tie_word_embeddings": False}
@@ -109,7 +111,7 @@ def test_the_first_layers_may_be_dense(groups):
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline", "expert_tensor"])
 def test_layouts_of_later_issues_are_refused(groups, axis):
-    options = Options(device=CPU, layout=Layout(**{axis: 2}), trainable=True)
+    options = ModelOptions(device=CPU, layout=Layout(**{axis: 2}), trainable=True)
     with pytest.raises(ConfigError, match=rf"layout\.{axis}: 2 is not available yet"):
         build_model(architecture(MIXTURE), groups, options)
 
@@ -131,8 +133,8 @@ def test_wedlm_switches_build(groups, changes):
 
 def test_a_table_that_forgets_a_weight_is_our_bug(groups, monkeypatch):
     model = build(DENSE, groups)
-    pieces = model.architecture.pieces()
-    monkeypatch.setattr(type(model.architecture), "pieces", lambda self, merged: pieces[:-1])
+    mappings = list(local_params(model.architecture, model.shard))
+    monkeypatch.setattr(weights, "local_params", lambda *_, merged: mappings[:-1])
     with pytest.raises(AssertionError, match=r"forgets \['decoder\.final_layernorm\.weight'\]"):
         draw_weights(model, 0)
 
@@ -145,7 +147,7 @@ def test_frozen_models_take_every_axis(axis):
 @pytest.mark.parametrize("config", [DENSE, UNTIED, MIXTURE])
 def test_a_frozen_model_holds_only_its_slice_of_the_head(groups, config):
     whole = build(config, groups)
-    sliced = build_model(architecture(config), groups, Options(device=CPU, head=(5, 9)))
+    sliced = build_model(architecture(config), groups, ModelOptions(device=CPU, head=(5, 9)))
     draw_weights(sliced, 1)
     assert torch.equal(sliced.head_weight, whole.head_weight[5:9])
     assert sliced.head_start == 5
@@ -158,11 +160,11 @@ def test_a_frozen_model_holds_only_its_slice_of_the_head(groups, config):
 
 
 def test_a_folder_is_written_from_whole_models_only(groups, tmp_path):
-    sliced = build_model(architecture(UNTIED), groups, Options(device=CPU, head=(5, 9)))
+    sliced = build_model(architecture(UNTIED), groups, ModelOptions(device=CPU, head=(5, 9)))
     with pytest.raises(AssertionError, match="cut over expert ranks alone"):
         save_model(sliced, tmp_path / "m")
     with pytest.raises(AssertionError, match="keeps its head whole"):
-        build_model(architecture(UNTIED), groups, Options(device=CPU, head=(5, 9), trainable=True))
+        build_model(architecture(UNTIED), groups, ModelOptions(device=CPU, head=(5, 9), trainable=True))
     with pytest.raises(AssertionError, match="is a part of"):
         hf_tensors(sliced, dict(sliced.named_parameters()))
 
@@ -174,7 +176,7 @@ def test_a_shifted_model_answers_with_the_state_before(groups, kind, trainable):
         build_model(
             dataclasses.replace(architecture(DREAM), is_shifted=is_shifted),
             groups,
-            Options(device=CPU, trainable=trainable),
+            ModelOptions(device=CPU, trainable=trainable),
         )
         for is_shifted in (True, False)
     )

@@ -21,7 +21,7 @@ from tests.small_tokenizer import write_chats, write_tokenizer
 from tide_megatron.base.device import Device
 from tide_megatron.data.prepare import prepare
 from tide_megatron.head import loss as head_loss
-from tide_megatron.models import convert
+from tide_megatron.models import weights
 from tide_megatron.models.attention import KERNELS
 from tide_megatron.models.flex import CompiledFlex
 from tide_megatron.text.tokenizer import Tokenizer
@@ -114,7 +114,7 @@ def without_memory(monkeypatch):
     monkeypatch.setattr(FakeTensor, "expand_as", lambda self, other: GRADIENTLESS, raising=False)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather_of_one)
     monkeypatch.setattr(models, "fail_together", contextlib.nullcontext)
-    report = convert.LoadReport(parameters=0, tensors_read=0, bytes_read=0)
+    report = weights.LoadReport(parameters=0, tensors_read=0, bytes_read=0)
     monkeypatch.setattr(models, "draw_weights", lambda model, seed: report)
     for name in ("build_student", "build_teacher"):
         monkeypatch.setattr(setup, name, of_fakes(getattr(models, name)))

@@ -16,9 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests.unit.models.shapes import DENSE, MIXTURE, build, view
 from tide_megatron.base.errors import TideError
 from tide_megatron.diffusion.mask import Context, TwoViews
-from tide_megatron.models import flex as module
-from tide_megatron.models.attention import choose_kernel, fit, make_dense
-from tide_megatron.models.flex import CompiledFlex, fitting
+from tide_megatron.models.attention import KERNELS, choose_kernel, fit, make_dense
+from tide_megatron.models.flex import CompiledFlex
 
 CPU = torch.device("cpu")
 PAIR = Context(kind="block_diffusion", block_size=16)
@@ -156,7 +155,7 @@ def test_every_model_on_cuda_has_compiled_flex_of_its_own():
     assert isinstance(first, CompiledFlex)
     assert isinstance(second, CompiledFlex)
     assert first is not second
-    assert choose_kernel("flex", "cpu", trainable=False) is module.make_plain_flex
+    assert choose_kernel("flex", "cpu", trainable=False) is KERNELS["flex"]
 
 
 @pytest.mark.parametrize(
@@ -191,15 +190,15 @@ def test_a_models_numbers_do_not_change_by_rounding(groups, config, kind, length
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_few_numbers_of_tokens_occur(parts):
-    found = set()
+    found, multiple_of = set(), CompiledFlex("m").multiple
     for length in range(1, 8192 // parts):
-        multiple = fitting(parts * length)
+        multiple = multiple_of(parts * length)
         step = multiple if parts == 3 else multiple // parts
         rounded = -(-length // step) * step
         tokens = parts * rounded
         assert tokens % 128 == 0
         assert tokens - parts * length < parts * step
-        assert rounded % (fitting(tokens) if parts == 3 else fitting(tokens) // parts) == 0, (
+        assert rounded % (multiple_of(tokens) if parts == 3 else multiple_of(tokens) // parts) == 0, (
             "a stage would move"
         )
         found.add(tokens)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.unit.models.shapes import DENSE, LLADA_MOE, MIXTURE, architecture, build, view
 from tide_megatron.diffusion.mask import Context, TwoViews, allowed_pairs, dense_mask
 from tide_megatron.diffusion.views import view_of_parts
-from tide_megatron.models.flops import body_flops, head_flops
+from tide_megatron.models.architecture import body_flops, head_flops
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 

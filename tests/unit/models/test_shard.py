@@ -6,9 +6,9 @@ import torch
 from tests.unit.models.shapes import DENSE, MIXTURE, architecture
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.build import check_widths
-from tide_megatron.models.holding import held, held_parameters
+from tide_megatron.models.mapping import Copy, FusedQkv, GatedPair, Heads, Qkv
+from tide_megatron.models.params import local_params, num_local_params
 from tide_megatron.models.shard import Part, Shard
-from tide_megatron.models.weights import Copy, FusedQkv, GatedPair, Heads, Qkv
 from tide_megatron.parallel.layout import Layout
 
 LOWER = Shard(tensor_rank=1, tensor_size=2, num_layers=3)
@@ -95,7 +95,7 @@ def test_places_by_hand(layout, world, rank, expected):
 
 
 def names(config, shard):
-    return {name for name, _ in held(architecture(config), shard)}
+    return {name for name, _ in local_params(architecture(config), shard)}
 
 
 def test_layers_are_renumbered_and_ends_stay_at_the_ends():
@@ -108,7 +108,7 @@ def test_layers_are_renumbered_and_ends_stay_at_the_ends():
     ours = names(MIXTURE, last)
     assert "embedding.word_embeddings.weight" not in ours
     assert {"decoder.final_layernorm.weight", "output_layer.weight"} <= ours
-    sources = {source for _, piece in held(architecture(MIXTURE), last) for source in piece.sources}
+    sources = {source for _, piece in local_params(architecture(MIXTURE), last) for source in piece.sources}
     assert {name.split(".")[2] for name in sources if ".layers." in name} == {"2"}
     assert {name.split(".")[2] for name in ours if ".layers." in name} == {"0"}
 
@@ -125,7 +125,7 @@ def test_a_tied_slice_that_the_embedding_holds_is_not_held_twice(rank, head, is_
 
 
 def test_the_last_tensor_rank_pads_the_vocabulary():
-    pieces = dict(held(architecture(DENSE), Shard.of(Layout(tensor=2), 1, 2, 2)))
+    pieces = dict(local_params(architecture(DENSE), Shard.of(Layout(tensor=2), 1, 2, 2)))
     embedding = pieces["embedding.word_embeddings.weight"]
     assert embedding.joined_shape == (31, 32)
     part = embedding.parts["model.embed_tokens.weight"]
@@ -144,24 +144,24 @@ def test_what_a_rank_holds_by_hand():
     ]
     for layout, rank, head, expected in sizes:
         shard = Shard.of(layout, rank, 2, 2, head)
-        assert held_parameters(architecture(DENSE), shard) == expected, f"{layout} {rank} {head}"
+        assert num_local_params(architecture(DENSE), shard) == expected, f"{layout} {rank} {head}"
 
 
 def test_shares_add_up_to_the_model():
     read = architecture(MIXTURE)
-    whole = held_parameters(read, Shard(num_layers=3))
+    whole = num_local_params(read, Shard(num_layers=3))
     for layout in (Layout(pipeline=2), Layout(pipeline=3)):
         size = layout.pipeline
         heads = [(67 * rank // size, 67 * (rank + 1) // size) for rank in range(size)]
         shards = [Shard.of(layout, rank, size, 3, head) for rank, head in enumerate(heads)]
-        assert sum(held_parameters(read, shard) for shard in shards) == whole
+        assert sum(num_local_params(read, shard) for shard in shards) == whole
 
 
 @pytest.mark.parametrize("head", [(-1, 3), (3, 2), (0, 62)])
 def test_head_slices_outside_the_vocabulary_are_refused(head):
     shard = Shard(num_layers=2, head=head)
     with pytest.raises(ConfigError, match="are not a range of the 61 ids"):
-        held_parameters(architecture(DENSE), shard)
+        num_local_params(architecture(DENSE), shard)
 
 
 @pytest.mark.parametrize(

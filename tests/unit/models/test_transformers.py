@@ -7,8 +7,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.unit.models.shapes import CPU, view
 from tide_megatron.diffusion.mask import dense_mask
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import load_model, read_architecture, save_model
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import load_model, read_architecture, save_model
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -33,7 +33,7 @@ def test_transformers_and_we_agree_in_both_directions(groups, tmp_path, tied):
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists(), "several shards are read"
 
-    ours = build_model(read_architecture(tmp_path / "theirs"), groups, Options(device=CPU))
+    ours = build_model(read_architecture(tmp_path / "theirs"), groups, ModelOptions(device=CPU))
     load_model(ours, tmp_path / "theirs")
     seen = view(97, length=17, block_size=5)
     mask = torch.zeros(1, 1, 34, 34).masked_fill(

@@ -10,7 +10,7 @@ from tests.unit.models.shapes import DENSE, MIXTURE, architecture
 from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context, allowed_pairs, dense_mask
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.models.flops import body_flops, head_flops
+from tide_megatron.models.architecture import body_flops, head_flops
 from tide_megatron.teachers.sight import Sight
 from tide_megatron.train.flops import needed_flops
 

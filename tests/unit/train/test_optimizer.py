@@ -14,9 +14,9 @@ from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model
-from tide_megatron.models.convert import draw_weights
 from tide_megatron.models.precision import Precision
-from tide_megatron.models.spec import Options
+from tide_megatron.models.spec import ModelOptions
+from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.collectives import sum_over
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
@@ -63,7 +63,7 @@ def test_the_rate_counts_applied_updates_only():
 
 def student_of(config, options, *, expert=1, precision="fp32", router_bias_rate=0.0):
     layout = Layout(expert=expert)
-    chosen = Options(
+    chosen = ModelOptions(
         device=CPU,
         layout=layout,
         precision=Precision(precision),

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder on disk, read lazily and checked (`writing.py` writes one).
+"""A Hugging Face model folder on disk: read lazily and checked, or written whole.
 
 Reading takes `model.safetensors`, or the shards that `model.safetensors.index.json` names. Headers are read
 at once, bytes only when asked for, and counted. A truncated or damaged file, a missing shard, a folder with
@@ -8,23 +8,30 @@ pickled weights only: each is one `CheckpointError` that names the file. Nothing
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.files import replaced_folder
+from tide_megatron.models.hf.config import HfConfig, read_json, write_config
+from tide_megatron.models.hf.safetensors import (
+    DTYPES,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    Plan,
+    TensorFile,
+    write_tensors,
+)
 from tide_megatron.models.shard import Part, Shape
-from tide_megatron.models.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE
 
-CONFIG_FILE = "config.json"
-MAPPED_BYTES = 2**28
-"""Of a file that stay mapped, about: pages once read count as this process's memory until they are let go."""
+WEIGHTS = (".safetensors", ".distcp")
+"""Files whose digests are recorded; the others are text, which people may edit."""
 
 
 class HfFolder:
@@ -42,10 +49,10 @@ class HfFolder:
         self.shapes: dict[str, Shape] = {}
         """Shape of every tensor in the folder."""
         self._open = contextlib.ExitStack()
-        self._files: dict[str, _WeightFile] = {}
+        self._files: dict[str, TensorFile] = {}
         try:
             for path in _weight_files(folder):
-                file = _WeightFile(path)
+                file = TensorFile(path)
                 self._open.callback(file.close)
                 self.shapes.update(file.shapes)
                 self._files.update(dict.fromkeys(file.shapes, file))
@@ -85,52 +92,6 @@ class HfFolder:
         return DTYPES[word]
 
 
-class _WeightFile:
-    """One safetensors file: opened, and opened anew now and then, so that not all of it stays in memory."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the header."""
-        self._path, self._mapped = path, 0
-        self._file = self._opened()
-        try:
-            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
-        except SafetensorError as fault:
-            self.close()
-            raise _damaged(path, fault) from None
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.__exit__(None, None, None)
-
-    def dtype(self, name: str) -> str:
-        """Return the format's word for a tensor's dtype."""
-        word: str = self._file.get_slice(name).get_dtype()
-        return word
-
-    def read(self, name: str, part: Part | None) -> Tensor:
-        """Return a tensor, or a part of it, in memory of its own."""
-        try:
-            if self._mapped > MAPPED_BYTES:
-                self.close()
-                self._file, self._mapped = self._opened(), 0
-            if part is None:
-                tensor: Tensor = self._file.get_tensor(name)
-            else:
-                tensor = part.take(self._file.get_slice(name))
-        except (SafetensorError, OSError) as fault:
-            raise _damaged(self._path / name, fault) from None
-        # Columns lie in every page of their tensor.
-        touched = tensor.numel() if part is None or not part.axis else math.prod(self.shapes[name])
-        self._mapped += touched * tensor.element_size()
-        return tensor
-
-    def _opened(self) -> Any:
-        try:
-            return safe_open(self._path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as fault:
-            raise _damaged(self._path, fault) from None
-
-
 def check_weights(folder: Path) -> None:
     """Read the headers of a folder's weights.
 
@@ -141,16 +102,30 @@ def check_weights(folder: Path) -> None:
         pass
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed config.json of a folder.
+def stream_folder(
+    folder: Path,
+    config: HfConfig,
+    plan: Plan,
+    tensors: Iterable[tuple[str, Tensor]],
+    files: Iterable[Path] = (),
+) -> None:
+    """Write a model folder, its weights as they come.
+
+    Args:
+        folder: where it shall stand; an older folder of that name is replaced as a whole.
+        config: what config.json says.
+        plan: the weights by Hugging Face name.
+        tensors: (name, tensor), each of the plan's once, in any order, on any device.
+        files: further files to copy into it (tokenizer.json...).
 
     Raises:
-        CheckpointError: when it is missing or not a JSON object.
+        CheckpointError: when the disk refuses; nothing half-written stays.
     """
-    path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder; give a local folder with {CONFIG_FILE} in it")
-    return _read_json(path, "a Hugging Face model folder needs it")
+    with replaced_folder(folder, WEIGHTS) as partial:
+        write_config(partial, config)
+        write_tensors(partial, plan, tensors)
+        for file in files:
+            shutil.copyfile(file, partial / file.name)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -167,7 +142,7 @@ def _weight_files(folder: Path) -> list[Path]:
             "its pickled weights are not read, save it as safetensors" if pickled else "download it whole"
         )
         raise CheckpointError(f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; {remedy}")
-    index = _read_json(folder / INDEX_FILE, "it names the weight files")
+    index = read_json(folder / INDEX_FILE, "it names the weight files")
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(
@@ -180,19 +155,3 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(missing)}; download it whole"
         )
     return files
-
-
-def _read_json(path: Path, purpose: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; {purpose}") from None
-    except (OSError, ValueError) as fault:
-        raise CheckpointError(f"{path}: not readable as JSON ({fault}); {purpose}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {type(value).__name__}, not a JSON object; {purpose}")
-    return value
-
-
-def _damaged(path: Path, fault: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: damaged or truncated ({fault}); copy or download it again")

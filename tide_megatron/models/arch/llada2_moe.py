@@ -14,9 +14,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.models.architecture import Architecture, Experts
-from tide_megatron.models.names import Names
-from tide_megatron.models.reader import HfConfig, Reader
+from tide_megatron.models.architecture import Architecture, Experts, Names
+from tide_megatron.models.hf.config import ConfigReader, HfConfig
 
 _RATED_BY = 2  # experts by whose sum the reference rates a router group (spec section 6.2)
 
@@ -37,7 +36,7 @@ class Llada2Moe(Architecture):
     @classmethod
     def from_hf(cls, config: HfConfig) -> Llada2Moe:
         """Read a parsed config.json; see `Architecture.from_hf`."""
-        read = Reader(config)
+        read = ConfigReader(config)
         read.only("use_bias", False, why="biased projections")
         read.only("use_qkv_bias", False, why="biased projections")
         read.only("norm_head", False, why="a normalised head")
@@ -71,7 +70,7 @@ class Llada2Moe(Architecture):
         }
 
 
-def _read_experts(read: Reader, layers: int) -> Experts:
+def _read_experts(read: ConfigReader, layers: int) -> Experts:
     """Read the mixture's numbers and refuse routers that would not choose as the reference does."""
     number, per_token = read.size("num_experts"), read.size("num_experts_per_tok")
     groups = read.size("n_group", 1)

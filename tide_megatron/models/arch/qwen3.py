@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.reader import HfConfig, Reader
+from tide_megatron.models.hf.config import ConfigReader, HfConfig
 
 _QWEN3_HEAD_DIM = 128  # what transformers takes when config.json has no head_dim
 
@@ -27,7 +27,7 @@ class Qwen3(Architecture):
     @classmethod
     def from_hf(cls, config: HfConfig) -> Qwen3:
         """Read a parsed config.json; see `Architecture.from_hf`."""
-        read = Reader(config)
+        read = ConfigReader(config)
         is_wedlm = read.get("model_type", str) == "wedlm"
         bias = read.get("attention_bias", bool, is_wedlm)
         if bias and not is_wedlm:
@@ -44,7 +44,7 @@ class Qwen3(Architecture):
 
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json of this model."""
-        facts = {**self.source, **self.common_hf(), "attention_bias": self.qkv_bias}
+        config = {**self.source, **self.common_hf(), "attention_bias": self.qkv_bias}
         if self.model_type == "wedlm" or not self.qk_norm:
-            facts["qk_norm"] = self.qk_norm
-        return facts
+            config["qk_norm"] = self.qk_norm
+        return config

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.reader import HfConfig, Reader
+from tide_megatron.models.hf.config import ConfigReader, HfConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Dream(Architecture):
     @classmethod
     def from_hf(cls, config: HfConfig) -> Dream:
         """Read a parsed config.json; see `Architecture.from_hf`."""
-        common = Reader(config).common()
+        common = ConfigReader(config).common()
         return cls(**common, rotary_dim=common["head_dim"], qk_norm=False, qkv_bias=True, is_shifted=True)
 
     def to_hf(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tide_megatron.models.lookup import add_by_id, look_up
+from tide_megatron.models.embedding import add_by_id, look_up
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,7 +71,7 @@ def test_the_form_for_cuda_adds_what_index_add_does_and_waits_for_nothing(name):
 def test_other_devices_than_the_cpu_take_it(monkeypatch):
     """Looked at through tensors that say they are elsewhere."""
     taken = []
-    monkeypatch.setattr("tide_megatron.models.lookup.add_by_id", lambda *given: taken.append(given))
+    monkeypatch.setattr("tide_megatron.models.embedding.add_by_id", lambda *given: taken.append(given))
     table = torch.nn.Parameter(torch.empty(11, 4, device="meta"))
     table.main_grad = torch.empty(11, 4, device="meta")
     rows = look_up(table, torch.empty(2, 7, dtype=torch.int64, device="meta"))

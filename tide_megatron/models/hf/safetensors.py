@@ -1,4 +1,4 @@
-"""Weights on disk as safetensors, written tensor by tensor: nothing but the tensor at hand is in memory.
+"""Files of safetensors: read lazily, by rows or columns; written tensor by tensor, only that one in memory.
 
 A file's header holds the place of every tensor, so names, shapes and dtypes are planned first; then each
 tensor is written where it belongs, in whatever order they come. Within a file wide dtypes stand first, which
@@ -15,16 +15,22 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tide_megatron.models.shard import Shape
+from tide_megatron.base.errors import CheckpointError
+from tide_megatron.models.shard import Part, Shape
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """Largest file, unless one tensor alone is larger."""
+
+MAPPED_BYTES = 2**28
+"""Of a file that stay mapped, about: pages once read count as this process's memory until they are let go."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -44,8 +50,54 @@ DTYPES: dict[str, torch.dtype] = {
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
+class TensorFile:
+    """One safetensors file: opened, and opened anew now and then, so that not all of it stays in memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header."""
+        self._path, self._mapped = path, 0
+        self._file = self._opened()
+        try:
+            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+        except SafetensorError as fault:
+            self.close()
+            raise _damaged(path, fault) from None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.__exit__(None, None, None)
+
+    def dtype(self, name: str) -> str:
+        """Return the format's word for a tensor's dtype."""
+        word: str = self._file.get_slice(name).get_dtype()
+        return word
+
+    def read(self, name: str, part: Part | None) -> Tensor:
+        """Return a tensor, or a part of it, in memory of its own."""
+        try:
+            if self._mapped > MAPPED_BYTES:
+                self.close()
+                self._file, self._mapped = self._opened(), 0
+            if part is None:
+                tensor: Tensor = self._file.get_tensor(name)
+            else:
+                tensor = part.take(self._file.get_slice(name))
+        except (SafetensorError, OSError) as fault:
+            raise _damaged(self._path / name, fault) from None
+        # Columns lie in every page of their tensor.
+        touched = tensor.numel() if part is None or not part.axis else math.prod(self.shapes[name])
+        self._mapped += touched * tensor.element_size()
+        return tensor
+
+    def _opened(self) -> Any:
+        try:
+            return safe_open(self._path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as fault:
+            raise _damaged(self._path, fault) from None
+
+
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class TensorSpec:
     """A tensor that will be written."""
 
     shape: Shape
@@ -57,7 +109,7 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Plan = Mapping[str, Planned]
+Plan = Mapping[str, TensorSpec]
 """Name -> what will be written under it."""
 
 
@@ -66,8 +118,8 @@ def planned_bytes(plan: Plan) -> int:
     return sum(tensor.num_bytes for tensor in plan.values())
 
 
-def split_plan(plan: Plan, shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str, Planned]]:
-    """Cut a plan into files: runs of tensors in the plan's order, each file as full as it may be.
+def split_plan(plan: Plan, shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str, TensorSpec]]:
+    """Cut a plan into files as transformers does: in the plan's order, each file as full as it may be.
 
     Args:
         plan: what will be written; at least one tensor.
@@ -77,20 +129,13 @@ def split_plan(plan: Plan, shard_bytes: int = SHARD_BYTES) -> dict[str, dict[str
         File name -> the plan of that file.
     """
     assert plan, "a model has weights"
-    runs: list[dict[str, Planned]] = [{}]
-    room = shard_bytes
-    for name, tensor in plan.items():
-        if runs[-1] and tensor.num_bytes > room:
-            runs.append({})
-            room = shard_bytes
-        runs[-1][name] = tensor
-        room -= tensor.num_bytes
-    if len(runs) == 1:
-        return {WEIGHTS_FILE: runs[0]}
-    stem = WEIGHTS_FILE.removesuffix(".safetensors")
-    return {
-        f"{stem}-{number:05d}-of-{len(runs):05d}.safetensors": run for number, run in enumerate(runs, start=1)
-    }
+    split = split_state_dict_into_shards_factory(
+        dict(plan),
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern=WEIGHTS_FILE.replace(".", "{suffix}."),
+        max_shard_size=shard_bytes,
+    )
+    return {file: {name: plan[name] for name in names} for file, names in split.filename_to_tensors.items()}
 
 
 def write_index(folder: Path, files: Mapping[str, Plan]) -> None:
@@ -156,7 +201,7 @@ class ShardWriter:
             OSError: the disk refuses.
         """
         wanted = self._left.pop(name)
-        found = Planned(tuple(tensor.shape), tensor.dtype)
+        found = TensorSpec(tuple(tensor.shape), tensor.dtype)
         assert found == wanted, f"{name} is {found}, planned was {wanted}"
         handle, place = self._places[name]
         handle.seek(place)
@@ -173,7 +218,7 @@ def write_tensors(
             writer.write(name, tensor)
 
 
-def _offsets(tensors: Mapping[str, Planned]) -> dict[str, tuple[int, int]]:
+def _offsets(tensors: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
     """Place a file's tensors behind each other, wide dtypes first; [begin, end) behind the header."""
     places, begin = {}, 0
     for name, tensor in sorted(tensors.items(), key=lambda entry: -entry[1].dtype.itemsize):
@@ -182,16 +227,20 @@ def _offsets(tensors: Mapping[str, Planned]) -> dict[str, tuple[int, int]]:
     return places
 
 
-def file_header(tensors: Mapping[str, Planned]) -> bytes:
+def file_header(tensors: Mapping[str, TensorSpec]) -> bytes:
     """Return what stands before the tensors: the length of the description, and the description."""
-    told: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for name, offsets in _offsets(tensors).items():
         planned = tensors[name]
-        told[name] = {
+        header[name] = {
             "dtype": _WORDS[planned.dtype],
             "shape": list(planned.shape),
             "data_offsets": list(offsets),
         }
-    text = json.dumps(told, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _damaged(path: Path, fault: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged or truncated ({fault}); copy or download it again")

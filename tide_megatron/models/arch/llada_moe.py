@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.models.architecture import Architecture, Experts
-from tide_megatron.models.names import Names
-from tide_megatron.models.reader import HfConfig, Reader
+from tide_megatron.models.architecture import Architecture, Experts, Names
+from tide_megatron.models.hf.config import ConfigReader, HfConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class LladaMoe(Architecture):
     @classmethod
     def from_hf(cls, config: HfConfig) -> LladaMoe:
         """Read a parsed config.json; see `Architecture.from_hf`."""
-        read = Reader(config, cls.keys)
+        read = ConfigReader(config, cls.keys)
         read.only("attention_bias", False, why="biased projections")
         read.only("clip_qkv", why="clipped queries, keys and values")
         read.only("partial_rotary_factor", 1, why="partly rotated heads")
@@ -64,7 +63,7 @@ class LladaMoe(Architecture):
         }
 
 
-def _read_experts(read: Reader, config: HfConfig, layers: int) -> Experts:
+def _read_experts(read: ConfigReader, config: HfConfig, layers: int) -> Experts:
     """Read the mixture's numbers."""
     number, per_token = read.size("num_experts"), read.size("num_experts_per_tok")
     if per_token > number:

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tide_megatron.models.folder import HfFolder
-from tide_megatron.models.shards import DTYPES, Planned, ShardWriter, split_plan, write_tensors
+from tide_megatron.models.hf.folder import HfFolder
+from tide_megatron.models.hf.safetensors import DTYPES, ShardWriter, TensorSpec, split_plan, write_tensors
 
 TENSORS = {
     "half": torch.arange(3, dtype=torch.bfloat16),
@@ -23,7 +23,7 @@ TENSORS = {
 
 
 def plan_of(tensors):
-    return {name: Planned(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -59,11 +59,11 @@ def test_every_dtype_survives(tmp_path, dtype):
     assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
 
 
-def test_files_are_filled_in_the_plans_order_and_named_by_an_index(tmp_path):
+def test_files_are_filled_as_transformers_does_and_named_by_an_index(tmp_path):
     sizes = {"a": 3, "b": 4, "c": 9, "d": 1, "e": 1}
     tensors = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
     files = split_plan(plan_of(tensors), 7)
-    assert [list(file) for file in files.values()] == [["a", "b"], ["c"], ["d", "e"]]
+    assert [list(file) for file in files.values()] == [["c"], ["a", "b"], ["d", "e"]]
     write_tensors(tmp_path, plan_of(tensors), tensors.items(), 7)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 18}
@@ -88,7 +88,7 @@ def test_what_is_missing_or_differs_from_the_plan_is_our_bug(tmp_path):
 
 
 def test_only_the_tensor_at_hand_is_in_memory(tmp_path):
-    plan = {f"{n}": Planned((1_000_000,), torch.uint8) for n in range(20)}
+    plan = {f"{n}": TensorSpec((1_000_000,), torch.uint8) for n in range(20)}
     tracemalloc.start()
     write_tensors(tmp_path, plan, ((name, torch.zeros(1_000_000, dtype=torch.uint8)) for name in plan))
     assert tracemalloc.get_traced_memory()[1] < 3_000_000

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.tiny_run import write_folder
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.models.folder import HfFolder, read_config
+from tide_megatron.models.hf.config import read_config
+from tide_megatron.models.hf.folder import HfFolder
 from tide_megatron.models.shard import Part
-from tide_megatron.models.writing import write_folder
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.zeros(4)}
 

@@ -13,24 +13,33 @@ All three have Qwen3's tensors under Qwen3's names. What readers do was read in 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
+from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.export import configuration_sdar
-from tide_megatron.models.qwen3 import Qwen3
+from tide_megatron.models.arch.qwen3 import Qwen3
+from tide_megatron.models.hf.folder import HfFolder
+from tide_megatron.models.hf.safetensors import Plan, TensorSpec
+from tide_megatron.models.params import hf_shapes
 
 HEAD = "lm_head.weight"
 SERVER_FILE = "sglang_dllm.yaml"
+STORED = "stored"
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, STORED: None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Flavour:
+class ExportFormat:
     """One form of an exported student."""
 
     name: str
-    """The word after `--flavour`, and the folder's name among several."""
+    """The word after `--format`, and the folder's name among several."""
     model_type: str
     architecture: str
     """What `architectures` names: the class that readers look for."""
@@ -45,9 +54,36 @@ class Flavour:
 
     def sources(self, architecture: Qwen3) -> dict[str, str]:
         """Return each tensor's name in the export -> its name in the student's folder."""
-        names = [name for piece in architecture.pieces() for name in piece.sources]
         written_out = {HEAD: architecture.embedding_name} if self.unties and architecture.tied else {}
-        return {name: name for name in names} | written_out
+        return {name: name for name in hf_shapes(architecture)} | written_out
+
+    def plan(self, architecture: Qwen3, source: HfFolder, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+        """Return what will be written, from the headers of the student's folder alone.
+
+        Args:
+            architecture: of the student.
+            source: its folder.
+            dtype: of all tensors; None: each keeps its own.
+        """
+        shapes = hf_shapes(architecture)
+        return {
+            name: TensorSpec(shapes[origin], dtype or source.dtype(origin))
+            for name, origin in self.sources(architecture).items()
+        }
+
+    def read(self, architecture: Qwen3, source: HfFolder, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of an export from the student's folder, in the plan's order and dtypes."""
+        origins = self.sources(architecture)
+        for name, spec in plan.items():
+            yield name, source.read(origins[name]).to(spec.dtype)
+
+    def is_exact(self, architecture: Qwen3, source: HfFolder, plan: Plan) -> bool:
+        """Say whether every tensor goes out without rounding."""
+        origins = self.sources(architecture)
+        return all(
+            torch.promote_types(spec.dtype, source.dtype(origins[name])) == spec.dtype
+            for name, spec in plan.items()
+        )
 
     def config(
         self, architecture: Qwen3, special: dict[str, int], block_size: int | None, dtype: str
@@ -60,7 +96,7 @@ class Flavour:
             block_size: tokens; only forms that serve blocks need it.
             dtype: of the weights, as torch names it.
         """
-        facts = {
+        config = {
             "architectures": [self.architecture],
             **architecture.common_hf(),
             "model_type": self.model_type,
@@ -75,14 +111,14 @@ class Flavour:
             "torch_dtype": dtype,
         }
         if self.unties:
-            facts["tie_word_embeddings"] = False
+            config["tie_word_embeddings"] = False
         if self.serves_blocks:
-            facts |= {
+            config |= {
                 "auto_map": {"AutoConfig": f"{configuration_sdar.__name__.rpartition('.')[2]}.SDARConfig"},
                 "block_size": block_size,
                 "mask_token_id": special["mask"],
             }
-        return facts
+        return config
 
     def write_files(self, folder: Path, block_size: int | None) -> None:
         """Write what servers need beside config and weights.
@@ -97,16 +133,16 @@ class Flavour:
             (folder / SERVER_FILE).write_text(yaml.safe_dump({"block_size": block_size}), encoding="utf-8")
 
 
-FLAVOURS: dict[str, Flavour] = {
-    flavour.name: flavour
-    for flavour in (
-        Flavour(
+FORMATS: dict[str, ExportFormat] = {
+    form.name: form
+    for form in (
+        ExportFormat(
             name="a2d-qwen3",
             model_type="a2d-qwen3",
             architecture="A2DQwen3LMHeadModel",
             readers="the dLLM and TIDE libraries",
         ),
-        Flavour(
+        ExportFormat(
             name="sdar",
             model_type="sdar",
             architecture="SDARForCausalLM",
@@ -115,7 +151,7 @@ FLAVOURS: dict[str, Flavour] = {
             unties=True,
             mask_id=151669,
         ),
-        Flavour(
+        ExportFormat(
             name="qwen3",
             model_type="qwen3",
             architecture="Qwen3ForCausalLM",
@@ -123,4 +159,15 @@ FLAVOURS: dict[str, Flavour] = {
         ),
     )
 }
-"""`tide export --flavour <key>` writes the value."""
+"""`tide export --format <key>` writes the value."""
+
+
+def chosen_dtype(word: str) -> torch.dtype | None:
+    """Return the dtype of an export; None: each tensor keeps its own.
+
+    Raises:
+        ConfigError: for another word than bf16, fp32 and stored.
+    """
+    if word not in _DTYPES:
+        raise ConfigError(f"--dtype: {word!r} is unknown; {nearest(word, _DTYPES)}")
+    return _DTYPES[word]

@@ -1,18 +1,57 @@
-"""Typed access to a parsed config.json, whose every complaint names the key, the value and the remedy."""
+"""config.json of a Hugging Face model folder: the file, and typed access to what it says."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import CheckpointError, ConfigError
 
+CONFIG_FILE = "config.json"
 HfConfig = Mapping[str, Any]
+Activation = Literal["silu", "gelu_pytorch_tanh"]
+"""Of a gated feed-forward block; the second is GELU in its tanh form."""
 Value = TypeVar("Value", int, float, bool, str)
 
 
-class Reader:
-    """Typed access to a parsed config.json; every complaint names the key, the value and the remedy."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the parsed config.json of a folder.
+
+    Raises:
+        CheckpointError: when it is missing or not a JSON object.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder; give a local folder with {CONFIG_FILE} in it")
+    return read_json(folder / CONFIG_FILE, "a Hugging Face model folder needs it")
+
+
+def write_config(folder: Path, config: HfConfig) -> None:
+    """Write config.json into a folder."""
+    text = json.dumps(dict(config), indent=2)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, purpose: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a model folder; `purpose` ends the error message.
+
+    Raises:
+        CheckpointError: when it is missing or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; {purpose}") from None
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(f"{path}: not readable as JSON ({fault}); {purpose}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__}, not a JSON object; {purpose}")
+    return value
+
+
+class ConfigReader:
+    """Typed access to a parsed config.json; every error names the key, the value and what to do."""
 
     def __init__(self, config: HfConfig, keys: Mapping[str, str] | None = None) -> None:
         """Read a config.
@@ -68,20 +107,22 @@ class Reader:
         """Return rope_theta, also from the `rope_parameters` of newer transformers."""
         parameters = self._config.get("rope_parameters")
         if isinstance(parameters, Mapping):
-            Reader(parameters).only("rope_type", "default", why="scaled rotary positions")
+            ConfigReader(parameters).only("rope_type", "default", why="scaled rotary positions")
             if "rope_theta" in parameters:
-                return Reader(parameters).get("rope_theta", float)
+                return ConfigReader(parameters).get("rope_theta", float)
         return self.get("rope_theta", float)
 
-    def common(self, head_dim: int | None = None) -> dict[str, Any]:
-        """Return the constructor arguments that every config.json holds under the same keys.
+    def common(self, head_dim: int | None = None, activation: Activation = "silu") -> dict[str, Any]:
+        """Return the constructor arguments of an `Architecture` that every config.json holds.
 
         Args:
             head_dim: what an absent `head_dim` means; None: hidden_size / num_attention_heads.
+            activation: the only one that this family's models have.
 
         Raises:
             ConfigError: for a missing or ill-typed key, and for the switches that no architecture implements.
         """
+        self.only("hidden_act", activation, why="another activation")
         self._refuse_what_is_missing()
         heads, hidden = self.size("num_attention_heads"), self.size("hidden_size")
         return {
@@ -98,12 +139,12 @@ class Reader:
             "epsilon": self.get("rms_norm_eps", float, 1e-6),
             "rotary_base": self._rotary_base(),
             "initializer_range": self.get("initializer_range", float, 0.02),
+            "activation": activation,
             "source": dict(self._config),
         }
 
     def _refuse_what_is_missing(self) -> None:
         """Refuse the switches that no architecture here implements."""
-        self.only("hidden_act", "silu", why="another activation")
         self.only("rope_scaling", why="scaled rotary positions")
         self.only("use_sliding_window", False, why="a sliding attention window")
         for part in ("attention", "embedding", "output", "hidden", "residual"):

@@ -2,7 +2,7 @@
 
 Its own code takes other values than ours for most absent keys, so those that decide the mathematics must be
 there. Left out, and refused by name: biases, other norms and activations, fewer key-value than query heads.
-The published LLaDA-MoE calls itself `llada` too; its config is told by its experts.
+The published LLaDA-MoE calls itself `llada` too; its config is the one with experts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.llada_moe import LladaMoe
-from tide_megatron.models.names import Names
-from tide_megatron.models.reader import HfConfig, Reader
+from tide_megatron.models.arch.llada_moe import LladaMoe
+from tide_megatron.models.architecture import Architecture, Names
+from tide_megatron.models.hf.config import ConfigReader, HfConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class Llada(Architecture):
         """Read a parsed config.json; see `Architecture.from_hf`."""
         if "num_experts" in config and "d_model" not in config:
             return LladaMoe.from_hf(config)
-        read = Reader(config, cls.keys)
+        read = ConfigReader(config, cls.keys)
         _refuse_other_models(read)
         width, heads = read.size("hidden_size"), read.size("num_attention_heads")
         if width % heads:
@@ -60,7 +59,7 @@ class Llada(Architecture):
         read.get("tie_word_embeddings", bool)  # absent means true there
         if config.get("mlp_hidden_size") is None:
             config = {**config, "mlp_hidden_size": read.size("mlp_ratio", 4) * width}
-        common = Reader(config, cls.keys).common(head_dim=width // heads)
+        common = ConfigReader(config, cls.keys).common(head_dim=width // heads)
         ids = common["vocabulary"]
         common["vocabulary"] = read.size("embedding_size", ids)
         if common["vocabulary"] < ids:
@@ -71,14 +70,14 @@ class Llada(Architecture):
 
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json of this model; where the table has more rows than ids, it says both."""
-        facts = {**self.source, **self.common_hf(), "embedding_size": self.vocabulary}
-        facts["vocab_size"] = self.source.get("vocab_size", self.vocabulary)
+        config = {**self.source, **self.common_hf(), "embedding_size": self.vocabulary}
+        config["vocab_size"] = self.source.get("vocab_size", self.vocabulary)
         if "head_dim" not in self.source:
-            del facts["head_dim"]
-        return facts
+            del config["head_dim"]
+        return config
 
 
-def _refuse_other_models(read: Reader) -> None:
+def _refuse_other_models(read: ConfigReader) -> None:
     """Refuse the switches of this family that would make another model."""
     read.must("block_type", "llama", why="blocks of other weights")
     read.must("layer_norm_type", "rms", why="another norm")
