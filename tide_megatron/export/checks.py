@@ -64,7 +64,7 @@ def checks_table(checks: Sequence[Check]) -> Table:
     table = Table("form", "verified", "", "found", box=None)
     for check in checks:
         outcome = "[green]ok[/]" if check.is_fine else "[yellow]note[/]"
-        table.add_row(check.flavour, check.what, outcome, escape(check.found))
+        table.add_row(check.form, check.what, outcome, escape(check.found))
     return table
 
 

@@ -6,9 +6,9 @@ applied elsewhere to picked rows (design section 2). On other stages than the la
 reads. Groups are explicit, so models of several layouts live in one process. Weights are uninitialised after
 `build_model`; `weights.load_model` or `weights.draw_weights` fills them.
 
-A frozen model never allocates megatron-core's output layer. It holds the rows of the head that it is asked to
-hold, on every rank of every stage: heads are cut by vocabulary over ranks of their own kind (design section
-3). Left out: a trainable model cut over tensor or pipeline ranks.
+A frozen model never allocates megatron-core's output layer. Every rank of every stage holds the slice of the
+head that `ModelOptions.head` names: a head is cut by vocabulary over a group of its own, whatever the layers'
+layout (design section 3). Left out: a trainable model cut over tensor or pipeline ranks.
 """
 
 from __future__ import annotations

@@ -41,9 +41,9 @@ class Part:
     ranges: tuple[Range, ...]
     """[start, stop) of each run."""
     zero_rows: int = 0
-    """Rows of zeros behind them, which no file has."""
+    """Rows of zeros behind them that only pad; no file has them."""
     number: int | None = None
-    """Which one is meant, of several tensors that are stored as one, stacked; None: it stands alone."""
+    """Index in the stack that the file stores; None: the tensor is stored alone."""
 
     def shape(self, whole: Shape) -> Shape:
         """Return the shape of the part of a tensor of shape `whole`, which is not a stack."""

@@ -48,7 +48,7 @@ class ModelOptions:
     attention: str = "auto"
     """`auto` or a key of `attention.KERNELS`."""
     head: tuple[int, int] | None = None
-    """Ids [start, stop) whose rows of the output head this rank holds, on whatever stage; None: all. Frozen
+    """Ids [start, stop) of the output head's rows that this rank holds, whatever its stage; None: all. Frozen
     models only: a trainable one keeps its head whole."""
     recompute: bool = False
     """Keep only each layer's input and run it again in the backward pass; trainable models only."""

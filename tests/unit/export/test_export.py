@@ -224,9 +224,9 @@ def test_folders_that_are_not_whole(student, tmp_path):
     assert "go on with it by tide train" in refused(run, out, error=CheckpointError)
     weights = load_file(student / "model.safetensors")
     save_file({**weights, "more": torch.ones(1)}, student / "model.safetensors")
-    assert "1 tensors are missing, unknown" in refused(student, out, error=CheckpointError)
+    assert "1 unknown: more" in refused(student, out, error=CheckpointError)
     save_file(dict(list(weights.items())[1:]), student / "model.safetensors")
-    assert "1 tensors are missing" in refused(student, out, error=CheckpointError)
+    assert "1 missing: model." in refused(student, out, error=CheckpointError)
     (student / "tokenizer.json").unlink()
     assert f"copy it into {student}" in refused(student, out, error=DataError)
 

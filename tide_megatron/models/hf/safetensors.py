@@ -30,7 +30,7 @@ SHARD_BYTES = 5_000_000_000
 """Largest file, unless one tensor alone is larger."""
 
 MAPPED_BYTES = 2**28
-"""Of a file that stay mapped, about: pages once read count as this process's memory until they are let go."""
+"""About so much of a file stays mapped: pages count as this process's memory until they are let go."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
