@@ -18,8 +18,8 @@ import tide_megatron.platform  # noqa: F401 - before megatron
 import torch
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
-from torch.distributed.checkpoint import Metadata, SavePlan
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tide_megatron.base.device import Device
