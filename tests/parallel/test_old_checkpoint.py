@@ -34,7 +34,7 @@ from tide_megatron.train.student import Student
 [OLD] = listed(Path(__file__).parent / "old_checkpoint")
 CONFIG = {
     "model_type": "a2d-qwen3",
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "hidden_size": 8,
     "intermediate_size": 12,
     "num_attention_heads": 2,

@@ -24,7 +24,8 @@ from typing import Any
 
 import tide_megatron.platform  # noqa: F401 - before megatron
 
-from torch.distributed.checkpoint import Metadata, SavePlan
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tide_megatron.base.clock import Clock
@@ -81,8 +82,8 @@ class Saver:
         self._optimizer, self._run, self._options = optimizer, run, options
         self._state = ShardedState(model, optimizer)
         self._staging = Staging()
-        self._plan: SavePlan | None = None
-        self._table: Metadata | None = None
+        self._plan: tuple[SavePlan, Metadata] | None = None
+        """What this rank writes, and the table of contents without places; the same at every save."""
         # One thread for all saves: to start another, training would wait for the interpreter.
         self._background = ThreadPoolExecutor(1, "checkpoint") if options.asynchronous else None
         self._save: Save | None = None
@@ -107,7 +108,7 @@ class Saver:
         self.wait()
         started = time.monotonic()
         if self._plan is None:
-            self._plan_together()
+            self._plan = self._plan_together()
         shards, partial = self._state.shards, self.folder / f"{name_of(clock)}{PARTIAL}"
         common = self._state.common()
         with fail_together(), saying_which_disk(partial):
@@ -122,8 +123,7 @@ class Saver:
             partial,
             CheckpointMetadata.now(self._run, clock, steps, metrics, ranks),
             ShardPlanner(shards, self._state.objects),
-            self._plan,
-            self._table,
+            *self._plan,
         )
         if self._background:
             save.start(save.write, self._background)
@@ -157,12 +157,12 @@ class Saver:
             save.times.wait += time.monotonic() - started
             self._advance(save)
 
-    def _plan_together(self) -> None:
+    def _plan_together(self) -> tuple[SavePlan, Metadata]:
         """Agree on who writes what, into which file, and what the table of contents will say of it."""
         self._state.describe()
         planner, (rank, _) = ShardPlanner(self._state.shards, self._state.objects), own_share()
-        plans, self._table = planner.create_global_plan(gather_objects(planner.create_local_plan()))
-        self._plan = DigestingWriter(self.folder).prepare_global_plan(plans)[rank]
+        plans, table = planner.create_global_plan(gather_objects(planner.create_local_plan()))
+        return DigestingWriter(self.folder).prepare_global_plan(plans)[rank], table
 
     def _advance(self, save: Save) -> None:
         """Begin the next part of a save that no rank is busy with, or be done with it."""
@@ -197,7 +197,7 @@ class Save:
         metadata: CheckpointMetadata,
         planner: ShardPlanner,
         plan: SavePlan,
-        table: Metadata | None,
+        table: Metadata,
     ) -> None:
         """Take what is to be written.
 
@@ -264,7 +264,6 @@ class Save:
     def complete(self, options: Checkpoints) -> None:
         """Give the checkpoint its name, and take away those that are not to stay (rank 0)."""
         started = time.monotonic()
-        assert self._table is not None, "the ranks have planned together"
         self._writer.finish(self._table, self._results)
         self._metadata.write(self.partial)
         write_digests(self.partial, self._digests)

@@ -20,8 +20,7 @@ import tide_megatron.platform  # noqa: F401 - before megatron
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
 from tide_megatron import __version__
 from tide_megatron.base.files import DigestingFile, Digests

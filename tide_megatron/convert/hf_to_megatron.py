@@ -18,8 +18,8 @@ import tide_megatron.platform  # noqa: F401 - before megatron
 import torch
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch import Tensor
-from torch.distributed.checkpoint import Metadata, SavePlan
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tide_megatron.base.device import Device
@@ -28,7 +28,7 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.inspect import read_table
 from tide_megatron.checkpoint.planner import LocalShard, ShardPlanner
 from tide_megatron.checkpoint.writer import DigestingWriter, write_common
-from tide_megatron.convert.common import (
+from tide_megatron.convert.conversion import (
     HF,
     RELEASE,
     TRACKER,
@@ -57,7 +57,7 @@ def hf_to_megatron(
 
     Args:
         source: a Hugging Face folder of safetensors.
-        target: where the Megatron folder shall stand (`common`).
+        target: where the Megatron folder shall stand (`conversion`).
         dtype: of parameters; None keeps each as stored. A router bias stays as stored.
         force: replace what stands at the target.
         device: where to work; CPU does.

@@ -21,7 +21,7 @@ from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import refuse_damaged
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.inspect import StoredTensors
-from tide_megatron.convert.common import (
+from tide_megatron.convert.conversion import (
     ConvertedFile,
     ShardedEntry,
     convert_files,
@@ -63,7 +63,7 @@ def megatron_to_hf(
     """Convert; a rank function for `launch.run_ranks`. All ranks call it together.
 
     Args:
-        source: a Megatron checkpoint (`common.find_files`), whatever layout wrote it.
+        source: a Megatron checkpoint (`conversion.find_files`), whatever layout wrote it.
         target: where the Hugging Face folder shall stand.
         config: a Hugging Face folder of the same model; None: the one inside the checkpoint.
         written: how.
