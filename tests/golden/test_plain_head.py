@@ -11,10 +11,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from goldens.steps import TableModel
 
 from bench.plain_head import ChunkLikelihoods, Microbatch, Model, MovingTarget, plain_head_loss
 from goldens.row import LOSS_TOLERANCE, Golden, error_of
+from goldens.steps import TableModel
 from tide_megatron.diffusion.batch import IGNORED
 
 STEP_TAGS = [f"taid_{views}_{order}" for views in ("std", "demo") for order in ("xt_x0", "x0_xt")]
