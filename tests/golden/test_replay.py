@@ -14,8 +14,7 @@ import pytest
 from goldens.batches import LAST_CHUNK
 from goldens.chunks import REPLACED
 from goldens.row import Golden
-from goldens.search import FIRST
-from goldens.texts import LAST_PAIR
+from goldens.texts import FIRST, LAST_PAIR
 from replay_goldens import DATA, REPLAYS, main, replay
 
 STEP_OUTPUTS = ".*_(loss|log_.*|student_grad|student_input_ids|teacher._input_ids)|.*_mask.*_(xt|x0)"

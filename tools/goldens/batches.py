@@ -1,8 +1,9 @@
 """Replays of collated batches: collate_cross.npz and collate_shared.npz, over the chats of map_*.json.
 
 Student tensors must be equal. Each sample's teacher tokens, chunks or pairs are compared with what our data
-holds; a difference is excused only where the reference's rule, carried out from its own search, gives what
-was recorded. Block sizes are read off the batch: any common divisor of the filled lengths fills alike.
+holds; a difference is excused only where the reference's rule, carried out on what map_*.json holds, gives
+what was recorded, and a sound one gives ours. Block sizes are read off the batch: any common divisor of the
+filled lengths fills alike.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from pathlib import Path
 import torch
 
 from goldens.chats import SIDE, Chat, read_cross, read_shared
-from goldens.chunks import REPLACED, Chunks, Kinds, Matrices, blanked, even_spaces, replaced, same_bytes
-from goldens.row import Excuse, Golden, Row, judge
-from goldens.search import Found
-from goldens.texts import LAST_PAIR
+from goldens.chunks import REPLACED, Chunks, Kinds, Matrices
+from goldens.row import Golden, Row, judge
+from goldens.texts import FIRST, LAST_PAIR, pairs_are_earlier
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
 from tide_megatron.text.chat import labels_of
@@ -33,24 +33,18 @@ def replay_collate_cross(path: Path) -> list[Row]:
     chats = _kept(read_cross(path.parent / "map_cross.json"))
     for prefix in _prefixes(golden, "([^_]+_){2}(dyn|fixed)"):
         teacher_kind, student_kind, padding = prefix.split("_")
-        real = _compare_students(golden, prefix, chats, is_fixed=padding == "fixed")
-        matrices = Matrices.read(golden, f"{prefix}_alignment_matrix")
-        fields = [
-            golden.read(f"{prefix}_teacher_{name}") for name in ("input_ids", "labels", "attention_mask")
-        ]
-        kinds = (teacher_kind, student_kind)
-        found = [searched_chunks(chat, kinds, own) for chat, own in zip(chats, real, strict=True)]
-        ends = [
-            one.places[-1][1] if one.places else len(chat.teacher.ids)
-            for one, chat in zip(found, chats, strict=True)
-        ]
+        _compare_students(golden, prefix, chats, is_fixed=padding == "fixed")
+        kinds, matrices = (teacher_kind, student_kind), Matrices.read(golden, f"{prefix}_alignment_matrix")
+        names = ("input_ids", "labels", "attention_mask")
+        fields = [golden.read(f"{prefix}_teacher_{name}") for name in names]
+        found = [chat.chunks_within(chat.told["ranges"], kinds) for chat in chats]
+        ends = [one[-1][1] if one else len(chat.teacher.ids) for one, chat in zip(found, chats, strict=True)]
         width = fields[0].shape[1]  # the longest sample is this long; nobody else can have been cut
         limit = width if max(ends) > width else None
         for number, chat in enumerate(chats):
             label, places = f"{prefix}, sample {number}", matrices.places(number)
-            recorded = [field[number].tolist() for field in fields]
-            rows.append(_judge_chunks((path.name, f"{label}: chunks"), chat, places, found[number], limit))
-            end = min(ends[number], width)
+            rows.append(_judge_chunks((path.name, f"{label}: chunks"), chat, kinds, places, limit))
+            recorded, end = [field[number].tolist() for field in fields], min(ends[number], width)
             rows.append(_judge_teacher((path.name, f"{label}: teacher"), chat, recorded, end, limit))
         columns = max(len(matrices.places(number)) for number in range(len(chats)))
         same = int(fields[2].sum(dim=1).max()) == width
@@ -59,46 +53,23 @@ def replay_collate_cross(path: Path) -> list[Row]:
     return [*golden.rows(), *rows]
 
 
-def searched_chunks(chat: Chat, kinds: Kinds, real: int) -> Found:
-    """Align the reference's ranges as it does, before its limit on teacher tokens.
-
-    Args:
-        chat: the sample.
-        kinds: template tables of teacher and student.
-        real: student tokens, end tokens of the last block included.
-    """
-    ranges = chat.searched_ranges()
-    theirs, mine = chat.teacher.pieces, chat.student.pieces[: chat.max_length]
-    places, faults = [], list(ranges.faults)
-    for t0, t1, s0, s1 in ranges.places:
-        if s0 >= real:
-            continue
-        both = even_spaces(theirs[t0:t1], mine[s0 : min(s1, real)])
-        found = same_bytes(replaced(*both, kinds), *blanked(both, kinds))
-        if found != same_bytes(replaced(*both), *both):
-            faults.append(REPLACED)
-        places += [[t0 + a, t0 + b, s0 + c, s0 + d] for a, b, c, d in found]
-    return Found(places=places, faults=faults)
-
-
 def _judge_chunks(
-    name: tuple[str, str], chat: Chat, recorded: Chunks, found: Found, limit: int | None
+    name: tuple[str, str], chat: Chat, kinds: Kinds, recorded: Chunks, limit: int | None
 ) -> Row:
     """Compare the chunks of one sample: all of them, and those that are learnt."""
     flat, prompt = _row(chat, limit)[f"{SIDE}.chunks"], chat.student.encoded.prompt_tokens
     stored = [[*flat[at + 2 : at + 4], *flat[at : at + 2]] for at in range(0, len(flat), 4)]
-    theirs = found.places if limit is None else [_clipped(place, limit) for place in found.places]
-    faults = [*found.faults, *([] if theirs == found.places else [CUT])]
 
     def with_learnt(places: Chunks) -> tuple[Chunks, Chunks]:
         return places, [place for place in places if place[2] >= prompt]
 
-    excuse = Excuse(
-        bug=Found(places=[], faults=faults).bug,
-        spoilt=with_learnt(theirs),
-        sound=with_learnt(chat.sound_chunks(limit)),
-    )
-    return judge(*name, with_learnt(recorded), (chat.chunks(limit), stored), excuse)
+    ours, ranges = (chat.chunks(limit), stored), chat.told["ranges"]
+    found = chat.chunks_within(ranges, kinds)
+    cut = found if limit is None else [_clipped(place, limit) for place in found]
+    bugs = {FIRST: ranges != chat.ranges(), REPLACED: found != chat.chunks_within(ranges), CUT: cut != found}
+    is_explained = recorded == cut and ours == with_learnt(chat.sound_chunks(limit))
+    bug = "; ".join(bug for bug, is_at_work in bugs.items() if is_at_work and is_explained)
+    return judge(*name, with_learnt(recorded), ours, bug)
 
 
 def _clipped(place: list[int], limit: int) -> list[int]:
@@ -121,9 +92,10 @@ def _judge_teacher(
     def cut(end: int) -> list[list[int]]:
         return padded(whole.ids[:end], [min(place, end) for place in whole.replies])
 
+    ours = padded(stored[f"{SIDE}.ids"], stored[f"{SIDE}.replies"])
     bug = LAST_CHUNK if end < len(stored[f"{SIDE}.ids"]) else CUT
-    excuse = Excuse(bug=bug, spoilt=cut(end), sound=cut(chat.sound_end(limit)))
-    return judge(*name, recorded, padded(stored[f"{SIDE}.ids"], stored[f"{SIDE}.replies"]), excuse)
+    is_explained = recorded == cut(end) and ours == cut(chat.sound_end(limit))
+    return judge(*name, recorded, ours, bug if is_explained else "")
 
 
 def replay_collate_shared(path: Path) -> list[Row]:
@@ -133,39 +105,43 @@ def replay_collate_shared(path: Path) -> list[Row]:
     for prefix in _prefixes(golden, r"tml\d+"):
         limit = int(prefix.removeprefix("tml"))
         _compare_students(golden, prefix, chats, is_fixed=True)
-        ids, mask = (
-            golden.read(f"{prefix}_teacher_input_ids"),
-            golden.read(f"{prefix}_teacher_attention_mask"),
+        ids, mask, count, *align = (
+            golden.read(f"{prefix}_{name}")
+            for name in (
+                "teacher_input_ids",
+                "teacher_attention_mask",
+                "n_aligned",
+                "align_teacher",
+                "align_student",
+            )
         )
-        count = golden.read(f"{prefix}_n_aligned")
-        slots = torch.stack([golden.read(f"{prefix}_align_{side}") for side in ("teacher", "student")], dim=2)
-        used, filled = torch.arange(slots.shape[1]) < count[:, None], mask.sum(dim=1)
+        slots, filled = torch.stack(align, dim=2), mask.sum(dim=1)
+        used = torch.arange(slots.shape[1]) < count[:, None]
         same = int(filled.max()) == ids.shape[1] and slots.shape[1] == max(1, int(count.max()))
         golden.add(f"{prefix}, padding", "replayed" if same and not slots[~used].any() else "failed")
         block = math.gcd(*filled.tolist())
         for number, chat in enumerate(chats):
-            found, label = chat.searched_pairs(), f"{prefix}, sample {number}"
-            pairs = [pair for pair in found.places if pair[0] < limit]
-            ours, sound = (
-                chat.pairs(chunks)
-                for chunks in (chat.chunks(limit, chat.replies), chat.sound_chunks(limit, chat.replies))
-            )
-            excuse = Excuse(bug=found.bug, spoilt=pairs, sound=sound)
-            recorded = slots[number, used[number]].tolist()
-            rows.append(judge(path.name, f"{label}: pairs", recorded, ours, excuse))
-            whole, stored = chat.teacher.ids, _row(chat, limit)[f"{SIDE}.ids"]
-            end = min(max((t + 1 for t, _ in found.places), default=len(whole)), limit)
-            mine, spoilt, sound = (
-                _filled(chat, own, block, ids.shape[1])
-                for own in (stored, whole[:end], whole[: chat.sound_end(limit)])
-            )
-            bug = LAST_PAIR if end < len(stored) else CUT_PAIR
-            told, excuse = (
-                [ids[number].tolist(), mask[number].tolist()],
-                Excuse(bug=bug, spoilt=spoilt, sound=sound),
-            )
-            rows.append(judge(path.name, f"{label}: teacher", told, mine, excuse))
+            label, pairs = f"{prefix}, sample {number}", slots[number, used[number]].tolist()
+            rows.append(_judge_pairs((path.name, f"{label}: pairs"), chat, pairs, limit))
+            stored, told = _row(chat, limit)[f"{SIDE}.ids"], chat.told["teacher_input_ids"][:limit]
+            sound = chat.teacher.ids[: chat.sound_end(limit)]
+            ours, spoilt = (_filled(chat, own, block, ids.shape[1]) for own in (stored, told))
+            recorded = [ids[number].tolist(), mask[number].tolist()]
+            bug = LAST_PAIR if len(told) < len(stored) else CUT_PAIR
+            is_explained = recorded == spoilt and stored == sound
+            rows.append(judge(path.name, f"{label}: teacher", recorded, ours, bug if is_explained else ""))
     return [*golden.rows(), *rows]
+
+
+def _judge_pairs(name: tuple[str, str], chat: Chat, recorded: list[list[int]], limit: int) -> Row:
+    """Compare the pairs of one sample, which are those of its row in map_shared.json within the limit."""
+    told = [list(pair) for pair in zip(chat.told["align_teacher"], chat.told["align_student"], strict=True)]
+    whole, ours = (chat.pairs(chat.chunks(end, chat.replies)) for end in (None, limit))
+    is_explained = recorded == [pair for pair in told if pair[0] < limit] and pairs_are_earlier(
+        chat, told, whole
+    )
+    is_sound = ours == [pair for pair in whole if pair[0] < limit]
+    return judge(*name, recorded, ours, FIRST if is_explained and is_sound else "")
 
 
 def _filled(chat: Chat, ids: Sequence[int], block: int, width: int) -> list[list[int]]:
@@ -176,8 +152,8 @@ def _filled(chat: Chat, ids: Sequence[int], block: int, width: int) -> list[list
     return [pad_to_length(blocks, labels, length, tokenizer.pad_id)[0], _mask(len(blocks), length)]
 
 
-def _compare_students(golden: Golden, prefix: str, chats: list[Chat], *, is_fixed: bool) -> list[int]:
-    """Compare the student's tensors; return each sample's attended tokens as recorded."""
+def _compare_students(golden: Golden, prefix: str, chats: list[Chat], *, is_fixed: bool) -> None:
+    """Compare the student's tensors."""
     is_labelled = golden.read(f"{prefix}_labels") != IGNORED
     filled_to = (is_labelled * torch.arange(1, is_labelled.shape[1] + 1)).amax(dim=1)
     block, tokenizer = math.gcd(*filled_to.tolist()), chats[0].student.tokenizer
@@ -193,7 +169,6 @@ def _compare_students(golden: Golden, prefix: str, chats: list[Chat], *, is_fixe
     fields = zip(("input_ids", "labels", "attention_mask"), zip(*padded, strict=True), strict=True)
     ours = {f"{prefix}_{name}": torch.tensor(values) for name, values in fields}
     golden.compare(f"{prefix}, student", ours, tolerance=0.0)
-    return [int(length) for length in golden.read(f"{prefix}_attention_mask").sum(dim=1)]
 
 
 def _prefixes(golden: Golden, pattern: str) -> list[str]:

@@ -1,22 +1,20 @@
-"""The recorded chats in two tokenizers: what our data engine makes of them, and what the reference does.
+"""The recorded chats in two tokenizers: what our data engine makes of them, and the chunks of given ranges.
 
-Ours comes from `data.sample` and `text.align`, the reference's from its search, with the faults that led it
-astray. A third, sound reckoning shares no code with the engine: a difference is a named fault's only if both
-sides of it are as they should be.
+Ours comes from `data.sample` and `text.align`. `Chat.chunks_within` shares no code with them: it cuts ranges
+by the byte rule or as tokenkit does, as the reference's collator cuts those of map_cross.json.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from goldens.chunks import Chunks, replaced, same_bytes
-from goldens.search import UNEQUAL, Found, Span, Spelled
+from goldens.chunks import Chunks, Kinds, blanked, even_spaces, replaced, same_bytes
 from tide_megatron.data.record import ChatRecord
 from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
 from tide_megatron.text.align import align_chats
@@ -25,8 +23,8 @@ from tide_megatron.text.tokenizer import Tokenizer
 
 SIDE = "golden"
 """What the teacher's side of our data is called here."""
-MARK = "\ue0ff"
-"""A text that no message holds."""
+
+Span = tuple[int, int]
 
 
 def golden_tokenizer(folder: Path, side: str, template: str | None = None) -> Tokenizer:
@@ -63,59 +61,30 @@ class Conversation:
         """The bytes of each of them."""
         return [self.tokenizer.token_bytes(token) for token in self.ids]
 
-    @functools.cached_property
-    def spelled(self) -> Spelled:
-        """Its rendered text."""
-        return Spelled.of(self.pieces)
-
-    @functools.cached_property
-    def _places(self) -> list[tuple[Span, int]]:
-        """Place of each content in bytes, and how much of its front is not shown.
-
-        A content is the stretch of text that changes with it: our data engine has no part in this.
-        """
-        assert self.tokenizer.chat is not None, "golden tokenizers have one"
-        text, found = self.spelled.text, []
-        for number, message in enumerate(self.messages):
-            content, other = message["content"], [*self.messages]
-            other[number] = {**message, "content": MARK}
-            changed = self.tokenizer.chat.render(other, add_generation_prompt=False)
-            start, end = _shared(text, changed), len(text) - _shared(text[::-1], changed[::-1])
-            skipped = len(content[: content.index(text[start:end])].encode())
-            found.append(((self.spelled.byte(start), self.spelled.byte(end)), skipped))
-        return found
-
     def range_of(self, message: int) -> Span:
         """Return the tokens wholly inside a content, by the place that our data engine knows."""
         content = self.encoded.contents[message]
-        return Spelled(self.spelled.text, self.encoded.ends).inside(content.start, content.end)
+        return inside(self.encoded.ends, content.start, content.end)
 
-    def sound_range(self, message: int) -> Span:
-        """Return the same without our data engine."""
-        return self.spelled.inside(*self._places[message][0])
-
-    def sound_pieces(self, message: int) -> list[bytes]:
-        """Return the bytes of those tokens behind a first piece: what of the content stands before them."""
-        ((start, _), skipped), (first, last) = self._places[message], self.sound_range(message)
-        before = (self.spelled.ends[first - 1] if first else 0) - start + skipped
-        return [b" " * before, *self.pieces[first:last]]
-
-    def searched(self, message: int) -> Span | None:
-        """Return where the reference sees a content."""
-        return self.spelled.searched(self.messages[message]["content"])
-
-    def fault(self, message: int, behind: int = 0) -> str:
-        """Name what leads the reference's search for one message astray; empty: nothing does."""
-        return self.spelled.fault(self.messages[message]["content"], self._places[message][0], behind)
-
-    def text_of(self, span: Span) -> str:
+    def text_of(self, span: Sequence[int]) -> str:
         """Decode a range as the reference does when it compares both sides."""
         return self.tokenizer.decode(self.ids[slice(*span)], keep_special=True).strip()
 
+    def stands_earlier(self, message: int, recorded: Span | None = None) -> bool:
+        """Say whether an equal text stands before a content; if a range is given, in just its tokens."""
+        ours, content = self.range_of(message), self.messages[message]["content"].strip()
+        first, last = recorded or (0, ours[0])
+        shown = [
+            content in self.text_of(span) for span in ((first, last), (first + 1, last), (first, last - 1))
+        ]
+        is_found = shown == [True, False, False] if recorded else shown[0]
+        return is_found and first < ours[0] and self.text_of(ours) == content
 
-def _shared(one: str, other: str) -> int:
-    """Count the characters at the front that two texts share."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+def inside(ends: Sequence[int], start: int, end: int) -> Span:
+    """Return the tokens wholly inside a range of bytes, (0, 0): none; `ends`: byte behind each token."""
+    first, last = bisect.bisect_left([0, *ends[:-1]], start), bisect.bisect_right(ends, end)
+    return (first, last) if first < last else (0, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,17 +127,20 @@ class Chat:
         places = [[c.teacher_start, c.teacher_end, c.student_start, c.student_end] for c in found]
         return [place for place in places if limit is None or place[1] <= limit]
 
+    def chunks_within(self, ranges: Sequence[Sequence[int]], kinds: Kinds | None = None) -> Chunks:
+        """Cut ranges [t0, t1, s0, s1] into chunks inside the student's window; `kinds`: as tokenkit does."""
+        theirs, mine, places = self.teacher.pieces, self.student.pieces[: self.max_length], []
+        for t, after, s, behind in ranges:
+            both = even_spaces(theirs[t:after], mine[s:behind])
+            found = same_bytes(replaced(*both, kinds), *blanked(both, kinds))
+            places += [[t + a, t + b, s + c, s + d] for a, b, c, d in found]
+        return places
+
     def sound_chunks(self, limit: int | None = None, messages: Sequence[int] | None = None) -> Chunks:
-        """Return the same without our data engine."""
-        places = []
-        for message in self.messages if messages is None else messages:
-            # What comes before the first whole token is a token here, and its chunk is none.
-            theirs, mine = self.teacher.sound_pieces(message), self.student.sound_pieces(message)
-            found = [chunk for chunk in replaced(theirs, mine) if chunk[0] and chunk[2]]
-            t, s = (side.sound_range(message)[0] - 1 for side in (self.teacher, self.student))
-            places += [[t + a, t + b, s + c, s + d] for a, b, c, d in same_bytes(found, theirs, mine)]
-        limit = len(self.teacher.ids) if limit is None else limit
-        return [place for place in places if place[3] <= self.max_length and place[1] <= limit]
+        """Return our chunks by the byte rule alone."""
+        ranges, limit = self.ranges(), len(self.teacher.ids) if limit is None else limit
+        found = self.chunks_within([ranges[m] for m in (self.messages if messages is None else messages)])
+        return [place for place in found if place[1] <= limit]
 
     def pairs(self, chunks: Chunks) -> list[list[int]]:
         """Return the pairs [t, s]: chunks of one equal token on each side."""
@@ -181,10 +153,6 @@ class Chat:
         """Return the token ranges of all contents, [t0, t1, s0, s1] each."""
         return [[*self.teacher.range_of(m), *self.student.range_of(m)] for m in self.messages]
 
-    def sound_ranges(self) -> list[list[int]]:
-        """Return the same without our data engine."""
-        return [[*self.teacher.sound_range(m), *self.student.sound_range(m)] for m in self.messages]
-
     def sound_end(self, limit: int | None = None) -> int:
         """Return where our rule ends the teacher: with its last chunk if either side is cut, else not."""
         whole = len(self.teacher.ids)
@@ -192,35 +160,6 @@ class Chat:
         if len(self.student.ids) <= self.max_length and whole <= limit:
             return whole
         return max((place[1] for place in self.sound_chunks(limit)), default=min(whole, limit))
-
-    def searched_ranges(self) -> Found:
-        """Search every content from the front, on both sides; keep what decodes alike."""
-        places, faults = [], []
-        for message, sound in zip(self.messages, self.sound_ranges(), strict=True):
-            theirs, mine, found = self.teacher.searched(message), self.student.searched(message), None
-            if theirs and mine and self.teacher.text_of(theirs) == self.student.text_of(mine):
-                found = [*theirs, *mine]
-                places.append(found)
-            if found != sound:
-                faults += [side.fault(message) for side in (self.teacher, self.student)]
-        return Found(places=places, faults=[fault for fault in faults if fault])
-
-    def searched_pairs(self) -> Found:
-        """Search every reply behind the last hit, on both sides; pair its tokens one by one."""
-        sides, behind = (self.teacher, self.student), [0, 0]
-        places, faults = [], []
-        for message in self.replies:
-            content = self.student.messages[message]["content"]
-            starts = [side.spelled.text.find(content, at) for side, at in zip(sides, behind, strict=True)]
-            faults += [side.fault(message, at) for side, at in zip(sides, behind, strict=True)]
-            if min(starts) < 0:
-                continue
-            behind = [start + len(content) for start in starts]
-            spans = zip(sides, starts, behind, strict=True)
-            theirs, mine = (side.spelled.within(start, end) for side, start, end in spans)
-            places += [[t, s] for t, s in zip(theirs, mine, strict=False) if s < self.max_length]
-        faults += [UNEQUAL for t, s in places if self.teacher.ids[t] != self.student.ids[s]]
-        return Found(places=places, faults=[fault for fault in faults if fault])
 
 
 def read_cross(path: Path) -> list[Chat]:

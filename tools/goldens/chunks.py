@@ -87,7 +87,7 @@ def even_spaces(teacher: Sequence[bytes], student: Sequence[bytes]) -> tuple[lis
     )
 
 
-def blanked(sides: Sequence[list[bytes]], kinds: Kinds) -> list[list[bytes]]:
+def blanked(sides: Sequence[list[bytes]], kinds: Kinds | None) -> list[list[bytes]]:
     """Empty the tokens that tokenkit replaces; its check compares what is left."""
     return [[b"" if _fires(piece, side, kinds) else piece for piece in row] for side, row in enumerate(sides)]
 
