@@ -17,11 +17,13 @@
 # machine without a network, or empty: `make gpu-check` then builds its environment from its index), GPU_PYTHON (the
 # interpreter that holds a CUDA build of torch there), GPU_OUT (where results go).
 
+FLAGS ?=
 PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV ?= .venv
 GPU_PACK ?=
-GPU_PYTHON ?= python3
+GPU_FLAGS ?=
+PYTHON ?= python3
 GPU_OUT ?= .gpu-results
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -33,7 +35,7 @@ SOURCES = tide_megatron tools examples tests
 
 .PHONY: help quickstart quickstart-full quickstart-models \
   cross-tokenizer cross-tokenizer-full cross-models shared-tokenizer shared-tokenizer-full \
-  gpu-assets gpu-check gpu-rehearse test test-all test-312 check faults kill-test format environment clean
+  gpu-assets gpu-check gpu-rehearse test test-ranks test-unit test-all test-312 check faults kill-test format environment clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -73,8 +75,16 @@ shared-tokenizer-full: $(BUILT)
 cross-models: $(BUILT)
 	$(BIN)/python examples/cross_tokenizer/make_models.py
 
+# Tests of several ranks mostly wait, and unit tests use one core: side by side they take the longer one's time.
+# FLAGS go to both, as in `make test FLAGS=--durations=40`.
 test: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(MAKE) --no-print-directory -j2 --output-sync=target test-ranks test-unit
+
+test-ranks: $(BUILT)
+	$(BIN)/python -m pytest -m "not slow and not slurm" $(FLAGS) tests/parallel tests/golden tests/gpu
+
+test-unit: $(BUILT)
+	$(BIN)/python -m pytest -m "not slow and not slurm" $(FLAGS) --ignore=tests/parallel --ignore=tests/golden --ignore=tests/gpu
 
 test-all: $(BUILT)
 	$(BIN)/python -m pytest

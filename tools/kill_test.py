@@ -118,10 +118,13 @@ class Life:
             while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
                 time.sleep(0.01)
 
-    def stop(self) -> None:
+    def stop(self, number: int = signal.SIGINT) -> None:
         """Ask for an orderly end and wait for it."""
-        self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(number)
         assert self._process.wait(START_SECONDS) == 0, self.said()
+        said = self.said()
+        assert "the same command goes on" in said, said
+        assert "Traceback" not in said, said
 
     def said(self) -> str:
         """Return what the run wrote to stderr."""

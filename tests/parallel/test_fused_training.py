@@ -20,12 +20,20 @@ def pair(request, tmp_path_factory):
     return file
 
 
+@pytest.fixture(scope="module")
+def plain(pool, pair):
+    """Return losses of some AdamW steps, and losses and weights of one SGD step."""
+    return [
+        pool(1).run(run_steps, pair, pair.parent / "plain", [], 8, ["head.form=plain", *words], steps)[0]
+        for words, steps in (([], STEPS), (SGD, 1))
+    ]
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_fused_is_plain(pool, pair, tmp_path, ranks):
+def test_fused_is_plain(pool, pair, plain, tmp_path, ranks):
     layouts = cut("dense", tensor=2, pipeline=2) if ranks == 4 else []
-    for words, steps in (([], STEPS), (SGD, 1)):
-        plain, *_ = pool(1).run(run_steps, pair, tmp_path, [], 8, ["head.form=plain", *words], steps)
+    for (losses, wanted, _), words, steps in zip(plain, ([], SGD), (STEPS, 1), strict=True):
         for seen, weights, _ in pool(ranks).run(run_steps, pair, tmp_path, layouts, 2, words, steps):
-            compare_losses(seen, plain[0])
+            compare_losses(seen, losses)
             if words:
-                compare_weights(weights, plain[1])
+                compare_weights(weights, wanted)

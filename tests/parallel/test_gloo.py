@@ -9,22 +9,22 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-SIZES = [3, 0, 1]
+SIZES = [3, 0, 1, 2]
 
 
 def exchanged():
     rank, group = dist.get_rank(), dist.group.WORLD
     own = torch.full((SIZES[rank], 2), float(rank + 1))
     gathered = gather_from_sequence_parallel_region(own, group=group, output_split_sizes=SIZES)
-    whole = torch.arange(8.0).view(4, 2) * (rank + 1)
+    whole = torch.arange(12.0).view(6, 2) * (rank + 1)
     reduced = reduce_scatter_to_sequence_parallel_region(whole, group=group, input_split_sizes=SIZES)
     return gathered, reduced, whole
 
 
 def test_shares_of_unequal_size(pool):
-    total = torch.arange(8.0).view(4, 2) * 6
-    for rank, (gathered, reduced, whole) in enumerate(pool(3).run(exchanged)):
-        assert gathered[:, 0].tolist() == [1, 1, 1, 3]
+    total = torch.arange(12.0).view(6, 2) * 10
+    for rank, (gathered, reduced, whole) in enumerate(pool(4).run(exchanged)):
+        assert gathered[:, 0].tolist() == [1, 1, 1, 3, 4, 4]
         start = sum(SIZES[:rank])
         assert torch.equal(reduced, total[start : start + SIZES[rank]])
-        assert torch.equal(whole, torch.arange(8.0).view(4, 2) * (rank + 1)), "what is given stays"
+        assert torch.equal(whole, torch.arange(12.0).view(6, 2) * (rank + 1)), "what is given stays"

@@ -81,6 +81,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(pool, tmp_path, ranks, words, wr
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
+@pytest.fixture(scope="module")
+def pair(pool, tmp_path_factory):
+    """Return a recipe with three teachers, its whole run on two ranks, and one that was stopped halfway."""
+    folder = tmp_path_factory.mktemp("pair")
+    tiny, whole, stopped = write_pair_run(folder / "tiny"), folder / "whole", folder / "stopped"
+    on_two = ("teachers.own.layout.expert=2", "teachers.dense.layout.pipeline=2")
+    pool(2).run(run, tiny, whole, 2, 1000, 1, on_two)
+    pool(2).run(run, tiny, stopped, 2, 3, 1, on_two)
+    return tiny, whole, stopped
+
+
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [
@@ -89,13 +100,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(pool, tmp_path, ranks, words, wr
         (4, PAIR_ON_FOUR),
     ],
 )
-def test_other_ranks_layouts_and_accumulation_go_on_with_the_same_stream(pool, tmp_path, ranks, words):
+def test_other_ranks_layouts_and_accumulation_go_on_with_the_same_stream(pool, pair, tmp_path, ranks, words):
     """Saved on two ranks, in one microbatch, the mixtures over two ranks and the dense one in two stages."""
-    tiny = write_pair_run(tmp_path / "tiny")
-    on_two = ("teachers.own.layout.expert=2", "teachers.dense.layout.pipeline=2")
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    pool(2).run(run, tiny, whole, 2, 1000, 1, on_two)
-    pool(2).run(run, tiny, parted, 2, 3, 1, on_two)
+    tiny, whole, stopped = pair
+    parted = shutil.copytree(stopped, tmp_path / "parted")
     pool(ranks).run(run, tiny, parted, ranks, 1000, 7, words)
     wanted, got = losses(whole), losses(parted)
     assert wanted.keys() == got.keys() == set(range(1, STEPS + 1))

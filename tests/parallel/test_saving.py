@@ -31,15 +31,16 @@ def run_on_a_slow_disk(seconds, *args):
         Save.write = write
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        (),
-        ("student.precision=bf16",),
-        ("optimizer.distributed=false",),
-        ("student.precision=bf16", "optimizer.distributed=false"),
-    ],
-)
+@pytest.fixture(scope="module", params=[1, 2])
+def undisturbed(request, pool, tmp_path_factory):
+    """Return a number of ranks, a recipe, and the losses of its run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tiny = write_tiny_run(folder / "tiny")
+    pool(request.param).run(run, tiny, folder / "whole", request.param, 1000, 1)
+    return request.param, tiny, losses(folder / "whole")
+
+
+@pytest.mark.parametrize("words", [("student.precision=bf16",), ("optimizer.distributed=false",)])
 def test_a_save_holds_the_step_it_began_at_however_late_it_is_written(pool, tmp_path, words):
     tiny = write_tiny_run(tmp_path / "tiny")
     whole, parted = tmp_path / "whole", tmp_path / "parted"
@@ -98,13 +99,13 @@ def run_on_a_full_disk(only_rank, limit, *args):
         signal.signal(signal.SIGXFSZ, heard)
 
 
-@pytest.mark.parametrize("mode", ["true", "false"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_on_one_rank_ends_all_and_the_run_goes_on_when_there_is_room(pool, tmp_path, rank, mode):
-    tiny = write_tiny_run(tmp_path / "tiny")
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
+@pytest.mark.parametrize("undisturbed", [2], indirect=True)
+@pytest.mark.parametrize(("rank", "mode"), [(0, "true"), (1, "false")])
+def test_a_full_disk_on_one_rank_ends_all_and_the_run_goes_on_when_there_is_room(
+    pool, undisturbed, tmp_path, rank, mode
+):
+    (_, tiny, wanted), parted = undisturbed, tmp_path / "parted"
     words = ("checkpoints.every=2", f"checkpoints.asynchronous={mode}")
-    pool(2).run(run, tiny, whole, 2, 1000, 1, words)
     pool(2).run(run, tiny, parted, 2, 2, 1, words)  # saved after 2 and after the stop at 3
     before = [path.name for path in listed(parted / "checkpoints")]
     with pytest.raises(
@@ -114,7 +115,7 @@ def test_a_full_disk_on_one_rank_ends_all_and_the_run_goes_on_when_there_is_room
     assert [path.name for path in listed(parted / "checkpoints")] == before
     assert not any(damage(path) for path in listed(parted / "checkpoints"))
     pool(2).run(run, tiny, parted, 2, 1000, 1, words)
-    assert losses(parted) == losses(whole)
+    assert losses(parted) == wanted
     assert not list((parted / "checkpoints").glob("*.partial"))
 
 
@@ -143,13 +144,12 @@ def die_instead_of(name, *args):
     ("window", "goes_on_from"),
     [("write_digests", 2), ("commit_folder", 2), ("point_latest", 4), ("remove_expired", 4)],
 )
-def test_a_kill_around_the_rename_loses_at_most_that_save(pool, tmp_path, window, goes_on_from):
-    tiny = write_tiny_run(tmp_path / "tiny")
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
+@pytest.mark.parametrize("undisturbed", [1], indirect=True)
+def test_a_kill_around_the_rename_loses_at_most_that_save(pool, undisturbed, tmp_path, window, goes_on_from):
+    (_, tiny, wanted), parted = undisturbed, tmp_path / "parted"
     words = ("checkpoints.every=2", "checkpoints.asynchronous=false")
-    pool(1).run(run, tiny, whole, 1, 1000, 1, words)
     pool(1).run(run, tiny, parted, 1, 1, 1, words)  # the stop at 2 saves
     assert pool(1).run(die_instead_of, window, tiny, parted, 1, 1000, 1, words) == [True]
     [lines] = pool(1).run(hear, run, tiny, parted, 1, 1000, 1, words)
     assert any(f"resumed from step {goes_on_from}," in line for line in lines)
-    assert losses(parted) == losses(whole)
+    assert losses(parted) == wanted

@@ -108,9 +108,7 @@ def sharded_entries(
     entries = []
     for name, mapping in local_params(architecture, shard, merged=merged):
         entry = found.pop(name).without_data()
-        if isinstance(
-            mapping, HeadRows
-        ):  # our slice of a head is no layer of megatron-core
+        if isinstance(mapping, HeadRows):  # our slice of a head is no layer of megatron-core
             entry = dataclasses.replace(entry, allow_shape_mismatch=True)
         entries.append(ShardedEntry(name=name, mapping=mapping, entry=entry))
     assert all(isinstance(value, ShardedObject) for value in found.values()), f"no weights: {list(found)}"

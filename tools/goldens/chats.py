@@ -18,7 +18,8 @@ from goldens.chunks import Chunks, Kinds, blanked, even_spaces, replaced, same_b
 from tide_megatron.data.record import ChatRecord
 from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
 from tide_megatron.text.align import align_chats
-from tide_megatron.text.chat import ChatTemplate, Encoded, encode_chat
+from tide_megatron.text.chat import Encoded, encode_chat
+from tide_megatron.text.templates import ChatTemplate
 from tide_megatron.text.tokenizer import Tokenizer
 
 SIDE = "golden"
