@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tide_megatron.text.skeleton import Content
+from tide_megatron.text.templates import Content
 from tokenizers.pre_tokenizers import ByteLevel
 
 from goldens.chats import SIDE, Chat, Conversation, Span, golden_tokenizer, inside, read_cross, read_shared
