@@ -5,7 +5,7 @@ The package is a stack of layers; each imports only from the layers above it in 
 
     base, platform        errors, devices, logs; megatron-core on CPU
     parallel, text        layouts and process groups; tokens and templates
-    diffusion             hiding tokens: schedules, noise, contexts, views
+    diffusion             masking tokens: schedules, noise, contexts, views
     data                  columns on disk and the loader over them
     losses, models        formulas on rows; architectures on GPTModel
     head                  vocabulary heads joined with losses

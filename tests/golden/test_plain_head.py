@@ -1,6 +1,6 @@
 """The frozen plain way gives the recorded numbers, from nothing but what the files hold.
 
-Logits are hidden rows under an identity head. What was masked is read off the recorded inputs, so that
+Logits are masked rows under an identity head. What was masked is read off the recorded inputs, so that
 neither our noiser nor our views have a part in it.
 """
 

@@ -221,7 +221,7 @@ FAULTS = {
     "a teacher that knows nothing": (
         ["teachers.moe.sanity=refuse"],
         "Config",
-        r"^teachers\.moe: predicts hidden tokens at .* check its mask token, .*teachers\.moe\.sanity=warn$",
+        r"^teachers\.moe: predicts masked tokens at .* check its mask token, .*teachers\.moe\.sanity=warn$",
     ),
     "no model folder": (
         remove("teacher"),

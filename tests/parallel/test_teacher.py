@@ -75,7 +75,7 @@ def test_one_forward_is_two_passes(pool, config, kind, name, attention):
     assert one.shape == two.shape == plain.shape
     assert len(one) > 10
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
-    assert (one - plain).abs().max() > 1e-2, "showing half of the hidden tokens changes nothing?"
+    assert (one - plain).abs().max() > 1e-2, "showing half of the masked tokens changes nothing?"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,5 +176,5 @@ def test_stages_agree_on_the_shapes_that_flex_attention_rounds_up_to(pool, name,
         for microbatch, rows in enumerate(found):
             wanted = torch.cat([alone[place][microbatch] for place in places])
             torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-5)
-        # Views of 20 to 47 tokens have one length; where the last block is not full, its pads are hidden.
+        # Views of 20 to 47 tokens have one length; where the last block is not full, its pads are masked.
         assert compilations == (1 if kind == "bidirectional" else 2)

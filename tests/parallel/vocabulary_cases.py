@@ -77,7 +77,7 @@ def heads_of(case):
 
 def hidden_of(case, noised, seat):
     """Return every model's hidden rows of a seat, [rows, hidden]."""
-    rows = int(noised.hidden.sum())
+    rows = int(noised.masked.sum())
     numbers = {"student": rows, "same": rows, "other": int(noised.reading("other").asked.sum())}
     return {
         name: draw(numbers[name], width, seed=1000 * seat + width) * case.scale

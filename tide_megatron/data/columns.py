@@ -3,7 +3,7 @@
 A sample is one row of every column, and every column is ragged:
 
     ids          the tokens of the conversation, unpadded
-    replies      half-open ranges of `ids` that may be hidden, flat: start, end, start, end, ...
+    replies      half-open ranges of `ids` that may be masked, flat: start, end, start, end, ...
     reply_bytes  one number: UTF-8 bytes of the reply's text
 
 and for every side, a teacher with its own tokenizer or template, under the side's name:

@@ -17,7 +17,7 @@ from tide_megatron.diffusion.link import Link, Reading, link_side, read_side, sa
 from tide_megatron.diffusion.side import Side
 
 IGNORED = -100
-"""Label of a position that is never hidden: prompt and padding (spec section 1)."""
+"""Label of a position that is never masked: prompt and padding (spec section 1)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Batch:
     ids: Tensor
     """[samples, length] int64 student tokens."""
     labels: Tensor
-    """[samples, length] int64: equal to `ids` where a token may be hidden, else IGNORED."""
+    """[samples, length] int64: equal to `ids` where a token may be masked, else IGNORED."""
     reply_bytes: Tensor
     """[samples] int64: UTF-8 bytes of reply text (what NLL per byte divides by)."""
     sides: Mapping[str, Side] = dataclasses.field(default_factory=dict)
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def maskable(self) -> Tensor:
-        """[samples, length] bool: positions that may be hidden."""
+        """[samples, length] bool: positions that may be masked."""
         return self.labels != IGNORED
 
     @property
@@ -56,7 +56,7 @@ class Batch:
 
     @functools.cached_property
     def num_maskable(self) -> int:
-        """How many tokens of all samples may be hidden."""
+        """How many tokens of all samples may be masked."""
         return int(self.maskable.sum())
 
     @functools.cached_property
@@ -76,21 +76,21 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noised:
-    """A batch after hiding."""
+    """A batch after masking."""
 
     batch: Batch
     time: Tensor
     """[samples] fp32 noise level t in [epsilon, 1]."""
-    hidden: Tensor
+    masked: Tensor
     """[samples, length] bool: positions the model must predict (a subset of maskable)."""
 
     @functools.cached_property
     def row_index(self) -> tuple[Tensor, Tensor]:
-        """([rows], [rows]) int64: sample and position of each hidden row, in (sample, position) order.
+        """([rows], [rows]) int64: sample and position of each masked row, in (sample, position) order.
 
         The host waits for the device to learn how many there are, once.
         """
-        sample, position = self.hidden.nonzero(as_tuple=True)
+        sample, position = self.masked.nonzero(as_tuple=True)
         return sample, position
 
     def reading(self, teacher: str) -> Reading:
@@ -99,12 +99,12 @@ class Noised:
 
     @functools.cached_property
     def _shared_reading(self) -> Reading:
-        place = torch.arange(self.hidden.shape[1], device=self.hidden.device).expand_as(self.hidden)
+        place = torch.arange(self.masked.shape[1], device=self.masked.device).expand_as(self.masked)
         return Reading(
             ids=self.batch.ids,
             lengths=self.batch.lengths,
-            hidden=self.hidden,
-            asked=self.hidden,
+            masked=self.masked,
+            asked=self.masked,
             index=self.row_index,
             host_lengths=self.batch.host_lengths,
             unit=place,
@@ -118,12 +118,12 @@ class Noised:
 
     @functools.cached_property
     def _readings(self) -> dict[str, Reading]:
-        return {name: read_side(side, self.hidden) for name, side in self.batch.sides.items()}
+        return {name: read_side(side, self.masked) for name, side in self.batch.sides.items()}
 
     @functools.cached_property
     def _links(self) -> dict[str, Link]:
         return {
-            name: link_side(side, self.batch.ids, self.hidden, self._readings[name].asked)
+            name: link_side(side, self.batch.ids, self.masked, self._readings[name].asked)
             for name, side in self.batch.sides.items()
         }
 

@@ -1,7 +1,7 @@
-"""CompDemo's split: which half of the hidden tokens a teacher is shown first (spec section 3).
+"""CompDemo's split: which half of the masked tokens a teacher is shown first (spec section 3).
 
-Each hidden token joins set A with probability `share`, independently; with a second tokenizer each chunk
-does, so that both models speak about whole chunks. At share 0 the first view hides everything and the
+Each masked token joins set A with probability `share`, independently; with a second tokenizer each chunk
+does, so that both models speak about whole chunks. At share 0 the first view masks everything and the
 second is asked nothing: the plain view. The draw is a pure function like all noise (design section 5).
 """
 
@@ -22,7 +22,7 @@ SPLIT_STREAM = "complementary"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Complementary:
-    """How a teacher's hidden tokens are split over two views."""
+    """How a teacher's masked tokens are split over two views."""
 
     seed: int
     share: float = 0.5
@@ -34,7 +34,7 @@ class Complementary:
             raise ConfigError(f"shown_share: {self.share} is not in [0, 1]; the paper uses 0.5")
 
     def shown(self, batch: Batch, reading: Reading, draws: Tensor | None = None) -> Tensor:
-        """Return set A: the hidden tokens that the first view shows, [samples, length] bool.
+        """Return set A: the masked tokens that the first view shows, [samples, length] bool.
 
         Args:
             batch: sample ids and epochs that key the draws.
@@ -44,4 +44,4 @@ class Complementary:
         if draws is None:
             epoch, sample_id = batch.epochs[:, None], batch.sample_ids[:, None]
             draws = uniforms(self.seed, epoch, sample_id, SPLIT_STREAM, reading.unit)
-        return (draws < self.share) & reading.hidden
+        return (draws < self.share) & reading.masked

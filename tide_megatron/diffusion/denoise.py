@@ -18,7 +18,7 @@ from tide_megatron.diffusion.mask import Context, may_attend
 from tide_megatron.diffusion.schedule import Schedule
 
 
-def transfer_counts(schedule: Schedule, num_hidden: Sequence[int], num_steps: int) -> Tensor:
+def transfer_counts(schedule: Schedule, num_masked: Sequence[int], num_steps: int) -> Tensor:
     """Plan how many tokens each denoising step commits (spec section 7 item 2).
 
     Step j of S goes from t = (S-j)/S to s = (S-j-1)/S and commits the expected share of what is left. The
@@ -26,18 +26,18 @@ def transfer_counts(schedule: Schedule, num_hidden: Sequence[int], num_steps: in
 
     Args:
         schedule: the noise schedule.
-        num_hidden: hidden tokens of each sample's block.
+        num_masked: masked tokens of each sample's block.
         num_steps: denoising steps S, at least 1.
 
     Returns:
         [samples, steps] int64; steps in which a sample commits nothing are removed, rows are right-padded
-        with 0. Every row sums to the sample's hidden tokens.
+        with 0. Every row sums to the sample's masked tokens.
     """
     assert num_steps >= 1, f"a block needs at least one step, not {num_steps}"
     grid = torch.tensor([step / num_steps for step in range(num_steps, -1, -1)], dtype=torch.float32)
-    commit = [1 - stay for stay in schedule.stay_hidden(grid[1:], grid[:-1]).tolist()]  # fp32, then widened
+    commit = [1 - stay for stay in schedule.stay_masked(grid[1:], grid[:-1]).tolist()]  # fp32, then widened
     rows = []
-    for total in num_hidden:
+    for total in num_masked:
         row, left = [], int(total)
         for share in commit:
             count = min(left, round(left * share))  # Python rounds half to even, as the reference does
@@ -49,9 +49,9 @@ def transfer_counts(schedule: Schedule, num_hidden: Sequence[int], num_steps: in
 
 
 def commit_most_confident(
-    logits: Tensor, ids: Tensor, hidden: Tensor, counts: Tensor
+    logits: Tensor, ids: Tensor, masked: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Commit each sample's most confident predictions among its hidden positions (rule `low_confidence`).
+    """Commit each sample's most confident predictions among its masked positions (rule `low_confidence`).
 
     A prediction is the argmax and its confidence the softmax probability in the logits' dtype (spec section
     7 item 3). Committed tokens never change.
@@ -59,17 +59,17 @@ def commit_most_confident(
     Args:
         logits: [samples, length, vocabulary].
         ids: [samples, length] int64 current tokens.
-        hidden: [samples, length] bool positions still to fill.
-        counts: [samples] int64 how many to commit now; at most what is hidden is committed.
+        masked: [samples, length] bool positions still to fill.
+        counts: [samples] int64 how many to commit now; at most what is masked is committed.
 
     Returns:
-        (new ids, new hidden), same shapes; the inputs are left alone.
+        (new ids, new masked), same shapes; the inputs are left alone.
     """
     confidence, token = torch.softmax(logits, dim=-1).max(dim=-1)  # [samples, length]
-    surest_first = confidence.masked_fill(~hidden, -1.0).argsort(dim=-1, descending=True, stable=True)
+    surest_first = confidence.masked_fill(~masked, -1.0).argsort(dim=-1, descending=True, stable=True)
     rank = surest_first.argsort(dim=-1)  # a permutation sorted is its inverse: the rank of each position
-    commit = hidden & (rank < counts[:, None])
-    return torch.where(commit, token, ids), hidden & ~commit
+    commit = masked & (rank < counts[:, None])
+    return torch.where(commit, token, ids), masked & ~commit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """What one teacher reads of a noised microbatch, and how its answer's rows join the student's.
 
 A teacher that shares the student's tokens reads them, and row i of its answer is row i of the student. A
-teacher with its own tokens (a `Side`) hides every chunk that the student's hiding touches, and is asked about
-the chunks whose student tokens are ALL hidden: only there do both models predict the same bytes. Hence no
-chunk that reaches into a prompt, or that hiding left half shown, enters a loss (spec section 4.1).
+teacher with its own tokens (a `Side`) masks every chunk that the student's masking touches, and is asked
+about the chunks whose student tokens are ALL masked: only there do both models predict the same bytes. Hence
+no chunk that reaches into a prompt, or that masking left half shown, enters a loss (spec section 4.1).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Reading:
     """[samples, length] int64 clean tokens of this teacher."""
     lengths: Tensor
     """[samples] int64 real tokens."""
-    hidden: Tensor
+    masked: Tensor
     """[samples, length] bool: positions this teacher must not see."""
     asked: Tensor
-    """[samples, length] bool: positions whose hidden states are wanted, a subset of `hidden`."""
+    """[samples, length] bool: positions whose hidden states are wanted, a subset of `masked`."""
     index: tuple[Tensor, Tensor]
     """([rows], [rows]) int64: sample and position of what is asked, in (sample, position) order."""
     host_lengths: tuple[int, ...]
     """`lengths` as plain numbers."""
     unit: Tensor
     """[samples, length] int64: what a position's complementary draw is keyed by, its own number or its
-    chunk's; positions of one chunk share a draw. Meaningless where nothing is hidden."""
+    chunk's; positions of one chunk share a draw. Meaningless where nothing is masked."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,18 +84,18 @@ def same_rows(gold: Tensor, sample: Tensor) -> Link:
     )
 
 
-def read_side(side: Side, hidden: Tensor) -> Reading:
+def read_side(side: Side, drawn: Tensor) -> Reading:
     """Hide a teacher's own tokens after the student's.
 
     Args:
         side: the microbatch in the teacher's tokens.
-        hidden: [samples, student length] bool.
+        drawn: [samples, student length] bool: what the student must not see.
     """
-    counts, sizes = side.hidden_members(hidden)
+    counts, sizes = side.masked_members(drawn)
     chunk, sample, position = side.teachers()
     shape = side.ids.shape
-    masked = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
-    asked, unit = masked.clone(), torch.zeros(shape, dtype=torch.int64, device=hidden.device)
+    masked = torch.zeros(shape, dtype=torch.bool, device=drawn.device)
+    asked, unit = masked.clone(), torch.zeros(shape, dtype=torch.int64, device=drawn.device)
     masked[sample, position] = (counts > 0)[chunk]
     asked[sample, position] = (counts == sizes)[chunk]
     unit[sample, position] = side.number[chunk]
@@ -103,7 +103,7 @@ def read_side(side: Side, hidden: Tensor) -> Reading:
     return Reading(
         ids=side.ids,
         lengths=side.lengths,
-        hidden=masked,
+        masked=masked,
         asked=asked,
         index=(rows, columns),
         host_lengths=side.host_lengths,
@@ -111,19 +111,19 @@ def read_side(side: Side, hidden: Tensor) -> Reading:
     )
 
 
-def link_side(side: Side, ids: Tensor, hidden: Tensor, asked: Tensor) -> Link:
+def link_side(side: Side, ids: Tensor, masked: Tensor, asked: Tensor) -> Link:
     """Join the student's rows with those of a teacher that has its own tokens.
 
     Args:
         side: the microbatch in the teacher's tokens.
         ids: [samples, student length] int64.
-        hidden: [samples, student length] bool: the student's rows, in (sample, position) order.
+        masked: [samples, student length] bool: the student's rows, in (sample, position) order.
         asked: [samples, teacher length] bool: the teacher's rows, in that order.
     """
-    counts, sizes = side.hidden_members(hidden)
+    counts, sizes = side.masked_members(masked)
     active = counts == sizes
     renumbered = active.long().cumsum(0) - 1  # a chunk's number among the active ones
-    mine, theirs = _row_numbers(hidden), _row_numbers(asked)
+    mine, theirs = _row_numbers(masked), _row_numbers(asked)
     members = []
     for (chunk, sample, position), row in ((side.students(), mine), (side.teachers(), theirs)):
         kept = active[chunk]

@@ -1,6 +1,6 @@
-"""Noise as a pure function: which tokens of a sample are hidden depends on that sample alone.
+"""Noise as a pure function: which tokens of a sample are masked depends on that sample alone.
 
-Every uniform is a hash of (seed, epoch, sample id, stream name, index), so a run hides the same tokens
+Every uniform is a hash of (seed, epoch, sample id, stream name, index), so a run masks the same tokens
 on 1 rank or 64, with any accumulation, after a restart, and on every device (design section 5). There is
 no generator state to save and no global one to disturb. The hash absorbs one 64-bit word at a time with
 the finaliser of splitmix64 (Steele, Lea, Flood 2014), which turns neighbouring words into unrelated
@@ -25,12 +25,12 @@ from torch import Tensor
 from tide_megatron.base.options import STRICT, Paper
 from tide_megatron.diffusion.batch import Batch, Noised
 from tide_megatron.diffusion.schedule import SCHEDULES, ScheduleName
-from tide_megatron.diffusion.side import hide_whole_chunks
+from tide_megatron.diffusion.side import mask_whole_chunks
 
 TIME_STREAM = "time"
 """Stream of the noise level: one draw per sample, index 0."""
-HIDE_STREAM = "hide"
-"""Stream of the hidden set: one draw per position."""
+MASK_STREAM = "hide"
+"""Stream of the masked set: one draw per position. (An old word; draws, and so every run, depend on it.)"""
 
 
 def _signed(word: int) -> int:
@@ -101,52 +101,52 @@ class NoiseOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noiser:
-    """Hides tokens of a batch: one noise level per sample, each maskable token hidden with 1 - alpha(t)."""
+    """Masks tokens of a batch: one noise level per sample, each maskable token masked with 1 - alpha(t)."""
 
     seed: int
     options: NoiseOptions = dataclasses.field(default_factory=NoiseOptions)
     stream_suffix: str = ""
     """Appended to stream names: tells uses of the same seed and samples apart (levels of an evaluation)."""
     whole_chunks_of: tuple[str, ...] = ()
-    """Sides of the batch whose chunks are hidden whole or not at all; none: tokens are hidden as drawn."""
+    """Sides of the batch whose chunks are masked whole or not at all; none: tokens are masked as drawn."""
 
     def __call__(self, batch: Batch, uniforms: tuple[Tensor, Tensor] | None = None) -> Noised:
-        """Hide tokens at random noise levels (spec section 1 items 1 to 3).
+        """Mask tokens at random noise levels (spec section 1 items 1 to 3).
 
         Args:
             batch: clean examples.
             uniforms: ([samples], [samples, length]) fp32 draws to use instead of the hash (goldens).
         """
-        draws = (self._time_draws(batch), self._hide_draws(batch)) if uniforms is None else uniforms
+        draws = (self._time_draws(batch), self._mask_draws(batch)) if uniforms is None else uniforms
         epsilon = self.options.time_epsilon
         time = epsilon + (1 - epsilon) * draws[0]  # [samples]
-        return self._hide(batch, time, draws[1])
+        return self._mask(batch, time, draws[1])
 
     def at(self, batch: Batch, time: float) -> Noised:
-        """Hide tokens at one fixed noise level (held-out evaluation).
+        """Mask tokens at one fixed noise level (held-out evaluation).
 
-        Two models, or two runs, see the same hidden tokens. So do two levels as far as they go (what is
-        hidden at the lower one is hidden at the higher): give each level its own `stream_suffix` where
+        Two models, or two runs, see the same masked tokens. So do two levels as far as they go (what is
+        masked at the lower one is masked at the higher): give each level its own `stream_suffix` where
         their mean is wanted with less variance.
         """
         assert 0.0 <= time <= 1.0, f"a noise level lies in [0, 1], not at {time}"
         level = torch.full(batch.sample_ids.shape, time, dtype=torch.float32, device=batch.ids.device)
-        return self._hide(batch, level, self._hide_draws(batch))
+        return self._mask(batch, level, self._mask_draws(batch))
 
     def _time_draws(self, batch: Batch) -> Tensor:
         index = torch.zeros_like(batch.sample_ids)
         return uniforms(self.seed, batch.epochs, batch.sample_ids, TIME_STREAM + self.stream_suffix, index)
 
-    def _hide_draws(self, batch: Batch) -> Tensor:
+    def _mask_draws(self, batch: Batch) -> Tensor:
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         epoch, sample_id = batch.epochs[:, None], batch.sample_ids[:, None]
-        return uniforms(self.seed, epoch, sample_id, HIDE_STREAM + self.stream_suffix, position)
+        return uniforms(self.seed, epoch, sample_id, MASK_STREAM + self.stream_suffix, position)
 
-    def _hide(self, batch: Batch, time: Tensor, draws: Tensor) -> Noised:
-        """Hide each maskable token whose draw is below 1 - alpha(t); pads and prompts never are."""
+    def _mask(self, batch: Batch, time: Tensor, draws: Tensor) -> Noised:
+        """Mask each maskable token whose draw is below 1 - alpha(t); pads and prompts never are."""
         probability = 1 - SCHEDULES[self.options.schedule].alpha(time)  # [samples]
-        hidden = (draws < probability[:, None]) & batch.maskable  # [samples, length]
+        masked = (draws < probability[:, None]) & batch.maskable  # [samples, length]
         if self.whole_chunks_of:
             sides = [batch.sides[name] for name in self.whole_chunks_of]
-            hidden = hide_whole_chunks(hidden, batch.maskable, sides)
-        return Noised(batch=batch, time=time, hidden=hidden)
+            masked = mask_whole_chunks(masked, batch.maskable, sides)
+        return Noised(batch=batch, time=time, masked=masked)

@@ -1,7 +1,7 @@
 """Padding of one example: up to a whole block with end-of-text tokens, then up to a fixed length with pads.
 
 The two differ in what the model learns. End-of-text tokens that fill the last block are targets like any
-other (that is how a block-diffusion model learns to stop inside a block); pads are never hidden (spec
+other (that is how a block-diffusion model learns to stop inside a block); pads are never masked (spec
 section 1 item 10). The order is fixed: blocks first, then the fixed length. Plain lists, because this
 runs at load time.
 """

@@ -1,8 +1,8 @@
-"""Noise schedules: how much of a reply is still visible at time t, and what a hidden token weighs.
+"""Noise schedules: how much of a reply is still visible at time t, and what a masked token weighs.
 
 alpha(t) is the probability that a token is visible at time t: 1 at t=0, 0 at t=1. Everything else
 follows from alpha and its derivative: the training weight of the evidence bound and the sampler's chance
-that a hidden token stays hidden (spec section 1 item 7). All arithmetic is in the dtype of `t`, which is
+that a masked token stays masked (spec section 1 item 7). All arithmetic is in the dtype of `t`, which is
 fp32 everywhere in training, because the reference rounds there and ties are decided by it.
 """
 
@@ -33,20 +33,20 @@ class Schedule(abc.ABC):
         """Return d alpha / d time, elementwise."""
 
     def weight(self, time: Tensor) -> Tensor:
-        """Return -alpha' / (1 - alpha + 1e-6): the weight of a hidden token's NLL in the bound."""
+        """Return -alpha' / (1 - alpha + 1e-6): the weight of a masked token's NLL in the bound."""
         return -self.d_alpha(time) / (1 - self.alpha(time) + WEIGHT_EPSILON)
 
-    def stay_hidden(self, earlier: Tensor, time: Tensor) -> Tensor:
+    def stay_masked(self, earlier: Tensor, time: Tensor) -> Tensor:
         """Return (1 - alpha(earlier)) / (1 - alpha(time)), with `earlier` < `time`.
 
-        That is the chance that a token hidden at `time` is still hidden at `earlier`.
+        That is the chance that a token masked at `time` is still masked at `earlier`.
         """
         return (1 - self.alpha(earlier)) / (1 - self.alpha(time))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear(Schedule):
-    """alpha = 1 - t (the paper's choice): the hiding probability is t itself."""
+    """alpha = 1 - t (the paper's choice): the masking probability is t itself."""
 
     def alpha(self, time: Tensor) -> Tensor:
         """Return 1 - t."""
@@ -59,7 +59,7 @@ class Linear(Schedule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
-    """alpha = 1 - cos(pi/2 (1 - t)): hides slowly at first."""
+    """alpha = 1 - cos(pi/2 (1 - t)): masks slowly at first."""
 
     def alpha(self, time: Tensor) -> Tensor:
         """Return 1 - cos(pi/2 (1 - t))."""

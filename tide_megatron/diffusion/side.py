@@ -65,43 +65,43 @@ class Side:
         place = torch.arange(len(chunk), device=chunk.device) - (sizes.cumsum(0) - sizes)[chunk]
         return chunk, self.sample[chunk], start[chunk] + place
 
-    def hidden_members(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Count each chunk's hidden student tokens.
+    def masked_members(self, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Count each chunk's masked student tokens.
 
         Args:
-            hidden: [samples, student length] bool.
+            masked: [samples, student length] bool.
 
         Returns:
-            ([chunks] hidden tokens, [chunks] all tokens), int64.
+            ([chunks] masked tokens, [chunks] all tokens), int64.
         """
         chunk, sample, position = self.students()
-        counts = torch.zeros(self.num_chunks, dtype=torch.int64, device=hidden.device)
-        return counts.index_add(0, chunk, hidden[sample, position].long()), self.spans[:, 1] - self.spans[
+        counts = torch.zeros(self.num_chunks, dtype=torch.int64, device=masked.device)
+        return counts.index_add(0, chunk, masked[sample, position].long()), self.spans[:, 1] - self.spans[
             :, 0
         ]
 
 
-def hide_whole_chunks(hidden: Tensor, maskable: Tensor, sides: list[Side]) -> Tensor:
-    """Widen a hidden set until no chunk of any side is hidden in part (spec section 4.1, "in the step").
+def mask_whole_chunks(masked: Tensor, maskable: Tensor, sides: list[Side]) -> Tensor:
+    """Widen a masked set until no chunk of any side is masked in part (spec section 4.1, "in the step").
 
-    Tokens that may not be hidden stay visible, so a chunk that reaches into the prompt stays half shown (no
+    Tokens that may not be masked stay visible, so a chunk that reaches into the prompt stays half shown (no
     loss uses it). With several sides the widening is repeated until nothing changes: what one teacher's chunk
-    hides may touch another's (design section 4).
+    masks may touch another's (design section 4).
 
     Args:
-        hidden: [samples, length] bool, what was drawn.
-        maskable: [samples, length] bool, what may be hidden.
+        masked: [samples, length] bool, what was drawn.
+        maskable: [samples, length] bool, what may be masked.
         sides: every side whose chunks must be closed.
 
     Returns:
-        [samples, length] bool, a superset of `hidden`.
+        [samples, length] bool, a superset of `masked`.
     """
     while True:
-        wider = hidden.clone()
+        wider = masked.clone()
         for side in sides:
             chunk, sample, position = side.students()
-            touched = side.hidden_members(wider)[0] > 0
+            touched = side.masked_members(wider)[0] > 0
             wider[sample, position] |= touched[chunk] & maskable[sample, position]
-        if len(sides) == 1 or torch.equal(wider, hidden):
+        if len(sides) == 1 or torch.equal(wider, masked):
             return wider
-        hidden = wider
+        masked = wider

@@ -4,7 +4,7 @@ Three context kinds (design section 4): `bidirectional` (one noised sequence, ev
 `block_causal` (one noised sequence, a block sees itself and the blocks before it), `block_diffusion`
 ([x_t ; x_0]: noised half then clean half, spec section 1).
 
-Complementary views (CompDemo, spec section 3) show a teacher half of the hidden tokens at a time: the first
+Complementary views (CompDemo, spec section 3) show a teacher half of the masked tokens at a time: the first
 view shows set A and answers for the rest, the second the other way round. They are one forward: under block
 diffusion [x_tA ; x_tB ; x_0], whose clean part is read once; else a batch of twice the size. Two forwards of
 one view each are kept as the oracle.
@@ -75,7 +75,7 @@ class View:
         """Return the view with a whole multiple of so many tokens a sample; rows stay the same ones.
 
         What the real tokens see does not change: pads that they would see, a bidirectional context's or those
-        in a last, unfinished block, are hidden by `lengths`.
+        in a last, unfinished block, are masked by `lengths`.
         """
         step = multiple // math.gcd(multiple, self.context.parts)
         length = -(-self.length // step) * step
@@ -104,7 +104,7 @@ def view_of_parts(ids: Tensor, context: Context, lengths: Tensor | None, rows: T
 
 
 def plain_view(noised: Noised, context: Context, mask_id: int, lengths: Tensor | None = None) -> View:
-    """Build the view in which every hidden token is shown as `mask_id`.
+    """Build the view in which every masked token is shown as `mask_id`.
 
     Args:
         noised: the microbatch, [samples, length].
@@ -112,9 +112,9 @@ def plain_view(noised: Noised, context: Context, mask_id: int, lengths: Tensor |
         mask_id: the mask token of THIS model (teacher and student may differ).
         lengths: [samples] real tokens where padding must not be attended to (teachers of the reference).
     """
-    ids, hidden = noised.batch.ids, noised.hidden
+    ids, masked = noised.batch.ids, noised.masked
     sample, position = noised.row_index
-    copies = [ids.masked_fill(hidden, mask_id), *[ids] * (context.parts - context.noised_parts)]
+    copies = [ids.masked_fill(masked, mask_id), *[ids] * (context.parts - context.noised_parts)]
     return _view(copies, context, lengths, sample * context.parts * ids.shape[1] + position)
 
 
@@ -122,7 +122,7 @@ def trimmed_view(noised: Noised, context: Context, mask_id: int) -> View:
     """Build the plain view that does not depend on how far the batch was padded.
 
     Under block contexts right-hand pads change nothing before them, so they stay ordinary tokens, as in the
-    reference. A bidirectional model would see them, and so depend on its neighbours: they are hidden from it.
+    reference. A bidirectional model would see them, and so depend on its neighbours: they are masked from it.
     """
     lengths = noised.batch.lengths if context.kind == "bidirectional" else None
     return plain_view(noised, context, mask_id, lengths)
@@ -137,7 +137,7 @@ def teacher_view(reading: Reading, context: Context, mask_id: int) -> View:
         mask_id: its mask token.
     """
     reading = _trim(reading, context)
-    return _pass(reading, reading.hidden, reading.index, context, mask_id)
+    return _pass(reading, reading.masked, reading.index, context, mask_id)
 
 
 def complementary_view(reading: Reading, shown: Tensor, context: Context, mask_id: int) -> View:
@@ -145,14 +145,14 @@ def complementary_view(reading: Reading, shown: Tensor, context: Context, mask_i
 
     Args:
         reading: what this teacher reads.
-        shown: [samples, length] bool: set A, the hidden tokens that the first view shows.
+        shown: [samples, length] bool: set A, the masked tokens that the first view shows.
         context: the teacher's context kind and block size.
         mask_id: the teacher's mask token.
     """
     reading = _trim(reading, context)
     shown = shown[:, : reading.ids.shape[1]]
-    first = reading.ids.masked_fill(reading.hidden & ~shown, mask_id)
-    second = reading.ids.masked_fill(reading.hidden & shown, mask_id)
+    first = reading.ids.masked_fill(reading.masked & ~shown, mask_id)
+    second = reading.ids.masked_fill(reading.masked & shown, mask_id)
     samples, length = reading.ids.shape
     lengths = _seen_lengths(reading, context)
     sample, position = reading.index
@@ -173,7 +173,7 @@ def complementary_passes(
 
     Args:
         reading: what this teacher reads.
-        shown: [samples, length] bool: set A, the hidden tokens that the first view shows.
+        shown: [samples, length] bool: set A, the masked tokens that the first view shows.
         context: the teacher's context kind and block size.
         mask_id: the teacher's mask token.
     """
@@ -181,24 +181,24 @@ def complementary_passes(
     shown = shown[:, : reading.ids.shape[1]]
     first, second = ((reading.asked & part).nonzero(as_tuple=True) for part in (~shown, shown))
     return (
-        _pass(reading, reading.hidden & ~shown, first, context, mask_id),
-        _pass(reading, reading.hidden & shown, second, context, mask_id),
+        _pass(reading, reading.masked & ~shown, first, context, mask_id),
+        _pass(reading, reading.masked & shown, second, context, mask_id),
     )
 
 
 def _pass(
-    reading: Reading, hidden: Tensor, asked: tuple[Tensor, ...], context: Context, mask_id: int
+    reading: Reading, masked: Tensor, asked: tuple[Tensor, ...], context: Context, mask_id: int
 ) -> View:
-    """Build one view of a trimmed reading: what it hides [samples, length] bool, and what it answers.
+    """Build one view of a trimmed reading: what it masks [samples, length] bool, and what it answers.
 
     Args:
         reading: trimmed.
-        hidden: shown as the mask token.
+        masked: shown as the mask token.
         asked: ([rows], [rows]) sample and position.
         context: the teacher's.
         mask_id: the teacher's.
     """
-    noisy = reading.ids.masked_fill(hidden, mask_id)
+    noisy = reading.ids.masked_fill(masked, mask_id)
     copies = [noisy, *[reading.ids] * (context.parts - context.noised_parts)]
     sample, position = asked
     rows = sample * context.parts * reading.ids.shape[1] + position
@@ -227,5 +227,5 @@ def _trim(reading: Reading, context: Context) -> Reading:
     What is asked lies before the cut, so `index` stays.
     """
     length = _needed(reading, context)
-    cut = {name: getattr(reading, name)[:, :length] for name in ("ids", "hidden", "asked", "unit")}
+    cut = {name: getattr(reading, name)[:, :length] for name in ("ids", "masked", "asked", "unit")}
     return dataclasses.replace(reading, **cut)

@@ -48,11 +48,11 @@ class Likelihood:
     """Context kind that labels the bound."""
     times: tuple[float, ...]
     nll: Tensor
-    """[samples, times] fp64: summed NLL of hidden tokens, in nats."""
+    """[samples, times] fp64: summed NLL of masked tokens, in nats."""
     correct: Tensor
-    """[samples, times] fp64: hidden tokens whose most likely token is the gold one."""
-    hidden: Tensor
-    """[samples, times] fp64: hidden tokens."""
+    """[samples, times] fp64: masked tokens whose most likely token is the gold one."""
+    masked: Tensor
+    """[samples, times] fp64: masked tokens."""
     reply_bytes: Tensor
     """[samples] fp64."""
 
@@ -68,19 +68,19 @@ class Likelihood:
 
     @property
     def masked_accuracy(self) -> float:
-        """Share of hidden tokens predicted right, over all options."""
-        return float(self.correct.sum() / self.hidden.sum().clamp_min(1))
+        """Share of masked tokens predicted right, over all options."""
+        return float(self.correct.sum() / self.masked.sum().clamp_min(1))
 
     def by_time(self) -> list[dict[str, float]]:
-        """List NLL per byte, NLL per hidden token and accuracy at each noise level."""
+        """List NLL per byte, NLL per masked token and accuracy at each noise level."""
         total_bytes = float(self.reply_bytes.sum())
         return [
             {
                 "time": time,
                 "nll_per_byte": float(self.nll[:, index].sum()) / time / total_bytes,
-                "nll_per_token": float(self.nll[:, index].sum() / self.hidden[:, index].sum().clamp_min(1)),
+                "nll_per_token": float(self.nll[:, index].sum() / self.masked[:, index].sum().clamp_min(1)),
                 "masked_accuracy": float(
-                    self.correct[:, index].sum() / self.hidden[:, index].sum().clamp_min(1)
+                    self.correct[:, index].sum() / self.masked[:, index].sum().clamp_min(1)
                 ),
             }
             for index, time in enumerate(self.times)
@@ -100,7 +100,7 @@ class Likelihood:
 
 
 class Scorer(Protocol):
-    """Whatever can say how likely it finds the hidden tokens of a microbatch."""
+    """Whatever can say how likely it finds the masked tokens of a microbatch."""
 
     def __call__(self, noised: Noised) -> tuple[Tensor, Tensor]:
         """Return NLL in nats [rows] and whether the gold token is the most likely [rows], in row order.
@@ -156,7 +156,7 @@ def evaluate(
             values = torch.zeros(3, len(batch.sample_ids), dtype=torch.float64, device=device)
             values[0].index_add_(0, sample, nll.double())
             values[1].index_add_(0, sample, is_right.double())
-            values[2] += noised.hidden.sum(dim=1)
+            values[2] += noised.masked.sum(dim=1)
             if mine:
                 sums[:3, mine, column] = values
         if mine:
@@ -167,7 +167,7 @@ def evaluate(
         times=tuple(options.times),
         nll=sums[0],
         correct=sums[1],
-        hidden=sums[2],
+        masked=sums[2],
         reply_bytes=sums[3, :, 0],
     )
 

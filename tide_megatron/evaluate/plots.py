@@ -52,9 +52,9 @@ def plot_noise_levels(scores: Scores, reference: str, path: Path, *, compared: S
     middle.set_ylim(bottom=0)
     for axis in (left, middle, right):
         axis.set_xticks(sorted(base))
-    level = "noise level t (share of tokens hidden)"
+    level = "noise level t (share of tokens masked)"
     _label(left, level, "NLL / t, nats per byte")
-    _label(middle, level, "hidden tokens predicted right, %")
+    _label(middle, level, "masked tokens predicted right, %")
     _label(right, level, f"NLL / t, difference to {reference}")
     _legend(figure, list(scores))
     _save(figure, path)

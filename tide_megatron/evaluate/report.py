@@ -4,7 +4,7 @@ Input is plain values (what `Likelihood.summary` returns, what `metrics.jsonl` h
 again from files. The table labels each bound by its context kind: bounds of different kinds are not
 comparable.
 
-Evaluation hides the same tokens of the same samples for every run, so two runs are compared sample by sample:
+Evaluation masks the same tokens of the same samples for every run, so two runs are compared sample by sample:
 what makes a sample hard drops out of the difference. The interval is Student's over the pairs (samples of one
 run pair, or seeds). It says how sure the difference is for other samples (or seeds) like these, and nothing
 about other base models or data.

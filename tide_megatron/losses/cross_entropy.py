@@ -39,7 +39,7 @@ class CrossEntropy(LikelihoodLoss):
         """Refuse the weight of another schedule than the one that masks; see `Loss.check`."""
         if self.schedule != schedule:
             raise ConfigError(
-                f"schedule: {self.schedule!r} weighs another schedule than noise.schedule {schedule!r} hides "
+                f"schedule: {self.schedule!r} weighs another schedule than noise.schedule {schedule!r} masks "
                 "by; set both alike"
             )
 

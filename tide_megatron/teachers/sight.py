@@ -1,4 +1,4 @@
-"""How a teacher sees a noised microbatch: context, mask token, all hidden tokens or half at a time."""
+"""How a teacher sees a noised microbatch: context, mask token, all masked tokens or half at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sight:
     mask_id: int
     """The teacher's own mask token."""
     complementary: Complementary | None = None
-    """Show half of the hidden tokens at a time; None: all are hidden in one view."""
+    """Show half of the masked tokens at a time; None: all are masked in one view."""
     forwards: int = 1
     """Forward passes of complementary views: 1, or 2 (slower, equal; the oracle)."""
 

@@ -74,7 +74,7 @@ class Teacher:
         """Yield, by microbatch, the final hidden rows of the whole head group with the head's slice.
 
         All ranks that share anything with this one through the teacher's layout or the head group iterate
-        together and equally far, also when nothing is hidden: no rank of a replica can forward alone.
+        together and equally far, also when nothing is masked: no rank of a replica can forward alone.
 
         Args:
             request: this rank's.

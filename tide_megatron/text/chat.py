@@ -1,7 +1,7 @@
 """Chats as token ids: render the template, split prompt and reply, count bytes (spec section 4.1).
 
 The prompt is what a model sees when it is asked: the template over all messages but the last, with the
-generation prompt. Everything after it, the end-of-turn token included, is the reply and may be hidden. The
+generation prompt. Everything after it, the end-of-turn token included, is the reply and may be masked. The
 reference searches decoded text for contents; here the boundary is the end of the rendered prompt, which
 cannot be found in a wrong place.
 
@@ -26,7 +26,7 @@ class Encoded:
 
     ids: list[int]
     replies: list[int]
-    """Half-open ranges of `ids` that may be hidden, ascending and disjoint, flat: start, end, start, ..."""
+    """Half-open ranges of `ids` that may be masked, ascending and disjoint, flat: start, end, start, ..."""
     reply_bytes: int
     """UTF-8 bytes of the reply's text within `ids` (what NLL per byte divides by); template text is not
     counted."""
@@ -79,7 +79,7 @@ def encode_chat(
         ids = prompt_ids + tokenizer.encode(whole[len(prompt) :], opening=False)
     if tokenizer.mask_id in ids:
         raise DataError(
-            "the text contains the mask token, which only hiding may write: remove it from the record"
+            "the text contains the mask token, which only the noise may write: remove it from the record"
         )
     try:
         ends = tokenizer.ends(ids, whole)

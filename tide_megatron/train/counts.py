@@ -31,7 +31,7 @@ class Counts:
     """Of each loss."""
     tokens: int
     """Clean tokens without pads, over all ranks."""
-    hidden: int
+    masked: int
     """Rows to predict, over all ranks."""
     rows: Sequence[Sequence[Sequence[int]]]
     """[group rank][microbatch]: how that rank's `Rows` are packed."""
@@ -52,7 +52,7 @@ def count(
 
     Args:
         noised: this rank's microbatches.
-        rows: their hidden rows.
+        rows: their masked rows.
         requests: what this rank asks of each teacher.
         head: the losses and the vocabulary group.
         cost: this rank's.
@@ -78,12 +78,12 @@ def count(
     table = _Table(gather_vectors([value for part in mine.values() for value in part]), mine)
     _check_samples(table, requests, noised)
     divisors = table["divisors"].sum(dim=0).tolist()
-    tokens, hidden, flops = table["totals"].sum(dim=0).tolist()
+    tokens, masked, flops = table["totals"].sum(dim=0).tolist()
     here = head.group.world_ranks
     return Counts(
         divisors=dict(zip(head.losses, divisors, strict=True)),
         tokens=int(tokens),
-        hidden=int(hidden),
+        masked=int(masked),
         cost=Cost(flops=flops, peak_memory_bytes=float(table["memory"].max())),
         rows=[list(_split(line, len(noised))) for line in table["rows"][here].long().tolist()],
         asked={

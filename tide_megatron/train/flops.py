@@ -2,7 +2,7 @@
 
 The student is read forward and backward, three times a forward pass, its head too; every teacher forward, its
 head once. What is done twice (pads, replicas of a cut mixture's tokens, logits made again) counts once. All
-numbers are on the host already: what is hidden was listed, lengths came with the batch.
+numbers are on the host already: what is masked was listed, lengths came with the batch.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock,
             **{f"loss/{name}": value for name, value in result.terms.items()},
             **{f"items/{name}": value for name, value in result.items.items()},
             "grad_norm": result.update.grad_norm,
-            "hidden_share": result.hidden / max(1, result.tokens),
+            "hidden_share": result.masked / max(1, result.tokens),
             **{f"bytes/{kind}": float(moved) for kind, moved in result.bytes.items() if moved},
         },
         latest={

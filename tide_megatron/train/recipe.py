@@ -59,9 +59,9 @@ class TeacherModel(Model):
     sanity: Annotated[Literal["refuse", "warn", "off"], Off, MACHINE] = "refuse"
     """What to do when the teacher predicts held-out tokens no better than their frequencies would."""
     view: Annotated[Literal["plain", "complementary"], Paper("complementary")] = "plain"
-    """`complementary` (CompDemo): show half of the hidden tokens at a time, in two views."""
+    """`complementary` (CompDemo): show half of the masked tokens at a time, in two views."""
     shown_share: Annotated[float, Paper("0.5")] = Field(default=0.5, ge=0.0, le=1.0)
-    """Share of the hidden tokens that the first complementary view shows."""
+    """Share of the masked tokens that the first complementary view shows."""
     forwards: Annotated[Literal["one", "two"], MACHINE, Paper("two")] = "one"
     """How complementary views are run: as one forward, or as two (slower and equal; to compare)."""
     shared_schedule: Annotated[int, MACHINE] = Field(default=4, ge=1)

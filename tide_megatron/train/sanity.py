@@ -1,4 +1,4 @@
-"""Ask, before step 1, whether each teacher predicts hidden tokens at all.
+"""Ask, before step 1, whether each teacher predicts masked tokens at all.
 
 A wrong mask id, template or context kind does not crash: the teacher just predicts badly, and the student
 learns that. So every teacher is scored on a few samples and held against what token frequencies alone would
@@ -31,7 +31,7 @@ def check_teachers(recipe: Recipe, setup: Setup) -> list[dict[str, Any]]:
     """Score every teacher on a few samples and refuse one that knows nothing. All ranks call it together.
 
     Returns:
-        One entry per teacher: name, layout, NLL per byte and per hidden token at noise level 0.3.
+        One entry per teacher: name, layout, NLL per byte and per masked token at noise level 0.3.
 
     Raises:
         ConfigError: a teacher is no better than token frequencies and its `sanity` is `refuse`.
@@ -50,7 +50,7 @@ def check_teachers(recipe: Recipe, setup: Setup) -> list[dict[str, Any]]:
         nll = scores.by_time()[0]["nll_per_token"]
         chance = frequency_nll(own, teacher.model.architecture.vocabulary)
         log.info(
-            "teachers.%s: %.3f nats a hidden token at t=%.1f under %s (token frequencies alone: %.3f)",
+            "teachers.%s: %.3f nats a masked token at t=%.1f under %s (token frequencies alone: %.3f)",
             name,
             nll,
             TIME,
@@ -59,7 +59,7 @@ def check_teachers(recipe: Recipe, setup: Setup) -> list[dict[str, Any]]:
         )
         if not nll < chance:
             complaint = (
-                f"teachers.{name}: predicts hidden tokens at {nll:.3f} nats, token frequencies alone give "
+                f"teachers.{name}: predicts masked tokens at {nll:.3f} nats, token frequencies alone give "
                 f"{chance:.3f}; check its mask token, chat template and context.kind, "
                 f"or set teachers.{name}.sanity=warn"
             )

@@ -128,7 +128,7 @@ def open_loader(
         tokenizer: the student's.
         readers: the teachers; each reads the side that was prepared for its tokenizer and template, if there
             is one, else the student's tokens.
-        is_trained_on: whether chunks are kept whole in it; held-out tokens are hidden as drawn.
+        is_trained_on: whether chunks are kept whole in it; held-out tokens are masked as drawn.
     """
     samples, accumulate = recipe.batch.accumulation(dist.get_world_size())
     with under("data"):
@@ -176,7 +176,7 @@ def _filled_blocks(context: Context) -> int:
 
 
 def _kept_whole(recipe: Recipe, loader: Loader) -> tuple[str, ...]:
-    """Return the sides of a batch whose chunks are hidden whole."""
+    """Return the sides of a batch whose chunks are masked whole."""
     if recipe.noise.chunk_hiding == "as_drawn":
         return ()
     chosen = recipe.noise.chunks_of

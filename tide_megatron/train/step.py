@@ -1,7 +1,7 @@
 """One training step, on a page.
 
 The contracts that keep it short: counts are known before the forward pass and enter as coefficients, so
-nothing divides later; every rank makes the same number of teacher and student passes whatever is hidden;
+nothing divides later; every rank makes the same number of teacher and student passes whatever is masked;
 losses and head never learn a teacher's layout.
 """
 
@@ -66,7 +66,7 @@ class StepResult:
     update: Update
     tokens: int
     """Tokens of clean text that were read, without pads, over all ranks."""
-    hidden: int
+    masked: int
     """Rows that were predicted, over all ranks."""
     cost: Cost
     """Operations that the step needed, of all ranks; the largest memory of a rank before it."""
@@ -78,7 +78,7 @@ class StepResult:
 
 # ---------------------------------------------------------------------------------------------------
 def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
-    """Hide tokens, ask the teachers, answer as the student, compare, update. All ranks call it together.
+    """Mask tokens, ask the teachers, answer as the student, compare, update. All ranks call it together.
 
     Args:
         run: student, teachers, losses.
@@ -120,7 +120,7 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         objective=objective,
         update=update,
         tokens=counts.tokens,
-        hidden=counts.hidden,
+        masked=counts.masked,
         cost=counts.cost,
         bytes=moved,
         broken={} if update.applied else watch.report(),

@@ -88,8 +88,8 @@ def measure(shapes: Shapes, *, device: Device, stop: StopFlag) -> dict[str, Any]
     expected = Formula(run, batches, shapes).bytes()
     result = train_step(run, batches, Clock(total_steps=10))
     assert result.update.applied, "the step was skipped"
-    logits = result.hidden * (shapes.dense[1] + shapes.mixture[1]) * shapes.bytes_per_number
-    return {"counted": result.bytes, "formula": expected, "logits": logits, "rows": result.hidden}
+    logits = result.masked * (shapes.dense[1] + shapes.mixture[1]) * shapes.bytes_per_number
+    return {"counted": result.bytes, "formula": expected, "logits": logits, "rows": result.masked}
 
 
 def make_run(shapes: Shapes, device: Device) -> Run:
@@ -187,7 +187,7 @@ class Formula:
         ranks = range(RANKS)
         count = shapes.accumulation
         noised = [[run.noiser(batch_of(shapes, rank * count + k)) for k in range(count)] for rank in ranks]
-        self.rows = [[int(example.hidden.sum()) for example in mine] for mine in noised]
+        self.rows = [[int(example.masked.sum()) for example in mine] for mine in noised]
         requests = [run.teachers["dense"].request(mine) for mine in noised]
         self.views = [request.sizes(request.numbers()) for request in requests]
         asked = [[num_rows(passes) for passes in mine] for mine in self.views]

@@ -1,8 +1,8 @@
 """One microbatch at the sizes of a bench, in the form that each way to a head loss wants.
 
 Hidden states and heads are random numbers; text, noise levels and chunks follow the paper's sizes: two
-samples of 512 tokens of which 424 may be hidden, one uniform noise level a sample. For Reverse CALM whole
-chunks are hidden, runs of 1 to 3 student tokens that are 1 to 4 of the teacher's.
+samples of 512 tokens of which 424 may be masked, one uniform noise level a sample. For Reverse CALM whole
+chunks are masked, runs of 1 to 3 student tokens that are 1 to 4 of the teacher's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """What is read and what is hidden of it; `chunks` only where there are any."""
+    """What is read and what is masked of it; `chunks` only where there are any."""
 
     ids: Tensor
     """[samples, length] int64."""

@@ -139,7 +139,7 @@ def plain_head_loss(student: Model, teacher: Model, batch: Microbatch, term: Ter
         student: hidden states of [x_t ; x_0]; the second half's logits are made and thrown away.
         teacher: hidden states of as many positions as the term's matrices; under a moving target of the
             student's, other halves may follow.
-        batch: what was hidden.
+        batch: what was masked.
         term: the distillation loss.
     """
     logits = student.logits[:, : batch.ids.shape[1]]

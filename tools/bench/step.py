@@ -115,7 +115,7 @@ def measure_seconds(
         cpu = time.process_time() - cpu
         dist.barrier()
         seconds = time.perf_counter() - started
-        mine = (sum(int(run.noiser(batch).hidden.sum()) for batch in batches), cpu)
+        mine = (sum(int(run.noiser(batch).masked.sum()) for batch in batches), cpu)
         each: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(each, mine)
         if turn:

@@ -4,10 +4,10 @@ Bodies are as deep as the quickstart's and wide enough to hold a head of 152k id
 teachers of 4, all 256 wide, 4 heads of 64 over 2 groups. Two pipelines, both CompDemo:
 
 - `shared`: a dense block-diffusion teacher reads the student's tokens; cross-entropy and TIDAL;
-- `cross`: a mixture of 4 experts, 2 a token, reads tokens of its own in both directions, chunks are hidden
+- `cross`: a mixture of 4 experts, 2 a token, reads tokens of its own in both directions, chunks are masked
   whole; cross-entropy and Reverse CALM.
 
-Texts are random ids of full length, of which 424 in 512 may be hidden; chunks are runs of 1 to 3 student and
+Texts are random ids of full length, of which 424 in 512 may be masked; chunks are runs of 1 to 3 student and
 1 to 4 teacher tokens.
 """
 
@@ -226,7 +226,7 @@ def given_of(run: Run, batch: Batch) -> Given:
         )
     else:
         assert isinstance(loss, ReverseCalm), f"the plain way has no {loss}"
-        mine, theirs, active = _matrices(batch, noised.hidden)
+        mine, theirs, active = _matrices(batch, noised.masked)
         term = ChunkLikelihoods(
             temperature=loss.temperature,
             teacher_ids=reading.ids,
@@ -236,12 +236,12 @@ def given_of(run: Run, batch: Batch) -> Given:
         )
     return Given(
         batch=Microbatch(
-            ids=batch.ids, masked=noised.hidden, token_weight=weight[:, None].expand(batch.ids.shape)
+            ids=batch.ids, masked=noised.masked, token_weight=weight[:, None].expand(batch.ids.shape)
         ),
         student_mask=run.student.mask_id,
         student_context=run.student.context,
         teacher_ids=reading.ids,
-        teacher_masked=reading.hidden,
+        teacher_masked=reading.masked,
         shown=teacher.sight.complementary.shown(batch, reading),
         teacher_lengths=reading.lengths if teacher.sight.context.kind == "bidirectional" else None,
         teacher_mask=teacher.sight.mask_id,
@@ -251,7 +251,7 @@ def given_of(run: Run, batch: Batch) -> Given:
 
 
 def _matrices(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return every chunk as a column of both sides' matrices, and which columns are hidden whole."""
+    """Return every chunk as a column of both sides' matrices, and which columns are masked whole."""
     side = batch.sides[TEACHER]
     most = int(side.number.max()) + 1
     mine, theirs = (torch.zeros(*ids.shape, most, dtype=torch.bool) for ids in (batch.ids, side.ids))

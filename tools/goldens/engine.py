@@ -121,7 +121,7 @@ def noise(
 def masked_at(masked: Tensor, time: Tensor) -> Noised:
     """Wrap a mask [samples, length] and noise levels [samples] where the tokens themselves do not matter."""
     ids = torch.zeros(masked.shape, dtype=torch.int64)
-    return Noised(batch=make_batch(ids, ids.masked_fill(~masked, IGNORED)), time=time, hidden=masked)
+    return Noised(batch=make_batch(ids, ids.masked_fill(~masked, IGNORED)), time=time, masked=masked)
 
 
 def student_view(noised: Noised, context: Context, mask_id: int) -> View:

@@ -48,7 +48,7 @@ def replay_schedules(path: Path) -> list[Row]:
             f"{name}_alpha": schedule.alpha(time),
             f"{name}_dalpha": schedule.d_alpha(time),
             f"{name}_weight": schedule.weight(time),
-            f"{name}_reverse_mask_prob_s_half_t": schedule.stay_hidden(later / 2, later),
+            f"{name}_reverse_mask_prob_s_half_t": schedule.stay_masked(later / 2, later),
         }
         golden.compare(f"{name}_*", ours)
     return golden.rows()
@@ -106,7 +106,7 @@ def replay_tidal(path: Path) -> list[Row]:
         if name == "bf16":
             grad = _nearest_to(golden.read("bf16_grad"), grad)
         golden.compare(f"{name}_*", {f"{name}_loss": value, f"{name}_grad": grad})
-    value, _ = _tidal({}, student, teacher, masked_at(torch.zeros_like(noised.hidden), noised.time))
+    value, _ = _tidal({}, student, teacher, masked_at(torch.zeros_like(noised.masked), noised.time))
     golden.compare("emptymask_*", {"emptymask_loss": value}, tolerance=0.0)
     return golden.rows()
 
@@ -121,7 +121,7 @@ def _tidal(
     """
     leaf, losses = student.clone().requires_grad_(True), {"tidal": tidal_term(case)}
     clock = Clock(step=case.get("step", 0), total_steps=case.get("max_steps", 1))
-    masked, counts = noised.hidden, {"tidal": losses["tidal"].count(noised)}
+    masked, counts = noised.masked, {"tidal": losses["tidal"].count(noised)}
 
     def objective(where: Tensor) -> Tensor:
         part = masked_at(where, noised.time)

@@ -183,7 +183,7 @@ class Replayed:
             )
 
     def gradients(self) -> None:
-        """Replay the summed NLL of hidden tokens over all positions, and its gradient in every weight."""
+        """Replay the summed NLL of masked tokens over all positions, and its gradient in every weight."""
         golden = self.golden
         if "loss" not in golden:
             return

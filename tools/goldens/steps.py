@@ -84,7 +84,7 @@ class Step:
         tag, noised = case["tag"], self.noised(case["tag"])
         view = student_view(noised, self.context, self.student.mask_id)
         # With nothing masked the reference has one pass.
-        forms = {1: ", one forward", 2: ", two passes"} if noised.hidden.any() else {0: ""}
+        forms = {1: ", one forward", 2: ", two passes"} if noised.masked.any() else {0: ""}
         for forwards, form in (forms if case["demo"] else {0: ""}).items():
             answer, inputs = self._answer(case, noised, forwards)
             shown = {f"{tag}_teacher{number}_input_ids": ids for number, ids in enumerate(inputs)}

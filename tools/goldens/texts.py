@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tide_megatron.text.templates import Content
 from tokenizers.pre_tokenizers import ByteLevel
 
 from goldens.chats import SIDE, Chat, Conversation, Span, golden_tokenizer, inside, read_cross, read_shared
@@ -22,6 +21,7 @@ from goldens.row import Row, judge
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.text.align import align_chats
 from tide_megatron.text.chat import Encoded, labels_of
+from tide_megatron.text.templates import Content
 from tide_megatron.text.tokenizer import Tokenizer
 
 SIDES = ("teacher", "student")

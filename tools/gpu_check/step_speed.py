@@ -83,7 +83,7 @@ def measure(small: bool, *, device: Device, stop: StopFlag) -> dict[str, Any]:
     found = {
         "milliseconds": 1e3 * seconds,
         "tokens": result.tokens,
-        "rows": result.hidden,
+        "rows": result.masked,
         "tokens_per_second": result.tokens / seconds,
         "tflops": achieved / 1e12,
         "mfu": None if peak is None else achieved / peak,

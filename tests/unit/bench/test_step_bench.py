@@ -58,7 +58,7 @@ def moved_apart(before, plain, ours):
 
 
 def show_nothing(given):
-    """One view in which everything is hidden, read twice."""
+    """One view in which everything is masked, read twice."""
     return {"shown": torch.zeros_like(given.shown)}
 
 

@@ -29,8 +29,8 @@ def test_the_split_is_of_hidden_tokens_and_fair(teacher):
     shown, hidden = 0, 0
     for seed in range(40):
         _, reading, split = example(teacher, seed)
-        assert not (split & ~reading.hidden).any()
-        shown, hidden = shown + int(split.sum()), hidden + int(reading.hidden.sum())
+        assert not (split & ~reading.masked).any()
+        shown, hidden = shown + int(split.sum()), hidden + int(reading.masked.sum())
     assert 0.4 < shown / hidden < 0.6
 
 
@@ -75,10 +75,10 @@ def test_each_pass_hides_what_the_other_shows(teacher, context):
     first, second = complementary_passes(reading, shown, context, MASK)
     length = first.length
     hidden = [(view.ids[:, :length] == MASK) for view in (first, second)]
-    assert torch.equal(hidden[0] | hidden[1], reading.hidden)
+    assert torch.equal(hidden[0] | hidden[1], reading.masked)
     assert not (hidden[0] & hidden[1]).any()
     assert torch.equal(hidden[1], shown)
-    for view in (first, second):  # every row that is asked is hidden in its own view
+    for view in (first, second):  # every row that is asked is masked in its own view
         assert (view.ids.flatten()[view.rows] == MASK).all()
         assert torch.equal(
             view.ids.where(view.ids != MASK, 0)[:, :length].bool(),

@@ -1,4 +1,4 @@
-"""What the host asks of a device in a step: how many tokens are hidden, once a microbatch, and no length."""
+"""What the host asks of a device in a step: how many tokens are masked, once a microbatch, and no length."""
 
 import dataclasses
 from collections import Counter
@@ -73,7 +73,7 @@ def test_a_batch_brings_its_numbers_to_the_device():
 @pytest.mark.parametrize(("normalization", "count"), [("token", 33), ("sequence", 3), ("batch", 3)])
 def test_divisors_ask_no_device(normalization, count):
     batch = random_batch(2).to(NOWHERE)
-    noised = Noised(batch=batch, time=torch.ones(3, device=NOWHERE), hidden=batch.maskable)
+    noised = Noised(batch=batch, time=torch.ones(3, device=NOWHERE), masked=batch.maskable)
     found = CrossEntropy(normalization=normalization).count(noised)
     assert (found.dtype, found.device.type, float(found)) == (torch.float64, "cpu", count)
 

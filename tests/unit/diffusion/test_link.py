@@ -25,11 +25,11 @@ def rows_of(chosen):
 def test_the_teacher_hides_touched_chunks_and_is_asked_about_wholly_hidden_ones(seed, time):
     example = noised(seed, time)
     reading, side = example.reading("t0"), example.batch.sides["t0"]
-    hidden, asked = torch.zeros_like(reading.hidden), torch.zeros_like(reading.hidden)
+    hidden, asked = torch.zeros_like(reading.masked), torch.zeros_like(reading.masked)
     for sample, students, teachers in chunks_of(side):
-        hidden[sample, teachers] = bool(example.hidden[sample, students].any())
-        asked[sample, teachers] = bool(example.hidden[sample, students].all())
-    assert torch.equal(reading.hidden, hidden)
+        hidden[sample, teachers] = bool(example.masked[sample, students].any())
+        asked[sample, teachers] = bool(example.masked[sample, students].all())
+    assert torch.equal(reading.masked, hidden)
     assert torch.equal(reading.asked, asked)
     assert torch.equal(reading.ids, side.ids)
 
@@ -39,8 +39,8 @@ def test_the_teacher_hides_touched_chunks_and_is_asked_about_wholly_hidden_ones(
 def test_rows_of_a_chunk_are_its_tokens_on_both_sides(seed, time):
     example = noised(seed, time)
     side, link, asked = example.batch.sides["t0"], example.link("t0"), example.reading("t0").asked
-    mine, theirs = rows_of(example.hidden), rows_of(asked)
-    active = [entry for entry in chunks_of(side) if bool(example.hidden[entry[0], entry[1]].all())]
+    mine, theirs = rows_of(example.masked), rows_of(asked)
+    active = [entry for entry in chunks_of(side) if bool(example.masked[entry[0], entry[1]].all())]
     assert link.chunk_sample.tolist() == [sample for sample, _, _ in active]
     for (row, chunk), numbers, column in ((link.student_rows, mine, 1), (link.teacher_rows, theirs, 2)):
         wanted = [
@@ -66,38 +66,38 @@ def test_pairs_are_single_tokens_of_one_id():
         example, batch=dataclasses.replace(example.batch, sides={"t0": dataclasses.replace(side, ids=ids)})
     )
     link = example.link("t0")
-    mine, theirs = rows_of(example.hidden), rows_of(example.reading("t0").asked)
+    mine, theirs = rows_of(example.masked), rows_of(example.reading("t0").asked)
     wanted = [
         (mine[sample, student], theirs[sample, teacher])
         for sample, (student,), (teacher,) in alike
-        if bool(example.hidden[sample, student])
+        if bool(example.masked[sample, student])
     ]
     assert len(wanted) > 1
     assert list(zip(*(rows.tolist() for rows in link.pairs), strict=True)) == wanted
     assert link.num_pairs == len(wanted)
-    gold = example.batch.ids[example.hidden]
+    gold = example.batch.ids[example.masked]
     assert torch.equal(gold[link.pairs[0]], link.gold[link.pairs[1]])
-    samples = example.hidden.nonzero()[:, 0]
+    samples = example.masked.nonzero()[:, 0]
     assert torch.equal(link.pair_sample, samples[link.pairs[0]])
 
 
 def test_a_teacher_with_the_students_tokens_answers_row_by_row():
     example = noised(1, 0.6)
     link, reading = example.link("another"), example.reading("another")
-    rows = int(example.hidden.sum())
+    rows = int(example.masked.sum())
     assert link.pairs is None
     assert link.num_pairs == link.num_chunks == rows
-    assert torch.equal(link.gold, example.batch.ids[example.hidden])
-    assert torch.equal(link.chunk_sample, example.hidden.nonzero()[:, 0])
-    assert torch.equal(reading.hidden, example.hidden)
-    assert torch.equal(reading.asked, example.hidden)
+    assert torch.equal(link.gold, example.batch.ids[example.masked])
+    assert torch.equal(link.chunk_sample, example.masked.nonzero()[:, 0])
+    assert torch.equal(reading.masked, example.masked)
+    assert torch.equal(reading.asked, example.masked)
 
 
 def test_nothing_hidden_is_nothing_asked():
     example = Noiser(seed=1).at(random_batch(1), 0.0)
     link = example.link("t0")
     assert (link.num_chunks, link.num_pairs, len(link.gold)) == (0, 0, 0)
-    assert not example.reading("t0").hidden.any()
+    assert not example.reading("t0").masked.any()
 
 
 def test_a_batch_moves_with_its_sides():

@@ -163,7 +163,7 @@ def test_seed_and_epoch_change_times_and_hidden_sets(seed, epoch):
 def test_time_and_hiding_draw_from_different_streams():
     """The first position's draw must not be the time's draw, or short samples would be biased."""
     noised = Noiser(seed=1, options=NoiseOptions(time_epsilon=0.0))(batch_of(range(4000), length=1))
-    correlation = torch.corrcoef(torch.stack([noised.time, noised.hidden[:, 0].float()]))[0, 1]
+    correlation = torch.corrcoef(torch.stack([noised.time, noised.masked[:, 0].float()]))[0, 1]
     assert correlation == pytest.approx(0.577, abs=0.05)  # sqrt(1/3), what independent draws give
 
 
@@ -172,21 +172,21 @@ def test_injected_uniforms_give_the_formula():
     draws = torch.tensor([0.0, 0.5]), torch.tensor([[0.0, 0.0005, 0.01, 0.9], [0.0, 0.49, 0.5004, 0.51]])
     noised = Noiser(seed=1)(batch, draws)
     torch.testing.assert_close(noised.time, torch.tensor([0.001, 0.5005]))
-    assert noised.hidden.tolist() == [[False, True, False, False], [False, True, True, False]]
+    assert noised.masked.tolist() == [[False, True, False, False], [False, True, True, False]]
 
 
 def test_a_draw_equal_to_the_probability_stays_visible():
-    """Strictly below: a draw in [0, 1) is below p with probability p, and at p = 0 nothing may be hidden."""
+    """Strictly below: a draw in [0, 1) is below p with probability p, and at p = 0 nothing may be masked."""
     draws = torch.tensor([0.5, 0.0]), torch.tensor([[0.0, 0.4999, 0.5, 0.5001], [0.0, 0.0, 0.0, 0.0]])
     noised = Noiser(seed=1, options=NoiseOptions(time_epsilon=0.0))(batch_of([0, 1], length=4), draws)
-    assert noised.hidden.tolist() == [[True, True, False, False], [False] * 4]
+    assert noised.masked.tolist() == [[True, True, False, False], [False] * 4]
 
 
 def test_a_draw_equal_to_the_probability_leaves_the_token_visible():
-    """Draws lie in [0, 1), so `<` hides with exactly the probability; at t = 0 nothing may be hidden."""
+    """Draws lie in [0, 1), so `<` hides with exactly the probability; at t = 0 nothing may be masked."""
     draws = torch.tensor([0.5, 0.0]), torch.tensor([[0.5, 0.5 - 2**-24], [0.0, 0.0]])
     noised = Noiser(seed=1, options=NoiseOptions(time_epsilon=0.0))(batch_of([0, 1], length=2), draws)
-    assert noised.hidden.tolist() == [[False, True], [False, False]]
+    assert noised.masked.tolist() == [[False, True], [False, False]]
 
 
 def test_share_of_hidden_tokens_follows_the_schedule():
@@ -194,29 +194,29 @@ def test_share_of_hidden_tokens_follows_the_schedule():
     for schedule in (Noiser(seed=3), Noiser(seed=3, options=NoiseOptions(schedule="cosine"))):
         noised = schedule.at(batch, 0.3)
         expected = 1 - SCHEDULES[schedule.options.schedule].alpha(torch.tensor(0.3)).item()
-        assert noised.hidden.double().mean().item() == pytest.approx(expected, abs=0.012)
+        assert noised.masked.double().mean().item() == pytest.approx(expected, abs=0.012)
 
 
 def test_prompts_and_pads_are_never_hidden():
     noised = Noiser(seed=1).at(batch_of(range(8), prompt=5, padding=7), 1.0)
-    assert noised.hidden[:, 5:-7].all()
-    assert noised.hidden.sum() == 8 * (64 - 12)
+    assert noised.masked[:, 5:-7].all()
+    assert noised.masked.sum() == 8 * (64 - 12)
 
 
 def test_fixed_levels_share_their_noise_and_suffixes_part_it():
     batch = batch_of(range(16))
     low, high = Noiser(seed=1).at(batch, 0.2), Noiser(seed=1).at(batch, 0.6)
     assert (low.time == 0.2).all()
-    assert (high.hidden | ~low.hidden).all()
+    assert (high.masked | ~low.masked).all()
     other = Noiser(seed=1, stream_suffix="@0.6").at(batch, 0.6)
-    assert not (other.hidden | ~low.hidden).all()
+    assert not (other.hidden | ~low.masked).all()
     assert (Noiser(seed=1, stream_suffix="x")(batch).time != Noiser(seed=1)(batch).time).all()
 
 
 def test_levels_of_an_evaluation_lie_in_the_unit_interval():
     batch = batch_of(range(4))
-    assert not Noiser(seed=1).at(batch, 0.0).hidden.any()
-    assert Noiser(seed=1).at(batch, 1.0).hidden.all()
+    assert not Noiser(seed=1).at(batch, 0.0).masked.any()
+    assert Noiser(seed=1).at(batch, 1.0).masked.all()
     for outside in (-0.1, 1.1):
         with pytest.raises(AssertionError, match=r"lies in \[0, 1\]"):
             Noiser(seed=1).at(batch, outside)

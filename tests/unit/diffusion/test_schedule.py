@@ -39,8 +39,8 @@ def test_weight_is_finite_at_time_zero():
 
 
 def test_stay_hidden_is_the_ratio_of_hiding_probabilities():
-    torch.testing.assert_close(Linear().stay_hidden(GRID / 3, GRID), torch.full_like(GRID, 1 / 3))
-    later = Cosine().stay_hidden(GRID / 3, GRID)
+    torch.testing.assert_close(Linear().stay_masked(GRID / 3, GRID), torch.full_like(GRID, 1 / 3))
+    later = Cosine().stay_masked(GRID / 3, GRID)
     expected = torch.cos(math.pi / 2 * (1 - GRID / 3)) / torch.cos(math.pi / 2 * (1 - GRID))
     torch.testing.assert_close(later, expected)
 

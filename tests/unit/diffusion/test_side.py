@@ -5,7 +5,7 @@ import torch
 
 from tests.unit.diffusion.sides import chunks_of, random_batch
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.diffusion.side import hide_whole_chunks
+from tide_megatron.diffusion.side import mask_whole_chunks
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -22,7 +22,7 @@ def test_members_are_the_tokens_of_each_chunk(seed):
 
 
 def closed_by_hand(hidden, maskable, sides):
-    """Hide whatever shares a chunk with a hidden token, until nothing changes."""
+    """Hide whatever shares a chunk with a masked token, until nothing changes."""
     wider = hidden.clone()
     while True:
         before = wider.clone()
@@ -38,8 +38,8 @@ def closed_by_hand(hidden, maskable, sides):
 @pytest.mark.parametrize("seed", range(6))
 def test_whole_hiding_closes_over_all_sides_and_spares_the_prompt(seed, sides):
     batch = random_batch(seed, sides=sides)
-    drawn = Noiser(seed=seed).at(batch, 0.2).hidden
-    found = hide_whole_chunks(drawn, batch.maskable, list(batch.sides.values()))
+    drawn = Noiser(seed=seed).at(batch, 0.2).masked
+    found = mask_whole_chunks(drawn, batch.maskable, list(batch.sides.values()))
     assert torch.equal(found, closed_by_hand(drawn, batch.maskable, batch.sides.values()))
     assert (drawn & ~found).sum() == 0
     assert (found & ~batch.maskable).sum() == 0
@@ -51,11 +51,11 @@ def test_several_sides_need_more_than_one_round():
     for seed in range(6):
         batch = random_batch(seed, sides=3)
         sides = list(batch.sides.values())
-        drawn = Noiser(seed=seed).at(batch, 0.2).hidden
+        drawn = Noiser(seed=seed).at(batch, 0.2).masked
         once = drawn
         for side in sides:
-            once = hide_whole_chunks(once, batch.maskable, [side])
-        rounds += not torch.equal(once, hide_whole_chunks(drawn, batch.maskable, sides))
+            once = mask_whole_chunks(once, batch.maskable, [side])
+        rounds += not torch.equal(once, mask_whole_chunks(drawn, batch.maskable, sides))
     assert rounds > 0
 
 
@@ -63,7 +63,7 @@ def test_the_noiser_hides_whole_chunks_of_the_sides_it_is_told():
     batch = random_batch(1, sides=2)
     drawn = Noiser(seed=4)(batch)
     whole = Noiser(seed=4, whole_chunks_of=("t1",))(batch)
-    assert torch.equal(whole.hidden, hide_whole_chunks(drawn.hidden, batch.maskable, [batch.sides["t1"]]))
+    assert torch.equal(whole.hidden, mask_whole_chunks(drawn.hidden, batch.maskable, [batch.sides["t1"]]))
     assert torch.equal(whole.time, drawn.time)
     assert whole.hidden.sum() > drawn.hidden.sum()
 
@@ -79,4 +79,4 @@ def test_a_side_without_chunks_changes_nothing():
         number=side.number[:0],
     )
     hidden = Noiser(seed=4)(batch).hidden
-    assert torch.equal(hide_whole_chunks(hidden, batch.maskable, [empty]), hidden)
+    assert torch.equal(mask_whole_chunks(hidden, batch.maskable, [empty]), hidden)

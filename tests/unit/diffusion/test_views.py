@@ -20,7 +20,7 @@ def noised():
         sample_ids=torch.arange(2), epochs=torch.zeros(2), ids=ids, labels=ids, reply_bytes=torch.ones(2)
     )
     hidden = torch.tensor([[False, True, False, True], [True, False, False, False]])
-    return Noised(batch=batch, time=torch.tensor([0.5, 0.25]), hidden=hidden)
+    return Noised(batch=batch, time=torch.tensor([0.5, 0.25]), masked=hidden)
 
 
 def test_block_diffusion_view_is_noised_then_clean():
@@ -68,7 +68,7 @@ def test_only_a_bidirectional_model_is_told_where_pads_begin():
 
 def test_nothing_hidden_gives_no_rows():
     example = noised()
-    nothing = Noised(batch=example.batch, time=example.time, hidden=torch.zeros_like(example.hidden))
+    nothing = Noised(batch=example.batch, time=example.time, masked=torch.zeros_like(example.masked))
     view = plain_view(nothing, Context(kind="block_diffusion"), MASK)
     assert view.rows.shape == (0,)
     assert torch.equal(view.ids[:, :4], example.batch.ids)

@@ -48,7 +48,7 @@ def case_of(samples=2, length=6, vocabulary=11, seed=0, hidden_share=0.5):
     batch = Batch(sample_ids=numbers, epochs=numbers * 0, ids=ids, labels=labels, reply_bytes=numbers)
     time = 0.1 + 0.9 * torch.rand(samples, generator=generator)
     return Case(
-        noised=Noised(batch=batch, time=time, hidden=hidden),
+        noised=Noised(batch=batch, time=time, masked=hidden),
         student=(draw(samples, length, 4).requires_grad_(True), draw(vocabulary, 4).requires_grad_(True)),
         teachers={
             "same": (draw(samples, length, 5), draw(vocabulary, 5)),
@@ -93,7 +93,7 @@ def picked(case, names=None):
 
 def dense(case):
     """Return every term of `terms` from full logits in fp64, as {name: mean}, written from the spec."""
-    batch, mask = case.noised.batch, case.noised.hidden.double()
+    batch, mask = case.noised.batch, case.noised.masked.double()
     student = case.student[0].double() @ case.student[1].double().T  # [samples, length, vocabulary]
     logits = {name: hidden.double() @ head.double().T for name, (hidden, head) in case.teachers.items()}
     time = case.noised.time.double()[:, None]
@@ -249,7 +249,7 @@ def test_microbatches_add_up_to_the_whole():
         names = [field.name for field in dataclasses.fields(batch) if field.name != "sides"]
         fields = {name: getattr(batch, name)[chosen] for name in names}
         noised = Noised(
-            batch=Batch(**fields), time=case.noised.time[chosen], hidden=case.noised.hidden[chosen]
+            batch=Batch(**fields), time=case.noised.time[chosen], masked=case.noised.masked[chosen]
         )
         index = noised.row_index
         answers = {

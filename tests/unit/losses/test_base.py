@@ -111,7 +111,7 @@ def test_distilling_losses_count_hidden_rows(name):
     batch = Batch(
         sample_ids=torch.arange(2), epochs=torch.zeros(2), ids=ids, labels=labels, reply_bytes=torch.ones(2)
     )
-    count = make(name).count(Noised(batch=batch, time=torch.ones(2), hidden=hidden))
+    count = make(name).count(Noised(batch=batch, time=torch.ones(2), masked=hidden))
     assert count.item() == 3
     assert count.dtype == torch.float64
     assert count.shape == ()

@@ -18,7 +18,7 @@ CLOCK = Clock()
 
 
 def example():
-    """Three samples of five tokens with 4, 2 and 0 maskable ones, of which 2, 2 and 0 are hidden."""
+    """Three samples of five tokens with 4, 2 and 0 maskable ones, of which 2, 2 and 0 are masked."""
     ids = torch.arange(15).reshape(3, 5) % 7
     labels = ids.clone()
     labels[0, 0] = labels[1, :3] = labels[2] = IGNORED
@@ -27,7 +27,7 @@ def example():
     batch = Batch(
         sample_ids=torch.arange(3), epochs=torch.zeros(3), ids=ids, labels=labels, reply_bytes=torch.ones(3)
     )
-    return Noised(batch=batch, time=torch.tensor([0.5, 0.25, 0.9]), hidden=hidden)
+    return Noised(batch=batch, time=torch.tensor([0.5, 0.25, 0.9]), masked=hidden)
 
 
 def logits_of(rows, vocabulary=7, seed=0):

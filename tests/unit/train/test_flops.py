@@ -39,7 +39,7 @@ def test_the_student_counts_three_times_and_each_teacher_once_in_its_own_tokens(
         model=SimpleNamespace(architecture=large), sight=Sight(context=contexts[1], mask_id=0)
     )
     microbatches = [Noiser(seed=3).at(random_batch(seed), 0.7) for seed in (1, 2)]
-    rows = [int(noised.hidden.sum()) for noised in microbatches]
+    rows = [int(noised.masked.sum()) for noised in microbatches]
     asked = [int(noised.reading("t0").asked.sum()) for noised in microbatches]
     assert rows != asked != [0, 0]
     expected = 0

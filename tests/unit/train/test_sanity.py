@@ -107,6 +107,6 @@ def test_the_recipe_may_ask_for_a_warning_or_nothing(monkeypatch, samples, caplo
     with caplog.at_level(logging.WARNING, logger="tide_megatron"):
         report, asked, _ = run_check(monkeypatch, samples, 9.0, "warn")
     assert [entry["nll_per_token"] for entry in report] == [9.0]
-    assert "teachers.big: predicts hidden tokens at 9.000 nats" in caplog.text
+    assert "teachers.big: predicts masked tokens at 9.000 nats" in caplog.text
     report, asked, _ = run_check(monkeypatch, samples, 9.0, "off")
     assert (report, asked) == ([], [])
