@@ -6,13 +6,13 @@ import torch.distributed as dist
 
 from tide_megatron.parallel.collectives import Traffic
 from tide_megatron.parallel.exchange import (
+    COMM_STATS,
     broadcast_rows,
     gather_parts,
     gather_rows,
     gather_statistics,
     padded,
 )
-from tide_megatron.parallel.ledger import LEDGER
 
 WIDTH = 3
 SIZES = {
@@ -31,14 +31,14 @@ def gathered(sizes):
     """Gather this rank's part, and send back a gradient that differs by rank."""
     sizes = sizes[: dist.get_world_size()]
     rank = dist.get_rank()
-    LEDGER.take()
+    COMM_STATS.take()
     rows = part_of(rank, sizes[rank]).requires_grad_()
     with Traffic() as traffic:
         whole = gather_rows(rows, sizes, dist.group.WORLD)
         there = traffic.bytes["allgather_base"] + traffic.bytes["allgather_into_tensor_out"]
         (whole * (rank + 1) * torch.arange(1.0, len(whole) + 1)[:, None]).sum().backward()
     plain = gather_parts(part_of(rank, sizes[rank]), sizes, dist.group.WORLD, "collect")
-    return whole.detach(), rows.grad, LEDGER.take(), plain, dict(traffic.bytes), there
+    return whole.detach(), rows.grad, COMM_STATS.take(), plain, dict(traffic.bytes), there
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -97,10 +97,10 @@ def test_gradients_of_bf16_rows_are_summed_in_fp32_and_rounded_once(pool):
 
 def statistics(numbers):
     packed = (torch.arange(float(numbers)) + dist.get_rank()).requires_grad_()
-    LEDGER.take()
+    COMM_STATS.take()
     table = gather_statistics(packed, dist.group.WORLD)
     (table * (dist.get_rank() + 1)).sum().backward()
-    return table.detach(), packed.grad, LEDGER.take()["statistics"]
+    return table.detach(), packed.grad, COMM_STATS.take()["statistics"]
 
 
 @pytest.mark.parametrize("numbers", [0, 5, 16])
@@ -113,8 +113,8 @@ def test_statistics_come_back_summed(pool, numbers):
 
 def broadcasts(source):
     rows = part_of(dist.get_rank(), 2)
-    LEDGER.take()
-    return broadcast_rows(rows, source, dist.group.WORLD), LEDGER.take()["deliver"]
+    COMM_STATS.take()
+    return broadcast_rows(rows, source, dist.group.WORLD), COMM_STATS.take()["deliver"]
 
 
 def test_a_broadcast_counts_where_it_arrives(pool):
@@ -125,10 +125,10 @@ def test_a_broadcast_counts_where_it_arrives(pool):
 
 def alone():
     rows = part_of(0, 2).requires_grad_()
-    LEDGER.take()
+    COMM_STATS.take()
     whole = gather_rows(rows, (2,), None)
     table = gather_statistics(rows.flatten(), None)
-    return whole is rows, table.shape, sum(LEDGER.take().values())
+    return whole is rows, table.shape, sum(COMM_STATS.take().values())
 
 
 def test_one_rank_sends_nothing(pool):

@@ -1,11 +1,11 @@
 """Frozen models cut over tensor, pipeline, expert and expert-tensor ranks give the recorded logits.
 
-Every cell of a mandatory matrix: model x layout. Each rank has samples of its own; the seats of a replica are
-the microbatches of megatron-core's forward-only schedule; the rows of the last stage go to all ranks of the
-replica, each of which multiplies them with its slice of the head, and the slices together are compared with
-logits recorded from the reference. What a rank holds and reads is compared with arithmetic over the shapes in
-the file's header, written here without our table of weights; what all ranks hold together gives the file's
-tensors back, bit for bit. The last test prints the matrix and fails when a cell did not run.
+Every cell of a mandatory matrix: model x layout. Each rank has samples of its own; the sources of a replica
+are the microbatches of megatron-core's forward-only schedule; the rows of the last stage go to all ranks of
+the replica, each of which multiplies them with its slice of the head, and the slices together are compared
+with logits recorded from the reference. What a rank holds and reads is compared with arithmetic over the
+shapes in the file's header, written here without our table of weights; what all ranks hold together gives the
+file's tensors back, bit for bit. The last test prints the matrix and fails when a cell did not run.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ MATRIX: dict[tuple[str, str], str] = {}
 """What became of each cell of this run."""
 
 
-def seat_view(rank, ids, context, positions=None):
+def source_view(rank, ids, context, positions=None):
     """Return a rank's own microbatch of the two recorded samples: its pair, its rows in its order."""
     pair = torch.tensor([(0, 1), (1, 0), (0, 0), (1, 1)][rank % 4])
     length = ids.shape[1] // context.parts
@@ -100,8 +100,8 @@ def seat_view(rank, ids, context, positions=None):
 
 
 @torch.no_grad()  # what a stage receives requires a gradient
-def forward_seats(model, views):
-    """Forward the views of all seats; give their rows to every rank of the replica."""
+def forward_sources(model, views):
+    """Forward the views of all sources; give their rows to every rank of the replica."""
     groups, hidden = model.groups, model.architecture.hidden
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -146,7 +146,7 @@ def make(read, layout, head=None):
 
 
 def golden_cell(folder, layout, cases):
-    """Return, for each case and seat of this rank's replica, this rank's columns of the logits; and facts.
+    """Return, for each case and source of this rank's replica, this rank's columns of the logits; and facts.
 
     Among these are all tensors this rank holds, as arrays.
     """
@@ -158,8 +158,8 @@ def golden_cell(folder, layout, cases):
     first = rank // size * size
     columns = []
     for case in cases:
-        views = [seat_view(seat, *case)[1] for seat in range(first, first + size)]
-        columns.append([rows @ model.head_weight.T for rows in forward_seats(model, views)])
+        views = [source_view(source, *case)[1] for source in range(first, first + size)]
+        columns.append([rows @ model.head_weight.T for rows in forward_sources(model, views)])
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     planned = num_local_params(read, Shard.of(layout, rank, world, read.layers, head))
     arrays = {name: value.numpy() for name, value in tensors.items()}
@@ -209,7 +209,7 @@ def test_golden_logits_in_every_layout(pool, goldens, name, cell):
         assert vocabulary == tables, f"rank {rank}"
         first = rank // size * size
         for number, (case, logits) in enumerate(zip(cases, golden, strict=True)):
-            pair, own = seat_view(rank, *case)
+            pair, own = source_view(rank, *case)
             parts = [answers[other][0][number][rank - first] for other in range(first, first + size)]
             ours = torch.cat(parts, dim=-1)
             worst = max(worst, error_of(ours, logits[pair].flatten(0, 1)[own.rows]))
@@ -220,7 +220,7 @@ def test_golden_logits_in_every_layout(pool, goldens, name, cell):
 
 
 def together(folders, cases):
-    """Load both models on these ranks, then forward them in turns; return each one's columns, by seat."""
+    """Load both models on these ranks, then forward them in turns; return each one's columns, by source."""
     rank, models, columns = dist.get_rank(), {}, {}
     for name, (_, layout) in TOGETHER.items():
         read, size = read_architecture(Path(folders[name])), layout.replica_size
@@ -233,8 +233,10 @@ def together(folders, cases):
             if number < len(cases[name]):
                 size = TOGETHER[name][1].replica_size
                 first = rank // size * size
-                views = [seat_view(seat, *cases[name][number])[1] for seat in range(first, first + size)]
-                columns[name].append([rows @ model.head_weight.T for rows in forward_seats(model, views)])
+                views = [
+                    source_view(source, *cases[name][number])[1] for source in range(first, first + size)
+                ]
+                columns[name].append([rows @ model.head_weight.T for rows in forward_sources(model, views)])
     return columns
 
 
@@ -249,7 +251,7 @@ def test_two_models_in_two_layouts_on_the_same_eight_ranks(pool, goldens):
         for rank in range(8):
             first = rank // size * size
             for number, (case, logits) in enumerate(zip(cases[name], golden[name], strict=True)):
-                pair, own = seat_view(rank, *case)
+                pair, own = source_view(rank, *case)
                 parts = [answers[other][name][number][rank - first] for other in range(first, first + size)]
                 wanted = logits[pair].flatten(0, 1)[own.rows]
                 worst = max(worst, error_of(torch.cat(parts, dim=-1), wanted))
@@ -264,25 +266,25 @@ def drawn_cell(config, layout, head, is_silent):
     draw_weights(model, 11)
     first = dist.get_rank() // layout.replica_size * layout.replica_size
     views = [
-        view(read.vocabulary, samples=2, length=8, block_size=4, seed=seat)
-        for seat in range(first, first + layout.replica_size)
+        view(read.vocabulary, samples=2, length=8, block_size=4, seed=source)
+        for source in range(first, first + layout.replica_size)
     ]
     if is_silent:
         views = [dataclasses.replace(one, rows=one.rows[: 5 * number]) for number, one in enumerate(views)]
     is_view = "output_layer.weight" not in dict(model.named_parameters())
-    return forward_seats(model, views), model.head_weight.clone(), is_view
+    return forward_sources(model, views), model.head_weight.clone(), is_view
 
 
 def drawn_alone(config, number):
     model = make(architecture(config), Layout())
     draw_weights(model, 11)
     views = [
-        view(config["vocab_size"], samples=2, length=8, block_size=4, seed=seat) for seat in range(number)
+        view(config["vocab_size"], samples=2, length=8, block_size=4, seed=source) for source in range(number)
     ]
     return [model.rows(one) for one in views], model.head_weight.clone()
 
 
-@pytest.mark.parametrize("is_silent", [False, True], ids=["all rows", "a seat without rows"])
+@pytest.mark.parametrize("is_silent", [False, True], ids=["all rows", "a source without rows"])
 @pytest.mark.parametrize("cell", ["TP2", "PP2", "TP2 PP2", "PP2 EP2", "EP2 ETP2"])
 @pytest.mark.parametrize("config", [DENSE, MIXTURE], ids=["dense", "mixture"])
 def test_drawn_weights_are_the_same_in_every_layout(pool, config, cell, is_silent):
@@ -292,9 +294,9 @@ def test_drawn_weights_are_the_same_in_every_layout(pool, config, cell, is_silen
     ((expected, _),) = pool(1).run(drawn_alone, config, ranks)
     for rank, (rows, _, _) in enumerate(pool(ranks).run(drawn_cell, config, layout, None, is_silent)):
         first = rank // layout.replica_size * layout.replica_size
-        for seat, ours in enumerate(rows):
-            wanted = expected[first + seat]
-            wanted = wanted[: 5 * seat] if is_silent else wanted
+        for source, ours in enumerate(rows):
+            wanted = expected[first + source]
+            wanted = wanted[: 5 * source] if is_silent else wanted
             assert ours.shape == wanted.shape
             assert error_of(ours, wanted) <= LOGIT_TOLERANCE
 

@@ -10,7 +10,7 @@ from tide_megatron.base.device import choose_device
 from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import Phases
 from tide_megatron.teachers import teacher as module
-from tide_megatron.teachers.route import Route
+from tide_megatron.teachers.exchange import Route
 from tide_megatron.teachers.teacher import Teacher
 from tide_megatron.train.resolve import load_recipe
 from tide_megatron.train.setup import set_up
@@ -39,8 +39,8 @@ def slow_step(file, folder):
         return wrapped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "collect", slow(module.collect))
-        patch.setattr(Route, "deliver", slow(Route.deliver))
+        patch.setattr(module, "gather_views", slow(module.gather_views))
+        patch.setattr(Route, "gather_hidden", slow(Route.gather_hidden))
         parts.run.phases.take()
         train_step(parts.run, parts.loader.update(0), Clock(total_steps=4))
     return parts.run.phases.take(), len(slept)
@@ -60,7 +60,7 @@ def two_timers(file, folder):
     run = set_up(recipe, choose_device("cpu")).run
     found = run.teachers["moe"]
     with pytest.raises(AssertionError) as caught:
-        Run(**vars(run) | {"teachers": {"moe": Teacher("moe", found.model, found.sight, found.route)}})
+        Run(**vars(run) | {"teachers": {"moe": Teacher("moe", found.model, found.view_builder, found.route)}})
     return str(caught.value), isinstance(found.phases, Phases)
 
 

@@ -1,5 +1,5 @@
 """A teacher's answer: complementary views in one forward are those in two, rows keep their places, and every
-layout brings every rank of a group group what one rank alone would have answered about all its seats."""
+layout brings every rank of a group group what one rank alone would have answered about all its sources."""
 
 import dataclasses
 
@@ -9,17 +9,16 @@ import torch.distributed as dist
 
 from tests.unit.diffusion.sides import random_batch
 from tests.unit.models.shapes import DENSE, DREAM, MIXTURE, build
-from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
+from tide_megatron.diffusion.views import Complementary
 from tide_megatron.models.flex import CompiledFlex
 from tide_megatron.parallel.collectives import gather_objects
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.parallel.vocab_group import make_across, make_vocab_group
-from tide_megatron.teachers.route import Route
-from tide_megatron.teachers.sight import Sight
-from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.teachers.exchange import Route
+from tide_megatron.teachers.teacher import Teacher, ViewBuilder
 
 MASK = 60
 CONFIGS = {"dense": DENSE, "mixture": MIXTURE, "shifted": DREAM}
@@ -44,24 +43,24 @@ def answer(teacher, microbatches, group):
     request = teacher.request(microbatches)
     told = gather_objects(request.numbers(), group.group) if group.group else [request.numbers()]
     sizes = [request.sizes(numbers) for numbers in told]
-    return [heard.hidden for heard in teacher.answers(request, sizes)]
+    return [heard.hidden for heard in teacher.hidden_states(request, sizes)]
 
 
-def teacher_of(config, layout, sight, name, group, **options):
+def teacher_of(config, layout, view_builder, name, group, **options):
     model = build(config, make_groups(layout), layout=layout, **options)
     across = make_across(layout, group.size)
     route = Route(layout=layout, replica=model.groups.mp, across=across, rank=group.rank)
-    return Teacher(name, model, sight, route, shared_schedule=2)
+    return Teacher(name, model, view_builder, route, shared_schedule=2)
 
 
 def answers(config, kind, name, attention, expert, time):
     """Return the rows in one forward, in two, and of the plain view; each [rows, hidden], on this rank."""
     layout, group = Layout(expert=expert), make_vocab_group([1000], 1)
-    sight = Sight(context=Context(kind=kind, block_size=8), mask_id=MASK)
-    split = dataclasses.replace(sight, complementary=Complementary(seed=5))
-    teacher = teacher_of(config, layout, sight, name, group, attention=attention)
+    view_builder = ViewBuilder(context=Context(kind=kind, block_size=8), mask_id=MASK)
+    split = dataclasses.replace(view_builder, complementary=Complementary(seed=5))
+    teacher = teacher_of(config, layout, view_builder, name, group, attention=attention)
     found = []
-    for teacher.sight in (split, dataclasses.replace(split, forwards=2), sight):
+    for teacher.view_builder in (split, dataclasses.replace(split, forwards=2), view_builder):
         found += answer(teacher, [noised_batch(3, time)], group)
     return found
 
@@ -109,38 +108,38 @@ TIMES = (0.6, 0.0, 0.3)
 """Of the microbatches: three share two schedules, and one of them hides nothing."""
 
 
-def seat_microbatches(rank):
+def source_microbatches(rank):
     """Return a rank's own microbatches; the first rank hides nothing at all."""
     return [noised_batch(10 * rank + index, time * (rank > 0)) for index, time in enumerate(TIMES)]
 
 
 def group_answers(config, layout, head_ranks, kind, forwards, *, make_kernel=None):
     group = make_vocab_group([1000], head_ranks)
-    sight = Sight(
+    view_builder = ViewBuilder(
         context=Context(kind=kind, block_size=8),
         mask_id=MASK,
         complementary=Complementary(seed=5) if forwards else None,
         forwards=forwards or 1,
     )
-    teacher = teacher_of(config, layout, sight, "t0", group, attention="structured")
+    teacher = teacher_of(config, layout, view_builder, "t0", group, attention="structured")
     if make_kernel is not None:
         teacher.model.make_kernel = make_kernel
-    return answer(teacher, seat_microbatches(dist.get_rank()), group), range(
+    return answer(teacher, source_microbatches(dist.get_rank()), group), range(
         group.first, group.first + group.size
     )
 
 
 def each_alone(config, kind, forwards, ranks):
-    """Return what one rank answers about every seat's microbatches."""
-    sight = Sight(
+    """Return what one rank answers about every source's microbatches."""
+    view_builder = ViewBuilder(
         context=Context(kind=kind, block_size=8),
         mask_id=MASK,
         complementary=Complementary(seed=5) if forwards else None,
         forwards=forwards or 1,
     )
     group = make_vocab_group([1000], 1)
-    teacher = teacher_of(config, Layout(), sight, "t0", group, attention="structured")
-    return [answer(teacher, seat_microbatches(rank), group) for rank in range(ranks)]
+    teacher = teacher_of(config, Layout(), view_builder, "t0", group, attention="structured")
+    return [answer(teacher, source_microbatches(rank), group) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,7 @@ from tide_megatron.head.tiles import CPU_TILE, TILES_ALIVE, score_rows
 from tide_megatron.losses import LOSSES
 from tide_megatron.losses.base import ColumnLoss
 from tide_megatron.losses.rows import rows_of
-from tide_megatron.parallel.exchange import gather_parts, padded
-from tide_megatron.parallel.ledger import LEDGER
+from tide_megatron.parallel.exchange import COMM_STATS, gather_parts, padded
 from tide_megatron.parallel.vocab_group import VocabGroup
 
 TOLERANCE = 1e-5
@@ -53,13 +52,13 @@ def embedded(case, hidden, weight, gold):
 
 
 def dense(case, parts, losses):
-    """Return (values by term, gradients of every seat's hidden rows, gradient of the student's head)."""
+    """Return (values by term, gradients of every source's hidden rows, gradient of the student's head)."""
     heads, counts = heads_of(case), counts_of(losses, parts)
     weight = heads["student"].requires_grad_(True)
     leaves, objective = [], weight.sum() * 0
     means = dict.fromkeys(losses, 0.0)
-    for seat, noised in enumerate(parts):
-        rows, hidden = rows_of(noised), hidden_of(case, noised, seat)
+    for source, noised in enumerate(parts):
+        rows, hidden = rows_of(noised), hidden_of(case, noised, source)
         leaves.append(hidden["student"].requires_grad_(True))
         student = embedded(case, leaves[-1], weight, rows.gold) @ weight.T
         for name, loss in losses.items():
@@ -82,7 +81,7 @@ class Parallel:
         vocabularies = [len(head) for head in self.heads.values()]
         self.group = VocabGroup.of(vocabularies, ranks, rank, world)
         self.mine = [rows_of(part) for part in parts]
-        self.numbers = [hidden_of(case, part, seat) for seat, part in enumerate(parts)]
+        self.numbers = [hidden_of(case, part, source) for source, part in enumerate(parts)]
         self.leaf = self.numbers[rank]["student"].requires_grad_(True)
         self.weight = self.heads["student"].requires_grad_(True)
         self.added = None if FORMS[form] is None else torch.zeros(self.weight.shape)
@@ -141,8 +140,8 @@ def error(found, truth):
 def compare(name, case_name, form):
     """Return {what: (error, size of the truth)} of one loss in one case on this rank."""
     case = CASES[case_name]
-    seats = dist.get_world_size()
-    parts = [noised_of(case, seat, seats) for seat in range(seats)]
+    sources = dist.get_world_size()
+    parts = [noised_of(case, source, sources) for source in range(sources)]
     losses = losses_of(name, case)
     means, objective, hidden, weight = dense(case, parts, losses)
     ours = Parallel(case, parts, form)
@@ -182,8 +181,8 @@ def test_cases_are_what_they_say():
     """Ranks without shared columns, without any; rows, chunks and pairs; logits that overflow an exp."""
     assert VocabGroup.of([211], 4, 1).columns(211)[0] > CASES["few shared ids"].shared
     assert VocabGroup.of([211, 190, 320], 4, 3).columns(211) == (211, 211)
-    for seat in range(4):
-        link = noised_of(CASES["one vocabulary"], seat, 4).link("other")
+    for source in range(4):
+        link = noised_of(CASES["one vocabulary"], source, 4).link("other")
         assert link.num_chunks > link.num_pairs > 0
         assert len(link.student_rows[0]) > link.num_chunks
     case = CASES["large logits"]
@@ -194,15 +193,15 @@ def test_cases_are_what_they_say():
 
 def measure(names, case_name):
     """Return the statistics' bytes forward and backward, and the documented formula, on this rank."""
-    case, seats = CASES[case_name], dist.get_world_size()
-    parts = [noised_of(case, seat, seats) for seat in range(seats)]
+    case, sources = CASES[case_name], dist.get_world_size()
+    parts = [noised_of(case, source, sources) for source in range(sources)]
     losses = {key: loss for name in names for key, loss in losses_of(name, case).items()}
     ours = Parallel(case, parts)
-    LEDGER.take()
+    COMM_STATS.take()
     result = ours.loss(losses, counts_of(losses, parts))
-    there, calls = LEDGER.take()["statistics"], dict(LEDGER.calls)
+    there, calls = COMM_STATS.take()["statistics"], dict(COMM_STATS.calls)
     result.objective.backward()
-    back = LEDGER.take()["statistics"]
+    back = COMM_STATS.take()["statistics"]
     assert not calls
     linked = ours.rows.rows.links["other"]
     likelihoods = {loss.teacher for loss in losses.values() if not isinstance(loss, ColumnLoss)}
@@ -212,7 +211,7 @@ def measure(names, case_name):
     for loss in losses.values():
         if isinstance(loss, ColumnLoss):
             numbers += 4 * (rows if loss.teacher == "same" else linked.num_pairs)
-    return there, back, (seats - 1) * 4 * padded(numbers), numbers
+    return there, back, (sources - 1) * 4 * padded(numbers), numbers
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -229,8 +228,8 @@ def test_a_group_without_rows_exchanges_nothing(pool):
 
 def score(case_name, name):
     """Return whether scores of a model equal the dense ones, and how many rows are right."""
-    case, seats = CASES[case_name], dist.get_world_size()
-    parts = [noised_of(case, seat, seats) for seat in range(seats)]
+    case, sources = CASES[case_name], dist.get_world_size()
+    parts = [noised_of(case, source, sources) for source in range(sources)]
     ours = Parallel(case, parts)
     rows = ours.gathered(HeadLoss({}, ours.group), {}).rows
     whole = torch.cat([hidden[name] for hidden in ours.numbers]).detach() @ ours.heads[name].detach().T
@@ -254,8 +253,8 @@ def test_scores_equal_the_dense_ones(pool, case, name, ranks):
 
 def sgd(case_name, rate, form):
     """Return the largest difference of the weights after one step of gradient descent, dense and cut."""
-    case, seats = CASES[case_name], dist.get_world_size()
-    parts = [noised_of(case, seat, seats) for seat in range(seats)]
+    case, sources = CASES[case_name], dist.get_world_size()
+    parts = [noised_of(case, source, sources) for source in range(sources)]
     losses = losses_of("all", case)
     _, _, _, gradient = dense(case, parts, losses)
     ours = Parallel(case, parts, form)

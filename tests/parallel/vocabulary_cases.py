@@ -1,7 +1,7 @@
-"""Microbatches of several seats, two teachers and their heads, for tests of heads cut by vocabulary.
+"""Microbatches of several sources, two teachers and their heads, for tests of heads cut by vocabulary.
 
 Hidden rows and weights are multiples of 1/16, so that every logit is exact in fp32 whatever the shape of its
-product; what differs between two forms is then the form. Everything is a function of (case, seat).
+product; what differs between two forms is then the form. Everything is a function of (case, source).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Case:
     other: int = 211
     shared: int | None = None
     """First ids that losses by column compare."""
-    empty: str = "no seat"
-    """Which seats hide nothing: `no seat`, `last` or `all`."""
+    empty: str = "no source"
+    """Which sources hide nothing: `no source`, `last` or `all`."""
     scale: float = 1.0
     """Factor of hidden rows."""
     tied: bool = False
@@ -43,7 +43,7 @@ CASES = {
     "one vocabulary": Case(),
     "few shared ids": Case(shared=50),
     "three vocabularies": Case(same=190, other=320, shared=180),
-    "a seat without rows": Case(empty="last"),
+    "a source without rows": Case(empty="last"),
     "no rows": Case(empty="all"),
     "large logits": Case(scale=9.5),
     "tied": Case(tied=True),
@@ -54,10 +54,10 @@ def draw(*shape, seed):
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 16).round() / 16
 
 
-def noised_of(case, seat, seats):
-    """Return a seat's noised microbatch; every second chunk of one token on each side is a pair."""
-    batch = random_batch(seed=70 + seat, samples=2 + seat % 2, length=16, teacher_length=19)
-    generator = torch.Generator().manual_seed(seat)
+def noised_of(case, source, sources):
+    """Return a source's noised microbatch; every second chunk of one token on each side is a pair."""
+    batch = random_batch(seed=70 + source, samples=2 + source % 2, length=16, teacher_length=19)
+    generator = torch.Generator().manual_seed(source)
     batch.ids.random_(0, min(case.student, case.same), generator=generator)  # both have these
     batch.labels[batch.labels != IGNORED] = batch.ids[batch.labels != IGNORED]
     side = batch.sides["t0"]
@@ -66,8 +66,8 @@ def noised_of(case, seat, seats):
         if len(mine) == len(theirs) == 1:
             side.ids[sample, theirs[0]] = batch.ids[sample, mine[0]]
     batch = dataclasses.replace(batch, sides={"other": side})
-    is_empty = case.empty == "all" or (case.empty == "last" and seats > 1 and seat == seats - 1)
-    return Noiser(seed=seat).at(batch, 0.0 if is_empty else 0.6 + 0.1 * (seat % 4))
+    is_empty = case.empty == "all" or (case.empty == "last" and sources > 1 and source == sources - 1)
+    return Noiser(seed=source).at(batch, 0.0 if is_empty else 0.6 + 0.1 * (source % 4))
 
 
 def heads_of(case):
@@ -75,12 +75,12 @@ def heads_of(case):
     return {name: draw(getattr(case, name), width, seed=width) for name, width in WIDTHS.items()}
 
 
-def hidden_of(case, noised, seat):
-    """Return every model's hidden rows of a seat, [rows, hidden]."""
+def hidden_of(case, noised, source):
+    """Return every model's hidden rows of a source, [rows, hidden]."""
     rows = int(noised.masked.sum())
-    numbers = {"student": rows, "same": rows, "other": int(noised.reading("other").asked.sum())}
+    numbers = {"student": rows, "same": rows, "other": int(noised.reading("other").targets.sum())}
     return {
-        name: draw(numbers[name], width, seed=1000 * seat + width) * case.scale
+        name: draw(numbers[name], width, seed=1000 * source + width) * case.scale
         for name, width in WIDTHS.items()
     }
 
@@ -100,5 +100,5 @@ def losses_of(name, case):
 
 
 def counts_of(losses, parts):
-    """Sum the divisors of all seats; other head groups have rows too, so none is 0."""
+    """Sum the divisors of all sources; other head groups have rows too, so none is 0."""
     return {name: sum(loss.count(part) for part in parts) + 3.0 for name, loss in losses.items()}

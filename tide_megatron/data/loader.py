@@ -29,9 +29,8 @@ from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data.columns import PreparedData
-from tide_megatron.diffusion.batch import IGNORED, Batch
-from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
-from tide_megatron.diffusion.side import Side
+from tide_megatron.diffusion.alignment import TeacherTokens
+from tide_megatron.diffusion.batch import IGNORED, Batch, pad_to_blocks, pad_to_length
 from tide_megatron.parallel.layout import DataShard
 from tide_megatron.text.chat import labels_of
 
@@ -193,14 +192,14 @@ class Loader:
                 f"but {reader} knows the ids 0 to {limit - 1}; prepare the data again with its tokenizer"
             )
 
-    def _side(self, read: Sequence[Row], rows: Sequence[int], reading: SideReading) -> Side:
+    def _side(self, read: Sequence[Row], rows: Sequence[int], reading: SideReading) -> TeacherTokens:
         """Return the same samples in a teacher's tokens, with their chunks."""
         ids, _ = self._pad(read, reading.side, reading.block_size, None)
         self._check_known(ids, rows, reading.known)
         spans = [torch.from_numpy(row[f"{reading.side}.chunks"]).long().view(-1, 4) for row in read]
         sizes = [len(row[f"{reading.side}.ids"]) for row in read]
         block = reading.block_size
-        return Side(
+        return TeacherTokens(
             ids=ids,
             lengths=torch.tensor([-(-size // block) * block for size in sizes]),
             spans=torch.cat(spans),

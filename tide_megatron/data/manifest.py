@@ -92,7 +92,7 @@ class Manifest:
     """Per source file: name, bytes, sha256, records."""
     statistics: DataStatistics
     sides: dict[str, SideMetadata] = dataclasses.field(default_factory=dict)
-    """Side name -> a teacher's tokenizer that the samples were also prepared for."""
+    """TeacherTokens name -> a teacher's tokenizer that the samples were also prepared for."""
 
     @property
     def digest(self) -> str:

@@ -1,6 +1,9 @@
 """The two values that travel through a step: a `Batch` of clean examples and its `Noised` form.
 
-They hold what every later stage needs and nothing about models, layouts or losses.
+They hold what every later stage needs and nothing about models, layouts or losses. Examples are padded when
+they are loaded, in two ways that differ in what the model learns: end-of-text tokens that fill the last block
+are targets like any other (that is how a block-diffusion model learns to stop inside a block); pads up to a
+fixed length are never masked (spec section 1 item 10). Blocks first, then the length.
 """
 
 from __future__ import annotations
@@ -8,13 +11,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tide_megatron.diffusion.link import Link, Reading, link_side, read_side, same_rows
-from tide_megatron.diffusion.side import Side
+from tide_megatron.base.errors import DataError
+from tide_megatron.diffusion.alignment import (
+    RowAlignment,
+    TeacherInput,
+    TeacherTokens,
+    link_side,
+    read_side,
+    same_rows,
+)
 
 IGNORED = -100
 """Label of a position that is never masked: prompt and padding (spec section 1)."""
@@ -34,7 +44,7 @@ class Batch:
     """[samples, length] int64: equal to `ids` where a token may be masked, else IGNORED."""
     reply_bytes: Tensor
     """[samples] int64: UTF-8 bytes of reply text (what NLL per byte divides by)."""
-    sides: Mapping[str, Side] = dataclasses.field(default_factory=dict)
+    sides: Mapping[str, TeacherTokens] = dataclasses.field(default_factory=dict)
     """Teacher name -> the same samples in that teacher's own tokens; teachers that share the student's
     tokens have none."""
 
@@ -93,41 +103,71 @@ class Noised:
         sample, position = self.masked.nonzero(as_tuple=True)
         return sample, position
 
-    def reading(self, teacher: str) -> Reading:
+    def reading(self, teacher: str) -> TeacherInput:
         """Return what a teacher reads: its own side of the batch, or the student's tokens."""
         return self._readings.get(teacher) or self._shared_reading
 
     @functools.cached_property
-    def _shared_reading(self) -> Reading:
+    def _shared_reading(self) -> TeacherInput:
         place = torch.arange(self.masked.shape[1], device=self.masked.device).expand_as(self.masked)
-        return Reading(
+        return TeacherInput(
             ids=self.batch.ids,
             lengths=self.batch.lengths,
             masked=self.masked,
-            asked=self.masked,
+            targets=self.masked,
             index=self.row_index,
             host_lengths=self.batch.host_lengths,
             unit=place,
         )
 
-    def link(self, teacher: str) -> Link:
+    def link(self, teacher: str) -> RowAlignment:
         """Return how a teacher's rows join the student's."""
         if teacher in self._links:
             return self._links[teacher]
         return self._shared_link
 
     @functools.cached_property
-    def _readings(self) -> dict[str, Reading]:
+    def _readings(self) -> dict[str, TeacherInput]:
         return {name: read_side(side, self.masked) for name, side in self.batch.sides.items()}
 
     @functools.cached_property
-    def _links(self) -> dict[str, Link]:
+    def _links(self) -> dict[str, RowAlignment]:
         return {
-            name: link_side(side, self.batch.ids, self.masked, self._readings[name].asked)
+            name: link_side(side, self.batch.ids, self.masked, self._readings[name].targets)
             for name, side in self.batch.sides.items()
         }
 
     @functools.cached_property
-    def _shared_link(self) -> Link:
+    def _shared_link(self) -> RowAlignment:
         sample, position = self.row_index
         return same_rows(self.batch.ids[sample, position], sample)
+
+
+def pad_to_blocks(
+    ids: Sequence[int], labels: Sequence[int], block_size: int, eos_id: int
+) -> tuple[list[int], list[int]]:
+    """Extend an example to the next multiple of `block_size` with `eos_id`, in ids and labels alike.
+
+    An exact multiple gets nothing. Returns new (ids, labels).
+    """
+    assert len(ids) == len(labels), f"{len(ids)} ids but {len(labels)} labels"
+    filling = [eos_id] * (-len(ids) % block_size)
+    return [*ids, *filling], [*labels, *filling]
+
+
+def pad_to_length(
+    ids: Sequence[int], labels: Sequence[int], length: int, pad_id: int
+) -> tuple[list[int], list[int]]:
+    """Extend an example to `length` tokens with `pad_id`, labelled IGNORED. Returns new (ids, labels).
+
+    Raises:
+        DataError: the example is longer than `length`.
+    """
+    assert len(ids) == len(labels), f"{len(ids)} ids but {len(labels)} labels"
+    missing = length - len(ids)
+    if missing < 0:
+        raise DataError(
+            f"an example of {len(ids)} tokens (blocks filled up) exceeds the fixed length of {length}; "
+            "raise the length or prepare shorter records"
+        )
+    return [*ids, *[pad_id] * missing], [*labels, *[IGNORED] * missing]

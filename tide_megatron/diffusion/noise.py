@@ -23,9 +23,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tide_megatron.base.options import STRICT, Paper
+from tide_megatron.diffusion.alignment import mask_whole_chunks
 from tide_megatron.diffusion.batch import Batch, Noised
 from tide_megatron.diffusion.schedule import SCHEDULES, ScheduleName
-from tide_megatron.diffusion.side import mask_whole_chunks
 
 TIME_STREAM = "time"
 """Stream of the noise level: one draw per sample, index 0."""

@@ -18,9 +18,14 @@ import math
 import torch
 from torch import Tensor
 
-from tide_megatron.diffusion.batch import Noised
-from tide_megatron.diffusion.link import Reading
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.diffusion.alignment import TeacherInput
+from tide_megatron.diffusion.batch import Batch, Noised
 from tide_megatron.diffusion.mask import Context, TwoViews
+from tide_megatron.diffusion.noise import uniforms
+
+SPLIT_STREAM = "complementary"
+"""Stream of the split: one draw per position, or per chunk of a teacher with its own tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,7 @@ def trimmed_view(noised: Noised, context: Context, mask_id: int) -> View:
     return plain_view(noised, context, mask_id, lengths)
 
 
-def teacher_view(reading: Reading, context: Context, mask_id: int) -> View:
+def teacher_view(reading: TeacherInput, context: Context, mask_id: int) -> View:
     """Build a teacher's plain view of its own tokens, without the padding that nobody needs.
 
     Args:
@@ -140,7 +145,7 @@ def teacher_view(reading: Reading, context: Context, mask_id: int) -> View:
     return _pass(reading, reading.masked, reading.index, context, mask_id)
 
 
-def complementary_view(reading: Reading, shown: Tensor, context: Context, mask_id: int) -> View:
+def complementary_view(reading: TeacherInput, shown: Tensor, context: Context, mask_id: int) -> View:
     """Build both complementary views as one forward; rows are in (sample, position) order as ever.
 
     Args:
@@ -167,7 +172,7 @@ def complementary_view(reading: Reading, shown: Tensor, context: Context, mask_i
 
 
 def complementary_passes(
-    reading: Reading, shown: Tensor, context: Context, mask_id: int
+    reading: TeacherInput, shown: Tensor, context: Context, mask_id: int
 ) -> tuple[View, View]:
     """Build the two complementary views apart: the first answers outside `shown`, the second inside it.
 
@@ -179,7 +184,7 @@ def complementary_passes(
     """
     reading = _trim(reading, context)
     shown = shown[:, : reading.ids.shape[1]]
-    first, second = ((reading.asked & part).nonzero(as_tuple=True) for part in (~shown, shown))
+    first, second = ((reading.targets & part).nonzero(as_tuple=True) for part in (~shown, shown))
     return (
         _pass(reading, reading.masked & ~shown, first, context, mask_id),
         _pass(reading, reading.masked & shown, second, context, mask_id),
@@ -187,20 +192,20 @@ def complementary_passes(
 
 
 def _pass(
-    reading: Reading, masked: Tensor, asked: tuple[Tensor, ...], context: Context, mask_id: int
+    reading: TeacherInput, masked: Tensor, targets: tuple[Tensor, ...], context: Context, mask_id: int
 ) -> View:
     """Build one view of a trimmed reading: what it masks [samples, length] bool, and what it answers.
 
     Args:
         reading: trimmed.
         masked: shown as the mask token.
-        asked: ([rows], [rows]) sample and position.
+        targets: ([rows], [rows]) sample and position.
         context: the teacher's.
         mask_id: the teacher's.
     """
     noisy = reading.ids.masked_fill(masked, mask_id)
     copies = [noisy, *[reading.ids] * (context.parts - context.noised_parts)]
-    sample, position = asked
+    sample, position = targets
     rows = sample * context.parts * reading.ids.shape[1] + position
     return _view(copies, context, _seen_lengths(reading, context), rows)
 
@@ -210,22 +215,54 @@ def _view(copies: list[Tensor], context: Context, lengths: Tensor | None, rows: 
     return view_of_parts(torch.cat(copies, dim=1), context, lengths, rows)
 
 
-def _seen_lengths(reading: Reading, context: Context) -> Tensor | None:
+def _seen_lengths(reading: TeacherInput, context: Context) -> Tensor | None:
     """Return real lengths where pads would be seen: see `trimmed_view`."""
     return reading.lengths if context.kind == "bidirectional" else None
 
 
-def _needed(reading: Reading, context: Context) -> int:
+def _needed(reading: TeacherInput, context: Context) -> int:
     """Return how many positions the longest sample has, in whole blocks where there are blocks."""
     block = 1 if context.kind == "bidirectional" else context.block_size
     return min(-(-max(reading.host_lengths) // block) * block, reading.ids.shape[1])
 
 
-def _trim(reading: Reading, context: Context) -> Reading:
+def _trim(reading: TeacherInput, context: Context) -> TeacherInput:
     """Cut the padding behind the longest sample; it may be long where the loader pads to a fixed length.
 
     What is asked lies before the cut, so `index` stays.
     """
     length = _needed(reading, context)
-    cut = {name: getattr(reading, name)[:, :length] for name in ("ids", "masked", "asked", "unit")}
+    cut = {name: getattr(reading, name)[:, :length] for name in ("ids", "masked", "targets", "unit")}
     return dataclasses.replace(reading, **cut)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Complementary:
+    """CompDemo's split: which half of the masked tokens a teacher is shown first (spec section 3).
+
+    Each masked token joins set A with probability `share`, independently; with a second tokenizer each chunk
+    does, so that both models speak about whole chunks. At share 0 the first view masks everything and the
+    second is asked nothing: the plain view. The draw is a pure function like all noise (design section 5).
+    """
+
+    seed: int
+    share: float = 0.5
+    """Probability of being shown in the first view."""
+
+    def __post_init__(self) -> None:
+        """Refuse a share outside [0, 1]."""
+        if not 0.0 <= self.share <= 1.0:
+            raise ConfigError(f"shown_share: {self.share} is not in [0, 1]; the paper uses 0.5")
+
+    def shown(self, batch: Batch, reading: TeacherInput, draws: Tensor | None = None) -> Tensor:
+        """Return set A: the masked tokens that the first view shows, [samples, length] bool.
+
+        Args:
+            batch: sample ids and epochs that key the draws.
+            reading: the teacher's copy of the microbatch.
+            draws: [samples, length] fp32 uniforms to use instead of the hash (goldens).
+        """
+        if draws is None:
+            epoch, sample_id = batch.epochs[:, None], batch.sample_ids[:, None]
+            draws = uniforms(self.seed, epoch, sample_id, SPLIT_STREAM, reading.unit)
+        return (draws < self.share) & reading.masked

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tide_megatron.diffusion.link import Link
+from tide_megatron.diffusion.alignment import RowAlignment
 from tide_megatron.losses.rows import Rows
 from tide_megatron.parallel.exchange import gather_parts
 from tide_megatron.parallel.vocab_group import VocabGroup
@@ -126,7 +126,7 @@ def unpack_rows(packed: Tensor, sizes: Sequence[int], names: Sequence[str]) -> R
     links = {}
     for index, name in enumerate(sorted(names)):
         has_pairs = sizes[_first(index) + 5]
-        links[name] = Link(
+        links[name] = RowAlignment(
             gold=next(parts),
             chunk_sample=next(parts),
             student_rows=(next(parts), next(parts)),
@@ -160,7 +160,7 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
     )
 
 
-def _join_links(links: Sequence[Link], rows: Sequence[int], samples: Sequence[int]) -> Link:
+def _join_links(links: Sequence[RowAlignment], rows: Sequence[int], samples: Sequence[int]) -> RowAlignment:
     """Join one teacher's links, given how many student rows and samples stand before each."""
     answers = _before([len(link.gold) for link in links])
     chunks = _before([link.num_chunks for link in links])
@@ -168,7 +168,7 @@ def _join_links(links: Sequence[Link], rows: Sequence[int], samples: Sequence[in
     if any(link.pairs is not None for link in links):
         mine, theirs = zip(*(_explicit(link) for link in links), strict=True)
         pairs = (_moved(mine, rows), _moved(theirs, answers))
-    return Link(
+    return RowAlignment(
         gold=torch.cat([link.gold for link in links]),
         chunk_sample=_moved([link.chunk_sample for link in links], samples),
         student_rows=(
@@ -184,7 +184,7 @@ def _join_links(links: Sequence[Link], rows: Sequence[int], samples: Sequence[in
     )
 
 
-def _explicit(link: Link) -> tuple[Tensor, Tensor]:
+def _explicit(link: RowAlignment) -> tuple[Tensor, Tensor]:
     """Return a link's pairs, also where they are all rows in order."""
     if link.pairs is not None:
         return link.pairs

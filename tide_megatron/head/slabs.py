@@ -5,7 +5,7 @@ all teachers' chunks, or a single row. Everything of a slab, statistics, values 
 before the next one starts, so memory does not grow with the rows. A unit that is longer than a slab stands
 alone and is worked on in two phases (`fused`).
 
-All ranks of a head group make the same slabs: they know the same rows, and the budget is divided by the
+All ranks of a vocabulary group make the same slabs: they know the same rows, and the budget is divided by the
 widest range of ids that any of them owns.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.diffusion.link import Link
+from tide_megatron.diffusion.alignment import RowAlignment
 from tide_megatron.losses.rows import Rows
 
 
@@ -72,7 +72,7 @@ def make_slabs(rows: Rows, chunked: Iterable[str], most_rows: int) -> list[Slab]
     """Cut a microbatch's rows into slabs; waits for the device unless everything fits into one.
 
     Args:
-        rows: of a head group.
+        rows: of a vocabulary group.
         chunked: teachers whose chunks some loss over likelihoods compares.
         most_rows: of a slab.
     """
@@ -105,7 +105,7 @@ def single_rows(slab: Slab, most_rows: int) -> list[Slab]:
     ]
 
 
-def _splits(rows: Rows, links: Sequence[Link]) -> list[bool]:
+def _splits(rows: Rows, links: Sequence[RowAlignment]) -> list[bool]:
     """Say for 0 .. rows whether a slab may end before that row: no chunk reaches over it."""
     number = len(rows.gold)
     reach = torch.zeros(number + 1, dtype=torch.int64, device=rows.gold.device)
@@ -140,7 +140,7 @@ def restrict(rows: Rows, start: int, stop: int, *, is_long: bool = False) -> Sla
     return Slab(start=start, stop=stop, rows=part, theirs=theirs, is_long=is_long)
 
 
-def _restrict_link(link: Link, start: int, stop: int) -> tuple[Link, Tensor]:
+def _restrict_link(link: RowAlignment, start: int, stop: int) -> tuple[RowAlignment, Tensor]:
     """Return a link between the student rows of a range and the teacher rows they need, and those."""
     row, chunk = link.student_rows
     is_here = (row >= start) & (row < stop)
@@ -156,7 +156,7 @@ def _restrict_link(link: Link, start: int, stop: int) -> tuple[Link, Tensor]:
     pair_here = (mine >= start) & (mine < stop)
     needed[theirs[pair_here]] = True
     place = needed.long().cumsum(0) - 1  # a teacher row's number among those needed
-    restricted = Link(
+    restricted = RowAlignment(
         gold=link.gold[needed],
         chunk_sample=link.chunk_sample[kept],
         student_rows=(row[is_here] - start, number[chunk[is_here]]),

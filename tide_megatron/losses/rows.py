@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from tide_megatron.diffusion.alignment import RowAlignment, same_rows
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.diffusion.link import Link, same_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class Rows:
     """[samples] fp32 noise level."""
     maskable: Tensor
     """[samples] int64: how many tokens of each sample may be masked."""
-    links: Mapping[str, Link] = dataclasses.field(default_factory=dict)
+    links: Mapping[str, RowAlignment] = dataclasses.field(default_factory=dict)
     """Teacher name -> how its rows join these; a teacher without an entry answers row by row."""
 
-    def link(self, teacher: str) -> Link:
+    def link(self, teacher: str) -> RowAlignment:
         """Return how a teacher's rows join these."""
         return self.links.get(teacher) or same_rows(self.gold, self.sample)
 

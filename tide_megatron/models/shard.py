@@ -97,21 +97,21 @@ class Shard:
             head: see the field.
         """
         assert 0 <= rank < world, f"rank {rank} of {world}"
-        seat = layout.seat(rank)
+        at = layout.coordinates(rank)
         stages = layout.stage_layers(layers)
         # Over a stage's ranks, ascending, expert_tensor is fastest, then expert (parallel.layout).
-        block, slice_rank = divmod(seat.tensor + layout.tensor * seat.data, layout.expert_tensor)
+        block, slice_rank = divmod(at.tensor + layout.tensor * at.data, layout.expert_tensor)
         return cls(
-            tensor_rank=seat.tensor,
+            tensor_rank=at.tensor,
             tensor_size=layout.tensor,
             expert_tensor_rank=slice_rank,
             expert_tensor_size=layout.expert_tensor,
             expert_rank=block % layout.expert,
             expert_size=layout.expert,
-            first_layer=sum(stages[: seat.pipeline]),
-            num_layers=stages[seat.pipeline],
-            is_first=seat.pipeline == 0,
-            is_last=seat.pipeline == layout.pipeline - 1,
+            first_layer=sum(stages[: at.pipeline]),
+            num_layers=stages[at.pipeline],
+            is_first=at.pipeline == 0,
+            is_last=at.pipeline == layout.pipeline - 1,
             head=head,
         )
 

@@ -1,4 +1,4 @@
-"""What travels between the seats of a replica and the ranks of a head group, each with its adjoint.
+"""What travels between the ranks of a replica and of a vocabulary group, each with its adjoint.
 
 Rows are uneven: every rank of a group has its own number of them, and all ranks know all numbers beforehand
 (they travel in the step's one count collective), so nothing here synchronises with the host. Uneven parts are
@@ -12,8 +12,9 @@ the wrong one the loss is right and the gradient garbage.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,36 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-from tide_megatron.parallel.ledger import LEDGER, Kind
+Kind = Literal["collect", "deliver", "rows", "statistics", "gradients"]
+"""Views to a replica's ranks; a teacher's rows to the vocabulary group; the student's rows to it; packed
+numbers of the vocabulary-parallel softmax, forward and backward; gradients of rows back to their owners."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class CommStats:
+    """Bytes and calls by kind since the last `take`."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def add(self, kind: Kind, num_bytes: int) -> None:
+        """Count one collective that brought so many bytes from other ranks."""
+        self.bytes[kind] += num_bytes
+        self.calls[kind] += 1
+
+    def take(self) -> dict[Kind, int]:
+        """Return the bytes of every kind, zero included, and start again."""
+        taken: dict[Kind, int] = {kind: self.bytes[kind] for kind in KINDS}
+        self.bytes.clear()
+        self.calls.clear()
+        return taken
+
+
+COMM_STATS = CommStats()
+"""Of this process: what travels is a property of the process, like its memory."""
+
 
 _TRANSPORT_MULTIPLE = 8
 """Padded lengths are multiples of this, so that buffers of neighbouring microbatches have few sizes."""
@@ -64,7 +94,7 @@ def gather_parts(tensor: Tensor, sizes: Sequence[int], group: ProcessGroup | Non
     sent = _pad(tensor, longest)
     received = sent.new_empty(len(sizes), *sent.shape)
     _all_gather(received.flatten(0, 1), sent, group=group)
-    LEDGER.add(kind, (len(sizes) - 1) * sent.numel() * sent.element_size())
+    COMM_STATS.add(kind, (len(sizes) - 1) * sent.numel() * sent.element_size())
     return _cut(received, sizes)
 
 
@@ -77,7 +107,7 @@ def broadcast_rows(tensor: Tensor, source: int, group: ProcessGroup) -> Tensor:
     if group.size() > 1 and tensor.numel():
         dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
         moved = 0 if group.rank() == source else tensor.numel() * tensor.element_size()
-        LEDGER.add("deliver", moved)
+        COMM_STATS.add("deliver", moved)
     return tensor
 
 
@@ -93,7 +123,7 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], group: ProcessGroup | None) 
     Args:
         rows: [sizes[own rank], hidden].
         sizes: rows of every rank; they may be zero.
-        group: the head group.
+        group: the vocabulary group.
 
     Returns:
         [sum of sizes, hidden] in fp32; `rows` itself where nothing travels.
@@ -111,7 +141,7 @@ def gather_statistics(packed: Tensor, group: ProcessGroup | None) -> Tensor:
 
     Args:
         packed: [numbers], as many on every rank.
-        group: the head group.
+        group: the vocabulary group.
 
     Returns:
         [ranks, numbers].
@@ -143,7 +173,7 @@ class _Gather(Function):
         sent = torch.stack([_pad(part, longest) for part in parts])  # [ranks, longest, ...]
         received = torch.empty_like(sent[0])
         _reduce_scatter(received, sent.flatten(0, 1), group=group)
-        LEDGER.add(context.kind, (len(sizes) - 1) * received.numel() * received.element_size())
+        COMM_STATS.add(context.kind, (len(sizes) - 1) * received.numel() * received.element_size())
         return received[: sizes[group.rank()]], None, None, None, None
 
 

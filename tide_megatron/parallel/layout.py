@@ -23,7 +23,7 @@ RankList = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Seat:
+class Coordinates:
     """A rank's coordinates in a layout."""
 
     tensor: int
@@ -136,15 +136,15 @@ class Layout:
         """Return the rank at these coordinates."""
         return tensor + self.tensor * (pipeline + self.pipeline * data)
 
-    def seat(self, rank: int) -> Seat:
+    def coordinates(self, rank: int) -> Coordinates:
         """Return the coordinates of `rank`; the inverse of `rank`."""
         data, index = divmod(rank, self.replica_size)
         pipeline, tensor = divmod(index, self.tensor)
-        return Seat(tensor=tensor, pipeline=pipeline, data=data, index=index)
+        return Coordinates(tensor=tensor, pipeline=pipeline, data=data, index=index)
 
     def data_shard(self, rank: int, world: int) -> DataShard:
         """Return the part of the data that `rank` reads in a world of `world` ranks: its replica's."""
-        return DataShard(rank=self.seat(rank).data, size=self.num_replicas(world))
+        return DataShard(rank=self.coordinates(rank).data, size=self.num_replicas(world))
 
     def rank_lists(self, world: int) -> RankLists:
         """Return every group of this layout in a world of `world` ranks; the layout must fit (`check`)."""

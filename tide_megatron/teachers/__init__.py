@@ -1,1 +1,1 @@
-"""Frozen models in layouts of their own: views in, rows for the head group out."""
+"""Frozen models in layouts of their own: views in, rows for the vocabulary group out."""

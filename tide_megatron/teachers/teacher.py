@@ -1,11 +1,11 @@
 """A teacher: a frozen model in its own layout that answers with final hidden rows, never with logits.
 
-    views of this rank -> collect -> forward -> deliver -> rows of the whole head group
+    views of this rank -> collect -> forward -> deliver -> rows of the whole vocabulary group
 
-A rank asks for its own microbatches; the replica reads them seat by seat; the answer holds the rows of ALL
-ranks of the head group, because each of them owns a slice of the head's columns. With an expert-parallel
-layout a rank forwards for itself and its tokens travel inside the mixture layers. Whoever asks never learns
-which of these ways was taken.
+A rank asks for its own microbatches; the replica reads them rank by rank; the answer holds the rows of ALL
+ranks of the vocabulary group, because each of them owns a slice of the head's columns. With an
+expert-parallel layout a rank forwards for itself and its tokens travel inside the mixture layers. Whoever
+asks never learns which of these ways was taken.
 
 In a run's times, collect and deliver are `exchange` and the rest is `teacher`. What megatron-core itself
 sends in the forward pass (sums over tensor ranks, states from stage to stage, tokens to their experts) stays
@@ -14,6 +14,7 @@ in `teacher`: it is woven into the layers, and so is the waiting for other ranks
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,14 +22,70 @@ from torch import Tensor
 
 from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.diffusion.views import View
+from tide_megatron.diffusion.mask import Context, TwoViews
+from tide_megatron.diffusion.views import (
+    Complementary,
+    View,
+    complementary_passes,
+    complementary_view,
+    teacher_view,
+    trimmed_view,
+)
 from tide_megatron.head.inputs import HeadInput
+from tide_megatron.head.tiles import score_rows
 from tide_megatron.models.build import TideModel
-from tide_megatron.teachers.collect import collect
-from tide_megatron.teachers.request import Request, Sizes, num_rows
-from tide_megatron.teachers.route import Route
-from tide_megatron.teachers.schedule import forward_views
-from tide_megatron.teachers.sight import Sight, merge_passes
+from tide_megatron.parallel.collectives import gather_objects
+from tide_megatron.parallel.exchange import gather_parts
+from tide_megatron.parallel.vocab_group import VocabGroup
+from tide_megatron.teachers.exchange import Request, Route, Sizes, gather_views, num_rows
+from tide_megatron.teachers.pipeline import forward_views
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViewBuilder:
+    """What turns a microbatch into one teacher's views."""
+
+    context: Context
+    mask_id: int
+    """The teacher's own mask token."""
+    complementary: Complementary | None = None
+    """Show half of the masked tokens at a time; None: all are masked in one view."""
+    forwards: int = 1
+    """Forward passes of complementary views: 1, or 2 (slower, equal; the oracle)."""
+
+    def views(self, name: str, noised: Noised) -> tuple[View, ...]:
+        """Build what the teacher of this name reads, one view per forward pass."""
+        reading = noised.reading(name)
+        if self.complementary is None:
+            return (teacher_view(reading, self.context, self.mask_id),)
+        shown = self.complementary.shown(noised.batch, reading)
+        if self.forwards == 1:
+            return (complementary_view(reading, shown, self.context, self.mask_id),)
+        return complementary_passes(reading, shown, self.context, self.mask_id)
+
+    def reads(self, lengths: Sequence[int]) -> tuple[Context, list[int]]:
+        """Return what is read in one forward of samples of these lengths: context and sequence lengths.
+
+        Two forwards of complementary views answer the same and are no reason to count more.
+        """
+        if self.complementary is None:
+            return self.context, list(lengths)
+        if self.context.kind == "block_diffusion":
+            return TwoViews(kind=self.context.kind, block_size=self.context.block_size), list(lengths)
+        return self.context, [*lengths, *lengths]
+
+
+def merge_passes(views: Sequence[View], hidden: Sequence[Tensor]) -> Tensor:
+    """Put the rows of all passes of a microbatch into (sample, position) order, [rows, hidden size].
+
+    Args:
+        views: of one shape, one per pass; every row is asked for in exactly one of them.
+        hidden: [rows of the view, hidden size] each.
+    """
+    if len(views) == 1:
+        return hidden[0]
+    order = torch.cat([view.rows for view in views]).argsort()
+    return torch.cat(list(hidden))[order]
 
 
 class Teacher:
@@ -38,7 +95,7 @@ class Teacher:
         self,
         name: str,
         model: TideModel,
-        sight: Sight,
+        view_builder: ViewBuilder,
         route: Route,
         *,
         shared_schedule: int = 1,
@@ -49,7 +106,7 @@ class Teacher:
         Args:
             name: as in the recipe and in `Batch.sides`.
             model: in its own layout.
-            sight: how it sees a microbatch.
+            view_builder: how it sees a microbatch.
             route: how its rows travel.
             shared_schedule: how many microbatches of a step are read in one pipeline schedule, at most.
             phases: the timer of the run it is part of, which insists on its own (`train.step.Run`); None: a
@@ -57,7 +114,7 @@ class Teacher:
         """
         self.name = name
         self.model = model
-        self.sight = sight
+        self.view_builder = view_builder
         self.route = route
         self.phases = Phases() if phases is None else phases
         self.shared_schedule = 1 if route.is_alone else shared_schedule
@@ -65,23 +122,23 @@ class Teacher:
     def request(self, noised: Sequence[Noised]) -> Request:
         """Build this rank's views of a step's microbatches. Not a collective."""
         return Request(
-            views=[self.sight.views(self.name, example) for example in noised],
+            views=[self.view_builder.views(self.name, example) for example in noised],
             fingerprints=[example.batch.fingerprint for example in noised],
         )
 
     @torch.no_grad()
-    def answers(self, request: Request, sizes: Sequence[Sizes]) -> Iterator[HeadInput]:
-        """Yield, by microbatch, the final hidden rows of the whole head group with the head's slice.
+    def hidden_states(self, request: Request, sizes: Sequence[Sizes]) -> Iterator[HeadInput]:
+        """Yield, by microbatch, the final hidden rows of the whole vocabulary group with the head's slice.
 
-        All ranks that share anything with this one through the teacher's layout or the head group iterate
-        together and equally far, also when nothing is masked: no rank of a replica can forward alone.
+        All ranks that share anything with this one through the teacher's layout or the vocabulary group
+        iterate together and equally far, also when nothing is masked: no rank of a replica can forward alone.
 
         Args:
             request: this rank's.
-            sizes: what every place of the head group asks for, [place][microbatch][pass].
+            sizes: what every group rank asks for, [group rank][microbatch][pass].
 
         Yields:
-            hidden [rows of all places, hidden size], in the order of places.
+            hidden [rows of all group ranks, hidden size], in their order.
         """
         start = 0
         while start < len(request.views):
@@ -89,9 +146,9 @@ class Teacher:
             for microbatch, rows in zip(
                 range(start, stop), self._forward(request, sizes, range(start, stop)), strict=True
             ):
-                seat_rows = [num_rows(place[microbatch]) for place in sizes]
+                rows_by_rank = [num_rows(of_rank[microbatch]) for of_rank in sizes]
                 with self.phases("exchange"):
-                    delivered = self.route.deliver(rows, seat_rows)
+                    delivered = self.route.gather_hidden(rows, rows_by_rank)
                 yield self.head_input(delivered)
             start = stop
 
@@ -107,17 +164,18 @@ class Teacher:
     def _forward(self, request: Request, sizes: Sequence[Sizes], window: range) -> list[Tensor]:
         """Return this replica's rows for each microbatch of a window; room for them before the last stage."""
         own = [view for microbatch in window for view in request.views[microbatch]]
-        seats = [
-            [size for microbatch in window for size in sizes[place][microbatch]] for place in self.route.seats
+        by_source = [
+            [size for microbatch in window for size in sizes[source][microbatch]]
+            for source in self.route.sources
         ]
         with self.phases("exchange"):
-            views = [own] if self.route.is_alone else collect(own, seats, self.route.replica)
+            views = [own] if self.route.is_alone else gather_views(own, by_source, self.route.replica)
         passes = len(request.views[0])
         ordered = [
             view
             for number in range(len(window))
-            for seat in views
-            for view in seat[number * passes : (number + 1) * passes]
+            for of_source in views
+            for view in of_source[number * passes : (number + 1) * passes]
         ]
         outputs = forward_views(self.model, ordered)
         per_microbatch = len(views) * passes
@@ -129,7 +187,7 @@ class Teacher:
         ]
 
     def _joined(self, views: Sequence[View], outputs: Sequence[Tensor], passes: int) -> Tensor:
-        """Put the rows of one microbatch's seats behind each other, or make room for them."""
+        """Put the rows of one microbatch's source ranks behind each other, or make room for them."""
         if not outputs:
             rows = sum(len(view.rows) for view in views)
             weight = self.model.head_weight
@@ -139,3 +197,33 @@ class Teacher:
             for first in range(0, len(views), passes)
         ]
         return torch.cat(merged)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherScorer:
+    """A teacher that reads batches of its own tokens in the plain view; an `evaluate.likelihood.Scorer`."""
+
+    teacher: Teacher
+    group: VocabGroup
+
+    def __call__(self, noised: Noised) -> tuple[Tensor, Tensor]:
+        """Score this rank's microbatch. All ranks call it together and equally often.
+
+        Returns:
+            NLL in nats [rows] fp32 and whether the gold token is the most likely [rows] bool.
+        """
+        view_builder = self.teacher.view_builder
+        view = trimmed_view(noised, view_builder.context, view_builder.mask_id)
+        request = Request(views=[(view,)], fingerprints=[noised.batch.fingerprint])
+        sizes = [request.sizes(numbers) for numbers in self._of_all(request.numbers())]
+        (answer,) = self.teacher.hidden_states(request, sizes)
+        rows = [num_rows(rank[0]) for rank in sizes]
+        gold = gather_parts(noised.batch.ids[noised.row_index], rows, self.group.group, "rows")
+        nll, is_right = score_rows(answer, gold, self.group.group)
+        mine = self.group.own(rows)
+        return nll[mine], is_right[mine]
+
+    def _of_all(self, numbers: list[int]) -> list[list[int]]:
+        if self.group.group is None:
+            return [numbers]
+        return gather_objects(numbers, self.group.group)

@@ -1,16 +1,32 @@
-"""What steps cost, and what it is held against: operations, memory, devices and their peak."""
+"""What steps cost, and what it is held against: operations, memory, devices and their peak.
+
+The numerator of MFU: the student is read forward and backward, three times a forward pass, its head too;
+every teacher forward, its head once. What is done twice (pads, replicas of a cut mixture's tokens, logits
+made again) counts once. All numbers are on the host already: what is masked was listed, lengths came with the
+batch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from tide_megatron.base.device import Device
+from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.peak import peak_flops
+from tide_megatron.diffusion.batch import Noised
+from tide_megatron.models.architecture import body_flops, head_flops
+from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.train.student import Student
 
 log = logging.getLogger(__name__)
+
+
+TRAINED = 3
+"""Products of a trained matrix for one of a frozen one: its output, its input's gradient, its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,3 +67,32 @@ class Devices:
         else:
             log.info("MFU: against %g TFLOP/s a device (%s, %s, dense)", found / 1e12, name, word)
         return cls(number=number, peak_flops=found)
+
+
+def own_cost(student: Student, teachers: Mapping[str, Teacher], noised: Sequence[Noised]) -> Cost:
+    """Say what a step needs of this rank, and its memory so far. Not a collective; asks no device."""
+    needed = float(needed_flops(student, teachers, noised))
+    return Cost(flops=needed, peak_memory_bytes=peak_memory_bytes())
+
+
+def needed_flops(student: Student, teachers: Mapping[str, Teacher], noised: Sequence[Noised]) -> int:
+    """Count what this rank's microbatches need of all models. Not a collective; asks no device.
+
+    A rank counts its own samples in full, whichever ranks work on them, so the ranks' numbers add up.
+    """
+    total = 0
+    architecture = student.model.architecture
+    for example in noised:
+        rows = len(example.row_index[0])
+        body = body_flops(architecture, student.context, example.batch.host_lengths, rows)
+        total += TRAINED * (body + head_flops(architecture, rows))
+        for name, teacher in teachers.items():
+            total += _teacher_flops(teacher, example, name)
+    return total
+
+
+def _teacher_flops(teacher: Teacher, noised: Noised, name: str) -> int:
+    reading, architecture = noised.reading(name), teacher.model.architecture
+    rows = len(reading.index[0])
+    context, lengths = teacher.view_builder.reads(reading.host_lengths)
+    return body_flops(architecture, context, lengths, rows) + head_flops(architecture, rows)

@@ -19,7 +19,7 @@ from tide_megatron.head.gather import row_sizes
 from tide_megatron.head.loss import HeadLoss
 from tide_megatron.losses.rows import Rows
 from tide_megatron.parallel.collectives import gather_objects, gather_vectors
-from tide_megatron.teachers.request import Request, Sizes
+from tide_megatron.teachers.exchange import Request, Sizes
 from tide_megatron.train.cost import Cost
 
 
@@ -37,7 +37,7 @@ class Counts:
     """[group rank][microbatch]: how that rank's `Rows` are packed."""
     cost: Cost
     """Of all ranks."""
-    asked: Mapping[str, Sequence[Sizes]]
+    view_sizes: Mapping[str, Sequence[Sizes]]
     """Teacher -> [group rank][microbatch][pass]."""
 
 
@@ -86,7 +86,7 @@ def count(
         masked=int(masked),
         cost=Cost(flops=flops, peak_memory_bytes=float(table["memory"].max())),
         rows=[list(_split(line, len(noised))) for line in table["rows"][here].long().tolist()],
-        asked={
+        view_sizes={
             name: [request.sizes(line) for line in table[f"views of {name}"][here].long().tolist()]
             for name, request in requests.items()
         },

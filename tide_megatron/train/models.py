@@ -13,7 +13,7 @@ import tide_megatron.platform  # noqa: F401 - before megatron
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.phases import Phases
-from tide_megatron.diffusion.complementary import Complementary
+from tide_megatron.diffusion.views import Complementary
 from tide_megatron.head.budget import HeadShape
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel, build_model, check_available, check_widths
@@ -23,9 +23,8 @@ from tide_megatron.models.weights import draw_weights, load_model, read_architec
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.vocab_group import VocabGroup, make_across, vocab_group_size
-from tide_megatron.teachers.route import Route
-from tide_megatron.teachers.sight import Sight
-from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.teachers.exchange import Route
+from tide_megatron.teachers.teacher import Teacher, ViewBuilder
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.placement import Placed
 from tide_megatron.train.recipe import Model, Recipe, StudentModel
@@ -160,11 +159,11 @@ def build_teacher(
     )
 
 
-def _sight(recipe: Recipe, name: str, plan: ModelPlan) -> Sight:
+def _sight(recipe: Recipe, name: str, plan: ModelPlan) -> ViewBuilder:
     """Say how a teacher sees a microbatch."""
     choice = recipe.teachers[name]
     is_split = choice.view == "complementary"
-    return Sight(
+    return ViewBuilder(
         context=choice.context,
         mask_id=plan.tokenizer.mask_id,
         complementary=Complementary(seed=recipe.seed, share=choice.shown_share) if is_split else None,

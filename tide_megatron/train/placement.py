@@ -41,7 +41,7 @@ def placement_table(models: Mapping[str, Placed], world: int, head_ranks: int) -
     Args:
         models: student first, by the name they have in the recipe; layouts are checked.
         world: number of ranks.
-        head_ranks: size of the head groups.
+        head_ranks: size of the vocabulary groups.
     """
     lines = list(_lines(models, world, head_ranks))
     shown = min(_period(lines), MOST_RANKS)
@@ -81,7 +81,7 @@ def _cell(model: Placed, rank: int, world: int, group: VocabGroup) -> str:
     words = []
     if layout.pipeline > 1:
         last = shard.first_layer + shard.num_layers - 1
-        words.append(f"stage {layout.seat(rank).pipeline} (layers {shard.first_layer}-{last})")
+        words.append(f"stage {layout.coordinates(rank).pipeline} (layers {shard.first_layer}-{last})")
     if layout.tensor > 1:
         words.append(f"shard {shard.tensor_rank + 1}/{shard.tensor_size}")
     if layout.expert > 1:

@@ -149,7 +149,7 @@ def _phases(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _moved(values: Mapping[str, float]) -> dict[str, float]:
-    """Return bytes a step by kind, over all ranks (`parallel.ledger`)."""
+    """Return bytes a step by kind, over all ranks (`parallel.exchange`)."""
     return {name.removeprefix("bytes/"): moved for name, moved in values.items() if name.startswith("bytes/")}
 
 

@@ -16,7 +16,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.data.loader import Loader
 from tide_megatron.evaluate.likelihood import evaluate
 from tide_megatron.evaluate.options import Evaluation
-from tide_megatron.teachers.scorer import TeacherScorer
+from tide_megatron.teachers.teacher import TeacherScorer
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.setup import Setup
 
@@ -41,7 +41,7 @@ def check_teachers(recipe: Recipe, setup: Setup) -> list[dict[str, Any]]:
         choice = recipe.teachers[name]
         if choice.sanity == "off":
             continue
-        context = teacher.sight.context
+        context = teacher.view_builder.context
         loader = _loader_for(name, setup)
         own = loader.of_teacher(name, 1 if context.kind == "bidirectional" else context.block_size)
         options = Evaluation(times=(TIME,), samples=SAMPLES, microbatch=MICROBATCH)

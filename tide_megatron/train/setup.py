@@ -95,7 +95,7 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
             name,
             f"its own tokens (side {reading.side!r} of the data)" if reading else "the student's tokens",
             recipe.teachers[name].view,
-            f", {teacher.sight.forwards} forward(s)" if teacher.sight.complementary else "",
+            f", {teacher.view_builder.forwards} forward(s)" if teacher.view_builder.complementary else "",
         )
     run = Run(
         student=student,

@@ -22,11 +22,10 @@ from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.loss import HeadLoss
 from tide_megatron.losses.rows import rows_of
 from tide_megatron.parallel.collectives import sum_over
-from tide_megatron.parallel.ledger import KINDS, LEDGER
+from tide_megatron.parallel.exchange import COMM_STATS, KINDS
 from tide_megatron.teachers.teacher import Teacher
-from tide_megatron.train.cost import Cost
+from tide_megatron.train.cost import Cost, own_cost
 from tide_megatron.train.counts import count
-from tide_megatron.train.flops import own_cost
 from tide_megatron.train.optimizer import Update
 from tide_megatron.train.student import Student
 from tide_megatron.train.watch import AnswerWatch
@@ -71,7 +70,7 @@ class StepResult:
     cost: Cost
     """Operations that the step needed, of all ranks; the largest memory of a rank before it."""
     bytes: dict[str, int]
-    """What our own collectives brought to all ranks together, by kind (`parallel.ledger`)."""
+    """What our own collectives brought to all ranks together, by kind (`parallel.exchange`)."""
     broken: dict[str, list[int]]
     """Teachers whose answers were not finite -> sample ids; looked for only when an update was skipped."""
 
@@ -95,17 +94,20 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         cost = own_cost(run.student, run.teachers, noised)
         counts = count(noised, rows, requests, run.head, cost)
     gathered = run.head.gather(rows, counts.rows, counts.divisors)
-    streams = {name: run.teachers[name].answers(requests[name], counts.asked[name]) for name in requests}
+    streams = {
+        name: run.teachers[name].hidden_states(request, counts.view_sizes[name])
+        for name, request in requests.items()
+    }
     run.student.clear()
     watch = AnswerWatch(run.teachers, run.head.group, counts)
     sums: dict[str, Tensor] = {}
     for example, known in zip(noised, gathered, strict=True):
         with run.phases("teacher"):
-            answers = {name: next(stream) for name, stream in streams.items()}
-        watch.keep(answers, example)
+            teachers = {name: next(stream) for name, stream in streams.items()}
+        watch.keep(teachers, example)
         with run.phases("student"):
             student = run.student.rows(run.student.view(example))
-        loss = run.head(student, answers, known, clock)
+        loss = run.head(student, teachers, known, clock)
         with run.phases("backward"):
             run.student.release(loss.objective)
         for name, value in loss.sums.items():
@@ -136,7 +138,7 @@ def total(run: Run, sums: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[
     Returns:
         The terms; one that nobody had is absent. Bytes by kind, those of this collective not included.
     """
-    names, moved = list(run.head.losses), LEDGER.take()
+    names, moved = list(run.head.losses), COMM_STATS.take()
     packed = torch.zeros(2 * len(names) + len(KINDS), dtype=torch.float64, device=run.device)
     for index, name in enumerate(names):
         if name in sums:

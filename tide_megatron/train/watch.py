@@ -5,9 +5,10 @@ looks at the answers about its own samples and they tell each other what they sa
 samples.
 
 What that keeps: the hidden rows of all microbatches of a step until its end, where without it those of one
-microbatch (of one schedule, in a pipeline) would do. Per teacher that is rows of the head group x hidden size
-x bytes a number: 28 MB a microbatch for 3,400 rows of WeDLM-8B in bf16. They are kept as they came: a copy of
-this rank's own rows would be smaller in a head group of several ranks, but would be work on every good step.
+microbatch (of one schedule, in a pipeline) would do. Per teacher that is rows of the vocabulary group x
+hidden size x bytes a number: 28 MB a microbatch for 3,400 rows of WeDLM-8B in bf16. They are kept as they
+came: a copy of this rank's own rows would be smaller in a vocabulary group of several ranks, but would be
+work on every good step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tide_megatron.diffusion.batch import Noised
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.parallel.collectives import gather_objects
 from tide_megatron.parallel.vocab_group import VocabGroup
-from tide_megatron.teachers.request import num_rows
+from tide_megatron.teachers.exchange import num_rows
 from tide_megatron.train.counts import Counts
 
 
@@ -51,7 +52,7 @@ class AnswerWatch:
         broken: set[int] = set()
         for microbatch, (answers, noised) in enumerate(self._kept):
             answer = answers[name]
-            rows = [num_rows(place[microbatch]) for place in self._counts.asked[name]]
+            rows = [num_rows(place[microbatch]) for place in self._counts.view_sizes[name]]
             own = answer.hidden[self._group.own(rows)]
             sample, _ = noised.reading(name).index
             broken |= set(noised.batch.sample_ids[sample[~own.isfinite().all(dim=1)]].tolist())

@@ -23,10 +23,14 @@ import torch
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.batch import Batch
-from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.diffusion.views import complementary_passes, complementary_view, teacher_view
+from tide_megatron.diffusion.views import (
+    Complementary,
+    complementary_passes,
+    complementary_view,
+    teacher_view,
+)
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import TideModel, build_model

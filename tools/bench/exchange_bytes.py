@@ -39,10 +39,8 @@ from tide_megatron.models.spec import ModelOptions
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.parallel.vocab_group import VocabGroup, make_across, make_vocab_group
-from tide_megatron.teachers.request import num_rows
-from tide_megatron.teachers.route import Route
-from tide_megatron.teachers.sight import Sight
-from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.teachers.exchange import Route, num_rows
+from tide_megatron.teachers.teacher import Teacher, ViewBuilder
 from tide_megatron.train.recipe import Optimizer
 from tide_megatron.train.step import Run, train_step
 from tide_megatron.train.student import Student
@@ -135,8 +133,8 @@ def _teacher(
     route = Route(
         layout=layout, replica=model.groups.mp, across=make_across(layout, group.size), rank=group.rank
     )
-    sight = Sight(context=CONTEXT, mask_id=MASK)
-    return Teacher(name, model, sight, route, shared_schedule=2, phases=phases)
+    view_builder = ViewBuilder(context=CONTEXT, mask_id=MASK)
+    return Teacher(name, model, view_builder, route, shared_schedule=2, phases=phases)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bench.plain_head import TILE, ChunkLikelihoods, Microbatch, Model, MovingTarget, Term
 from tide_megatron.base.clock import Clock
-from tide_megatron.diffusion.link import Link
+from tide_megatron.diffusion.alignment import RowAlignment
 from tide_megatron.losses.base import Loss
 from tide_megatron.losses.calm import ReverseCalm
 from tide_megatron.losses.cross_entropy import CrossEntropy
@@ -83,7 +83,7 @@ class Text:
             active[sample, column] = True
         return both[0], both[1], active
 
-    def link(self) -> Link:
+    def link(self) -> RowAlignment:
         """Return chunks as rows of both sides; no pairs."""
         members = []
         for hidden, first in ((self.masked, 1), (self.asked, 3)):
@@ -92,7 +92,7 @@ class Text:
             chunk = torch.arange(len(spans)).repeat_interleave(torch.tensor([len(span) for span in spans]))
             members.append((torch.cat(spans), chunk))
         nothing = torch.empty(0, dtype=torch.int64)
-        return Link(
+        return RowAlignment(
             gold=self.teacher_ids[self.asked],
             chunk_sample=torch.tensor([chunk[0] for chunk in self.chunks]),
             student_rows=members[0],

@@ -27,11 +27,11 @@ from bench.plain_step import Given
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.phases import Phases
+from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch
-from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.diffusion.side import Side
+from tide_megatron.diffusion.views import Complementary
 from tide_megatron.head.loss import HeadLoss
 from tide_megatron.losses.base import Loss
 from tide_megatron.losses.calm import ReverseCalm
@@ -45,9 +45,8 @@ from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.parallel.vocab_group import make_across, make_vocab_group
-from tide_megatron.teachers.route import Route
-from tide_megatron.teachers.sight import Sight
-from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.teachers.exchange import Route
+from tide_megatron.teachers.teacher import Teacher, ViewBuilder
 from tide_megatron.train.recipe import Optimizer
 from tide_megatron.train.step import Run
 from tide_megatron.train.student import Student
@@ -124,7 +123,7 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
     group, layout = make_vocab_group([setting.vocabulary, size], head_ranks), Layout()
     config = setting.config("teacher", DENSE if is_shared else MIXTURE, size)
     model = _model(config, setting, device, head=group.columns(size))
-    sight = Sight(
+    view_builder = ViewBuilder(
         context=BLOCKS if is_shared else Context(kind="bidirectional"),
         mask_id=MASK,
         complementary=Complementary(seed=setting.seed),
@@ -140,7 +139,7 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
         losses["reverse_calm"] = ReverseCalm(teacher=TEACHER, temperature=5.0)
     return Run(
         student=make_student(setting, device),
-        teachers={TEACHER: Teacher(TEACHER, model, sight, route, phases=phases)},
+        teachers={TEACHER: Teacher(TEACHER, model, view_builder, route, phases=phases)},
         head=HeadLoss(losses, group, phases=phases),
         noiser=Noiser(seed=setting.seed, whole_chunks_of=() if is_shared else (TEACHER,)),
         phases=phases,
@@ -186,7 +185,7 @@ def batch_of(setting: Setting, number: int, epoch: int = 0) -> Batch:
     )
 
 
-def _side(setting: Setting, generator: torch.Generator) -> Side:
+def _side(setting: Setting, generator: torch.Generator) -> TeacherTokens:
     """Cut each reply into chunks in both models' tokens."""
     spans, sample, number, texts = [], [], [], []
     for row in range(setting.samples):
@@ -200,7 +199,7 @@ def _side(setting: Setting, generator: torch.Generator) -> Side:
             sample.append(row)
             start, teacher_start = end, teacher_end
         texts.append(torch.randint(2, setting.teacher_vocabulary, (teacher_start,), generator=generator))
-    return Side(
+    return TeacherTokens(
         ids=pad_sequence(texts, batch_first=True),
         lengths=torch.tensor([len(text) for text in texts]),
         spans=torch.tensor(spans),
@@ -213,7 +212,7 @@ def given_of(run: Run, batch: Batch) -> Given:
     """Say what the plain way starts from: the same draws, chunks as the collator's matrices."""
     noised, teacher = run.noiser(batch), run.teachers[TEACHER]
     reading, loss = noised.reading(TEACHER), [*run.head.losses.values()][-1]
-    assert teacher.sight.complementary is not None, "both pipelines have complementary views"
+    assert teacher.view_builder.complementary is not None, "both pipelines have complementary views"
     weight = 1 / (noised.time + 1e-6) / batch.maskable.sum()  # the linear schedule's
     term: MovingTarget | ChunkLikelihoods
     if isinstance(loss, Tidal):
@@ -242,10 +241,10 @@ def given_of(run: Run, batch: Batch) -> Given:
         student_context=run.student.context,
         teacher_ids=reading.ids,
         teacher_masked=reading.masked,
-        shown=teacher.sight.complementary.shown(batch, reading),
-        teacher_lengths=reading.lengths if teacher.sight.context.kind == "bidirectional" else None,
-        teacher_mask=teacher.sight.mask_id,
-        teacher_context=teacher.sight.context,
+        shown=teacher.view_builder.complementary.shown(batch, reading),
+        teacher_lengths=reading.lengths if teacher.view_builder.context.kind == "bidirectional" else None,
+        teacher_mask=teacher.view_builder.mask_id,
+        teacher_context=teacher.view_builder.context,
         term=term,
     )
 

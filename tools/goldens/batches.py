@@ -18,8 +18,7 @@ from goldens.chats import SIDE, Chat, read_cross, read_shared
 from goldens.chunks import REPLACED, Chunks, Kinds, Matrices
 from goldens.row import Golden, Row, judge
 from goldens.texts import FIRST, LAST_PAIR, pairs_are_earlier
-from tide_megatron.diffusion.batch import IGNORED
-from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
+from tide_megatron.diffusion.batch import IGNORED, pad_to_blocks, pad_to_length
 from tide_megatron.text.chat import labels_of
 
 LAST_CHUNK = "spec 4.1: the reference ends the teacher with its last chunk; ours keeps the turn's end"

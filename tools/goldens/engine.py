@@ -15,12 +15,12 @@ from torch import Tensor
 
 from goldens.dense import gold_log_likelihood
 from tide_megatron.base.clock import Clock
+from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
-from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context, dense_mask
 from tide_megatron.diffusion.noise import NoiseOptions, Noiser
-from tide_megatron.diffusion.side import Side
 from tide_megatron.diffusion.views import (
+    Complementary,
     View,
     complementary_passes,
     complementary_view,
@@ -89,14 +89,14 @@ def padded_mask(context: Context, real: Tensor) -> Tensor:
     return allowed & real.repeat(1, context.parts)[:, None, :, None]
 
 
-def make_batch(ids: Tensor, labels: Tensor, side: Side | None = None) -> Batch:
+def make_batch(ids: Tensor, labels: Tensor, side: TeacherTokens | None = None) -> Batch:
     """Make a microbatch of [samples, length] tokens, with the teacher's own tokens if it has some."""
     numbers = torch.zeros(len(ids), dtype=torch.int64)
     sides = {} if side is None else {TEACHER: side}
     return Batch(sample_ids=numbers, epochs=numbers, ids=ids, labels=labels, reply_bytes=numbers, sides=sides)
 
 
-def make_side(ids: Tensor, spans: Tensor, sample: Tensor, number: Tensor) -> Side:
+def make_side(ids: Tensor, spans: Tensor, sample: Tensor, number: Tensor) -> TeacherTokens:
     """Make a teacher's own tokens.
 
     Args:
@@ -106,7 +106,7 @@ def make_side(ids: Tensor, spans: Tensor, sample: Tensor, number: Tensor) -> Sid
         number: [chunks] what keys each chunk's split.
     """
     lengths = torch.full((len(ids),), ids.shape[1])
-    return Side(ids=ids, lengths=lengths, spans=spans.view(-1, 4), sample=sample, number=number)
+    return TeacherTokens(ids=ids, lengths=lengths, spans=spans.view(-1, 4), sample=sample, number=number)
 
 
 def noise(
@@ -145,13 +145,13 @@ def teacher_views(
     whole = torch.full_like(reading.lengths, reading.ids.shape[1], dtype=torch.int64)
     reading = dataclasses.replace(reading, lengths=whole)  # table models see pads: trim nothing
     if draws is None:
-        return [teacher_view(reading, context, mask_id)], torch.zeros_like(reading.asked)[reading.asked]
+        return [teacher_view(reading, context, mask_id)], torch.zeros_like(reading.targets)[reading.targets]
     shown = Complementary(seed=0).shown(noised.batch, reading, draws.gather(1, reading.unit))
     if forwards == 1:
         views = [complementary_view(reading, shown, context, mask_id)]
     else:
         views = [*complementary_passes(reading, shown, context, mask_id)]
-    return views, shown[reading.asked]
+    return views, shown[reading.targets]
 
 
 def num_pairs(noised: Noised) -> int:

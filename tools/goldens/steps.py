@@ -23,7 +23,7 @@ from goldens.engine import (
     Context,
     Loss,
     Noised,
-    Side,
+    TeacherTokens,
     View,
     block_diffusion,
     chunk_terms,
@@ -213,7 +213,7 @@ def replay_cross_steps(path: Path) -> list[Row]:
     return golden.rows()
 
 
-def _step(golden: Golden, side: Side | None, context: Context, teacher_context: Context) -> Step:
+def _step(golden: Golden, side: TeacherTokens | None, context: Context, teacher_context: Context) -> Step:
     """Read both models and the samples of a file."""
     return Step(
         golden=golden,

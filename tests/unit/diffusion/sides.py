@@ -2,8 +2,8 @@
 
 import torch
 
+from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch
-from tide_megatron.diffusion.side import Side
 
 
 def random_side(generator, samples, student_length, teacher_length, first=0):
@@ -21,7 +21,7 @@ def random_side(generator, samples, student_length, teacher_length, first=0):
             sample.append(row)
             number.append(count)
             left, right, count = left + sizes[0], right + sizes[1], count + 1
-    return Side(
+    return TeacherTokens(
         ids=torch.randint(0, 40, (samples, teacher_length), generator=generator),
         lengths=torch.full((samples,), teacher_length),
         spans=torch.tensor(spans, dtype=torch.int64).view(-1, 4),

@@ -5,10 +5,14 @@ import torch
 
 from tests.unit.diffusion.sides import random_batch
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.diffusion.views import complementary_passes, complementary_view, teacher_view
+from tide_megatron.diffusion.views import (
+    Complementary,
+    complementary_passes,
+    complementary_view,
+    teacher_view,
+)
 
 MASK = 99
 CONTEXTS = [
@@ -84,7 +88,7 @@ def test_each_pass_hides_what_the_other_shows(teacher, context):
             view.ids.where(view.ids != MASK, 0)[:, :length].bool(),
             (view.ids[:, :length] != MASK) & (reading.ids != 0),
         )
-    assert len(first.rows) + len(second.rows) == int(reading.asked.sum())
+    assert len(first.rows) + len(second.rows) == int(reading.targets.sum())
 
 
 @pytest.mark.parametrize("context", CONTEXTS, ids=lambda context: context.kind)
@@ -95,7 +99,7 @@ def test_one_forward_holds_both_passes_and_keeps_the_order_of_rows(teacher, cont
     first, second = complementary_passes(reading, shown, context, MASK)
     samples, length = reading.ids.shape
     assert (both.ids.flatten()[both.rows] == MASK).all()
-    assert len(both.rows) == int(reading.asked.sum())
+    assert len(both.rows) == int(reading.targets.sum())
     if context.kind == "block_diffusion":
         assert torch.equal(both.ids[:, :length], first.ids[:, :length])
         assert torch.equal(both.ids[:, length : 2 * length], second.ids[:, :length])
@@ -105,7 +109,7 @@ def test_one_forward_holds_both_passes_and_keeps_the_order_of_rows(teacher, cont
     else:
         assert torch.equal(both.ids, torch.cat([first.ids, second.ids]))
         place = both.rows % (samples * length)
-    assert torch.equal(place, reading.asked.flatten().nonzero()[:, 0])
+    assert torch.equal(place, reading.targets.flatten().nonzero()[:, 0])
 
 
 def test_padding_behind_the_longest_sample_is_cut_in_whole_blocks():

@@ -9,13 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.diffusion.sides import random_batch
 from tide_megatron.diffusion.batch import Noised
-from tide_megatron.diffusion.complementary import Complementary
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.diffusion.views import trimmed_view
+from tide_megatron.diffusion.views import Complementary, trimmed_view
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.rows import rows_of
-from tide_megatron.teachers.sight import Sight
+from tide_megatron.teachers.teacher import ViewBuilder
 
 NOWHERE = torch.device("meta")
 """A device that has shapes only: whoever asks it for a number fails."""
@@ -41,14 +40,14 @@ def read_by_all(noised, names):
     rows_of(noised)
     trimmed_view(noised, BLOCKS, 0)
     split = Complementary(seed=1)
-    for sight in (
-        Sight(context=BLOCKS, mask_id=0),
-        Sight(context=WHOLE, mask_id=0),
-        Sight(context=BLOCKS, mask_id=0, complementary=split),
-        Sight(context=WHOLE, mask_id=0, complementary=split),
+    for view_builder in (
+        ViewBuilder(context=BLOCKS, mask_id=0),
+        ViewBuilder(context=WHOLE, mask_id=0),
+        ViewBuilder(context=BLOCKS, mask_id=0, complementary=split),
+        ViewBuilder(context=WHOLE, mask_id=0, complementary=split),
     ):
         for name in names:
-            sight.views(name, noised)
+            view_builder.views(name, noised)
 
 
 @pytest.mark.parametrize(("names", "most"), [(["one", "two"], 1), (["t0", "one"], 2)])

@@ -30,7 +30,7 @@ def test_the_teacher_hides_touched_chunks_and_is_asked_about_wholly_hidden_ones(
         hidden[sample, teachers] = bool(example.masked[sample, students].any())
         asked[sample, teachers] = bool(example.masked[sample, students].all())
     assert torch.equal(reading.masked, hidden)
-    assert torch.equal(reading.asked, asked)
+    assert torch.equal(reading.targets, asked)
     assert torch.equal(reading.ids, side.ids)
 
 
@@ -38,7 +38,7 @@ def test_the_teacher_hides_touched_chunks_and_is_asked_about_wholly_hidden_ones(
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_of_a_chunk_are_its_tokens_on_both_sides(seed, time):
     example = noised(seed, time)
-    side, link, asked = example.batch.sides["t0"], example.link("t0"), example.reading("t0").asked
+    side, link, asked = example.batch.sides["t0"], example.link("t0"), example.reading("t0").targets
     mine, theirs = rows_of(example.masked), rows_of(asked)
     active = [entry for entry in chunks_of(side) if bool(example.masked[entry[0], entry[1]].all())]
     assert link.chunk_sample.tolist() == [sample for sample, _, _ in active]
@@ -66,7 +66,7 @@ def test_pairs_are_single_tokens_of_one_id():
         example, batch=dataclasses.replace(example.batch, sides={"t0": dataclasses.replace(side, ids=ids)})
     )
     link = example.link("t0")
-    mine, theirs = rows_of(example.masked), rows_of(example.reading("t0").asked)
+    mine, theirs = rows_of(example.masked), rows_of(example.reading("t0").targets)
     wanted = [
         (mine[sample, student], theirs[sample, teacher])
         for sample, (student,), (teacher,) in alike
@@ -90,7 +90,7 @@ def test_a_teacher_with_the_students_tokens_answers_row_by_row():
     assert torch.equal(link.gold, example.batch.ids[example.masked])
     assert torch.equal(link.chunk_sample, example.masked.nonzero()[:, 0])
     assert torch.equal(reading.masked, example.masked)
-    assert torch.equal(reading.asked, example.masked)
+    assert torch.equal(reading.targets, example.masked)
 
 
 def test_nothing_hidden_is_nothing_asked():

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.diffusion.batch import IGNORED
-from tide_megatron.diffusion.padding import pad_to_blocks, pad_to_length
+from tide_megatron.diffusion.batch import IGNORED, pad_to_blocks, pad_to_length
 
 EOS, PAD = 7, 8
 

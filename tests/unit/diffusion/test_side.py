@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.unit.diffusion.sides import chunks_of, random_batch
+from tide_megatron.diffusion.alignment import mask_whole_chunks
 from tide_megatron.diffusion.noise import Noiser
-from tide_megatron.diffusion.side import mask_whole_chunks
 
 
 @pytest.mark.parametrize("seed", range(5))

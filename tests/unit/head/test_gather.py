@@ -8,7 +8,7 @@ import torch
 from goldens.dense import loss_values
 from tests.unit.diffusion.sides import random_batch
 from tests.unit.losses.pairs import CLOCK
-from tide_megatron.diffusion.link import Link, same_rows
+from tide_megatron.diffusion.alignment import RowAlignment, same_rows
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.gather import join_rows, num_packed, pack_rows, row_sizes, unpack_rows
 from tide_megatron.losses import LOSSES
@@ -85,7 +85,7 @@ def test_what_was_not_announced_is_refused():
 
 
 def test_joined_rows_by_hand():
-    link = Link(
+    link = RowAlignment(
         gold=torch.tensor([7, 8, 9]),
         chunk_sample=torch.tensor([0, 1]),
         student_rows=(torch.tensor([0, 1]), torch.tensor([0, 1])),
@@ -127,7 +127,7 @@ def test_pairs_that_are_all_rows_stay_so_or_are_written_out():
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("teacher", ["t0", "same"])
 def test_losses_on_joined_rows_are_the_parts_behind_each_other(name, teacher):
-    """Seat 1 hides nothing; teacher `same` has no entry in `links` and answers row by row."""
+    """Coordinates 1 hides nothing; teacher `same` has no entry in `links` and answers row by row."""
     parts = [seat(1), seat(2, 0.0), seat(3, 0.6, samples=2)]
     kind = LOSSES[name]
     loss = kind(teacher=teacher) if has_teacher(kind) else kind()

@@ -28,7 +28,7 @@ def case(seed, time=None, vocabularies=(40, 45), samples=3):
     noiser = Noiser(seed=seed)
     noised = noiser(batch) if time is None else noiser.at(batch, time)
     generator = torch.Generator().manual_seed(seed)
-    sizes = (int(noised.masked.sum()), int(noised.reading("t0").asked.sum()))
+    sizes = (int(noised.masked.sum()), int(noised.reading("t0").targets.sum()))
     student, teacher = (
         torch.randn(rows, width, generator=generator) for rows, width in zip(sizes, vocabularies, strict=True)
     )
@@ -41,7 +41,7 @@ def row_of(chosen, sample, position):
 
 def likelihoods_by_hand(noised, student, teacher):
     """Yield (noise level, student's and teacher's log-likelihood) of each wholly masked chunk."""
-    side, asked = noised.batch.sides["t0"], noised.reading("t0").asked
+    side, asked = noised.batch.sides["t0"], noised.reading("t0").targets
     logs = [logits.detach().double().log_softmax(-1) for logits in (student, teacher)]
     for sample, mine, theirs in chunks_of(side):
         if not bool(noised.masked[sample, mine].all()):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.parallel.layout import DataShard, Layout, RankLists, Seat
+from tide_megatron.parallel.layout import Coordinates, DataShard, Layout, RankLists
 
 
 def lists(text):
@@ -215,7 +215,7 @@ def test_every_axis_covers_the_world_once(case):
 def test_seats_invert_ranks(case):
     world, layout = case
     for rank in range(world):
-        seat = layout.seat(rank)
+        seat = layout.coordinates(rank)
         assert layout.rank(tensor=seat.tensor, pipeline=seat.pipeline, data=seat.data) == rank
         assert layout.replicas(world)[seat.data][seat.index] == rank
 
@@ -227,7 +227,7 @@ def test_the_ranks_of_a_replica_read_the_same_part_of_the_data():
 
 
 def test_a_seat_by_hand():
-    assert Layout(tensor=2, pipeline=4).seat(13) == Seat(tensor=1, pipeline=2, data=1, index=5)
+    assert Layout(tensor=2, pipeline=4).coordinates(13) == Coordinates(tensor=1, pipeline=2, data=1, index=5)
     assert Layout(tensor=2, pipeline=4).rank() == 0
 
 

@@ -49,7 +49,7 @@ PIECES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Side:
+class TeacherTokens:
     """A tokenizer and how its template writes a chat: parts of text, contents by their number."""
 
     tokenizer: Tokenizer
@@ -148,7 +148,7 @@ def sides(real_folders, tmp_path_factory):
     for name, (kind, template) in SIDES.items():
         folder, named = (trimming, None) if name == "trimmed" else (real_folders[kind], template)
         tokenizer = Tokenizer.load(folder, template=named)
-        found[name] = Side(
+        found[name] = TeacherTokens(
             tokenizer=tokenizer,
             template=template,
             extra={"metaspace_legacy": "all", "metaspace": "first"}.get(kind, ""),

@@ -10,7 +10,7 @@ import torch
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.teachers.sight import Sight
+from tide_megatron.teachers.teacher import ViewBuilder
 from tide_megatron.train import sanity
 from tide_megatron.train.sanity import check_teachers, frequency_nll
 
@@ -64,7 +64,7 @@ def run_check(monkeypatch, samples, nll, choice, held_out=True):
     monkeypatch.setattr(sanity, "evaluate", evaluate)
     teacher = SimpleNamespace(
         model=SimpleNamespace(architecture=SimpleNamespace(vocabulary=4)),
-        sight=Sight(context=Context(kind="block_causal"), mask_id=3),
+        view_builder=ViewBuilder(context=Context(kind="block_causal"), mask_id=3),
     )
     parts = SimpleNamespace(
         held_out=samples if held_out else None,

@@ -10,7 +10,7 @@ from tests.unit.diffusion.sides import random_batch
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.parallel.vocab_group import VocabGroup
-from tide_megatron.teachers.request import ViewSize
+from tide_megatron.teachers.exchange import ViewSize
 from tide_megatron.train.watch import AnswerWatch
 
 
@@ -30,7 +30,7 @@ def watched(microbatches):
     """Watch a teacher's answers of ones on the second of two places, the first of which asked for 5 rows."""
     rows = [len(noised.row_index[0]) for noised in microbatches]
     asked = [[[ViewSize(3, 14, number)] for number in place] for place in ([5] * len(rows), rows)]
-    watch = AnswerWatch(["one"], VocabGroup(size=2, rank=1), SimpleNamespace(asked={"one": asked}))
+    watch = AnswerWatch(["one"], VocabGroup(size=2, rank=1), SimpleNamespace(view_sizes={"one": asked}))
     answers = [HeadInput(hidden=torch.ones(5 + number, 4), weight=torch.ones(6, 4)) for number in rows]
     with Operations() as operations:
         for noised, answer in zip(microbatches, answers, strict=True):

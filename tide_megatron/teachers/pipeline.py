@@ -1,8 +1,8 @@
 """Forward passes of a frozen model, through all its pipeline stages.
 
 With several stages it is megatron-core's own forward-only schedule; its microbatches are the views, of all
-seats and of as many accumulation microbatches as share it: the bubble is stages - 1 of views + stages - 1.
-All views have one shape then, because a stage must know the shape of what it receives beforehand.
+source ranks and of as many accumulation microbatches as share it: the bubble is stages - 1 of views + stages
+- 1. All views have one shape then, because a stage must know the shape of what it receives beforehand.
 """
 
 from __future__ import annotations
