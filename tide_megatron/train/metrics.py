@@ -18,39 +18,18 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from typing import Any
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import Phases
 from tide_megatron.train.cost import Cost, Devices
 from tide_megatron.train.progress import Progress
+from tide_megatron.train.recipe import MetricsOptions
 from tide_megatron.train.sinks import JsonLines, Record, Sink, TensorBoard, WeightsAndBiases, guarded
 
 PAUSES = ("evaluate", "checkpoint")
 """Phases that are not training: tokens per second leave them out."""
-Off = BeforeValidator(lambda value: "off" if value is False else value)
-"""For choices that have an `off`: YAML reads the bare word as False."""
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class MetricsOptions:
-    """Where a run reports to, and how often."""
-
-    every: int = Field(default=10, ge=1)
-    """Attempted updates per record; the first and the last update always make one."""
-    tensorboard: bool = True
-    """Write event files to `tensorboard/` in the run folder."""
-    wandb: Annotated[Literal["off", "offline", "online"], Off] = "off"
-    """Weights & Biases; its failures are logged once and never end a run."""
-    project: str = "tide-megatron"
-    """wandb project."""
-    peak_tflops: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    """What one device could do at most, in TFLOP/s of dense products in the student's dtype, which `mfu` is
-    held against; None: from a table of GPUs (`base.peak`), and on others no `mfu`."""
 
 
 @dataclasses.dataclass(kw_only=True)

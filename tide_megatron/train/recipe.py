@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
@@ -25,10 +25,11 @@ from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.train.metrics import MetricsOptions, Off
 
 Folder = Annotated[str, Field(min_length=1)]
 """A folder; the empty string would silently be the current one."""
+Off = BeforeValidator(lambda value: "off" if value is False else value)
+"""For choices that have an `off`: YAML reads the bare word as False."""
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -148,6 +149,23 @@ class Optimizer:
     """Largest global gradient norm; None: no clipping."""
     distributed: Annotated[bool, MACHINE] = True
     """Shard masters and moments over data-parallel ranks (AdamW only)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MetricsOptions:
+    """Where a run reports to, and how often."""
+
+    every: int = Field(default=10, ge=1)
+    """Attempted updates per record; the first and the last update always make one."""
+    tensorboard: bool = True
+    """Write event files to `tensorboard/` in the run folder."""
+    wandb: Annotated[Literal["off", "offline", "online"], Off] = "off"
+    """Weights & Biases; its failures are logged once and never end a run."""
+    project: str = "tide-megatron"
+    """wandb project."""
+    peak_tflops: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """What one device could do at most, in TFLOP/s of dense products in the student's dtype, which `mfu` is
+    held against; None: from a table of GPUs (`base.peak`), and on others no `mfu`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
