@@ -48,7 +48,7 @@ CONFIG = {
 
 
 def make_student(seed):
-    how = ModelOptions(device=CPU, precision=Precision.choose("bf16", "cpu"), trainable=True)
+    how = ModelOptions(device=CPU, precision=Precision.on("bf16", CPU), trainable=True)
     model = build_model(ARCHITECTURES["a2d-qwen3"].from_hf(CONFIG), make_groups(Layout()), how)
     draw_weights(model, seed)
     return Student(model, Context(kind="block_diffusion", block_size=16), 1, Optimizer(warmup=0.0))
