@@ -10,7 +10,8 @@ from tide_megatron.data.loader import Loader
 from tide_megatron.data.prepare import prepare
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate import likelihood
-from tide_megatron.evaluate.likelihood import Evaluation, evaluate
+from tide_megatron.evaluate.likelihood import evaluate
+from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.parallel.layout import DataShard, Layout
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -51,7 +52,7 @@ def test_every_sample_counts_once_however_ranks_share_them(data, layout, monkeyp
     for name in ("nll", "correct", "hidden", "reply_bytes"):
         assert torch.equal(getattr(shared, name), getattr(alone, name)), name
     assert shared.summary() == alone.summary()
-    assert alone.hidden[:, 1].sum() > alone.hidden[:, 0].sum() > 0
+    assert alone.masked[:, 1].sum() > alone.masked[:, 0].sum() > 0
 
 
 @pytest.mark.parametrize("options", [{"times": ()}, {"times": (0.0,)}, {"samples": 0}, {"levels": 3}])
