@@ -26,22 +26,24 @@ def run(words, folder):
         check=True,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
 
 
+@pytest.mark.timeout(840)  # a busy machine takes minutes to import torch
 def test_the_ten_lines_of_the_readme(tmp_path):
     """As they stand there, from the root of a clone: two ranks, two teachers, the shipped models."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(block.splitlines()) <= 10
     (tmp_path / "first.py").write_text(block, encoding="utf-8")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    score, *reply = run(["first.py"], tmp_path).stdout.splitlines()
+    printed = run(["first.py"], tmp_path).stdout
     result = json.loads((tmp_path / "runs/first/result.json").read_text())
-    assert float(score) == result["nll_per_byte"]
+    _, score, reply = printed.partition(f"\n{result['nll_per_byte']}\n")
     assert result["finished"]
     assert set(result["teachers"]) == {"moe", "dense"}
-    assert reply
+    assert score
+    assert reply.strip()
     config = json.loads((tmp_path / "runs/first-export/config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
 
