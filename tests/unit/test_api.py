@@ -41,7 +41,7 @@ def test_the_ten_lines_of_the_readme(tmp_path):
     result = json.loads((tmp_path / "runs/first/result.json").read_text())
     _, score, reply = printed.partition(f"\n{result['nll_per_byte']}\n")
     assert result["finished"]
-    assert set(result["teachers"]) == {"moe", "dense"}
+    assert [teacher["name"] for teacher in result["teachers"]] == ["moe", "dense"]
     assert score
     assert reply.strip()
     config = json.loads((tmp_path / "runs/first-export/config.json").read_text())
