@@ -12,8 +12,8 @@ import logging
 import sys
 from pathlib import Path
 
+from tide_megatron import api
 from tide_megatron.base.errors import TideError
-from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import OnLong, SideChoice
 
 
@@ -36,13 +36,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
-        prepare(
-            options.sources,
-            SideChoice.read(options.tokenizer).tokenizer,
+        api.prepare(
             options.out,
+            options.sources,
+            tokenizer=options.tokenizer,
             max_length=options.max_length,
             on_long=options.on_long,
-            sides=dict(SideChoice.parse(word) for word in options.teacher),
+            teachers=dict(SideChoice.split(word) for word in options.teacher),
             replace=options.replace,
         )
     except TideError as error:

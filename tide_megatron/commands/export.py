@@ -37,19 +37,17 @@ def export(
     """
     import rich
 
-    from tide_megatron.base.units import read_bytes
+    from tide_megatron import api
     from tide_megatron.export.checks import checks_table
-    from tide_megatron.export.export import ExportOptions, export_student
-    from tide_megatron.export.formats import FORMATS
-    from tide_megatron.launch.ranks import run_ranks
 
-    options = ExportOptions(
-        formats=tuple(FORMATS) if form == "all" else (form,),
-        shard_bytes=read_bytes(shard_size, "--shard-size"),
+    checks = api.export(
+        model,
+        out,
+        formats=None if form == "all" else [form],
+        shard_size=shard_size,
         dtype=dtype,
         force=force,
         verify=verify,
     )
-    checks = run_ranks(export_student, (model, out, options), 1)
     if verify:
         rich.print(checks_table(checks))

@@ -42,16 +42,16 @@ def prepare(
     """
     import rich
 
-    from tide_megatron.data.prepare import prepare as make
+    from tide_megatron import api
     from tide_megatron.data.sample import SideChoice
 
-    manifest = make(
-        sources,
-        SideChoice.read(tokenizer).tokenizer,
+    manifest = api.prepare(
         out,
+        sources,
+        tokenizer=tokenizer,
         max_length=max_length,
         on_long=on_long,
-        sides=dict(SideChoice.parse(word) for word in teacher or []),
+        teachers=dict(SideChoice.split(word) for word in teacher or []),
         replace=replace,
     )
     counts = manifest.statistics

@@ -32,13 +32,17 @@ def sample(
     import rich
     from rich.markup import escape
 
-    from tide_megatron.evaluate.generate import Sampler, answer_prompts
-    from tide_megatron.evaluate.model_folder import trained_context
-    from tide_megatron.launch.ranks import run_ranks
+    from tide_megatron import api
 
     asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    reading = trained_context(model, context, block_size)
-    sampler = Sampler(new_tokens=new_tokens, steps=steps or new_tokens)
-    replies = run_ranks(answer_prompts, (model, asked, reading, sampler), 1, device)
+    replies = api.sample(
+        model,
+        asked,
+        new_tokens=new_tokens,
+        steps=steps,
+        context=context,
+        block_size=block_size,
+        device=device,
+    )
     for prompt, text in zip(asked, replies, strict=False):
         rich.print(f"[bold]{escape(prompt)}[/]\n{escape(text)}\n")

@@ -37,24 +37,16 @@ def train(
 
     Example: torchrun --nproc-per-node 8 -m tide_megatron.commands train run.yaml
     """
-    from tide_megatron.launch.ranks import num_ranks_for, run_ranks
-    from tide_megatron.train.resolve import load_recipe
-
     words = [*(overrides or [])]
     words += [f"device={device}"] if device else []
     words += [f"folder={folder}"] if folder else []
-    resolved, tree = load_recipe(recipe, words)
     if dry_run:
+        from tide_megatron.launch.ranks import num_ranks_for
+        from tide_megatron.train.resolve import load_recipe
         from tide_megatron.train.summary import print_summary
 
-        print_summary(resolved, tree, num_ranks_for(ranks))
+        print_summary(*load_recipe(recipe, words), num_ranks_for(ranks))
     else:
-        from tide_megatron.train.loop import train as run
+        from tide_megatron import api
 
-        run_ranks(
-            run,
-            (resolved, tree, resume),
-            ranks,
-            resolved.device,
-            timeout_seconds=resolved.timeout_seconds,
-        )
+        api.train(recipe, words, ranks=ranks, resume=resume)

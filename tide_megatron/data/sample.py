@@ -82,18 +82,17 @@ class SideChoice:
         tokenizer = Tokenizer.load(Path(folder), mask=options.get("mask", "<|mask|>"))
         return cls(tokenizer=tokenizer, max_length=None if length is None else int(length))
 
-    @classmethod
-    def parse(cls, word: str) -> tuple[str, SideChoice]:
-        """Load the side that NAME=FOLDER[,mask=TOKEN][,max_length=N] names; return its name with it.
+    @staticmethod
+    def split(word: str) -> tuple[str, str]:
+        """Return name and place (`read`) of NAME=FOLDER[,mask=TOKEN][,max_length=N].
 
         Raises:
             ConfigError: not such a word.
-            DataError: the folder has no usable tokenizer.
         """
         name, _, place = word.partition("=")
         if not name or not place:
             raise ConfigError(f"teacher {word!r}: write NAME=FOLDER, for example llada=models/llada2")
-        return name, cls.read(place)
+        return name, place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

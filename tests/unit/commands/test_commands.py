@@ -21,6 +21,7 @@ from tide_megatron.launch.doctor import Finding
 SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
     "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
+    "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --new-tokens --steps --device",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",

@@ -184,7 +184,7 @@ def test_data_without_sides_has_the_digest_it_always_had(tokenizers, tmp_path):
 )
 def test_a_word_that_names_no_side_is_refused(word, said):
     with pytest.raises(ConfigError, match=said):
-        SideChoice.parse(word)
+        SideChoice.read(SideChoice.split(word)[1])
 
 
 def test_bad_names_and_windows_of_a_side_are_refused(tokenizers, tmp_path):

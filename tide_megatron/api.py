@@ -1,0 +1,189 @@
+"""The public functions, from data to export; the verbs of `tide` call the same ones.
+
+    from tide_megatron import api as tide
+
+Importing this module is instant: torch and megatron-core are imported by the first call. Every fault of the
+caller's is a `TideError` (`tide_megatron.base.errors`) whose message names the option and the remedy.
+
+`train` with several ranks starts processes, and each imports the calling script again, so a script must guard
+its entry with `if __name__ == "__main__":`. The others run in the calling process. Under torchrun or srun
+every process calls `train` alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from tide_megatron.base.device import Wanted
+    from tide_megatron.data.manifest import Manifest
+    from tide_megatron.export.checks import Check
+
+__all__ = ["export", "prepare", "sample", "train"]
+
+Place = str | Path
+
+
+def prepare(
+    out: Place,
+    sources: Sequence[Place],
+    *,
+    tokenizer: Place,
+    max_length: int,
+    on_long: str = "error",
+    teachers: Mapping[str, str] | None = None,
+    replace: bool = False,
+) -> Manifest:
+    """Turn chats into tokens on disk, all or nothing.
+
+    Args:
+        out: data folder to make.
+        sources: JSONL files, read in this order; a line is {"messages": [{"role": ..., "content": ...}, ...]}
+            and its last message is the reply to learn.
+        tokenizer: the student's, as FOLDER[,mask=TOKEN].
+        max_length: most tokens a sample may have.
+        on_long: what happens to longer samples: `error`, `skip` or `truncate`.
+        teachers: name -> FOLDER[,mask=TOKEN][,max_length=N] of each teacher that reads tokens of its own;
+            twice `max_length` tokens unless said otherwise.
+        replace: put the new data in the place of a data folder that is there.
+
+    Returns:
+        What was written: `samples`, `statistics`, and `sides` by teacher.
+
+    Raises:
+        ConfigError: an option that cannot be.
+        DataError: a bad record (with file and line), no tokenizer, or a folder that may not be replaced.
+    """
+    from tide_megatron.data.prepare import prepare as write
+    from tide_megatron.data.sample import SideChoice
+
+    return write(
+        [Path(source) for source in sources],
+        SideChoice.read(str(tokenizer)).tokenizer,
+        Path(out),
+        max_length=max_length,
+        on_long=on_long,
+        sides={name: SideChoice.read(place) for name, place in (teachers or {}).items()},
+        replace=replace,
+    )
+
+
+def train(
+    recipe: Place, overrides: Sequence[str] = (), *, ranks: int | None = None, resume: bool = True
+) -> dict[str, Any]:
+    """Train a student, with teachers or without, as a recipe says.
+
+    A signal to stop (Ctrl-C) saves and ends the run; the same call goes on with it.
+
+    Args:
+        recipe: YAML run file; `docs/recipe.md` has its keys.
+        overrides: `key=value` with dotted keys; they have the last word.
+        ranks: processes to start here; None takes what torchrun or srun started, else one, in this process.
+        resume: go on from the run folder's newest checkpoint; False discards what is there.
+
+    Returns:
+        Held-out scores and costs, as in the run folder's result.json (docs/metrics.md); `finished` is false
+        for a run that was stopped. The student is in the run folder, under `model`.
+
+    Raises:
+        TideError: a recipe, data or model folder that cannot be used; too many updates that were not finite.
+        RanksFailed: a rank was killed, or had a bug (its traceback is in the message).
+    """
+    from tide_megatron.launch.ranks import run_ranks
+    from tide_megatron.train.loop import train as run
+    from tide_megatron.train.resolve import load_recipe
+
+    resolved, tree = load_recipe(Path(recipe), overrides)
+    result: dict[str, Any] = run_ranks(
+        run, (resolved, tree, resume), ranks, resolved.device, timeout_seconds=resolved.timeout_seconds
+    )
+    return result
+
+
+def sample(
+    model: Place,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int = 256,
+    steps: int | None = None,
+    context: Literal["bidirectional", "block_causal", "block_diffusion"] | None = None,
+    block_size: int | None = None,
+    device: Wanted = "auto",
+) -> list[str]:
+    """Answer prompts with a block sampler.
+
+    Args:
+        model: folder with config.json, weights and tokenizer.
+        prompts: each is one user message in the model's chat template.
+        new_tokens: longest reply, in tokens.
+        steps: denoising steps of a reply; None: one a token.
+        context: the kind of context that the model was trained in; None: its folder's.
+        block_size: tokens of a block that it was trained with; None: its folder's.
+        device: where to compute; `auto` takes CUDA where it works.
+
+    Returns:
+        A reply to each prompt; fewer when a signal stopped it.
+
+    Raises:
+        TideError: a model that cannot be read, or whose context nobody says.
+    """
+    from tide_megatron.evaluate.generate import Sampler, answer_prompts
+    from tide_megatron.evaluate.model_folder import trained_context
+    from tide_megatron.launch.ranks import run_ranks
+
+    folder = Path(model)
+    reading = trained_context(folder, context, block_size)
+    sampler = Sampler(new_tokens=new_tokens, steps=new_tokens if steps is None else steps)
+    replies: list[str] = run_ranks(answer_prompts, (folder, list(prompts), reading, sampler), 1, device)
+    return replies
+
+
+def export(
+    model: Place,
+    out: Place,
+    *,
+    formats: Sequence[str] | None = None,
+    shard_size: str = "5GB",
+    dtype: Literal["bf16", "fp32", "stored"] = "stored",
+    force: bool = False,
+    verify: bool = True,
+) -> list[Check]:
+    """Write a student with tokenizer, chat template, generation config and model card, and load it back.
+
+    Args:
+        model: a run's folder, or a model folder.
+        out: folder to write; of several formats it holds a folder for each.
+        formats: of `a2d-qwen3`, `sdar` and `qwen3` (docs/export.md); None: all.
+        shard_size: largest file of weights, such as 5GB.
+        dtype: of the weights.
+        force: replace an export that stands there.
+        verify: load every form again and compare.
+
+    Returns:
+        What was compared, and what was found; empty without `verify`.
+
+    Raises:
+        ConfigError: an option that cannot be, or a form that this student cannot have.
+        CheckpointError: a damaged student, a full disk, or an export that reads back different.
+    """
+    from tide_megatron.base.errors import ConfigError, nearest
+    from tide_megatron.base.units import read_bytes
+    from tide_megatron.export.export import ExportOptions, export_student
+    from tide_megatron.export.formats import FORMATS
+    from tide_megatron.launch.ranks import run_ranks
+
+    names = tuple(FORMATS) if formats is None else tuple(formats)
+    for name in names:
+        if name not in FORMATS:
+            raise ConfigError(f"--format: {name!r} is unknown; {nearest(name, FORMATS)}")
+    options = ExportOptions(
+        formats=names,
+        shard_bytes=read_bytes(shard_size, "--shard-size"),
+        dtype=dtype,
+        force=force,
+        verify=verify,
+    )
+    checks: list[Check] = run_ranks(export_student, (Path(model), Path(out), options), 1)
+    return checks
