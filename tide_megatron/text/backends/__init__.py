@@ -96,9 +96,7 @@ def find_file(path: Path) -> Path:
     found = [file for name in others for file in sorted(path.glob(name))]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise DataError(
-            f"{path}: {looked_for}; found {names}" + (": give the file instead" if found else "")
-        )
+        raise DataError(f"{path}: {looked_for}; found {names}" + (": give the file instead" if found else ""))
     return found[0]
 
 
