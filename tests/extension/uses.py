@@ -13,6 +13,7 @@ from pathlib import Path
 def use_architecture(folder):
     """Build from config.json, save under the family's own names, load, and compute the same."""
     import tide_megatron.platform  # noqa: F401 - before megatron
+    from tide_megatron.platform import start_distributed, stop_distributed
 
     import torch
     from safetensors import safe_open
@@ -24,7 +25,6 @@ def use_architecture(folder):
     from tide_megatron.models.weights import draw_weights, load_model, read_architecture, save_model
     from tide_megatron.parallel.groups import make_groups
     from tide_megatron.parallel.layout import Layout
-    from tide_megatron.platform import start_distributed, stop_distributed
 
     renamed = {"hidden_size": "width", "num_hidden_layers": "depth", "model_type": "model_type"}
     config = {renamed.get(key, key): value for key, value in DENSE.items()} | {"model_type": "made-up"}

@@ -1,4 +1,4 @@
-"""Recipes and run folders of an earlier release mean what they meant: `old_recipes.yaml` says what that was."""
+"""Recipes and run folders of an earlier release mean what they meant, which `old_recipes.yaml` says."""
 
 from pathlib import Path
 

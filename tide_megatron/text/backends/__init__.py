@@ -25,8 +25,8 @@ BACKENDS: dict[str, str] = {
     "tokenizer.model": "sentencepiece.SentencePiece",
 }
 """Name of the file in a tokenizer folder -> module here and class that read it. A file that is given itself
-may have any name with this ending. A folder's `tokenizer.json` comes first, because a folder that has it beside
-another kind says the same twice. Classes are named, not imported: a run needs the library of one kind only."""
+may have any name with this ending. In a folder, the first counts before the others, because one that has it
+beside another kind says the same twice. Classes are named, not imported: a run needs one kind's library."""
 
 
 class Backend(Protocol):
