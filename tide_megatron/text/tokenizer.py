@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.text.backends import Backend, open_backend
-from tide_megatron.text.backends.files import CONFIG_FILE, find_file, read_json
+from tide_megatron.text.backends import Backend, find_file, open_backend
+from tide_megatron.text.backends.files import CONFIG_FILE, read_json
 from tide_megatron.text.spelling import ends_of
 from tide_megatron.text.templates import ChatTemplate, find_template, packaged_template
 
@@ -68,7 +68,7 @@ class Tokenizer:
         """Load a local tokenizer.
 
         Args:
-            path: a folder with `tokenizer.json`, one `*.tiktoken` file or `tokenizer.model`, or that file.
+            path: a folder with a file that `BACKENDS` names, or that file.
             mask: the mask token; added behind the last id where the vocabulary lacks it.
             eos: the end token; default: the configuration's `eos_token`.
             pad: the padding token; default: the configuration's `pad_token`, else the end token.

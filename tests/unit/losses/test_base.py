@@ -21,9 +21,9 @@ def make(name, **options):
     return kind(teacher="t", **options) if has_teacher(kind) else kind(**options)
 
 
-def test_names_are_the_papers_and_jensen_shannon():
-    shared = {"cross_entropy", "kl", "reverse_kl", "tidal", "jensen_shannon"}
-    assert set(LOSSES) == shared | {"calm", "reverse_calm", "calm_tidal", "reverse_calm_tidal"}
+def test_the_papers_losses_have_the_papers_names():
+    shared = {"cross_entropy", "kl", "reverse_kl", "tidal"}
+    assert set(LOSSES) >= shared | {"calm", "reverse_calm", "calm_tidal", "reverse_calm_tidal"}
 
 
 @pytest.mark.parametrize("name", LOSSES)

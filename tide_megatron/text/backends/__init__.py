@@ -1,6 +1,7 @@
 """Kinds of vocabulary files, a module each; what all of them can do; and which one a file is.
 
-`Backend` is all that `Tokenizer` needs of a vocabulary, and no more.
+`Backend` is all that `Tokenizer` needs of a vocabulary, and no more. A new kind is one file here and one line
+of `BACKENDS`.
 
 A token is SPECIAL when its spelling, found in a text, always becomes that one id: added tokens, control
 pieces. All other tokens come from the kind's own way to cut a text.
@@ -11,16 +12,29 @@ gives it as a space, and `spelling.py`, which knows the text, counts it as no by
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.text.backends.files import MODEL_FILE, RANKS, TOKENIZER_FILE
+
+BACKENDS: dict[str, str] = {
+    "tokenizer.json": "huggingface.HuggingFace",
+    "*.tiktoken": "tiktoken.Tiktoken",
+    "tokenizer.model": "sentencepiece.SentencePiece",
+}
+"""Name of the file in a tokenizer folder -> module here and class that read it. A file that is given itself
+may have any name with this ending. In a folder, the first counts before the others, because one that has it
+beside another kind says the same twice. Classes are named, not imported: a run needs one kind's library."""
 
 
 class Backend(Protocol):
     """One tokenizer of some kind."""
+
+    @classmethod
+    def read(cls, file: Path, config: Mapping[str, Any]) -> Backend:
+        """Read a vocabulary; see `open_backend`."""
 
     @property
     def size(self) -> int:
@@ -65,6 +79,27 @@ class Backend(Protocol):
         """Write the vocabulary into a folder; return what belongs into `tokenizer_config.json`."""
 
 
+def find_file(path: Path) -> Path:
+    """Return the file that holds the vocabulary: the path itself, or the one in this folder.
+
+    Raises:
+        DataError: there is none, or more than one.
+    """
+    first, *others = BACKENDS
+    looked_for = f"a tokenizer is a folder with {first}, or else one of {', '.join(others)}, or such a file"
+    if not path.exists():
+        raise DataError(f"{path}: not found; {looked_for}")
+    if not path.is_dir():
+        return path
+    if (path / first).is_file():
+        return path / first
+    found = [file for name in others for file in sorted(path.glob(name))]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise DataError(f"{path}: {looked_for}; found {names}" + (": give the file instead" if found else ""))
+    return found[0]
+
+
 def open_backend(file: Path, config: Mapping[str, Any]) -> Backend:
     """Open a vocabulary; its library is imported only then.
 
@@ -75,16 +110,9 @@ def open_backend(file: Path, config: Mapping[str, Any]) -> Backend:
     Raises:
         DataError: the file is broken or of no known kind, or the configuration does not go with it.
     """
-    if file.suffix == ".json":
-        from tide_megatron.text.backends.huggingface import HuggingFace
-
-        return HuggingFace.read(file)
-    if file.suffix == RANKS:
-        from tide_megatron.text.backends.tiktoken import Tiktoken
-
-        return Tiktoken.read(file, config)
-    if file.suffix == ".model":
-        from tide_megatron.text.backends.sentencepiece import SentencePiece
-
-        return SentencePiece.read(file, config)
-    raise DataError(f"{file}: not a tokenizer by its name: give {TOKENIZER_FILE}, *{RANKS} or {MODEL_FILE}")
+    for name, place in BACKENDS.items():
+        if file.suffix == Path(name).suffix:
+            module, _, kind = place.partition(".")
+            backend: type[Backend] = getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+            return backend.read(file, config)
+    raise DataError(f"{file}: not a tokenizer by its name: give {', '.join(BACKENDS)}")

@@ -1,7 +1,6 @@
-"""The files of a tokenizer folder: which one holds the vocabulary, and what its configuration adds.
+"""What several kinds of tokenizer folders have in common: names of files, and what the configuration adds.
 
-`tokenizer.json` comes first, because a folder that has it beside another kind says the same twice. Special
-tokens of the other kinds stand in `tokenizer_config.json` as Hugging Face writes them:
+Special tokens of all kinds but Hugging Face's stand in `tokenizer_config.json` as Hugging Face writes them:
 `"added_tokens_decoder": {"151643": {"content": "<|endoftext|>"}, ...}`.
 """
 
@@ -17,32 +16,7 @@ from tide_megatron.base.errors import DataError
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 MODEL_FILE = "tokenizer.model"
-RANKS = ".tiktoken"
 ADDED = "added_tokens_decoder"
-_LOOKED_FOR = (
-    f"a tokenizer is a folder with {TOKENIZER_FILE}, one *{RANKS} file or {MODEL_FILE}, or that file"
-)
-
-
-def find_file(path: Path) -> Path:
-    """Return the file that holds the vocabulary.
-
-    Raises:
-        DataError: there is none, or more than one.
-    """
-    if not path.exists():
-        raise DataError(f"{path}: not found; {_LOOKED_FOR}")
-    if not path.is_dir():
-        return path
-    if (path / TOKENIZER_FILE).is_file():
-        return path / TOKENIZER_FILE
-    found = [*sorted(path.glob(f"*{RANKS}")), *path.glob(MODEL_FILE)]
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise DataError(
-            f"{path}: {_LOOKED_FOR}; found {names}" + (": give the file instead" if found else "")
-        )
-    return found[0]
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class HuggingFace:
         self._continuing: Any = None
 
     @classmethod
-    def read(cls, file: Path) -> HuggingFace:
-        """Read a file; truncation and padding settings in it are switched off."""
+    def read(cls, file: Path, config: Mapping[str, Any]) -> HuggingFace:
+        """Read a file, which says all; truncation and padding settings in it are switched off."""
         return cls(file, _parse(file, read_json(file)))
 
     @property
