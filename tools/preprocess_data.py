@@ -18,7 +18,7 @@ from tide_megatron.data.sample import OnLong, SideChoice
 
 
 def main() -> int:
-    """Parse the command line, prepare, and return the exit code (2: a fault the user can mend)."""
+    """Parse the command line, prepare, and return the exit code (2: a fault the user can fix)."""
     parser = argparse.ArgumentParser(description="JSONL chats -> a prepared data folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("sources", type=Path, nargs="+")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class TideError(Exception):
-    """A fault the user can mend. The message names the key or file, the value, and the remedy."""
+    """A fault the user can fix. The message names the key or file, the value, and the remedy."""
 
 
 class ConfigError(TideError):

@@ -94,7 +94,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Batch:
+class BatchOptions:
     """How many samples make an update, and how many of them a rank reads at a time."""
 
     samples: int = Field(default=64, ge=1)
@@ -184,7 +184,7 @@ class Recipe:
     """Of noise, sample order, views and drawn weights."""
     teachers: dict[str, TeacherModel] = Field(default_factory=dict)
     """Name of each teacher -> how it is read; losses name the one they listen to."""
-    batch: Batch = Field(default_factory=Batch)
+    batch: BatchOptions = Field(default_factory=BatchOptions)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     noise: NoiseOptions = Field(default_factory=NoiseOptions)
     evaluation: Annotated[Evaluation, MACHINE] = Field(default_factory=Evaluation)

@@ -45,7 +45,7 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree
     try:
         plain = OmegaConf.to_container(OmegaConf.merge(*fragments), resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, TypeError) as fault:  # TypeError: a list merged with a mapping
-        raise ConfigError(f"{file}: {_told(fault)}; mend it there, or in the overrides") from None
+        raise ConfigError(f"{file}: {_told(fault)}; fix it there, or in the overrides") from None
     assert isinstance(plain, dict), "a merge of mappings is a mapping"
     return build_recipe({str(key): value for key, value in plain.items()})
 
@@ -122,7 +122,7 @@ def _read(file: Path) -> DictConfig:
     except AssertionError:  # OmegaConf's answer to a lone number
         tree = None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as fault:
-        raise ConfigError(f"{file}: not readable as YAML: {_told(fault)}; mend the file") from None
+        raise ConfigError(f"{file}: not readable as YAML: {_told(fault)}; fix the file") from None
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{file}: a recipe is a mapping; write one `key: value` a line")
     return tree
@@ -136,7 +136,7 @@ def _overrides(pairs: Sequence[str]) -> Any:
     try:
         return OmegaConf.from_dotlist(list(pairs))
     except (OmegaConfBaseException, yaml.YAMLError) as fault:
-        raise ConfigError(f"overrides {' '.join(pairs)!r}: {_told(fault)}; mend or quote the value") from None
+        raise ConfigError(f"overrides {' '.join(pairs)!r}: {_told(fault)}; fix or quote the value") from None
 
 
 def _told(fault: Exception) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.train.recipe import Batch
+from tide_megatron.train.recipe import BatchOptions
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from tide_megatron.train.recipe import Batch
     ],
 )
 def test_an_update_is_cut_evenly(samples, microbatch, world, wanted):
-    batch = Batch(samples=samples, microbatch=microbatch)
+    batch = BatchOptions(samples=samples, microbatch=microbatch)
     size, accumulate = batch.accumulation(world)
     assert (size, accumulate) == wanted
     assert size * accumulate * world == samples
@@ -30,13 +30,13 @@ def test_an_update_is_cut_evenly(samples, microbatch, world, wanted):
 def test_a_batch_that_ranks_cannot_share_names_the_nearest_that_they_can(samples, world, good):
     said = rf"^batch\.samples: {samples} samples .* by {world} ranks; use {good}, or another number of ranks$"
     with pytest.raises(ConfigError, match=said):
-        Batch(samples=samples).accumulation(world)
-    Batch(samples=good).accumulation(world)
+        BatchOptions(samples=samples).accumulation(world)
+    BatchOptions(samples=good).accumulation(world)
 
 
 @pytest.mark.parametrize(("microbatch", "good"), [(3, 2), (5, 4), (7, 4)])
 def test_a_microbatch_that_does_not_divide_a_share_names_one_that_does(microbatch, good):
     said = rf"^batch\.microbatch: {microbatch} does not divide the 16 samples .* 2 ranks .*; use {good}$"
     with pytest.raises(ConfigError, match=said):
-        Batch(samples=32, microbatch=microbatch).accumulation(2)
-    Batch(samples=32, microbatch=good).accumulation(2)
+        BatchOptions(samples=32, microbatch=microbatch).accumulation(2)
+    BatchOptions(samples=32, microbatch=good).accumulation(2)
