@@ -12,7 +12,7 @@ from pathlib import Path
 
 def use_architecture(folder):
     """Build from config.json, save under the family's own names, load, and compute the same."""
-    import tide_megatron.platform  # noqa: F401 - before megatron
+    import tide_megatron.platform
     from tide_megatron.platform import start_distributed, stop_distributed
 
     import torch

@@ -8,7 +8,7 @@ red.
 import shutil
 from pathlib import Path
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import pytest
 import torch

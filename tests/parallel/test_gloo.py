@@ -1,6 +1,6 @@
 """Shares of unequal size over gloo: gathered and reduced through megatron-core's own entry points."""
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import torch
 import torch.distributed as dist

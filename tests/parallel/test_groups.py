@@ -1,6 +1,6 @@
 """Process groups on four ranks equal the rank arithmetic, and are shared between layouts by their ranks."""
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import pytest
 import torch

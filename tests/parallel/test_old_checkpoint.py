@@ -6,7 +6,7 @@ with a constant gradient, its tensors in files of that release's own kind.
 
 from pathlib import Path
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import torch
 from typer.testing import CliRunner

@@ -13,7 +13,7 @@ import itertools
 import math
 from pathlib import Path
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import pytest
 import torch

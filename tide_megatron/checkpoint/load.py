@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException

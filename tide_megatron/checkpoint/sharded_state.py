@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -50,7 +50,7 @@ def hf_to_megatron(
 
 
 @app.command("megatron-to-hf")
-def megatron_to_hf(  # noqa: PLR0913, PLR0917 - one option is an old spelling of another
+def megatron_to_hf(
     source: Annotated[Path, typer.Argument(help="Megatron checkpoint (torch_dist), or a run's checkpoints.")],
     target: Annotated[Path, typer.Argument(help="Hugging Face folder to make.")],
     config: Annotated[

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import torch
 import torch.distributed as dist

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 from tide_megatron.platform.distributed import group_backend, new_group
 
 import torch.distributed as dist

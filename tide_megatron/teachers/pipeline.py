@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError

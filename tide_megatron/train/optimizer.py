@@ -12,7 +12,7 @@ import dataclasses
 import math
 from typing import Any
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import torch
 from megatron.core.distributed import DistributedDataParallel

@@ -6,7 +6,7 @@ objective already divided by the count of the whole step, so an average would di
 
 from __future__ import annotations
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 from megatron.core.distributed import (
     DistributedDataParallel,

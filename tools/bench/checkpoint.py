@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import torch
 from megatron.core import dist_checkpointing

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 
 import tokenizers
 import torch

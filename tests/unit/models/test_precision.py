@@ -1,6 +1,6 @@
 """Number formats: chosen by device, refused by name."""
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 from tide_megatron.platform.prepare import use_torch_for_routers
 
 import pytest

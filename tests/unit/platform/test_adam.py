@@ -1,6 +1,6 @@
 """Where the repair of torch's Adam stays away; tests/parallel/test_adam_repair.py shows what it does."""
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 from tide_megatron.platform.adam import repair_torch_adam
 
 from megatron.core.optimizer import distrib_optimizer

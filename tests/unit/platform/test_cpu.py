@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-import tide_megatron.platform  # noqa: F401 - before megatron
+import tide_megatron.platform
 from tide_megatron.platform import Platform, prepare_platform
 from tide_megatron.platform.cpu import redirect_cuda
 
