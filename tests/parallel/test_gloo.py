@@ -1,7 +1,10 @@
 """Shares of unequal size over gloo: gathered and reduced through megatron-core's own entry points."""
 
+from pathlib import Path
+
 import tide_megatron.platform
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import (
@@ -28,3 +31,19 @@ def test_shares_of_unequal_size(pool):
         start = sum(SIZES[:rank])
         assert torch.equal(reduced, total[start : start + SIZES[rank]])
         assert torch.equal(whole, torch.arange(12.0).view(6, 2) * (rank + 1)), "what is given stays"
+
+
+def polling_threads():
+    """Make groups, use one, and return how many threads of this process look for gloo's work."""
+    groups = [dist.new_group([0, 1]) for _ in range(3)]
+    total = torch.ones(1)
+    for group in groups:
+        dist.all_reduce(total, group=group)
+        dist.destroy_process_group(group)
+    names = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+    return float(total), names.count("gloo_tcp_loop")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by Linux")
+def test_all_groups_of_a_rank_share_one_polling_thread(pool):
+    assert pool(2).run(polling_threads) == [(8.0, 1)] * 2

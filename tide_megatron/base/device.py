@@ -255,3 +255,8 @@ def _threads(ranks: Ranks | None) -> int:
     if local_size is None and _is_slurm_task() and "SLURM_CPUS_PER_TASK" in os.environ:
         return max(1, min(cores, _number("SLURM_CPUS_PER_TASK")))
     return max(1, cores // (local_size or _slurm_tasks() or (ranks.world_size if ranks else 1)))
+
+
+def gloo_interfaces() -> list[str]:
+    """Return the network interfaces that `GLOO_SOCKET_IFNAME` names; none: gloo's own choice."""
+    return [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+from torch.nn import functional
 
 from tide_megatron.base.options import STRICT
 from tide_megatron.losses.base import ColumnLoss
@@ -28,20 +28,20 @@ class JensenShannon(ColumnLoss):
 
     def value(self, student: Distribution, target: Distribution) -> Tensor:
         """Return T^2/2 sum_v [p_s log(p_s / m) + p_t log(p_t / m)] of each pair."""
-        middle = _log_mean(student, target)
-        both = student.p * (student.log - middle) + target.p * (target.log - middle)
+        both = student.p * _over_mean(student, target) + target.p * _over_mean(target, student)
         return self.temperature**2 / 2 * both.sum(-1)
 
     def slope(self, student: Distribution, target: Distribution, row: Tensor | None) -> Tensor:
         """Return T/2 p_s (log(p_s / m) - KL(p_s || m))."""
         assert row is not None, "the slope needs the whole row's KL(p_s || m)"
-        excess = (student.log - _log_mean(student, target)).sub_(row[:, None])
+        excess = _over_mean(student, target).sub_(row[:, None])
         return excess.mul_(student.p).mul_(self.temperature / 2)
 
     def row_sum(self, student: Distribution, target: Distribution) -> Tensor:
         """Return sum_v p_s log(p_s / m)."""
-        return (student.p * (student.log - _log_mean(student, target))).sum(-1)
+        return (student.p * _over_mean(student, target)).sum(-1)
 
 
-def _log_mean(student: Distribution, target: Distribution) -> Tensor:
-    return torch.logaddexp(student.log, target.log) - math.log(2)
+def _over_mean(one: Distribution, other: Distribution) -> Tensor:
+    """Return log(p / m) of the first, from the difference alone: small where both are equally unlikely."""
+    return math.log(2) - functional.softplus(other.log - one.log)

@@ -1,18 +1,26 @@
-"""Two collectives of megatron-core that gloo has for equal shares only, for shares of any size.
+"""gloo as megatron-core needs it: shares of any size, and one polling thread a process.
 
 Ranks that cut the same experts (expert tensor parallelism) exchange as many tokens as the router happened to
 send each of them. NCCL gathers and scatters such lists; gloo refuses. Groups of other backends, and calls
 without a list of sizes, go through untouched.
+
+torch gives every gloo group a device of its own, whose thread looks for work some 130 times a second whether
+there is any or not. A run of several layouts has twenty groups a rank: on a machine with more ranks than
+cores the looking alone takes a third of it. Here all groups of a process share one device.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
+
+from tide_megatron.base.device import gloo_interfaces
 
 
 def allow_uneven_shares() -> None:
@@ -23,6 +31,33 @@ def allow_uneven_shares() -> None:
     mappings._reduce_scatter_along_first_dim = _instead(
         mappings._reduce_scatter_along_first_dim, reduce_shares
     )
+
+
+def share_one_device() -> None:
+    """Let all gloo groups that are made from now on share one device, hence one polling thread.
+
+    torch has no public way to say so. Where the private one is missing, groups stay as torch makes them:
+    slower and equal.
+    """
+    stock = getattr(distributed_c10d, "ProcessGroupGloo", None)
+    options = getattr(stock, "_Options", None)
+    if stock is None or not hasattr(options, "_devices") or hasattr(stock, "shared_devices"):
+        return
+
+    class SharedDeviceGloo(stock):  # type: ignore[misc, valid-type]
+        """A gloo group on the process's one device."""
+
+        shared_devices: tuple[Any, ...] = ()
+
+        def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+            if not SharedDeviceGloo.shared_devices:
+                named = [stock.create_device(interface=name) for name in gloo_interfaces()]
+                SharedDeviceGloo.shared_devices = tuple(named or [stock.create_default_device()])
+            chosen = options()
+            chosen._devices, chosen._timeout = list(SharedDeviceGloo.shared_devices), timeout
+            super().__init__(store, rank, size, chosen)
+
+    distributed_c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[attr-defined, misc]
 
 
 def gather_shares(own: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ import warnings
 
 from tide_megatron.platform.adam import repair_torch_adam
 from tide_megatron.platform.cpu import redirect_cuda
-from tide_megatron.platform.gloo import allow_uneven_shares
+from tide_megatron.platform.gloo import allow_uneven_shares, share_one_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ def prepare_platform() -> Platform:
         warnings.simplefilter("ignore")  # each other missing accelerator warns at import as well
         redirected = redirect_cuda()
         allow_uneven_shares()
+        share_one_device()
         use_torch_for_routers()
         repaired = repair_torch_adam()
     version = importlib.metadata.version("megatron-core")
