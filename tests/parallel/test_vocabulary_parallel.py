@@ -35,6 +35,9 @@ from tide_megatron.parallel.exchange import COMM_STATS, gather_parts, padded
 from tide_megatron.parallel.vocab_group import VocabGroup
 
 TOLERANCE = 1e-5
+ROUNDED = {("jensen_shannon", "large logits"): 2e-5}
+"""Log-probabilities near -90 are known to 5e-6 in fp32, in both forms, and this loss's slope is of order 1
+there."""
 RANKS = (1, 2, 4)
 FIXED = TILES_ALIVE * 4 * CPU_TILE
 FORMS = {
@@ -172,7 +175,8 @@ def matrix():
 @pytest.mark.parametrize(("form", "name", "case", "ranks"), matrix())
 def test_every_loss_equals_the_dense_form(pool, form, name, case, ranks):
     for errors in pool(ranks).run(compare, name, case, form):
-        too_large = {what: found for what, (found, _) in errors.items() if not found <= TOLERANCE}
+        limit = ROUNDED.get((name, case), TOLERANCE)
+        too_large = {what: found for what, (found, _) in errors.items() if not found <= limit}
         assert not too_large
         assert case == "no rows" or errors["weight"][1] > 0
 
