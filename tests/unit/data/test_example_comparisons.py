@@ -48,7 +48,7 @@ def test_every_variant_is_a_recipe_and_differs_in_nothing_but_what_it_compares(l
         assert {key: teacher.layout for key, teacher in recipe.teachers.items()} == {
             key: LAYOUTS[key] for key in teachers
         }
-        assert [term.teacher for term in recipe.terms.values() if term.needs_teacher] == teachers
+        assert [term.teacher for term in recipe.terms.values() if term.teacher] == teachers
         assert recipe.terms["ce"].weight == 1.0
         views = {key: teacher.view for key, teacher in recipe.teachers.items()}
         demonstrated = teachers[-1:] if "demo" in name else []  # of a pair, the one with the student's tokens

@@ -136,7 +136,7 @@ def test_what_is_hidden_depends_on_the_sample_alone():
         part = noiser(batch_of(order, length=48))
         for place, sample in enumerate(order):
             assert part.time[place] == whole.time[sample - 5]
-            assert torch.equal(part.hidden[place], whole.hidden[sample - 5, :48])
+            assert torch.equal(part.masked[place], whole.masked[sample - 5, :48])
 
 
 def test_noise_uses_no_global_generator():
@@ -145,19 +145,19 @@ def test_noise_uses_no_global_generator():
     one = Noiser(seed=1)(batch_of([1, 2]))
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(1)
-    assert torch.equal(one.hidden, Noiser(seed=1)(batch_of([1, 2])).hidden)
+    assert torch.equal(one.masked, Noiser(seed=1)(batch_of([1, 2])).masked)
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(2, 0), (1, 1)])
 def test_seed_and_epoch_change_times_and_hidden_sets(seed, epoch):
     one, two = Noiser(seed=1)(batch_of(range(32))), Noiser(seed=seed)(batch_of(range(32), epoch=epoch))
     assert (one.time != two.time).all()
-    assert not torch.equal(one.hidden, two.hidden)
+    assert not torch.equal(one.masked, two.masked)
     one, two = (
         Noiser(seed=1).at(batch_of(range(32)), 0.5),
         Noiser(seed=seed).at(batch_of(range(32), epoch=epoch), 0.5),
     )
-    assert 0.4 < (one.hidden != two.hidden).double().mean() < 0.6  # two fair coins
+    assert 0.4 < (one.masked != two.masked).double().mean() < 0.6  # two fair coins
 
 
 def test_time_and_hiding_draw_from_different_streams():
@@ -209,7 +209,7 @@ def test_fixed_levels_share_their_noise_and_suffixes_part_it():
     assert (low.time == 0.2).all()
     assert (high.masked | ~low.masked).all()
     other = Noiser(seed=1, stream_suffix="@0.6").at(batch, 0.6)
-    assert not (other.hidden | ~low.masked).all()
+    assert not (other.masked | ~low.masked).all()
     assert (Noiser(seed=1, stream_suffix="x")(batch).time != Noiser(seed=1)(batch).time).all()
 
 

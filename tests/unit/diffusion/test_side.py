@@ -63,9 +63,9 @@ def test_the_noiser_hides_whole_chunks_of_the_sides_it_is_told():
     batch = random_batch(1, sides=2)
     drawn = Noiser(seed=4)(batch)
     whole = Noiser(seed=4, whole_chunks_of=("t1",))(batch)
-    assert torch.equal(whole.hidden, mask_whole_chunks(drawn.hidden, batch.maskable, [batch.sides["t1"]]))
+    assert torch.equal(whole.masked, mask_whole_chunks(drawn.masked, batch.maskable, [batch.sides["t1"]]))
     assert torch.equal(whole.time, drawn.time)
-    assert whole.hidden.sum() > drawn.hidden.sum()
+    assert whole.masked.sum() > drawn.masked.sum()
 
 
 def test_a_side_without_chunks_changes_nothing():
@@ -78,5 +78,5 @@ def test_a_side_without_chunks_changes_nothing():
         sample=side.sample[:0],
         number=side.number[:0],
     )
-    hidden = Noiser(seed=4)(batch).hidden
+    hidden = Noiser(seed=4)(batch).masked
     assert torch.equal(mask_whole_chunks(hidden, batch.maskable, [empty]), hidden)

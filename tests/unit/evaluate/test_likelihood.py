@@ -49,7 +49,7 @@ def test_every_sample_counts_once_however_ranks_share_them(data, layout, monkeyp
         score(data, shard)
     monkeypatch.setattr(likelihood, "sum_over", lambda tensor: torch.stack(sums).sum(dim=0))
     shared = score(data, shards[0])
-    for name in ("nll", "correct", "hidden", "reply_bytes"):
+    for name in ("nll", "correct", "masked", "reply_bytes"):
         assert torch.equal(getattr(shared, name), getattr(alone, name)), name
     assert shared.summary() == alone.summary()
     assert alone.masked[:, 1].sum() > alone.masked[:, 0].sum() > 0
