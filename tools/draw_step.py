@@ -75,7 +75,7 @@ def held(model: Model, rank: int) -> str:
     words = []
     if model.layout.pipeline > 1:
         last = shard.first_layer + shard.num_layers - 1
-        words.append(f"stage {model.layout.seat(rank).pipeline}: layers {shard.first_layer}-{last}")
+        words.append(f"stage {model.layout.coordinates(rank).pipeline}: layers {shard.first_layer}-{last}")
     if model.layout.tensor > 1:
         words.append(f"shard {shard.tensor_rank + 1} of {shard.tensor_size}")
     if model.layout.expert > 1:
@@ -97,7 +97,7 @@ def link(model: Model, rank: int) -> str:
 
     if share(lists.tensor) or share(lists.expert):
         return "<->"
-    return "->" if model.layout.seat(rank).pipeline < model.layout.seat(rank + 1).pipeline else ""
+    return "->" if model.layout.coordinates(rank).pipeline < model.layout.coordinates(rank + 1).pipeline else ""
 
 
 class Drawing:

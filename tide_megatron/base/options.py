@@ -94,8 +94,15 @@ def without_machine(tree: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
     Args:
         tree: values by field, nested; keys that the class does not have stay.
         kind: the options class that it describes.
+
+    Raises:
+        KeyError: a value without a default is missing.
+        TypeError: a section is no mapping.
     """
     known = {option.name: option for option in options_of(kind)}
+    for option in known.values():
+        if option.is_required and option.name not in tree:
+            raise KeyError(option.name)
     return {
         key: value if key not in known else _inside(value, known[key])
         for key, value in tree.items()
@@ -105,8 +112,10 @@ def without_machine(tree: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
 
 def _inside(value: Any, option: Option) -> Any:
     """Do the same to what an option holds."""
-    if option.nested is None or not isinstance(value, Mapping):
+    if option.nested is None:
         return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{option.name} is a section, not {value!r}")
     if option.is_named:
         return {name: without_machine(part, option.nested) for name, part in value.items()}
     return without_machine(value, option.nested)
