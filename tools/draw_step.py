@@ -97,7 +97,8 @@ def link(model: Model, rank: int) -> str:
 
     if share(lists.tensor) or share(lists.expert):
         return "<->"
-    return "->" if model.layout.coordinates(rank).pipeline < model.layout.coordinates(rank + 1).pipeline else ""
+    here, there = (model.layout.coordinates(one).pipeline for one in (rank, rank + 1))
+    return "->" if here < there else ""
 
 
 class Drawing:

@@ -54,7 +54,8 @@ def test_a_damaged_state_is_refused(checkpoint, tree, content):
 @pytest.mark.parametrize("recipe", [{}, [], {"batch": 3}])
 def test_a_state_with_a_damaged_recipe_is_refused(checkpoint, tree, recipe):
     write(checkpoint, recipe)
-    with pytest.raises(CheckpointError, match=r"(its recipe is|state\.json:) not readable .*; (remove it|choose another checkpoint)$"):
+    said = r"(its recipe is|state\.json:) not readable .*; (remove it|choose another checkpoint)$"
+    with pytest.raises(CheckpointError, match=said):
         checked_clock(checkpoint, identity(tree))
 
 
