@@ -21,6 +21,9 @@ import tide_megatron.platform
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from tide_megatron import __version__
 from tide_megatron.base.files import DigestingFile, Digests
@@ -41,6 +44,21 @@ class DigestingWriter(FileSystemWriter):
         self.digests: Digests = {}
         """Of the files written so far."""
         self.fs = _DigestingFiles(self.digests)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write a plan's shards.
+
+        Raises:
+            OSError: the disk refuses. torch's zip writer complains of its own unfinished file then, and hides
+                why.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as fault:
+            cause: BaseException | None = fault
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or fault from None
 
 
 class _DigestingFiles(FileSystem):

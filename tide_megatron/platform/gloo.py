@@ -39,12 +39,12 @@ def share_one_device() -> None:
     torch has no public way to say so. Where the private one is missing, groups stay as torch makes them:
     slower and equal.
     """
-    stock = getattr(distributed_c10d, "ProcessGroupGloo", None)
-    options = getattr(stock, "_Options", None)
-    if stock is None or not hasattr(options, "_devices") or hasattr(stock, "shared_devices"):
+    stock: Any = getattr(distributed_c10d, "ProcessGroupGloo", None)
+    options: Any = getattr(stock, "_Options", None)
+    if not hasattr(options, "_devices") or hasattr(stock, "shared_devices"):
         return
 
-    class SharedDeviceGloo(stock):  # type: ignore[misc, valid-type]
+    class SharedDeviceGloo(stock):  # type: ignore[misc]
         """A gloo group on the process's one device."""
 
         shared_devices: tuple[Any, ...] = ()
@@ -57,7 +57,7 @@ def share_one_device() -> None:
             chosen._devices, chosen._timeout = list(SharedDeviceGloo.shared_devices), timeout
             super().__init__(store, rank, size, chosen)
 
-    distributed_c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[attr-defined, misc]
+    distributed_c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[misc]
 
 
 def gather_shares(own: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Tensor:
