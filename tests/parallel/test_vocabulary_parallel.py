@@ -35,7 +35,7 @@ from tide_megatron.parallel.exchange import COMM_STATS, gather_parts, padded
 from tide_megatron.parallel.vocab_group import VocabGroup
 
 TOLERANCE = 1e-5
-ROUNDED = {("jensen_shannon", "large logits"): 2e-5}
+ROUNDED = {("jensen_shannon", "large logits"): 4e-5}
 """Log-probabilities near -90 are known to 5e-6 in fp32, in both forms, and this loss's slope is of order 1
 there."""
 RANKS = (1, 2, 4)
