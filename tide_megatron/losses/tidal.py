@@ -88,7 +88,7 @@ class Tidal(Mixture, ColumnLoss):
     def value(self, student: Distribution, target: Distribution) -> Tensor:
         """Return T^2 sum_v r (log max(r, 1e-8) - log p_s) of each pair."""
         clamped = target.log.clamp_min(math.log(SMALLEST_TARGET))
-        return self.temperature**2 * (clamped - student.log).mul_(target.p).sum(-1)
+        return self.temperature**2 * clamped.sub_(student.log).mul_(target.p).sum(-1)
 
     def slope(self, student: Distribution, target: Distribution, row: Tensor | None) -> Tensor:
         """Return T (p_s - r); the timestep weight is in the coefficients."""
