@@ -1,6 +1,7 @@
 """What is said of a checkpoint that does not fit the run that wants to go on from it; no tensors here."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -51,7 +52,17 @@ def test_a_damaged_state_is_refused(checkpoint, tree, content):
         checked_clock(checkpoint, identity(tree))
 
 
-@pytest.mark.parametrize("recipe", [{}, [], {"batch": 3}])
+@pytest.mark.parametrize(
+    ("key", "value"), [("recipe", []), ("ranks", "two"), ("optimizer_steps", 3), ("clock", {"step": "x"})]
+)
+def test_a_state_with_a_value_of_another_kind_is_refused_by_its_key(checkpoint, tree, key, value):
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, key: value}))
+    with pytest.raises(CheckpointError, match=rf"not readable \({key}.*: Input should be .*; choose another"):
+        checked_clock(checkpoint, identity(tree))
+
+
+@pytest.mark.parametrize("recipe", [{}, {"batch": 3}])
 def test_a_state_with_a_damaged_recipe_is_refused(checkpoint, tree, recipe):
     write(checkpoint, recipe)
     said = r"(its recipe is|state\.json:) not readable .*; (remove it|choose another checkpoint)$"
