@@ -11,11 +11,12 @@ import dataclasses
 import torch
 
 from tests.unit.diffusion.sides import chunks_of, random_batch
+from tests.unit.losses.pairs import has_teacher
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.losses import LOSSES
-from tide_megatron.losses.base import ColumnLoss, has_teacher
+from tide_megatron.losses.base import ColumnLoss
 
 CLOCK = Clock(step=90, total_steps=100)
 WIDTHS = {"student": 6, "same": 5, "other": 7}

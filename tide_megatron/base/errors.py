@@ -7,7 +7,7 @@ every other exception is a bug of ours and keeps its traceback. `assert` is for 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class TideError(Exception):
@@ -28,6 +28,14 @@ class CheckpointError(TideError):
 
 class RanksFailed(Exception):
     """A rank ended by a bug or a signal; the message names the rank and holds its traceback."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from or during, the last one first."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
 
 
 def last_line(fault: BaseException) -> str:

@@ -4,8 +4,7 @@ An options class is a frozen, keyword-only pydantic dataclass with `STRICT`; the
 its meaning, and `docs/recipe.md` and `tide recipe` are made of both. Two marks stand in a field's annotation:
 
 - `MACHINE`: it chooses machines or reports and never changes the mathematics, so runs that differ in it are
-  the
-  same run, and it does not enter the digest that a run folder is compared with on resume;
+  the same run, and it does not enter the digest that a run folder is compared with on resume;
 - `Paper("0.5")`: what the paper used (arXiv 2604.26951, tables 5 and 6).
 """
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from tide_megatron import __version__
+from tide_megatron.base.errors import causes
 from tide_megatron.base.files import DigestingFile, Digests
 
 TABLE = ".metadata"
@@ -55,10 +56,7 @@ class DigestingWriter(FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as fault:
-            cause: BaseException | None = fault
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__
-            raise cause or fault from None
+            raise next((cause for cause in causes(fault) if isinstance(cause, OSError)), fault) from None
 
 
 class _DigestingFiles(FileSystem):

@@ -40,7 +40,7 @@ class TeacherTokens:
 
     @functools.cached_property
     def host_lengths(self) -> tuple[int, ...]:
-        """`lengths` as plain numbers; a side that was moved brings them along, so no device is targets."""
+        """`lengths` as plain numbers; a side that was moved brings them along, so no device is asked."""
         return tuple(self.lengths.tolist())
 
     def to(self, device: torch.device) -> TeacherTokens:
@@ -125,7 +125,7 @@ class TeacherInput:
     targets: Tensor
     """[samples, length] bool: positions whose hidden states are wanted, a subset of `masked`."""
     index: tuple[Tensor, Tensor]
-    """([rows], [rows]) int64: sample and position of what is targets, in (sample, position) order."""
+    """([rows], [rows]) int64: sample and position of the targets, in (sample, position) order."""
     host_lengths: tuple[int, ...]
     """`lengths` as plain numbers."""
     unit: Tensor
@@ -181,7 +181,7 @@ def same_rows(gold: Tensor, sample: Tensor) -> RowAlignment:
 
 
 def read_side(side: TeacherTokens, drawn: Tensor) -> TeacherInput:
-    """Hide a teacher's own tokens after the student's.
+    """Mask a teacher's own tokens after the student's.
 
     Args:
         side: the microbatch in the teacher's tokens.

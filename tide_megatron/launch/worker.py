@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device, Ranks, Wanted, choose_device, read_ranks
-from tide_megatron.base.errors import ConfigError, TideError
+from tide_megatron.base.errors import ConfigError, TideError, causes
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.launch.signals import release_signals, watch_signals
@@ -225,12 +225,5 @@ def is_echo(error: BaseException) -> bool:
     """
     return any(
         isinstance(link, dist.DistError) or (isinstance(link, RuntimeError) and _LOST_PEER.search(str(link)))
-        for link in _chain(error)
+        for link in causes(error)
     )
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__

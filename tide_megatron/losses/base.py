@@ -14,7 +14,6 @@ A new loss is one file here and one line of `LOSSES`.
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -212,8 +211,3 @@ class ColumnLoss(Loss):
 def teachers_of(losses: Mapping[str, Loss]) -> list[str]:
     """Return the teachers that some of these losses listen to, sorted by name."""
     return sorted({loss.teacher for loss in losses.values() if loss.teacher is not None})
-
-
-def has_teacher(kind: type[Loss]) -> bool:
-    """Say whether losses of a kind listen to a teacher."""
-    return any(field.name == "teacher" for field in dataclasses.fields(kind))

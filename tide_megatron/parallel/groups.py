@@ -54,11 +54,8 @@ def make_groups(layout: Layout, world: int | None = None) -> ProcessGroupCollect
     groups.tp_ep = own_group(lists.expert_block)
     groups.expt_dp = own_group(lists.expert_data)
     groups.tp_ep_pp = own_group(lists.expert_replica)
-    groups.embd, groups.pos_embd, groups.hcp = (
-        own_group(lists.embedding),
-        own_group(lists.position_embedding),
-        None,
-    )
+    groups.embd, groups.pos_embd = own_group(lists.embedding), own_group(lists.position_embedding)
+    groups.hcp = None
     # One instance of the distributed optimizer: shards over data-parallel ranks, norms over the world.
     groups.intra_dp_cp, groups.intra_expt_dp = groups.dp_cp, groups.expt_dp
     groups.intra_dist_opt, groups.inter_dist_opt = own_group(lists.world), None

@@ -144,8 +144,7 @@ class Route:
 
         Args:
             rows: [rows of this replica, hidden size] in the order of source ranks; what a rank before the
-                last stage
-                passes is overwritten.
+                last stage passes is overwritten.
             rows_by_rank: how many rows each group rank asked for.
 
         Returns:

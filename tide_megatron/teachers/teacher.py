@@ -1,13 +1,13 @@
 """A teacher: a frozen model in its own layout that answers with final hidden rows, never with logits.
 
-    views of this rank -> collect -> forward -> deliver -> rows of the whole vocabulary group
+    views of this rank -> gather_views -> forward -> gather_hidden -> rows of the whole vocabulary group
 
 A rank asks for its own microbatches; the replica reads them rank by rank; the answer holds the rows of ALL
 ranks of the vocabulary group, because each of them owns a slice of the head's columns. With an
 expert-parallel layout a rank forwards for itself and its tokens travel inside the mixture layers. Whoever
 asks never learns which of these ways was taken.
 
-In a run's times, collect and deliver are `exchange` and the rest is `teacher`. What megatron-core itself
+In a run's times, both gathers are `exchange` and the rest is `teacher`. What megatron-core itself
 sends in the forward pass (sums over tensor ranks, states from stage to stage, tokens to their experts) stays
 in `teacher`: it is woven into the layers, and so is the waiting for other ranks that it brings.
 """

@@ -152,14 +152,14 @@ def build_teacher(
     return Teacher(
         name,
         model,
-        _sight(recipe, name, plan),
+        _view_builder(recipe, name, plan),
         route,
         shared_schedule=recipe.teachers[name].shared_schedule,
         phases=phases,
     )
 
 
-def _sight(recipe: Recipe, name: str, plan: ModelPlan) -> ViewBuilder:
+def _view_builder(recipe: Recipe, name: str, plan: ModelPlan) -> ViewBuilder:
     """Say how a teacher sees a microbatch."""
     choice = recipe.teachers[name]
     is_split = choice.view == "complementary"

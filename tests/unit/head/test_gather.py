@@ -7,12 +7,11 @@ import torch
 
 from goldens.dense import loss_values
 from tests.unit.diffusion.sides import random_batch
-from tests.unit.losses.pairs import CLOCK
+from tests.unit.losses.pairs import CLOCK, has_teacher
 from tide_megatron.diffusion.alignment import RowAlignment, same_rows
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.gather import join_rows, num_packed, pack_rows, row_sizes, unpack_rows
 from tide_megatron.losses import LOSSES
-from tide_megatron.losses.base import has_teacher
 from tide_megatron.losses.rows import Rows, rows_of
 
 NAMES = ["t0", "t1"]

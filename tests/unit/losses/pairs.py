@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.losses.base import Loss
 from tide_megatron.losses.rows import Rows
 
 CLOCK = Clock(step=37, total_steps=100)
@@ -28,3 +31,8 @@ def rows_for(student: Tensor, seed: int = 1) -> Rows:
         time=torch.tensor([0.2, 0.55, 0.9]),
         maskable=torch.full((3,), count),
     )
+
+
+def has_teacher(kind: type[Loss]) -> bool:
+    """Say whether losses of a kind listen to a teacher."""
+    return any(field.name == "teacher" for field in dataclasses.fields(kind))

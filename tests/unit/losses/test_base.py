@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 
 from goldens.dense import loss_values
-from tests.unit.losses.pairs import CLOCK, pair, rows_for
+from tests.unit.losses.pairs import CLOCK, has_teacher, pair, rows_for
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
 from tide_megatron.losses import LOSSES
-from tide_megatron.losses.base import ColumnLoss, LikelihoodLoss, Loss, has_teacher
+from tide_megatron.losses.base import ColumnLoss, LikelihoodLoss, Loss
 
 
 def make(name, **options):

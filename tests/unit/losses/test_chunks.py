@@ -7,10 +7,10 @@ import torch
 
 from goldens.dense import loss_values
 from tests.unit.diffusion.sides import chunks_of, random_batch
+from tests.unit.losses.pairs import has_teacher
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.losses import LOSSES
-from tide_megatron.losses.base import has_teacher
 from tide_megatron.losses.calm import Calm, CalmTidal, ReverseCalm, ReverseCalmTidal
 from tide_megatron.losses.kl import Kl, ReverseKl
 from tide_megatron.losses.rows import rows_of
