@@ -13,7 +13,6 @@ from tide_megatron.parallel.collectives import (
     fail_together,
     gather_objects,
     is_first,
-    max_over,
     sum_over,
 )
 from tide_megatron.parallel.groups import make_groups
@@ -32,8 +31,6 @@ def speak():
         "sum": value.tolist(),
         "in place": summed is value,
         "pair sum": sum_over(torch.tensor(rank), pair).item(),
-        "max": max_over(torch.tensor([rank, -rank])).tolist(),
-        "pair max": max_over(torch.tensor(rank), pair).item(),
         "agree": [all_agree(True), all_agree(rank != 2), all_agree(rank != 2, pair), all_agree(False)],
         "gather": gather_objects({"rank": rank}),
         "pair gather": gather_objects(rank, pair),
@@ -50,8 +47,6 @@ def test_each_collective_over_the_world_and_over_pairs(pool):
             "sum": [4.0, 6.0],
             "in place": True,
             "pair sum": 2 * first + 1,
-            "max": [3, 0],
-            "pair max": first + 1,
             "agree": [True, False, first == 0, False],
             "gather": [{"rank": other} for other in range(4)],
             "pair gather": [first, first + 1],
@@ -64,7 +59,7 @@ def test_a_process_alone_needs_no_world(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: False)  # another test may have left one
     assert is_first()
     barrier()
-    assert sum_over(torch.tensor(3)).item() == max_over(torch.tensor(3)).item() == 3
+    assert sum_over(torch.tensor(3)).item() == 3
     assert all_agree(True)
     assert not all_agree(False)
     assert gather_objects("a") == ["a"]

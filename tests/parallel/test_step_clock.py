@@ -1,17 +1,23 @@
 """Where a step's time is booked, and what it is held against, whatever the layout."""
 
+import dataclasses
 import time
 
 import pytest
+import torch.distributed as dist
 
 from tests.tiny_run import PAIR_ON_FOUR, write_pair_run
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import Phases
+from tide_megatron.losses.rows import rows_of
+from tide_megatron.parallel.layout import DataShard
 from tide_megatron.teachers import teacher as module
 from tide_megatron.teachers.exchange import Route
 from tide_megatron.teachers.teacher import Teacher
+from tide_megatron.train.cost import Cost
+from tide_megatron.train.counts import count
 from tide_megatron.train.resolve import load_recipe
 from tide_megatron.train.setup import set_up
 from tide_megatron.train.step import Run, train_step
@@ -95,3 +101,32 @@ def test_two_forwards_of_complementary_views_need_no_more_than_one(pool, pair, t
         for words in ([], ["teachers.moe.forwards=two", "teachers.own.forwards=two"])
     )
     assert one == two
+
+
+def counted_twice(file, folder):
+    """Count one microbatch that both ranks read, once as one replica's and once as two replicas'."""
+    recipe, _ = load_recipe(file, [f"folder={folder}", "student.layout.expert=1"])
+    parts = set_up(recipe, choose_device("cpu"))
+    noised = [
+        parts.run.noiser(batch) for batch in dataclasses.replace(parts.loader, shard=DataShard()).update(0)
+    ]
+    rows = [rows_of(example) for example in noised]
+    requests = {name: teacher.request(noised) for name, teacher in parts.run.teachers.items()}
+    cost = Cost(flops=1.5, peak_memory_bytes=1.0)
+    mine = {
+        term: float(sum(loss.count(one) for one in noised)) for term, loss in parts.run.head.losses.items()
+    }
+    shards = DataShard(), DataShard(rank=dist.get_rank(), size=2)
+    return (
+        mine,
+        len(rows[0].gold),
+        [count(noised, rows, requests, parts.run.head, cost, shard) for shard in shards],
+    )
+
+
+def test_ranks_of_one_replica_count_their_samples_once_and_their_work_each(pool, pair, tmp_path):
+    for mine, masked, (one, two) in pool(2).run(counted_twice, pair, tmp_path):
+        assert (one.divisors, one.masked) == (mine, masked)
+        assert (two.divisors, two.masked) == ({term: 2 * size for term, size in mine.items()}, 2 * masked)
+        assert two.tokens == 2 * one.tokens > 0
+        assert one.cost.flops == two.cost.flops == 3.0

@@ -8,7 +8,7 @@ least free memory decides for all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,20 +38,30 @@ class HeadShape(NamedTuple):
     dtype: torch.dtype
 
 
-def row_bytes(losses: Mapping[str, Loss], heads: Mapping[str, HeadShape], ranks: int, is_exact: bool) -> int:
-    """Return the bytes of the logits that one row keeps on a rank; a teacher row for a row is assumed.
+def row_bytes(kept: Iterable[tuple[HeadShape, float]], ranks: int) -> int:
+    """Return the bytes of the logits that one row of the student keeps on a rank.
+
+    Args:
+        kept: each head whose logits are read again, with how many of its rows go with one of the student's.
+        ranks: over which each head is cut; the widest cut counts, so that all ranks make the same slabs.
+    """
+    return max(
+        1, round(sum(-(-head.vocabulary // ranks) * head.dtype.itemsize * share for head, share in kept))
+    )
+
+
+def kept_heads(
+    losses: Mapping[str, Loss], heads: Mapping[str, HeadShape], is_exact: bool
+) -> list[tuple[HeadShape, float]]:
+    """Return the heads of a run for `row_bytes`, before any row is there: a teacher's row for a row.
 
     Args:
         losses: the terms by name.
         heads: of `student` and every teacher by name.
-        ranks: over which each head is cut.
         is_exact: whether all products run in fp32.
     """
     kept = {"student", *(loss.teacher for loss in losses.values() if isinstance(loss, ColumnLoss))}
-    return sum(
-        -(-heads[name].vocabulary // ranks) * (torch.float32 if is_exact else heads[name].dtype).itemsize
-        for name in kept
-    )
+    return [(heads[name]._replace(dtype=torch.float32) if is_exact else heads[name], 1.0) for name in kept]
 
 
 def settle_budget(

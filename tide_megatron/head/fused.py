@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from tide_megatron.head.budget import HeadShape, row_bytes
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
@@ -129,13 +130,12 @@ class _Pass:
         rows = self.batch.rows.rows
         heads = [(self.student, 1.0)]
         heads += [
-            (self.teachers[name], len(rows.link(name).gold) / len(rows.gold))
-            for name in self.teachers
+            (head, len(rows.link(name).gold) / len(rows.gold))
+            for name, head in self.teachers.items()
             if name in self.kept
         ]
-        # The widest range of ids of any rank, so that all ranks make the same slabs.
-        widest = max(-(-head.num_ids // size_of(self.batch.group)) for head, _ in heads)
-        return max(1, round(sum(share * head.dtype.itemsize for head, share in heads) * widest))
+        kept = [(HeadShape(head.num_ids, head.dtype), share) for head, share in heads]
+        return row_bytes(kept, size_of(self.batch.group))
 
     def _long(self, slab: Slab, most_rows: int) -> None:
         """Work on a unit that is longer than a slab. All ranks of the group do so together."""

@@ -15,7 +15,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.memory import free_bytes
 from tide_megatron.base.phases import Phases
-from tide_megatron.head.budget import BUDGET_MIB, MIB, HeadShape, row_bytes, settle_budget
+from tide_megatron.head.budget import BUDGET_MIB, MIB, HeadShape, kept_heads, row_bytes, settle_budget
 from tide_megatron.head.fused import fused_head_loss
 from tide_megatron.head.gather import GatheredRows, gather_microbatches
 from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
@@ -91,9 +91,8 @@ class HeadLoss:
             log.info("head loss: plain, by autograd%s", words)
             return cls(losses, group, options, phases=phases)
         words += ", compiled" if options.is_compiled(device.type) else ""
-        least_bytes = fixed_bytes(device.torch_device) + row_bytes(
-            losses, heads, group.size, options.is_exact
-        )
+        row = row_bytes(kept_heads(losses, heads, options.is_exact), group.size)
+        least_bytes = fixed_bytes(device.torch_device) + row
         free = gather_vectors([float(free_bytes(device.torch_device))])[:, 0].tolist()
         budget = settle_budget(options.budget_mib, BUDGET_MIB[device.type], least_bytes, free, device.type)
         log.info("head loss: fused, slabs of %d MiB%s", budget // MIB, words)
@@ -199,4 +198,5 @@ def check_budget(
     if options.form == "plain":
         return
     budget = (options.budget_mib or BUDGET_MIB[device.type]) * MIB
-    rows_within(budget, row_bytes(losses, heads, ranks, options.is_exact), fixed_bytes(device.torch_device))
+    row = row_bytes(kept_heads(losses, heads, options.is_exact), ranks)
+    rows_within(budget, row, fixed_bytes(device.torch_device))

@@ -53,16 +53,6 @@ def sum_over(tensor: torch.Tensor, group: ProcessGroup | None = None) -> torch.T
     return tensor
 
 
-def max_over(tensor: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
-    """Take the elementwise maximum over the ranks of a group, in place, and return it.
-
-    Every rank of the group must call it with the same shape and dtype.
-    """
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
-    return tensor
-
-
 def all_agree(flag: bool, group: ProcessGroup | None = None) -> bool:
     """Say whether the flag holds on every rank: one rank's no is everybody's no.
 

@@ -19,6 +19,7 @@ from tide_megatron.head.gather import row_sizes
 from tide_megatron.head.loss import HeadLoss
 from tide_megatron.losses.rows import Rows
 from tide_megatron.parallel.collectives import gather_objects, gather_vectors
+from tide_megatron.parallel.layout import DataShard
 from tide_megatron.teachers.exchange import Request, Sizes
 from tide_megatron.train.cost import Cost
 
@@ -47,6 +48,7 @@ def count(
     requests: Mapping[str, Request],
     head: HeadLoss,
     cost: Cost,
+    shard: DataShard,
 ) -> Counts:
     """Exchange a step's numbers in ONE collective. All ranks call it together.
 
@@ -56,6 +58,8 @@ def count(
         requests: what this rank asks of each teacher.
         head: the losses and the vocabulary group.
         cost: this rank's.
+        shard: which part of the data this rank reads. Ranks of one replica read the same samples, which count
+            once; the operations of each are its own and all count.
 
     Raises:
         TideError: on every rank, when a teacher's views and the student's rows are of different samples.
@@ -66,8 +70,8 @@ def count(
         "totals": [
             float(sum(sum(example.batch.host_lengths) for example in noised)),
             float(sum(len(part.gold) for part in rows)),
-            cost.flops,
         ],
+        "flops": [cost.flops],
         "memory": [cost.peak_memory_bytes],
         "rows": [float(size) for part in rows for size in row_sizes(part)],
         "fingerprints": [float(number) for number in fingerprints],
@@ -77,14 +81,15 @@ def count(
         mine[f"fingerprints of {name}"] = [float(number) for number in request.fingerprints]
     table = _Table(gather_vectors([value for part in mine.values() for value in part]), mine)
     _check_samples(table, requests, noised)
-    divisors = table["divisors"].sum(dim=0).tolist()
-    tokens, masked, flops = table["totals"].sum(dim=0).tolist()
+    replica_size = len(table["totals"]) // shard.size
+    divisors = (table["divisors"].sum(dim=0) / replica_size).tolist()
+    tokens, masked = (table["totals"].sum(dim=0) / replica_size).tolist()
     here = head.group.world_ranks
     return Counts(
         divisors=dict(zip(head.losses, divisors, strict=True)),
         tokens=int(tokens),
         masked=int(masked),
-        cost=Cost(flops=flops, peak_memory_bytes=float(table["memory"].max())),
+        cost=Cost(flops=float(table["flops"].sum()), peak_memory_bytes=float(table["memory"].max())),
         rows=[list(_split(line, len(noised))) for line in table["rows"][here].long().tolist()],
         view_sizes={
             name: [request.sizes(line) for line in table[f"views of {name}"][here].long().tolist()]

@@ -92,7 +92,7 @@ def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
         rows = [rows_of(example) for example in noised]
         requests = {name: teacher.request(noised) for name, teacher in run.teachers.items()}
         cost = own_cost(run.student, run.teachers, noised)
-        counts = count(noised, rows, requests, run.head, cost)
+        counts = count(noised, rows, requests, run.head, cost, run.student.shard)
     gathered = run.head.gather(rows, counts.rows, counts.divisors)
     streams = {
         name: run.teachers[name].hidden_states(request, counts.view_sizes[name])

@@ -21,6 +21,7 @@ from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.views import View, trimmed_view
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.models.build import TideModel
+from tide_megatron.parallel.layout import DataShard
 from tide_megatron.train.optimizer import Update, build_optimizer, is_sharded, update
 from tide_megatron.train.recipe import Optimizer
 
@@ -56,6 +57,11 @@ class Student:
         self._router_biases = [
             buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")
         ]
+
+    @property
+    def shard(self) -> DataShard:
+        """Which part of the data this rank reads: its replica's."""
+        return DataShard(rank=self.groups.dp.rank(), size=self.groups.dp.size())
 
     def view(self, noised: Noised) -> View:
         """Build what the student reads: its own mask token, its own context."""

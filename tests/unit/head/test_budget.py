@@ -7,7 +7,7 @@ import torch
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.memory import free_bytes
-from tide_megatron.head.budget import BUDGET_MIB, MIB, HeadShape, row_bytes, settle_budget
+from tide_megatron.head.budget import BUDGET_MIB, MIB, HeadShape, kept_heads, row_bytes, settle_budget
 from tide_megatron.head.slabs import rows_within
 from tide_megatron.head.tiles import fixed_bytes, tiles
 from tide_megatron.losses.kl import Kl
@@ -19,7 +19,9 @@ STUDENT, TEACHER = 151_936, 157_184
 def rows_of_the_papers_pair(device, dtype):
     """Return how many rows a slab of the default budget has: Qwen3-0.6B under LLaDA2-mini, heads whole."""
     heads = {"student": HeadShape(STUDENT, dtype), "teacher": HeadShape(TEACHER, dtype)}
-    row = row_bytes({"kl": Kl(teacher="teacher", shared_vocab_size=STUDENT)}, heads, 1, is_exact=False)
+    row = row_bytes(
+        kept_heads({"kl": Kl(teacher="teacher", shared_vocab_size=STUDENT)}, heads, is_exact=False), 1
+    )
     return rows_within(BUDGET_MIB[device.type] * MIB, row, fixed_bytes(device))
 
 
