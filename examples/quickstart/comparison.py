@@ -1,8 +1,11 @@
 """Variants of one recipe beside each other: the same base student, steps, tokens, seed and learning rate.
 
 What the examples' `run.py` share: train every variant on 4 CPU ranks, score base student and teachers on the
-same held-out samples, and write result.json, report.md and plots. With several seeds a second table
-follows; intervals of the first one are over held-out samples of the first seed.
+same held-out samples, and write result.json, report.md and plots. Every variant is compared with two students
+without a teacher at equal steps (undistilled; hard twin, whose gold tokens have the distilling weight: the
+harder one to beat, so differences are taken to it), and with an undistilled one that was given as much CPU
+time as the distilled one took. With several seeds a second table follows; intervals of the first one are over
+held-out samples of the first seed.
 """
 
 from __future__ import annotations
@@ -43,7 +46,18 @@ RANKS = 4
 CONTEXT = Context(kind="block_diffusion", block_size=16)
 SAMPLES = 512
 SEEDS = (11, 12, 13)
-KEPT = ("nll_per_byte", "masked_accuracy", "cpu_seconds")
+KEPT = (
+    "nll_per_byte",
+    "masked_accuracy",
+    "tempered_nll_per_byte",
+    "temperature",
+    "expected_calibration_error",
+    "by_source",
+    "cpu_seconds",
+)
+OF_A_SEED = ("nll_per_byte", "masked_accuracy", "tempered_nll_per_byte", "cpu_seconds")
+LONGER = "undistilled_equal_cpu"
+"""The undistilled student with as much CPU time as a distilled one."""
 
 Results = Mapping[str, dict[str, Any]]
 """Variant -> what training it returned."""
@@ -97,25 +111,33 @@ class Comparison:
     """All that some variant listens to."""
     variants: Mapping[str, Sequence[str]]
     """Name -> words that change the recipe, in the order of the tables."""
-    references: Sequence[str] = ("undistilled", "hard_twin")
-    """Variants without a teacher that differences are taken to; the first one is the report's."""
+    matched: str
+    """The distilled variant whose CPU time the undistilled student is given too."""
+    references: Sequence[str] = ("hard_twin", "undistilled")
+    """Variants without a teacher that differences are taken to; the first one is the tables'."""
     shown: Sequence[str] = ()
     """Variants that answer a few held-out requests in the report."""
 
     def run(self, seeds: Sequence[int]) -> list[Results]:
-        """Train all variants with every seed; return their results by seed."""
-        return [
-            {
-                name: self._train(name, words, seed, first=seed == seeds[0])
-                for name, words in self.variants.items()
-            }
-            for seed in seeds
-        ]
+        """Train all variants, and the undistilled one for longer, with every seed; return results by seed."""
+        return [self._of_seed(seed, first=seed == seeds[0]) for seed in seeds]
+
+    def _of_seed(self, seed: int, *, first: bool) -> Results:
+        results = {name: self._train(name, words, seed, first=first) for name, words in self.variants.items()}
+        longer = self._train(LONGER, self.longer(results), seed, first=first)
+        return {"undistilled": results.pop("undistilled"), LONGER: longer, **results}
+
+    def longer(self, results: Results) -> list[str]:
+        """Return the words of the undistilled run of as much CPU time as the matched variant took."""
+        plain, taught = results["undistilled"], results[self.matched]
+        steps = round(plain["clock"]["step"] * taught["cpu_seconds"] / plain["cpu_seconds"])
+        return [*self.variants["undistilled"], f"steps={steps}"]
 
     def _train(self, name: str, words: Sequence[str], seed: int, *, first: bool) -> dict[str, Any]:
         """Train one variant on fresh ranks."""
         folder = self.out / (name if first else f"{name}-seed{seed}")
-        recipe, tree = load_recipe(self.recipe, [f"folder={folder}", f"seed={seed}", *words])
+        always = [f"folder={folder}", f"seed={seed}", "evaluation.calibration=true"]
+        recipe, tree = load_recipe(self.recipe, [*always, *words])
         rich.print(f"\n[bold]{name}[/] (seed {seed}): {recipe.steps} steps of {recipe.batch.samples} samples")
         result: dict[str, Any] = run_ranks(train, (recipe, tree, False), RANKS, "cpu")
         if not result["finished"]:
@@ -127,20 +149,22 @@ class Comparison:
         first = results[0]
         summary: dict[str, Any] = {}
         for name, result in first.items():
-            summary[name] = {key: result[key] for key in KEPT} | {"words": list(self.variants[name])}
+            summary[name] = {key: result[key] for key in KEPT if key in result}
+            summary[name]["words"] = self.longer(first) if name == LONGER else list(self.variants[name])
+            summary[name]["steps"] = result["clock"]["step"]
             pairs = {
                 reference: paired_difference(
                     result["sample_nll_per_byte"], first[reference]["sample_nll_per_byte"]
                 )
-                for reference in self.references
-                if reference != name
+                for reference in (*self.references, LONGER)
+                if reference in first and reference != name
             }
             summary[name]["differences"] = {
                 reference: {"mean": pair.mean, "ci95": list(pair.ci95)} for reference, pair in pairs.items()
             }
         if len(seeds) > 1:
             summary["seeds"] = [
-                {"name": name, "seed": seed, **{key: result[key] for key in KEPT}}
+                {"name": name, "seed": seed, **{key: result[key] for key in OF_A_SEED if key in result}}
                 for seed, by_name in zip(seeds, results, strict=True)
                 for name, result in by_name.items()
             ]
@@ -154,10 +178,10 @@ class Comparison:
         base = _score(STUDENT, self.held_out, CONTEXT)
         answers = {one: _score(one.folder, one.data, one.context) for one in self.teachers}
         summary = summary | {
-            "base_student": {"nll_per_byte": base["nll_per_byte"]},
+            "base_student": {key: base[key] for key in KEPT if key in base},
             "teachers": [
-                {"name": one.name, "layout": str(one.layout)}
-                | {key: answer[key] for key in ("context", "nll_per_byte")}
+                {"name": one.name, "layout": str(one.layout), "context": answer["context"]}
+                | {key: answer[key] for key in KEPT if key in answer}
                 for one, answer in answers.items()
             ],
             "ranks": RANKS,
@@ -171,6 +195,7 @@ class Comparison:
         reference = self.references[0]
         rich.print(comparison_table(scores, reference, teachers=teachers).rich())
         seeds = [seed_table(results, reference)] if len(results) > 1 else []
+        notes = [*notes, *self.cautions(summary)]
         report = Report(
             title=self.title,
             scores=scores,
@@ -185,6 +210,27 @@ class Comparison:
         for sentence in notes:
             rich.print(sentence)
         rich.print(f"report: {report}, figures: {file} ({summary['seconds']:.0f} s in all)")
+
+    def cautions(self, summary: Mapping[str, Any]) -> list[str]:
+        """Say what holds of every comparison: what equal CPU time gives, what stays after a temperature."""
+        taught, longer, twin = (summary[name] for name in (self.matched, LONGER, self.references[0]))
+        pair, seconds = taught["differences"][LONGER], taught["cpu_seconds"]
+        sentences = [
+            f"Given the CPU time of {self.matched} ({seconds:.0f} s; {longer['steps']} steps in place of "
+            f"{taught['steps']}), the undistilled student reaches {longer['nll_per_byte']:.4f}: there "
+            f"{self.matched} is {_told(pair['mean'])} ({in_words(pair)})."
+        ]
+        if "tempered_nll_per_byte" in taught:
+            left = taught["tempered_nll_per_byte"] - twin["tempered_nll_per_byte"]
+            sentences.append(
+                f"After one fitted temperature each, {self.matched} differs from {self.references[0]} by "
+                f"{left:+.4f} nats/byte, before by {taught['nll_per_byte'] - twin['nll_per_byte']:+.4f}."
+            )
+        return [
+            *sentences,
+            "One base student, one data set; intervals are over held-out samples of one seed unless they say "
+            "otherwise.",
+        ]
 
     def _samples(self) -> list[PromptReplies]:
         """Let the shown students answer a few held-out requests."""
@@ -236,6 +282,10 @@ def seed_table(results: Sequence[Results], reference: str) -> TextTable:
     )
 
 
+def _told(difference: float) -> str:
+    return f"{abs(difference):.4f} nats/byte {'better' if difference < 0 else 'worse'}"
+
+
 def in_words(pair: Mapping[str, Any]) -> str:
     """Return a paired difference's interval as a sentence takes it."""
     low, high = pair["ci95"]
@@ -243,6 +293,6 @@ def in_words(pair: Mapping[str, Any]) -> str:
 
 
 def _score(folder: Path, data: Path, context: Context) -> dict[str, Any]:
-    options = Evaluation(samples=SAMPLES)
+    options = Evaluation(samples=SAMPLES, calibration=True)
     scores: dict[str, Any] = run_ranks(score_folder, (folder, data, context, options), RANKS, "cpu")
     return scores

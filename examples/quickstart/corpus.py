@@ -63,7 +63,8 @@ class Pair:
     def chat(self) -> str:
         """Return the JSONL line."""
         messages = [{"role": "user", "content": self.request}, {"role": "assistant", "content": self.reply}]
-        return json.dumps({"messages": messages, "source": f"{self.source}/{self.file}"}, ensure_ascii=False)
+        told = {"messages": messages, "source": self.source, "file": self.file}
+        return json.dumps(told, ensure_ascii=False)
 
 
 def find_sources() -> dict[str, Path]:

@@ -69,6 +69,7 @@ def main(
         out=Path("runs/shared_tokenizer"),
         held_out=DATA / "test",
         teachers=(MOE,),
+        matched="tidal_training",
         variants=QUICK | (FULL if full else {}),
     )
     seeds = SEEDS if full else SEEDS[:1]
@@ -93,8 +94,6 @@ def notes(summary: dict[str, Any], first: dict[str, Any]) -> list[str]:
         "chosen on these samples.",
         f"CompDemo changed tidal_training by {demo.mean:+.4f} nats/byte (95 % interval {low:+.4f} to "
         f"{high:+.4f}) for {cost:.1f} times its CPU time.",
-        "Equal steps, data, seed and learning rate, never equal compute. One base student, one teacher, one "
-        "data set; intervals are over held-out samples.",
     ]
 
 

@@ -239,10 +239,14 @@ def score(case_name, name):
     whole = torch.cat([hidden[name] for hidden in ours.numbers]).detach() @ ours.heads[name].detach().T
     gold = rows.gold if name != "other" else rows.links["other"].gold
     gold = torch.where(torch.arange(len(gold)) % 3 == 0, whole.argmax(-1), gold)
-    likely, is_right = score_rows(ours.head(name), gold, ours.group.group)
+    likely, is_right, tempered = score_rows(ours.head(name), gold, ours.group.group, temperatures=(0.5, 2.0))
     wanted = torch.nn.functional.cross_entropy(whole, gold, reduction="none")
     assert not likely.requires_grad
     assert torch.equal(is_right, whole.gather(1, gold[:, None])[:, 0] == whole.amax(-1))
+    torch.testing.assert_close(tempered.confidence, whole.softmax(-1).amax(-1), rtol=0, atol=1e-5)
+    for found, temperature in zip(tempered.nll, (0.5, 2.0), strict=True):
+        dense = torch.nn.functional.cross_entropy(whole / temperature, gold, reduction="none")
+        torch.testing.assert_close(found, dense, rtol=1e-5, atol=2e-5)
     return (likely - wanted).abs().max().item(), int(is_right.sum()), len(gold)
 
 

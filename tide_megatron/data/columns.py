@@ -121,6 +121,10 @@ class PreparedData:
         """Return one sample's values in every column (copies: they outlive the memory map)."""
         return {name: numpy.array(reader[sample]) for name, reader in self._readers.items()}
 
+    def sources(self) -> tuple[list[str], NDArray[numpy.int64]]:
+        """Return the names of the sources, and of each sample its source's number, [samples]."""
+        return [""], numpy.zeros(len(self), dtype=numpy.int64)
+
     def _check_spans(self, side: str) -> None:
         """Refuse columns whose rows cannot belong together: replies outside the tokens."""
         lengths, counts, spans = self._whole_column(f"{side}ids", f"{side}replies")

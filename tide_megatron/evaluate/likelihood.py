@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_megatron.base.device import Device
@@ -27,10 +30,11 @@ from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.views import trimmed_view
+from tide_megatron.evaluate.calibration import TEMPERATURES, Calibration
 from tide_megatron.evaluate.model_folder import open_model
 from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.head.inputs import HeadInput
-from tide_megatron.head.tiles import score_rows
+from tide_megatron.head.tiles import RowScores, score_rows
 from tide_megatron.models.build import TideModel
 from tide_megatron.parallel.collectives import fail_together, own_share, sum_over
 from tide_megatron.parallel.layout import Layout
@@ -55,6 +59,12 @@ class Likelihood:
     """[samples, times] fp64: masked tokens."""
     reply_bytes: Tensor
     """[samples] fp64."""
+    samples: Sequence[int]
+    """[samples]: which of the data they are."""
+    sources: Sequence[str]
+    """[samples]: where each one comes from."""
+    calibration: Calibration | None = None
+    """Where the options ask for it."""
 
     @property
     def sample_nll(self) -> Tensor:
@@ -86,15 +96,36 @@ class Likelihood:
             for index, time in enumerate(self.times)
         ]
 
+    def by_source(self) -> list[dict[str, Any]]:
+        """List samples, NLL per byte and accuracy of each source, in the order of their names."""
+        sample_nll, found = self.sample_nll, []
+        for name in sorted(set(self.sources)):
+            own = torch.tensor([source == name for source in self.sources])
+            found.append(
+                {
+                    "source": name,
+                    "samples": int(own.sum()),
+                    "nll_per_byte": float(sample_nll[own].sum() / self.reply_bytes[own].sum()),
+                    "masked_accuracy": float(self.correct[own].sum() / self.masked[own].sum().clamp_min(1)),
+                }
+            )
+        return found
+
     def summary(self) -> dict[str, Any]:
-        """Return plain values for a result file; `sample_nll_per_byte` is what pairs two runs."""
+        """Return plain values for a result file.
+
+        `sample_nll_per_byte` is what pairs two runs that scored the same `sample_ids`.
+        """
         share = self.sample_nll / self.reply_bytes.mean()
         return {
             "context": self.context,
             "samples": len(self.reply_bytes),
             "nll_per_byte": self.nll_per_byte,
             "masked_accuracy": self.masked_accuracy,
+            **(self.calibration.summary(self.reply_bytes) if self.calibration else {}),
             "by_time": self.by_time(),
+            "by_source": self.by_source(),
+            "sample_ids": list(self.samples),
             "sample_nll_per_byte": [float(value) for value in share],
         }
 
@@ -102,11 +133,8 @@ class Likelihood:
 class Scorer(Protocol):
     """Whatever can say how likely it finds the masked tokens of a microbatch."""
 
-    def __call__(self, noised: Noised) -> tuple[Tensor, Tensor]:
-        """Return NLL in nats [rows] and whether the gold token is the most likely [rows], in row order.
-
-        All ranks call it together and equally often.
-        """
+    def __call__(self, noised: Noised) -> RowScores:
+        """Score a microbatch. All ranks call it together and equally often."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,20 +145,22 @@ class ModelScorer:
     context: Context
     """What its tokens may attend to."""
     mask_id: int
+    calibration: bool = False
+    """Also score at every temperature."""
 
-    def __call__(self, noised: Noised) -> tuple[Tensor, Tensor]:
+    def __call__(self, noised: Noised) -> RowScores:
         """Score one microbatch; see `Scorer`."""
         hidden = self.model.rows(trimmed_view(noised, self.context, self.mask_id))
-        sample, position = noised.row_index
         head = HeadInput(hidden=hidden, weight=self.model.head_weight)
-        return score_rows(head, noised.batch.ids[sample, position])
+        gold = noised.batch.ids[noised.row_index]
+        return score_rows(head, gold, temperatures=TEMPERATURES if self.calibration else ())
 
 
 @torch.no_grad()
 def evaluate(
     scorer: Scorer, context: Context, loader: Loader, options: Evaluation, device: torch.device
 ) -> Likelihood:
-    """Score a model on the first held-out samples. All ranks call it together.
+    """Score a model on a fixed draw of held-out samples. All ranks call it together.
 
     Every rank forwards equally many microbatches (a model whose parts lie on other ranks needs
     that); a rank that runs out of samples forwards the first one again and leaves it out of the sums.
@@ -139,29 +169,40 @@ def evaluate(
         scorer: the model, in evaluation mode.
         context: what its tokens may attend to; labels the bound.
         loader: held-out data; it knows this rank's shard.
-        options: how much, and at which noise options.
+        options: how much, and at which noise levels.
         device: where the scorer computes.
     """
     loader = dataclasses.replace(loader, sides={})  # one model is scored: nobody else's tokens are needed
-    shard, samples, microbatch = loader.shard, min(options.samples, loader.num_samples), options.microbatch
-    sums = torch.zeros(4, samples, len(options.times), dtype=torch.float64, device=device)
-    for step in range(math.ceil(samples / (microbatch * shard.size))):
+    names, sources = loader.columns.sources()
+    drawn = scored_samples(sources, options.samples)
+    shard, microbatch = loader.shard, options.microbatch
+    sums = torch.zeros(4, len(drawn), len(options.times), dtype=torch.float64, device=device)
+    calibration = Calibration.empty(len(drawn), device) if options.calibration else None
+    for step in range(math.ceil(len(drawn) / (microbatch * shard.size))):
         first = (step * shard.size + shard.rank) * microbatch
-        mine = [index for index in range(first, first + microbatch) if index < samples]
-        batch = loader.batch_of(mine or [0]).to(device)
+        mine = list(range(first, min(first + microbatch, len(drawn))))
+        batch = loader.batch_of([drawn[place] for place in mine or [0]]).to(device)
         for column, time in enumerate(options.times):
             noised = Noiser(seed=EVALUATION_SEED, stream_suffix=f"@{time}").at(batch, time)
-            nll, is_right = scorer(noised)
+            scores = scorer(noised)
+            if not mine:
+                continue
             sample, _ = noised.row_index
-            values = torch.zeros(3, len(batch.sample_ids), dtype=torch.float64, device=device)
-            values[0].index_add_(0, sample, nll.double())
-            values[1].index_add_(0, sample, is_right.double())
+            values = torch.zeros(3, len(mine), dtype=torch.float64, device=device)
+            values[0].index_add_(0, sample, scores.nll.double())
+            values[1].index_add_(0, sample, scores.is_right.double())
             values[2] += noised.masked.sum(dim=1)
-            if mine:
-                sums[:3, mine, column] = values
+            sums[:3, mine, column] = values
+            if calibration is not None and scores.tempered is not None:
+                share = scores.tempered.nll / (time * len(options.times))
+                calibration.add(sample + first, share, scores.tempered.confidence, scores.is_right)
         if mine:
             sums[3, mine, :] = batch.reply_bytes.double()[:, None]
-    sums = sum_over(sums).cpu() / (own_share()[1] // shard.size)  # the ranks of a replica add the same
+    repeats = own_share()[1] // shard.size  # the ranks of a replica add the same
+    sums = sum_over(sums).cpu() / repeats
+    if calibration is not None:
+        nll, bins = (sum_over(part).cpu() / repeats for part in (calibration.nll, calibration.bins))
+        calibration = Calibration(nll=nll, bins=bins)
     return Likelihood(
         context=context.kind,
         times=tuple(options.times),
@@ -169,7 +210,34 @@ def evaluate(
         correct=sums[1],
         masked=sums[2],
         reply_bytes=sums[3, :, 0],
+        samples=drawn,
+        sources=[names[sources[sample]] for sample in drawn],
+        calibration=calibration,
     )
+
+
+def scored_samples(sources: NDArray[numpy.int64], samples: int) -> list[int]:
+    """Return which samples are scored: the beginning of one fixed order, stratified over sources.
+
+    A file's first rows are rarely like the rest of it: files are sorted, or put together source by source.
+    Here each source is shuffled, and its k-th sample of n stands at (k + u) / n of the order, with u drawn
+    for the source. So every beginning of the order has of each source its share, to within a sample or so,
+    and a larger draw contains a smaller one.
+
+    Args:
+        sources: [samples of the data] number of each one's source.
+        samples: how many are wanted; all, where there are fewer.
+    """
+    places = numpy.empty(len(sources))
+    for source in numpy.unique(sources):
+        members = numpy.flatnonzero(sources == source)
+        # The raw stream is the part of numpy.random that is promised to stay the same (NEP 19).
+        draws = numpy.random.Philox(key=[EVALUATION_SEED, int(source)]).random_raw(len(members) + 1)
+        shift = float(draws[-1]) / 2.0**64
+        places[members[numpy.argsort(draws[:-1], kind="stable")]] = (
+            numpy.arange(len(members)) + shift
+        ) / len(members)
+    return [int(sample) for sample in numpy.argsort(places, kind="stable")[:samples]]
 
 
 def score_folder(
@@ -201,5 +269,8 @@ def score_folder(
             shard=Layout().data_shard(*own_share()),
             block_size=1 if context.kind == "bidirectional" else context.block_size,
         )
-    scorer = ModelScorer(model=open_model(folder, device), context=context, mask_id=tokenizer.mask_id)
+    model = open_model(folder, device)
+    scorer = ModelScorer(
+        model=model, context=context, mask_id=tokenizer.mask_id, calibration=options.calibration
+    )
     return evaluate(scorer, context, loader, options, device.torch_device).summary()

@@ -20,8 +20,11 @@ class Evaluation:
     every: int = Field(default=0, ge=0)
     """Updates between evaluations; 0: only at the end."""
     samples: int = Field(default=256, ge=1)
-    """Score the first so many held-out samples; at most all of them."""
+    """Score so many held-out samples: a fixed draw, each source with its share; at most all of them."""
     times: tuple[Time, ...] = Field(default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)
     """Noise levels at which each of them is masked."""
     microbatch: int = Field(default=16, ge=1)
     """Samples per forward pass and rank."""
+    calibration: bool = False
+    """Also say how far confidence and accuracy are apart, and what one fitted temperature makes of the NLL;
+    takes the head's products twice."""

@@ -109,8 +109,15 @@ class Report:
         parts = [f"# {self.title}", f"## {table.title}", table.markdown()]
         parts += list(self.notes)
         parts.append(
-            "Figures are held-out bounds in nats per byte of reply (lower is better) at fixed noises."
+            "Figures are held-out bounds in nats per byte of reply (lower is better) at fixed noises, over a "
+            "fixed draw of samples that has each source in its share."
         )
+        if any("tempered_nll_per_byte" in score for score in self.scores.values()):
+            parts.append(
+                "*Tempered* is the bound when all logits are divided by one temperature, fitted on the other "
+                "half of the samples: what is left of a difference there is not a matter of confidence. "
+                "*ECE* is the expected calibration error, over 15 bins of confidence."
+            )
         if differences:
             pairs = next(iter(differences.values())).pairs
             parts.append(
@@ -128,6 +135,9 @@ class Report:
                 by_time, self.reference, folder / "noise_levels.png", compared=list(differences)
             )
             parts.append("## By noise level\n\n![scores by noise level](noise_levels.png)")
+        sources = source_table({**self.scores, **self.teachers})
+        if sources is not None:
+            parts += [f"## {sources.title}", sources.markdown()]
         if self.run_folders:
             records = {name: read_metrics(path) for name, path in self.run_folders.items()}
             plot_training(records, folder / "training.png", order=order)
@@ -141,7 +151,9 @@ class Report:
 
 
 def comparison_table(scores: Scores, reference: str, *, teachers: Scores | None = None) -> TextTable:
-    """Compare runs: bound, accuracy, paired difference to the reference run, CPU time where it is known.
+    """Compare runs: bound, accuracy, paired difference to the reference run; more where it is known.
+
+    That is the bound after a fitted temperature and the calibration error (`calibration`), and CPU time.
 
     Args:
         scores: run name -> scores.
@@ -155,19 +167,24 @@ def comparison_table(scores: Scores, reference: str, *, teachers: Scores | None 
     everybody = {**scores, **(teachers or {})}
     kinds = {str(score.get("context", "unknown")) for score in everybody.values()}
     has_cost = any("cpu_seconds" in score for score in everybody.values())
+    is_calibrated = any("tempered_nll_per_byte" in score for score in everybody.values())
     rows = []
     for name, score in everybody.items():
         row = [name, f"{_figure_of(name, score, 'nll_per_byte'):.4f}"]
         row += [str(score.get("context", "unknown"))] * (len(kinds) > 1)
         row.append(f"{_figure_of(name, score, 'masked_accuracy'):.1%}")
+        if is_calibrated:
+            row += [_or_empty(score, "tempered_nll_per_byte", ".4f")]
+            row += [_or_empty(score, "expected_calibration_error", ".1%")]
         row.append("reference" if name == reference else _in_words(differences.get(name)))
-        row += [f"{score['cpu_seconds']:.0f}" if "cpu_seconds" in score else ""] * has_cost
+        row += [_or_empty(score, "cpu_seconds", ".0f")] * has_cost
         rows.append(tuple(row))
     columns = [
         "run",
         "nats/byte",
         *["bound"] * (len(kinds) > 1),
         "accuracy",
+        *["tempered", "ECE"] * is_calibrated,
         "difference, 95 %",
         *["CPU s"] * has_cost,
     ]
@@ -175,6 +192,23 @@ def comparison_table(scores: Scores, reference: str, *, teachers: Scores | None 
         f"{min(kinds)} bound" if len(kinds) == 1 else "bounds of several kinds: not comparable across kinds"
     )
     return TextTable(title=f"Held-out scores ({bound})", columns=tuple(columns), rows=tuple(rows))
+
+
+def source_table(scores: Scores) -> TextTable | None:
+    """Compare runs source by source, in nats per byte; None where the data has one source only."""
+    by_source = {
+        name: {part["source"]: part for part in score.get("by_source", ())} for name, score in scores.items()
+    }
+    sizes = {source: part["samples"] for parts in by_source.values() for source, part in parts.items()}
+    if len(sizes) < 2:
+        return None
+    rows = [
+        (name, *(f"{parts[source]['nll_per_byte']:.4f}" if source in parts else "" for source in sizes))
+        for name, parts in by_source.items()
+        if parts
+    ]
+    columns = ("run", *(f"{source} ({size})" for source, size in sizes.items()))
+    return TextTable(title="Nats per byte by source (samples in brackets)", columns=columns, rows=tuple(rows))
 
 
 def differences_to(scores: Scores, reference: str) -> dict[str, PairedDifference]:
@@ -186,6 +220,9 @@ def differences_to(scores: Scores, reference: str) -> dict[str, PairedDifference
     if reference not in scores:
         raise DataError(f"reference run {reference!r} is not among the scores; {nearest(reference, scores)}")
     base = scores[reference]
+    for name, score in scores.items():
+        if score.get("sample_ids", wanted := base.get("sample_ids")) != wanted and wanted is not None:
+            raise DataError(f"{name} and {reference} were scored on different samples; score both again")
     return {
         name: paired_difference(score["sample_nll_per_byte"], base["sample_nll_per_byte"])
         for name, score in scores.items()
@@ -235,6 +272,10 @@ def _figure_of(name: str, score: Mapping[str, Any], key: str) -> float:
     if key not in score:
         raise DataError(f"scores of {name!r} lack {key!r}; evaluate the run again")
     return float(score[key])
+
+
+def _or_empty(score: Mapping[str, Any], key: str, form: str) -> str:
+    return format(score[key], form) if key in score else ""
 
 
 def _in_words(difference: PairedDifference | None) -> str:

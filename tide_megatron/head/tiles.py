@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,25 +108,67 @@ def likelihood_statistics(head: TiledHead, gold: Tensor) -> tuple[OnlineSoftmax,
     return softmax, golds
 
 
-@torch.no_grad()
-def score_rows(head: HeadInput, gold: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """Say how likely a model finds gold ids: no loss, no gradient, one exchange.
+class Tempered(NamedTuple):
+    """What a model says of rows when its logits are divided by each of some temperatures."""
 
-    All ranks of the group call it together. Memory does not grow with rows x vocabulary.
+    nll: Tensor
+    """[temperatures, rows] fp32, nats."""
+    confidence: Tensor
+    """[rows] fp32: probability of the most likely id, at temperature 1."""
+
+
+class RowScores(NamedTuple):
+    """How likely a model finds gold ids."""
+
+    nll: Tensor
+    """[rows] fp32, nats."""
+    is_right: Tensor
+    """[rows] bool: the gold id is the most likely (ties count)."""
+    tempered: Tempered | None = None
+    """Where temperatures were asked for."""
+
+
+@torch.no_grad()
+def score_rows(
+    head: HeadInput, gold: Tensor, group: ProcessGroup | None = None, *, temperatures: Sequence[float] = ()
+) -> RowScores:
+    """Say how likely a model finds gold ids: no loss, no gradient. Alike on every rank.
+
+    All ranks of the group call it together; memory does not grow with rows x vocabulary. Temperatures take
+    the head's products, and the exchange, a second time.
 
     Args:
         head: all the group's hidden rows with this rank's columns.
         gold: [rows] int64 ids.
         group: the vocabulary group.
-
-    Returns:
-        NLL in nats [rows] fp32 and whether the gold id is the most likely [rows] bool (ties count), alike on
-        every rank.
+        temperatures: to divide the logits by as well.
     """
     softmax, golds = likelihood_statistics(TiledHead(head, head.hidden, None), gold)
     found = merge([softmax], [golds], group)
     (merged,), (logits,) = found.softmaxes, found.golds
-    return -merged.log_probabilities(logits), logits >= merged.maximum
+    nll, is_right = -merged.log_probabilities(logits), logits >= merged.maximum
+    if not temperatures:
+        return RowScores(nll, is_right)
+    confidence = merged.log_probabilities(merged.maximum).exp()
+    return RowScores(
+        nll, is_right, Tempered(_tempered_nll(head, gold, logits, group, temperatures), confidence)
+    )
+
+
+def _tempered_nll(
+    head: HeadInput, gold: Tensor, logits: Tensor, group: ProcessGroup | None, temperatures: Sequence[float]
+) -> Tensor:
+    """Return the NLL [temperatures, rows] of gold ids whose logits [rows] are known."""
+    tiled = TiledHead(head, head.hidden, None)
+    softmaxes = [OnlineSoftmax(len(gold), gold.device) for _ in temperatures]
+    for start, stop in tiles(tiled.num_columns, len(gold), gold.device):
+        columns = tiled.make(start, stop)
+        for softmax, temperature in zip(softmaxes, temperatures, strict=True):
+            softmax.add(columns.logits / temperature)
+    merged = merge(softmaxes, [], group).softmaxes
+    return torch.stack(
+        [-one.log_probabilities(logits / other) for one, other in zip(merged, temperatures, strict=True)]
+    )
 
 
 class Workspace:

@@ -32,7 +32,7 @@ from tide_megatron.diffusion.views import (
     trimmed_view,
 )
 from tide_megatron.head.inputs import HeadInput
-from tide_megatron.head.tiles import score_rows
+from tide_megatron.head.tiles import RowScores, score_rows
 from tide_megatron.models.build import TideModel
 from tide_megatron.parallel.collectives import gather_objects
 from tide_megatron.parallel.exchange import gather_parts
@@ -206,12 +206,8 @@ class TeacherScorer:
     teacher: Teacher
     group: VocabGroup
 
-    def __call__(self, noised: Noised) -> tuple[Tensor, Tensor]:
-        """Score this rank's microbatch. All ranks call it together and equally often.
-
-        Returns:
-            NLL in nats [rows] fp32 and whether the gold token is the most likely [rows] bool.
-        """
+    def __call__(self, noised: Noised) -> RowScores:
+        """Score this rank's microbatch. All ranks call it together and equally often."""
         view_builder = self.teacher.view_builder
         view = trimmed_view(noised, view_builder.context, view_builder.mask_id)
         request = Request(views=[(view,)], fingerprints=[noised.batch.fingerprint])
@@ -219,9 +215,8 @@ class TeacherScorer:
         (answer,) = self.teacher.hidden_states(request, sizes)
         rows = [num_rows(rank[0]) for rank in sizes]
         gold = gather_parts(noised.batch.ids[noised.row_index], rows, self.group.group, "rows")
-        nll, is_right = score_rows(answer, gold, self.group.group)
-        mine = self.group.own(rows)
-        return nll[mine], is_right[mine]
+        scores, mine = score_rows(answer, gold, self.group.group), self.group.own(rows)
+        return RowScores(scores.nll[mine], scores.is_right[mine])
 
     def _of_all(self, numbers: list[int]) -> list[list[int]]:
         if self.group.group is None:

@@ -30,9 +30,9 @@ def load(monkeypatch):
     return load_script
 
 
-LAYOUTS = {"moe": Layout(expert=4), "dense": Layout(tensor=2, pipeline=2)}
+LAYOUTS = {"self": Layout(), "moe": Layout(expert=4), "dense": Layout(tensor=2, pipeline=2)}
 UNTAUGHT = ("undistilled", "hard_twin", "whole_hiding", "pair_twin")
-TEACHERS = {"both": ["moe", "dense"], "pair": ["moe", "dense"], "dense": ["dense"]}
+TEACHERS = {"self": ["self"], "both": ["moe", "dense"], "pair": ["moe", "dense"], "dense": ["dense"]}
 """First part of a variant's name -> its teachers, where it is not the mixture alone."""
 
 
@@ -77,6 +77,7 @@ def test_the_quickstart_shares_one_weight_among_teachers_and_gives_the_hard_twin
         "both": 8.0,
         "moe": 8.0,
         "dense": 8.0,
+        "self": 8.0,
         "both_tidal": 16.0,
     }
 
@@ -112,7 +113,8 @@ def test_notes_on_a_pair_hold_with_the_quick_variants_and_with_all(load):
             held_out=Path("h"),
             teachers=(script.MOE, script.DENSE),
             variants=variants,
-            references=("undistilled", "hard_twin", "whole_hiding"),
+            matched="pair",
+            references=("hard_twin", "undistilled", "whole_hiding"),
         )
         text = "\n".join(script.notes(comparison.summarise([first], (11,)), first))
         best = min(
@@ -128,6 +130,7 @@ def result(score, samples):
         "nll_per_byte": score,
         "masked_accuracy": 0.25,
         "cpu_seconds": 30.0,
+        "clock": {"step": 300},
         "sample_nll_per_byte": samples,
     }
 
@@ -141,6 +144,7 @@ def test_summaries_take_differences_to_every_untaught_run_and_keep_the_seeds(loa
         held_out=tmp_path,
         teachers=(),
         variants={"undistilled": [], "hard_twin": ["a=1"], "calm": ["b=2"]},
+        matched="calm",
     )
     results = [
         {
@@ -163,3 +167,26 @@ def test_summaries_take_differences_to_every_untaught_run_and_keep_the_seeds(loa
     # Differences over seeds: -0.5, -0.4, -0.3; Student's quantile for two degrees of freedom is 4.3027.
     assert rows["calm"][1:4] == ("1.7000 ± 0.2000", "-0.4000 ± 0.2484", "25.0%")
     assert "seeds" not in comparison.summarise(results[:1], (11,))
+
+
+def test_an_undistilled_run_is_given_the_distilled_one_s_cpu_time(load, tmp_path):
+    module = load("quickstart/comparison")
+    comparison = module.Comparison(
+        title="t",
+        recipe=Path("configs/runs/quickstart.yaml"),
+        out=tmp_path,
+        held_out=tmp_path,
+        teachers=(),
+        variants={"undistilled": ["seed=3"], "hard_twin": [], "both": []},
+        matched="both",
+    )
+    first = {name: result(2.0, [2.0, 2.2, 1.9]) for name in comparison.variants}
+    first["both"] = result(1.9, [1.9, 2.0, 1.8]) | {"cpu_seconds": 75.0}
+    assert comparison.longer(first) == ["seed=3", "steps=750"]
+    longer = result(1.8, [1.8, 1.9, 1.8]) | {"clock": {"step": 750}, "cpu_seconds": 74.0}
+    summary = comparison.summarise([{**first, module.LONGER: longer}], (11,))
+    assert summary[module.LONGER]["steps"] == 750
+    assert summary["both"]["differences"][module.LONGER]["mean"] == pytest.approx(0.2 / 3)
+    (sentence, _) = comparison.cautions(summary)
+    assert "750 steps in place of 300" in sentence
+    assert "both is 0.0667 nats/byte worse (95 % interval" in sentence

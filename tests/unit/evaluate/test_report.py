@@ -16,6 +16,7 @@ from tide_megatron.evaluate.report import (
     comparison_table,
     differences_to,
     paired_difference,
+    source_table,
     t_quantile,
 )
 
@@ -70,6 +71,35 @@ def test_the_table_says_scores_differences_and_costs():
         ("distilled", "1.8000", "30.0%", "-0.1000 ± 0.0367", "80"),
         ("teacher", "1.4000", "40.0%", "", ""),
     )
+
+
+def test_calibration_and_sources_are_shown_where_they_are_known(tmp_path):
+    parts = [{"source": "a", "samples": 3, "nll_per_byte": 1.5, "masked_accuracy": 0.2}]
+    more = [*parts, {"source": "b", "samples": 1, "nll_per_byte": 3.0, "masked_accuracy": 0.1}]
+    scores = {
+        "undistilled": score(
+            1.9, tempered_nll_per_byte=1.85, expected_calibration_error=0.034, by_source=more
+        ),
+        "older": score(1.8, by_source=parts),
+    }
+    table = comparison_table(scores, "undistilled")
+    assert table.columns == ("run", "nats/byte", "accuracy", "tempered", "ECE", "difference, 95 %")
+    assert table.rows[0] == ("undistilled", "1.9000", "25.0%", "1.8500", "3.4%", "reference")
+    assert table.rows[1][3:5] == ("", "")
+    assert source_table({"only": scores["older"], "none": score(1.0)}) is None, "one source is no comparison"
+    found = source_table(scores)
+    assert found.columns == ("run", "a (3)", "b (1)")
+    assert found.rows == (("undistilled", "1.5000", "3.0000"), ("older", "1.5000", ""))
+    text = Report(title="t", scores=scores, reference="undistilled").write(tmp_path).read_text()
+    assert "expected calibration error" in text
+    assert found.markdown() in text
+
+
+def test_runs_that_scored_other_samples_are_not_subtracted():
+    scores = {"one": score(1.0, sample_ids=[4, 2, 9, 1]), "other": score(1.0, sample_ids=[4, 2, 9, 3])}
+    with pytest.raises(DataError, match="other and one were scored on different samples"):
+        differences_to(scores, "one")
+    assert set(differences_to({"one": scores["one"], "old": score(1.0)}, "one")) == {"old"}
 
 
 def test_bounds_of_different_kinds_are_labelled_and_not_subtracted():

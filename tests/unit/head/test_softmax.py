@@ -73,16 +73,24 @@ def test_a_slice_must_lie_in_its_head():
 def test_scores_of_one_rank():
     """NLL and accuracy; a tie counts as right."""
     head = HeadInput(hidden=torch.eye(3), weight=torch.tensor([[0.0, 2, 1], [1, 2, 0], [0, 1, 0], [0, 0, 0]]))
-    nll, is_right = score_rows(head, torch.tensor([1, 1, 3]))
+    nll, is_right, tempered = score_rows(head, torch.tensor([1, 1, 3]), temperatures=(0.5, 1.0, 2.0))
     logits = head.logits
     torch.testing.assert_close(
         nll, torch.nn.functional.cross_entropy(logits, torch.tensor([1, 1, 3]), reduction="none")
     )
     assert is_right.tolist() == [True, True, False]
+    torch.testing.assert_close(tempered.confidence, logits.softmax(-1).amax(-1))
+    for found, temperature in zip(tempered.nll, (0.5, 1.0, 2.0), strict=True):
+        torch.testing.assert_close(
+            found,
+            torch.nn.functional.cross_entropy(
+                logits / temperature, torch.tensor([1, 1, 3]), reduction="none"
+            ),
+        )
     empty = score_rows(
         HeadInput(hidden=torch.zeros(0, 3), weight=head.weight), torch.zeros(0, dtype=torch.int64)
     )
-    assert [part.shape for part in empty] == [(0,), (0,)]
+    assert (empty.nll.shape, empty.is_right.shape, empty.tempered) == ((0,), (0,), None)
 
 
 def test_no_term_gives_zero_with_a_graph():
