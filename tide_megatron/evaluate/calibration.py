@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TEMPERATURES = tuple(2.0 ** (step / 8) for step in range(-8, 9))
+TEMPERATURES: tuple[float, ...] = tuple(2.0 ** (step / 8) for step in range(-8, 9))
 """What is tried: 1/2 to 2 in steps of 9 %, with 1 among them."""
 BINS = 15
 """Of equal width, over the probability of the most likely token (Guo et al. 2017)."""
