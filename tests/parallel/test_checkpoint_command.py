@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from tests.parallel.test_resume import cut_shard, run
 from tests.tiny_run import write_tiny_run
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.checkpoint.inspect import StoredTensors, tensor_differences
+from tide_megatron.checkpoint.inspect import tensor_differences
 from tide_megatron.checkpoint.retention import listed
+from tide_megatron.checkpoint.stored import StoredTensors
 from tide_megatron.commands import app
 
 

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from tests.unit.models.shapes import CPU
 from tide_megatron.base.clock import Clock
-from tide_megatron.checkpoint.inspect import StoredTensors
 from tide_megatron.checkpoint.load import load_checkpoint
 from tide_megatron.checkpoint.metadata import read_metadata
 from tide_megatron.checkpoint.retention import listed
 from tide_megatron.checkpoint.sharded_state import ShardedState, optimizer_steps
+from tide_megatron.checkpoint.stored import StoredTensors
 from tide_megatron.commands import app
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models import ARCHITECTURES

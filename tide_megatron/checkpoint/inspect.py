@@ -1,102 +1,23 @@
 """Look into a checkpoint without a process group: its facts, its tensors one by one, and how two differ.
 
-Everything is read by `reading.py`, so a file from elsewhere cannot run code. megatron-core's own `load` wants
-every part of a tensor to be held by some rank at once; torch's reader underneath gives any part.
+Everything is read by `reading.py` and `stored.py`, so a file from elsewhere cannot run code.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import read_digests
 from tide_megatron.base.units import in_bytes
 from tide_megatron.checkpoint.metadata import read_metadata
-from tide_megatron.checkpoint.reading import UNREADABLE, read_table
 from tide_megatron.checkpoint.retention import chosen
-
-
-class _Into(DefaultLoadPlanner):
-    """Reads into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Return where an item goes."""
-        return narrow_tensor_by_index(self._target, read_item.dest_offsets, read_item.lengths)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do."""
-
-
-class StoredTensors:
-    """The tensors of a checkpoint on disk."""
-
-    def __init__(self, found: Path) -> None:
-        """Read the table of a checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        self.found = found
-        table = read_table(found)
-        self.entries: dict[str, TensorStorageMetadata] = {
-            name: entry
-            for name, entry in sorted(table.state_dict_metadata.items())
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self._reader = FileSystemReader(found)
-        self._reader.set_up_storage_reader(table, is_coordinator=True)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype."""
-        return self.entries[name].properties.dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the whole tensor's shape."""
-        return tuple(self.entries[name].size)
-
-    def read(self, name: str, offsets: Sequence[int] = (), sizes: Sequence[int] = ()) -> Tensor:
-        """Read a tensor, or a part of it, onto the CPU.
-
-        Args:
-            name: of the tensor.
-            offsets: where the part begins, on every axis; without it the whole is read.
-            sizes: how far it goes.
-
-        Raises:
-            CheckpointError: its file is missing or damaged.
-        """
-        shape = self.shape(name)
-        chunk = ChunkStorageMetadata(
-            offsets=torch.Size(offsets or [0] * len(shape)), sizes=torch.Size(sizes or shape)
-        )
-        target = torch.empty(chunk.sizes, dtype=self.dtype(name))
-        try:
-            items = create_read_items_for_chunk_list(name, self.entries[name], [chunk])
-            if sum(item.lengths.numel() for item in items) != target.numel():
-                raise ValueError("parts of it are in no file")
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (RuntimeError, AssertionError, *UNREADABLE) as fault:
-            told = str(fault).partition("\n")[0]
-            raise CheckpointError(
-                f"{self.found}: {name} cannot be read ({told}); see tide checkpoint verify"
-            ) from None
-        return target
+from tide_megatron.checkpoint.stored import StoredTensors
 
 
 def facts_of(path: Path) -> dict[str, str]:

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tide_megatron.base.errors import CheckpointError, last_line
 from tide_megatron.checkpoint.reading import restricted
-from tide_megatron.checkpoint.sharded_state import loading_state
+from tide_megatron.checkpoint.sharded_state import loading_state, shards_to_load
+from tide_megatron.checkpoint.stored import StoredTensors
 from tide_megatron.parallel.collectives import fail_together
 
 
@@ -31,7 +32,7 @@ def load_checkpoint(found: Path, model: Any, optimizer: Any) -> None:
 
 
 def _load(found: Path, model: Any, optimizer: Any) -> None:
-    """Load by the libraries, whose readers were replaced."""
+    """Load by the libraries, whose readers were replaced; sharded optimizer state straight to its place."""
     try:
         loaded = dist_checkpointing.load(loading_state(model, optimizer), str(found))
         model.load_state_dict(loaded["model"])
@@ -42,3 +43,5 @@ def _load(found: Path, model: Any, optimizer: Any) -> None:
             f"{found}: cannot be loaded ({last_line(fault)}); it is of another model, or a writer's fault: "
             "remove it to go on from an older one"
         ) from fault
+    with fail_together():
+        StoredTensors(found).read_into(shards_to_load(model, optimizer))

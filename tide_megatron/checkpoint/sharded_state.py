@@ -79,13 +79,32 @@ class ShardedState:
 
 
 def loading_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Return what to load into a model and its optimizer. Collective."""
+    """Return what megatron-core loads: all but the tensors of `shards_to_load`. Collective."""
     metadata = _metadata(model)
     weights = model.sharded_state_dict(metadata=metadata)
-    return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata),
-    }
+    with contextlib.ExitStack() as stack:
+        for part in _parts(optimizer):
+            if _is_sharded(part):
+                stack.enter_context(_not_gathered(part, metadata, with_tensors=False))
+        state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+    return {"model": weights, "optimizer": state}
+
+
+def shards_to_load(model: Any, optimizer: Any) -> list[LocalShard]:
+    """Return what this rank owns of masters and moments that are sharded over ranks, over the live tensors.
+
+    megatron-core's own loader would read them whole on every rank, into 12 bytes of host memory a parameter.
+    The optimizer has loaded the rest of its state before, which makes the tensors. Not a collective.
+    """
+    metadata = _metadata(model)
+    weights = model.sharded_state_dict(metadata=metadata)
+    shards: list[LocalShard] = []
+    for part in _parts(optimizer):
+        if _is_sharded(part):
+            with _not_gathered(part, metadata, with_tensors=True):
+                described = part.sharded_state_dict(weights)["param_state"]
+            shards += _optimizer_shards(part, described, every_replica=True)
+    return shards
 
 
 def optimizer_steps(optimizer: Any) -> list[int]:
@@ -144,8 +163,13 @@ def _not_gathered(part: Any, metadata: Mapping[str, Any], *, with_tensors: bool)
         del part.sharded_state_dict, part.get_parameter_state_dp_zero
 
 
-def _optimizer_shards(part: Any, described: Mapping[int, Any]) -> Iterator[LocalShard]:
-    """Yield what this rank owns of the parameters that `described` lists in buffer order."""
+def _optimizer_shards(
+    part: Any, described: Mapping[int, Any], *, every_replica: bool = False
+) -> Iterator[LocalShard]:
+    """Yield what this rank owns of the parameters that `described` lists in buffer order.
+
+    What several tensor ranks own alike is one rank's to write, and every one's to read.
+    """
     number = 0
     for buffer, maps in zip(part.buffers, part.gbuf_ranges, strict=True):
         owned = {
@@ -161,6 +185,9 @@ def _optimizer_shards(part: Any, described: Mapping[int, Any]) -> Iterator[Local
                     entries = {"entry": described[number][key]}
                     apply_factories(entries)  # one parameter may be written as several tensors
                     for entry in nested_values(entries):
+                        # Over data ranks each has its own part, whatever the last number says.
+                        if any(entry.replica_id[:-1]) and not every_replica:
+                            continue
                         yield from _parameter_shards(entry, first, owned[parameter], live[key].detach())
             number += 1
 
@@ -175,8 +202,6 @@ def _parameter_shards(entry: ShardedTensor, first: int, owned: Any, live: Tensor
         live: the owned elements, flat.
     """
     assert entry.data.is_contiguous(), f"{entry.key} is no run of its parameter's elements"
-    if any(entry.replica_id[:-1]):  # another tensor rank writes it; over data ranks each has its own part
-        return
     begin = entry.data.storage_offset() - first
     start, stop = max(owned.start - begin, 0), min(owned.end - begin, entry.data.numel())
     done, extra = start, entry.prepend_axis_num

@@ -20,7 +20,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import refuse_damaged
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.checkpoint.inspect import StoredTensors
+from tide_megatron.checkpoint.stored import StoredTensors
 from tide_megatron.convert.conversion import (
     ConvertedFile,
     ShardedEntry,

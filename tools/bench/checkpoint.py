@@ -9,7 +9,9 @@ still for a save, all of it (copying, planning, table of contents); the first sa
 room for the copy, is told apart. `slowdown` is what the updates made while a save was being written took
 beyond as many undisturbed ones: on a machine whose cores are all busy, writing takes time from training.
 `megatron` is the synchronous save of megatron-core itself, with its gathering of the optimizer and its forked
-writers, before anything is digested: what ours replaced.
+writers, before anything is digested: what ours replaced. `--load` is a resume in a fresh process: seconds,
+and how far the peak of its resident memory rises above what model and optimizer hold, ours beside megatron-core's
+own, which reads masters and moments whole on every rank.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 import tide_megatron.platform
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
@@ -36,7 +39,9 @@ from bench.cost import apart, machine
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.files import commit_folder, damage
+from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.checkpoint.load import load_checkpoint
 from tide_megatron.checkpoint.metadata import RunIdentity
 from tide_megatron.checkpoint.retention import Checkpoints, listed
 from tide_megatron.checkpoint.save import Saver
@@ -64,6 +69,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 48,
         "vocab_size": 512,
     },
+    "80m": {
+        "num_hidden_layers": 8,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 102_400,
+    },
     "0.6b": {
         "num_hidden_layers": 28,
         "hidden_size": 1024,
@@ -74,7 +88,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 151_936,
     },
 }
-PRECISION = {"quickstart": "fp32", "0.6b": "bf16"}
+PRECISION = {"quickstart": "fp32", "80m": "fp32", "0.6b": "bf16"}
 UNDISTURBED = 3
 """Updates between two saves."""
 WAYS = ("asynchronous", "waiting")
@@ -168,6 +182,51 @@ def megatron_saves(shape: str, saves: int, folder: Path, *, device: Device, stop
     return seconds
 
 
+def save_once(shape: str, folder: Path, *, device: Device, stop: StopFlag) -> None:
+    """Write one checkpoint."""
+    student = make_student(shape, device)
+    for buffer in student.wrapped.buffers:
+        buffer.grad_data.fill_(1e-3)
+    clock = Clock(total_steps=10)
+    assert student.update(clock, finite=True).applied
+    run = RunIdentity(recipe={}, recipe_digest="", data="")
+    saver = Saver(folder, student.model, student.optimizer, run, Checkpoints(asynchronous=False))
+    saver.begin(clock.after_step(applied=True, samples=1), {})
+    saver.wait()
+
+
+def load_cost(shape: str, way: str, folder: Path, *, device: Device, stop: StopFlag) -> tuple[float, float]:
+    """Load the checkpoint; return seconds and by how much the peak of resident memory rose, in bytes."""
+    student, (found,) = make_student(shape, device), listed(folder)
+    # Model, masters and gradients are there, moments are not yet: what comes on top of all of them counts.
+    numbers = sum(parameter.numel() for parameter in student.model.parameters())
+    moments = 2 * 4 * numbers / dist.get_world_size()
+    before, started = peak_memory_bytes() + moments, time.perf_counter()
+    if way == MEGATRON:
+        metadata = {**SHARDING, "dp_cp_group": student.groups.dp_cp}
+        weights = student.model.sharded_state_dict(metadata=metadata)
+        wanted = student.optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+        loaded = dist_checkpointing.load({"model": weights, "optimizer": wanted}, str(found))
+        student.model.load_state_dict(loaded["model"])
+        student.optimizer.load_state_dict(loaded["optimizer"])
+    else:
+        load_checkpoint(found, student.model, student.optimizer)
+    return time.perf_counter() - started, peak_memory_bytes() - before
+
+
+def loads(shape: str, ranks: int, at: str) -> dict[str, Any]:
+    """Measure a resume both ways."""
+    folder, found = Path(tempfile.mkdtemp(dir=at)), {}
+    try:
+        run_ranks(save_once, (shape, folder / "checkpoints"), ranks, "cpu")
+        for way in ("ours", MEGATRON):
+            seconds, extra = run_ranks(load_cost, (shape, way, folder / "checkpoints"), ranks, "cpu")
+            found[way] = {"seconds": seconds, "extra_bytes": extra}
+    finally:
+        shutil.rmtree(folder)
+    return found
+
+
 def measured(shape: str, way: str, saves: int, ranks: int, at: str) -> dict[str, Any]:
     """Measure one way in a folder of its own; importable, for a fresh process."""
     torch.set_num_threads(1)
@@ -194,7 +253,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--load", action="store_true", help="measure a resume only")
     given = parser.parse_args()
+    if given.load:
+        both = apart(loads, given.shape, given.ranks, given.folder)
+        for way, cost in both.items():
+            extra = cost["extra_bytes"] / 2**20
+            print(f"{way:14}load {cost['seconds']:.2f} s, {extra:.0f} MiB beside what stays")
+        if given.json:
+            print(json.dumps({"shape": given.shape, "ranks": given.ranks, "resume": both, **machine()}))
+        return
     found: dict[str, Any] = {
         way: apart(measured, given.shape, way, given.saves, given.ranks, given.folder) for way in WAYS
     }
