@@ -11,9 +11,9 @@ crosses an epoch's end goes on in the next epoch, so nothing is dropped, and eac
 epoch, which with the sample's number keys its noise.
 
 Padding (spec section 1 item 10): end tokens up to a whole block, which are learnt; then pads up to the
-microbatch's longest sample or to a fixed length, which are not. Right-hand pads change nothing to their
-left under block contexts, so ranks may differ in length; a bidirectional model does see them, and needs
-`fixed_length`, or lengths in its view, to be independent of its neighbours.
+microbatch's longest sample or to a fixed length, which are not. Ranks and microbatches may differ in length:
+pads that a model would see, a bidirectional one or a teacher of a larger block, are hidden from it by its
+view (`diffusion.views`), so no row depends on its batchmates.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class View:
     length: int
     """Length of one part."""
     lengths: Tensor | None
-    """[samples] int64 real tokens of each part where pads must not be seen; None: pads are ordinary."""
+    """[samples] int64 real tokens of each part, by which attention hides pads; None: no real token would see
+    one, so they are ordinary."""
     rows: Tensor
     """[rows] int64: flat indices into [samples * parts * length] of the positions to predict."""
 
@@ -56,41 +58,31 @@ class View:
     def padded(self, samples: int, length: int) -> View:
         """Return the view with more samples and longer parts, for models that want equal shapes.
 
-        What the real tokens see does not change: pads stand behind them, where block contexts do not look,
-        and `lengths` hides them from a bidirectional context.
+        What the real tokens see does not change: pads that they would see, a bidirectional context's or those
+        in a last, unfinished block, are hidden by `lengths`.
 
         Args:
             samples: at least as many as there are; further ones are one token long.
-            length: of one part, at least what it is, in whole blocks where there are blocks.
+            length: of one part, at least what it is.
         """
         more = samples - len(self.ids), length - self.length
         if more == (0, 0):
             return self
-        assert self.lengths is not None or self.context.kind != "bidirectional", "pads would be seen"
         parts = self.context.parts
         ids = self.ids.view(len(self.ids), parts, self.length)
         ids = torch.nn.functional.pad(ids, (0, more[1], 0, 0, 0, more[0])).flatten(1)
         lengths = self.lengths
+        if lengths is None and _sees_pads(self.context, [self.length], length):
+            lengths = self.rows.new_full((len(self.ids),), self.length)
         if lengths is not None:
             lengths = torch.cat([lengths, lengths.new_ones(more[0])])
         rows = self.rows // self.length * length + self.rows % self.length
         return view_of_parts(ids, self.context, lengths, rows)
 
     def rounded(self, multiple: int) -> View:
-        """Return the view with a whole multiple of so many tokens a sample; rows stay the same ones.
-
-        What the real tokens see does not change: pads that they would see, a bidirectional context's or those
-        in a last, unfinished block, are masked by `lengths`.
-        """
+        """Return the view `padded` to a whole multiple of so many tokens a sample; rows stay the same."""
         step = multiple // math.gcd(multiple, self.context.parts)
-        length = -(-self.length // step) * step
-        if length == self.length:
-            return self
-        is_open = self.context.kind == "bidirectional" or self.length % self.context.block_size
-        lengths = self.lengths
-        if lengths is None and is_open:
-            lengths = self.rows.new_full((len(self.ids),), self.length)
-        return dataclasses.replace(self, lengths=lengths).padded(len(self.ids), length)
+        return self.padded(len(self.ids), -(-self.length // step) * step)
 
 
 def view_of_parts(ids: Tensor, context: Context, lengths: Tensor | None, rows: Tensor) -> View:
@@ -126,10 +118,11 @@ def plain_view(noised: Noised, context: Context, mask_id: int, lengths: Tensor |
 def trimmed_view(noised: Noised, context: Context, mask_id: int) -> View:
     """Build the plain view that does not depend on how far the batch was padded.
 
-    Under block contexts right-hand pads change nothing before them, so they stay ordinary tokens, as in the
-    reference. A bidirectional model would see them, and so depend on its neighbours: they are masked from it.
+    Pads that a real token would see, and by which it would depend on its batchmates, are hidden. Where none
+    is seen they stay ordinary tokens, as in the reference.
     """
-    lengths = noised.batch.lengths if context.kind == "bidirectional" else None
+    batch = noised.batch
+    lengths = _real_lengths(context, batch.lengths, batch.host_lengths, batch.ids.shape[1])
     return plain_view(noised, context, mask_id, lengths)
 
 
@@ -159,7 +152,7 @@ def complementary_view(reading: TeacherInput, shown: Tensor, context: Context, m
     first = reading.ids.masked_fill(reading.masked & ~shown, mask_id)
     second = reading.ids.masked_fill(reading.masked & shown, mask_id)
     samples, length = reading.ids.shape
-    lengths = _seen_lengths(reading, context)
+    lengths = _real_lengths(context, reading.lengths, reading.host_lengths, length)
     sample, position = reading.index
     is_second = shown[sample, position].long()
     if context.kind == "block_diffusion":
@@ -206,8 +199,9 @@ def _pass(
     noisy = reading.ids.masked_fill(masked, mask_id)
     copies = [noisy, *[reading.ids] * (context.parts - context.noised_parts)]
     sample, position = targets
-    rows = sample * context.parts * reading.ids.shape[1] + position
-    return _view(copies, context, _seen_lengths(reading, context), rows)
+    length = reading.ids.shape[1]
+    lengths = _real_lengths(context, reading.lengths, reading.host_lengths, length)
+    return _view(copies, context, lengths, sample * context.parts * length + position)
 
 
 def _view(copies: list[Tensor], context: Context, lengths: Tensor | None, rows: Tensor) -> View:
@@ -215,9 +209,30 @@ def _view(copies: list[Tensor], context: Context, lengths: Tensor | None, rows: 
     return view_of_parts(torch.cat(copies, dim=1), context, lengths, rows)
 
 
-def _seen_lengths(reading: TeacherInput, context: Context) -> Tensor | None:
-    """Return real lengths where pads would be seen: see `trimmed_view`."""
-    return reading.lengths if context.kind == "bidirectional" else None
+def _real_lengths(context: Context, real: Tensor, host: Sequence[int], length: int) -> Tensor | None:
+    """Return the real lengths by which a view hides its pads; None where no real token would see one.
+
+    Decided on the host, for the whole microbatch: attention without lengths is cheaper.
+
+    Args:
+        context: the model's.
+        real: [samples] int64 real tokens of each part.
+        host: the same as plain numbers.
+        length: tokens of each part, pads included.
+    """
+    return real if _sees_pads(context, host, length) else None
+
+
+def _sees_pads(context: Context, real: Sequence[int], length: int) -> bool:
+    """Say whether a real token may see a pad in samples of these real tokens, padded to `length`.
+
+    Under block contexts it is seen inside the last real token's block only: where a model's block is not the
+    one that samples were filled up to.
+    """
+    if context.kind == "bidirectional":
+        return True
+    block = context.block_size
+    return any(tokens < min(-(-tokens // block) * block, length) for tokens in real)
 
 
 def _needed(reading: TeacherInput, context: Context) -> int:

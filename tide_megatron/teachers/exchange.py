@@ -32,11 +32,14 @@ class ViewSize(NamedTuple):
     """Of one part."""
     rows: int
     """Positions it asks for."""
+    lengths: int = 0
+    """Real lengths that it hides pads by: one a sample, or 0 where no pad would be seen."""
 
     @classmethod
     def of(cls, view: View) -> ViewSize:
         """Measure a view."""
-        return cls(len(view.ids), view.length, len(view.rows))
+        lengths = 0 if view.lengths is None else len(view.lengths)
+        return cls(len(view.ids), view.length, len(view.rows), lengths)
 
 
 Sizes = Sequence[Sequence[ViewSize]]
@@ -82,8 +85,7 @@ def gather_views(
     Returns:
         [source rank][view], in their own shapes; ids outside the model's vocabulary are the sender's fault.
     """
-    first = views[0]
-    form = _Form(first.context, has_lengths=first.lengths is not None)
+    form = _Form(views[0].context)
     packed = torch.cat([form.pack(view) for view in views])
     whole = gather_parts(packed, [sum(map(form.numbers, source)) for source in sizes], group, "collect")
     parts = iter(torch.split(whole, [form.numbers(size) for source in sizes for size in source]))
@@ -93,13 +95,12 @@ def gather_views(
 class _Form:
     """How a view of one teacher is written as a row of int32: ids, real lengths, rows."""
 
-    def __init__(self, context: Context, *, has_lengths: bool) -> None:
-        self.context, self.has_lengths = context, has_lengths
+    def __init__(self, context: Context) -> None:
+        self.context = context
 
     def fields(self, size: ViewSize) -> tuple[int, int, int]:
         """Return how many numbers each part takes."""
-        lengths = size.samples if self.has_lengths else 0
-        return size.samples * self.context.parts * size.length, lengths, size.rows
+        return size.samples * self.context.parts * size.length, size.lengths, size.rows
 
     def numbers(self, size: ViewSize) -> int:
         """Return how many numbers a view takes."""
@@ -111,7 +112,7 @@ class _Form:
 
     def unpack(self, packed: Tensor, size: ViewSize) -> View:
         ids, lengths, rows = torch.split(packed.long(), list(self.fields(size)))
-        known = lengths if self.has_lengths else None
+        known = lengths if size.lengths else None
         return view_of_parts(ids.view(size.samples, -1), self.context, known, rows)
 
 

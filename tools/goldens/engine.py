@@ -143,7 +143,8 @@ def teacher_views(
     """
     reading = noised.reading(TEACHER)
     whole = torch.full_like(reading.lengths, reading.ids.shape[1], dtype=torch.int64)
-    reading = dataclasses.replace(reading, lengths=whole)  # table models see pads: trim nothing
+    # Table models see pads: nothing is trimmed and nothing hidden.
+    reading = dataclasses.replace(reading, lengths=whole, host_lengths=tuple(whole.tolist()))
     if draws is None:
         return [teacher_view(reading, context, mask_id)], torch.zeros_like(reading.targets)[reading.targets]
     shown = Complementary(seed=0).shown(noised.batch, reading, draws.gather(1, reading.unit))

@@ -54,7 +54,7 @@ def test_lengths_travel_with_the_view():
     assert plain_view(noised(), Context(kind="bidirectional"), MASK).lengths is None
 
 
-def test_only_a_bidirectional_model_is_told_where_pads_begin():
+def test_a_model_is_told_where_pads_begin_where_it_would_see_one():
     """Pads follow the last maskable token; a prompt in front counts, a hole in the middle does too."""
     example = noised()
     labels = example.batch.labels.clone()
@@ -63,7 +63,9 @@ def test_only_a_bidirectional_model_is_told_where_pads_begin():
     assert example.batch.lengths.tolist() == [2, 4]
     assert trimmed_view(example, Context(kind="bidirectional"), MASK).lengths.tolist() == [2, 4]
     for kind in ("block_causal", "block_diffusion"):
-        assert trimmed_view(example, Context(kind=kind), MASK).lengths is None
+        for block, lengths in ((1, None), (2, None), (3, [2, 4]), (4, [2, 4]), (32, [2, 4])):
+            found = trimmed_view(example, Context(kind=kind, block_size=block), MASK).lengths
+            assert (found if found is None else found.tolist()) == lengths
 
 
 def test_nothing_hidden_gives_no_rows():
