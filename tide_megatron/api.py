@@ -78,7 +78,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a student, with teachers or without, as a recipe says.
 
-    A signal to stop (Ctrl-C) saves and ends the run; the same call goes on with it.
+    A signal to stop (Ctrl-C, SIGTERM) saves and ends the run; the same call goes on with it.
 
     Args:
         recipe: YAML run file; `docs/recipe.md` has its keys.
@@ -92,7 +92,9 @@ def train(
 
     Raises:
         TideError: a recipe, data or model folder that cannot be used; too many updates that were not finite.
-        RanksFailed: a rank was killed, or had a bug (its traceback is in the message).
+        RanksFailed: a rank was killed, or had a bug (its traceback is in the message), or never came.
+        Stopped: (a KeyboardInterrupt) a signal to stop before the first step; nothing was written.
+        KeyboardInterrupt: a second signal.
     """
     from tide_megatron.launch.ranks import run_ranks
     from tide_megatron.train.loop import train as run

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from tests.tiny_run import write_tiny_run
 from tide_megatron.base.files import damage
 from tide_megatron.checkpoint.retention import Mark, listed
+from tide_megatron.launch.signals import STOPPED_CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY, START_SECONDS = 2, 120.0
@@ -121,7 +122,7 @@ class Life:
     def stop(self, number: int = signal.SIGINT) -> None:
         """Ask for an orderly end and wait for it."""
         self._process.send_signal(number)
-        assert self._process.wait(START_SECONDS) == 0, self.said()
+        assert self._process.wait(START_SECONDS) == STOPPED_CODE, self.said()
         said = self.said()
         assert "the same command goes on" in said, said
         assert "Traceback" not in said, said

@@ -111,15 +111,16 @@ def train_until_stopped(folder, *, device, stop):
     """Step together until all agree to stop; leave a file as a checkpoint would be left."""
     rank, steps = dist.get_rank(), 0
     (Path(folder) / f"pid-{rank}").write_text(str(os.getpid()))
-    while True:
-        wanted = torch.tensor(int(stop.requested))
-        dist.all_reduce(wanted)
-        if wanted:
-            break
-        steps += 1
-        if steps == 3:
-            (Path(folder) / f"running-{rank}").touch()
-        time.sleep(0.01)
+    with stop.finishing("it saves"):
+        while True:
+            wanted = torch.tensor(int(stop.requested))
+            dist.all_reduce(wanted)
+            if wanted:
+                break
+            steps += 1
+            if steps == 3:
+                (Path(folder) / f"running-{rank}").touch()
+            time.sleep(0.01)
     (Path(folder) / f"saved-{rank}").write_text(f"{stop.reason}")
     return steps
 
@@ -128,8 +129,9 @@ def ignore_the_flag(folder, *, device, stop):
     (Path(folder) / f"pid-{dist.get_rank()}").write_text(str(os.getpid()))
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (Path(folder) / f"child-{dist.get_rank()}").write_text(str(child.pid))
-    (Path(folder) / f"running-{dist.get_rank()}").touch()
-    time.sleep(60)
+    with stop.finishing("it does not"):
+        (Path(folder) / f"running-{dist.get_rank()}").touch()
+        time.sleep(60)
 
 
 def main():

@@ -19,6 +19,7 @@ import pytest
 
 from tests.parallel import launch_cases as cases
 from tide_megatron.base.errors import ConfigError, DataError, RanksFailed
+from tide_megatron.base.stop import Stopped
 from tide_megatron.launch.doctor import compare_parallel
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.launch.supervisor import first_failure
@@ -139,22 +140,24 @@ def test_a_stop_signal_lets_ranks_save_and_return(tmp_path, number):
     assert signal.Signals(number).name in saved
 
 
-def test_a_stop_signal_during_the_start_is_not_lost(tmp_path, monkeypatch):
+def test_a_stop_signal_during_the_start_ends_ranks_that_have_nothing_to_save(tmp_path, monkeypatch):
     def interrupt():
         monkeypatch.undo()
         os.kill(os.getpid(), signal.SIGINT)
         resource_tracker.ensure_running()
 
     monkeypatch.setattr(resource_tracker, "ensure_running", interrupt)
-    run(cases.train_until_stopped, tmp_path)
-    assert "SIGINT" in [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)]
+    with pytest.raises(Stopped, match=r"^stopped by SIGINT$"):
+        run(cases.train_until_stopped, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_signal_ends_at_once_with_all_that_ranks_started(tmp_path):
-    thread = signal_when_running(tmp_path, [signal.SIGINT, signal.SIGINT])
+    thread = signal_when_running(tmp_path, [signal.SIGINT, signal.SIGINT], pause_seconds=0.6)
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         run(cases.ignore_the_flag, tmp_path)
+    assert caught.type is KeyboardInterrupt
     thread.join()
     assert time.monotonic() - start < 30  # it would be 60
     files = [tmp_path / f"{kind}-{rank}" for kind in ("pid", "child") for rank in (0, 1)]
@@ -255,8 +258,13 @@ def test_numbers_of_ranks_that_cannot_be(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"ranks: 4 were asked for, but torchrun or srun started 2"):
-        run(cases.add_ranks, tmp_path, num_ranks=4)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for wanted, said in [
+        (4, "on 4 ranks, but torchrun or srun started 2 processes of it; start 4 processes"),
+        (1, "on 1 rank, but torchrun or srun started 2 processes of it; run it once, without them"),
+    ]:
+        with pytest.raises(ConfigError, match=f"^ranks: this command is to run {said}"):
+            run(cases.add_ranks, tmp_path, num_ranks=wanted)
 
 
 def test_the_doctors_check_finds_parallel_equal_to_dense(tmp_path):

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import platform
 import re
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,6 +25,8 @@ Kind = Literal["cpu", "cuda"]
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "MASTER_ADDR", "MASTER_PORT")
 _LOCALHOST, _DEFAULT_PORT = "127.0.0.1", 29500
+_OWN_STEPS = 0xFFFFFFF0
+"""Step ids from here on are SLURM's own."""
 # Set by torchrun and by `launch/supervisor.py`, whose ranks of one machine all see the same GPUs.
 _LOCAL_SIZE = "LOCAL_WORLD_SIZE"
 # Set by who puts several ranks on one GPU on purpose: NCCL then takes them for ranks of several machines.
@@ -96,45 +99,114 @@ def read_ranks() -> Ranks | None:
     """
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return _ranks_from(_TORCHRUN)
-    return _ranks_from(_SLURM) if _is_slurm_task() else None
+    return _ranks_from(_SLURM) if _is_slurm_rank() else None
 
 
-def _is_slurm_task() -> bool:
-    """Say whether srun started this process; a shell of `salloc` has its variables too, but no step id."""
-    return "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ
+def _is_slurm_step() -> bool:
+    """Say whether srun started this process; a shell of `salloc` has its variables too, but no step id.
+
+    The steps that SLURM numbers by itself (batch script, interactive shell) are no srun of the user's.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in os.environ and step != "" and not (step.isdigit() and int(step) >= _OWN_STEPS)
+
+
+def _is_slurm_rank() -> bool:
+    """Say whether this process is one of the ranks that srun started, and not a shell or what runs in one.
+
+    A step of one task is as good as no step: this process may start ranks itself. In a step of several with
+    a terminal (`srun -n 4 --pty bash`) the first task has it, and what is not that task itself runs there.
+    """
+    if not _is_slurm_step() or _slurm_world() == "1":
+        return False
+    has_terminal = any(name.startswith("SLURM_PTY_") for name in os.environ)
+    is_the_task = os.environ.get("SLURM_TASK_PID") == str(os.getpid())
+    return not has_terminal or is_the_task or os.environ["SLURM_PROCID"] != "0"
+
+
+def _slurm_world() -> str | None:
+    """Return how many tasks the step has; in a step of its own the job's number may be another."""
+    return os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS")
 
 
 def _ranks_from(names: tuple[str, str, str, str, str]) -> Ranks:
-    rank, local_rank, world_size = (_number(name) for name in names[:3])
-    port = _number(names[4]) if names[4] in os.environ else _DEFAULT_PORT
+    given = {name: os.environ.get(name) for name in names}
+    if names is _SLURM:
+        given["SLURM_NTASKS"] = _slurm_world()
+    missing = [name for name in names[:3] if given[name] is None]
+    if missing:
+        raise ConfigError(_advice(names, given, missing))
+    rank, local_rank, world_size = (_whole(name, given[name]) for name in names[:3])
     if not 0 <= rank < world_size:
         raise ConfigError(
-            f"{names[0]}={rank} is outside a world of {names[2]}={world_size} ranks; "
-            "start with torchrun or srun"
+            f"{names[0]}={rank} is outside a world of {names[2]}={world_size} ranks, which count from 0; "
+            f"correct the two, or unset both to run without them"
         )
-    address = _address(names[3], world_size)
+    port = _whole("MASTER_PORT", given["MASTER_PORT"]) if given["MASTER_PORT"] else _DEFAULT_PORT
+    if not 0 < port < 2**16:
+        raise ConfigError(f"MASTER_PORT={port} is no port; use one from 1024 to 65535")
+    address = given["MASTER_ADDR"] or _derived_address(names, world_size)
     return Ranks(rank=rank, local_rank=local_rank, world_size=world_size, address=address, port=port)
 
 
-def _address(name: str, world_size: int) -> str:
-    """Return where rank 0 listens: this machine where nothing else is said and no other takes part."""
-    address = os.environ.get(name)
-    if not address and _spans_machines(world_size):
-        raise ConfigError(
-            f"{name} is not set, but the {world_size} ranks of this run are on several machines; put "
-            f'export {name}=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
-            "before the command that starts them"
-        )
-    return address or _LOCALHOST
+def _advice(names: tuple[str, ...], given: Mapping[str, str | None], missing: Sequence[str]) -> str:
+    """Say what to do about some of a launcher's variables without the others."""
+    there = ", ".join(f"{name}={given[name]}" for name in names[:3] if given[name] is not None)
+    if names is _SLURM:
+        return f"srun set {there} but not {', '.join(missing)}; start the run anew with srun, or with --ranks"
+    leftover = " ".join(name for name in names[:3] if given[name] is not None)
+    return (
+        f"{there} is set, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; "
+        f"`unset {leftover}` where this is left over from elsewhere, else set "
+        f"{' and '.join(missing)} too (every launcher's rank needs all three of {', '.join(names[:3])})"
+    )
 
 
-def _spans_machines(world_size: int) -> bool:
-    """Say whether the run has ranks on other machines, as far as the environment tells."""
+def _derived_address(names: tuple[str, ...], world_size: int) -> str:
+    """Return where rank 0 listens, where MASTER_ADDR does not say so.
+
+    It is this machine where no other takes part, and the first node of srun's step. Ranks that somebody
+    numbered without torchrun must be told: their variables do not say how many machines there are.
+    """
     local_size = _local_size()
-    if local_size is not None:
-        return world_size > local_size
-    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or "1"
-    return world_size > 1 and nodes != "1"
+    if world_size in (1, local_size):
+        return _LOCALHOST
+    if _is_slurm_step() and local_size is None and _is_one_node(is_rank_of_srun=names is _SLURM):
+        return _LOCALHOST
+    if names is _SLURM and os.environ.get("SLURM_DISTRIBUTION") != "arbitrary":
+        node = _first_node()
+        if node is not None:
+            return node
+    raise ConfigError(
+        f"MASTER_ADDR is not set, and nothing else says on which machine rank 0 of the {world_size} ranks "
+        "is; before the command that starts them put export MASTER_ADDR=127.0.0.1 where all are on one "
+        'machine, else export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), or '
+        "that machine's name"
+    )
+
+
+def _is_one_node(*, is_rank_of_srun: bool) -> bool:
+    """Say whether SLURM's step has one node; an srun that tells no number of nodes is judged by its tasks."""
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES")
+    if nodes or not is_rank_of_srun:
+        return nodes == "1"
+    tasks = tasks_by_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE") or "")
+    is_first = (os.environ.get("SLURM_NODEID") or "0") == "0"
+    return len(tasks) <= 1 and is_first and os.environ["SLURM_PROCID"] == os.environ["SLURM_LOCALID"]
+
+
+def _first_node() -> str | None:
+    """Return the name of the first node of srun's step; None where SLURM does not say which nodes it has."""
+    step = os.environ.get("SLURM_STEP_NODELIST")
+    if not step and os.environ.get("SLURM_STEP_NUM_NODES") in (None, os.environ.get("SLURM_NNODES")):
+        step = os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST")
+    return first_host(step or "")
+
+
+def first_host(text: str) -> str | None:
+    """Return the first name of SLURM's short form, "gpu-07" of "gpu-[07-09,12],login"; None: it has none."""
+    first = re.match(r"((?:[\w.-]|\[[\w,-]+\])+)(?:,|$)", text.strip())
+    return None if first is None else re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[1])
 
 
 def _local_size() -> int | None:
@@ -143,13 +215,15 @@ def _local_size() -> int | None:
 
 
 def _number(name: str) -> int:
-    text = os.environ.get(name)
+    return _whole(name, os.environ.get(name))
+
+
+def _whole(name: str, text: str | None) -> int:
     try:
         return int(text or "")
     except ValueError:
         raise ConfigError(
-            f"environment variable {name}={text!r} is not a number; start the run with torchrun or srun, "
-            "which set RANK, LOCAL_RANK and WORLD_SIZE"
+            f"environment variable {name}={text!r} is not a whole number; set it to one, or `unset {name}`"
         ) from None
 
 
@@ -231,7 +305,7 @@ def _gpu_of(ranks: Ranks) -> int:
 
 def _slurm_tasks() -> int | None:
     """Return how many tasks srun started on this machine; None where SLURM does not say."""
-    if not _is_slurm_task():
+    if not _is_slurm_rank():
         return None
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
         counts = tasks_by_node(os.environ.get(name, ""))
@@ -249,10 +323,11 @@ def tasks_by_node(text: str) -> list[int]:
 
 def _threads(ranks: Ranks | None) -> int:
     """Return OMP_NUM_THREADS where set, else this process's share of the machine's cores."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return max(1, _number("OMP_NUM_THREADS"))
+    setting = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if setting:  # one number for each level of nested regions; torch uses the first
+        return max(1, _whole("OMP_NUM_THREADS", setting.split(",")[0]))
     cores, local_size = len(os.sched_getaffinity(0)), _local_size()
-    if local_size is None and _is_slurm_task() and "SLURM_CPUS_PER_TASK" in os.environ:
+    if local_size is None and _is_slurm_step() and os.environ.get("SLURM_CPUS_PER_TASK"):
         return max(1, min(cores, _number("SLURM_CPUS_PER_TASK")))
     return max(1, cores // (local_size or _slurm_tasks() or (ranks.world_size if ranks else 1)))
 

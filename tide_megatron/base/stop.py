@@ -1,19 +1,45 @@
-"""The stop flag: how a signal reaches the training loop without interrupting a step.
+"""The stop flag: what a request to end early does to the code that runs when it comes.
 
-`launch/signals.py` raises it from signal handlers; loops poll `requested` between steps, agree on it over all
-ranks (signals arrive at different steps on different ranks), save, and return. It is a value that travels
-through the door, so no layer below `launch` knows about signals.
+`launch/signals.py` raises it from signals. What then happens is the running code's choice:
+
+- as a rule the main thread gets a `Stopped` where it stands, and unwinds; files that were begun are removed;
+- inside `ending()` there is nothing to lose, so the process also ends where it hears nothing (it waits for a
+  rank that never comes, say);
+- inside `finishing()` nothing happens: the code polls `requested`, agrees on it over all ranks (signals
+  arrive at different steps on different ranks), saves, and returns.
+
+It is a value that travels through the door, so no layer below `launch` knows about signals.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+from tide_megatron.base.errors import causes
+
+Answer = Literal["unwind", "end", "finish"]
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody asked for an early end, and what ran had nothing that would have to be saved."""
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether an exception only says that the process was asked to end."""
+    return any(isinstance(link, Stopped) for link in causes(error))
+
 
 class StopFlag:
-    """Whether somebody asked this process to finish early, and who."""
+    """Whether somebody asked this process to finish early, who, and what that does."""
 
     def __init__(self) -> None:
         """Start with no request."""
         self.reason: str | None = None
+        self.answer: Answer = "unwind"
+        self.promise = "ending here, nothing has to be saved"
+        """What the log says will happen."""
 
     @property
     def requested(self) -> bool:
@@ -23,3 +49,24 @@ class StopFlag:
     def request(self, reason: str) -> None:
         """Ask for an early end; the first reason stays."""
         self.reason = self.reason or reason
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Have a request end the process, also where it hears nothing; for a block with nothing to lose."""
+        before, self.answer = self.answer, "end"
+        yield
+        self.answer = before  # after an error it stays: what unwinds has nothing to lose either
+
+    @contextlib.contextmanager
+    def finishing(self, promise: str) -> Iterator[None]:
+        """Have a request only raise the flag, for a block that polls it.
+
+        Args:
+            promise: what the block does about a request, for the log.
+        """
+        before = self.answer, self.promise
+        self.answer, self.promise = "finish", promise
+        try:
+            yield
+        finally:
+            self.answer, self.promise = before

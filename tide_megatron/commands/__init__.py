@@ -2,7 +2,8 @@
 
 A verb parses words, calls one function of the layers below and prints what it returns. Heavy imports stand
 inside the verbs, so that `tide --help` is instant. A fault of the user's is one message on stderr and exit
-code 2; a bug is a traceback and exit code 1; a second Ctrl-C is exit code 130.
+code 2; a bug is a traceback and exit code 1; a stop signal (Ctrl-C, SIGTERM) ends in order with exit code 75,
+a second one at once with 128 + its number (docs/launch.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import typer
 from tide_megatron import __version__
 from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.base.log import start_log
+from tide_megatron.base.stop import is_stop
 from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.doctor import doctor
@@ -26,6 +28,7 @@ from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
 from tide_megatron.commands.sample import sample
 from tide_megatron.commands.train import train
+from tide_megatron.launch.signals import leave, stopped_code, watch_signals
 
 VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
@@ -70,12 +73,17 @@ def main() -> None:
     """Run `tide`; the entry point of the console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries; our own words go through the log
-    start_log()
-    try:
-        app(prog_name="tide")
-    except TideError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RanksFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    with watch_signals():
+        start_log()
+        try:
+            app(prog_name="tide")
+        except TideError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except RanksFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except BaseException as end:
+            if is_stop(end):
+                leave(stopped_code())
+            raise

@@ -29,7 +29,8 @@ def train(
 ) -> None:
     """Train a student, with teachers or without, as a recipe says.
 
-    The first Ctrl-C saves and ends the run, the same command goes on with it; a second one ends it at once.
+    The first Ctrl-C saves and ends the run with exit code 75, and the same command goes on with it; a second
+    one ends it at once.
 
     Example: tide train run.yaml --ranks 4
 
@@ -48,5 +49,8 @@ def train(
         print_summary(*load_recipe(recipe, words), num_ranks_for(ranks))
     else:
         from tide_megatron import api
+        from tide_megatron.launch.signals import stopped_code
 
-        api.train(recipe, words, ranks=ranks, resume=resume)
+        result = api.train(recipe, words, ranks=ranks, resume=resume)
+        if not result["finished"]:
+            raise typer.Exit(stopped_code())

@@ -79,14 +79,15 @@ def answer_prompts(
             "tokenizer and mask token it was trained with"
         )
     spare = [token for token in range(rows) if not tokenizer.has(token)]
-    replies = []
-    for ids in asked:
-        if stop.requested:
-            break
-        reply = generate(
-            model, context, ids, sampler, mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id, spare=spare
-        )
-        replies.append(tokenizer.decode(reply))
+    replies: list[str] = []
+    with stop.finishing("the reply under way is the last one"):
+        for ids in asked:
+            if stop.requested:
+                break
+            reply = generate(
+                model, context, ids, sampler, mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id, spare=spare
+            )
+            replies.append(tokenizer.decode(reply))
     return replies
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from tide_megatron.platform import prepare_platform
@@ -18,12 +19,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tide_megatron.base.device import Ranks, Wanted, read_ranks
 from tide_megatron.base.errors import ConfigError, RanksFailed, TideError
 from tide_megatron.base.log import start_log
+from tide_megatron.base.stop import StopFlag, Stopped
 from tide_megatron.launch.signals import watch_signals
 from tide_megatron.launch.supervisor import supervise
 from tide_megatron.launch.worker import Job, RankFunction, is_echo, run_here
 
 GRACE_SECONDS = 120.0
 """After a stop signal: how long the ranks may take to save and return."""
+SAME_REQUEST_SECONDS = 1.0
+"""So far apart may one request reach the ranks of torchrun and srun."""
 
 
 def run_ranks(
@@ -41,7 +45,8 @@ def run_ranks(
     its entry with `if __name__ == "__main__":`, for fresh ranks import it again.
 
     Args:
-        function: importable; called with the process world joined. It polls `stop.requested` between steps.
+        function: importable; called with the process world joined. A stop signal unwinds it, except where it
+            says that it answers itself (`base/stop.py`).
         args: picklable positional arguments.
         num_ranks: how many ranks; None takes what torchrun or srun started, else one.
         device: `auto`, `cpu` or `cuda`.
@@ -51,15 +56,16 @@ def run_ranks(
     Raises:
         TideError: what one of the ranks raised, with the rank named.
         RanksFailed: a rank had a bug (its traceback is in the message) or was killed.
-        KeyboardInterrupt: stopped before the ranks could finish in order.
+        Stopped: a stop signal, before the ranks had anything to save.
+        KeyboardInterrupt: (not `Stopped`) a second stop signal.
     """
     job = Job(function=function, args=args, wanted=device, timeout_seconds=timeout_seconds)
     world_size, given = num_ranks_for(num_ranks), read_ranks()
-    if given is not None:
-        return _run_given(job, given)
-    if world_size > 1 or _must_hide_gpus(device):
-        return supervise(job, world_size, grace_seconds)
     with watch_signals() as stop:
+        if given is not None:
+            return _run_given(job, given, stop)
+        if world_size > 1 or _must_hide_gpus(device):
+            return supervise(job, world_size, grace_seconds)
         return run_here(job, None, stop)
 
 
@@ -78,22 +84,34 @@ def num_ranks_for(wanted: int | None) -> int:
     if wanted is not None and wanted < 1:
         raise ConfigError(f"ranks: {wanted} is not a number of ranks; use 1 or more")
     if given is not None and wanted not in (None, given.world_size):
+        where, remedy = f"{wanted} ranks", f"start {wanted} processes of it"
+        if wanted == 1:
+            where, remedy = "1 rank", "run it once, without them"
         raise ConfigError(
-            f"ranks: {wanted} were asked for, but torchrun or srun started {given.world_size}; "
-            f"leave the number out or start {wanted} processes"
+            f"ranks: this command is to run on {where}, but torchrun or srun started {given.world_size} "
+            f"processes of it; {remedy}, or leave --ranks out where it was said"
         )
     return given.world_size if given is not None else wanted or 1
 
 
-def _run_given(job: Job, ranks: Ranks) -> Any:
+def _run_given(job: Job, ranks: Ranks, stop: StopFlag) -> Any:
     """Run as the rank that torchrun or srun made this process; torchrun's summary learns the first error."""
     start_log(ranks.rank)
     try:
-        with watch_signals() as stop:
-            return record(run_here)(job, ranks, stop)
+        return record(run_here)(job, ranks, stop)
     except TideError as error:
         raise type(error)(f"[rank {ranks.rank} of {ranks.world_size}] {error}") from error
     except Exception as error:
-        if is_echo(error):
-            raise RanksFailed(f"rank {ranks.rank} of {ranks.world_size} lost its peers: {error}") from error
-        raise
+        if is_echo(error) and stop.answer == "end" and _hears_soon(stop):
+            raise Stopped(f"stopped by {stop.reason}") from None  # the peers heard it a moment earlier
+        if isinstance(error, RanksFailed) or not is_echo(error):
+            raise
+        raise RanksFailed(f"rank {ranks.rank} of {ranks.world_size} lost its peers: {error}") from error
+
+
+def _hears_soon(stop: StopFlag) -> bool:
+    """Give a request that ended other ranks a moment to come here too."""
+    end = time.monotonic() + SAME_REQUEST_SECONDS
+    while not stop.requested and time.monotonic() < end:
+        time.sleep(0.05)
+    return stop.requested

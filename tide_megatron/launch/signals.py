@@ -1,117 +1,243 @@
-"""From signals to the `StopFlag` that loops poll.
+"""From signals to the `StopFlag` that running code answers.
 
-One Ctrl-C (SIGINT), `kill` (SIGTERM), SLURM warning (SIGUSR1) or lost terminal (SIGHUP) asks for a clean end;
-a second one ends the process at once. Launchers often deliver one request twice (a terminal signals the whole
-foreground group, then torchrun forwards the signal again), so within two seconds of the first request every
-further signal is an echo of it.
+One Ctrl-C (SIGINT), `kill` (SIGTERM), SLURM warning (SIGUSR1) or lost terminal (SIGHUP) asks for a clean end,
+and the log says so within a second; a second one ends the process at once.
 
-Python hears a signal only between two of its own instructions, so a process that stands in a library's call
-(a CUDA synchronisation, a store that waits for a rank) would be deaf. A second thread listens too, by the
-interpreter's wake-up descriptor, and ends the process at the second request when nothing else has.
+Python calls a signal's handler in the main thread, between two of its own instructions, so a process that
+stands in a library's call (a store or a collective that waits for a rank) would be deaf. A thread therefore
+hears every signal by the interpreter's wake-up descriptor: it raises the flag, speaks, and ends the process
+where the main thread cannot. The handler in the main thread only unwinds what may be unwound.
+
+Wrappers deliver one request twice (`timeout` signals its child and then the group; torchrun's agent passes on
+what its ranks got already), so signals shortly after the first belong to it. That agent dies of a second
+signal, and of SIGUSR1, and leaves its ranks behind: they take its end for a request.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from tide_megatron.base.stop import StopFlag
+from tide_megatron.base.stop import StopFlag, Stopped
+
+log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """What asks a run to save and finish."""
+STOPPED_CODE = 75
+"""Exit code of a run that was asked to stop and did so in order (EX_TEMPFAIL: the same command goes on)."""
 
-ECHO_SECONDS = 2.0
+ECHO_SECONDS = 0.25
 """Signals this soon after the first belong to the same request."""
-DEAF_SECONDS = 1.0
-"""So long may the main thread take to end at the second request by itself."""
+AGENT_ECHO_SECONDS = 1.0
+"""The same for ranks of torchrun, whose agent passes signals on."""
+DEAF_SECONDS = 2.0
+"""So long may the main thread take to unwind where it is to."""
+SAY_SECONDS = 0.5
+"""So long may the last words take."""
+_AGENT, _AGENT_LOOKS_SECONDS = "TORCHELASTIC_RUN_ID", 0.5
+
+_watches: list[_Watch] = []
+"""The one of this process, while there is one."""
+
+
+def stopped_code() -> int:
+    """Return the exit code of a run that stopped in order: 0 under torchrun, which fails on any other."""
+    return 0 if _AGENT in os.environ else STOPPED_CODE
 
 
 @contextlib.contextmanager
-def watch_signals() -> Iterator[StopFlag]:
+def watch_signals(*, is_supervised: bool = False) -> Iterator[StopFlag]:
     """Give a `StopFlag` that stop signals raise while the block runs; handlers are put back afterwards.
 
-    Outside the main thread Python cannot hear signals; the flag is then never raised.
-    """
-    stop = StopFlag()
-    first_heard = 0.0
+    Inside another watch it is that one's flag. Outside the main thread Python cannot hear signals; the flag
+    is then never raised.
 
-    def hear(number: int) -> None:
-        nonlocal first_heard
-        if not stop.requested:
-            first_heard = time.monotonic()
-            stop.request(signal.Signals(number).name)
-        elif time.monotonic() - first_heard > ECHO_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    with heard_by(hear) as can_hear, _heard_in_libraries() if can_hear else contextlib.nullcontext():
-        yield stop
-
-
-@contextlib.contextmanager
-def _heard_in_libraries() -> Iterator[None]:
-    """End this process at the second request while the main thread, which calls this, hears nothing."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_end_at_the_second, args=(reader,), name="signals", daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(writer)  # and with it the thread ends
-
-
-def _end_at_the_second(reader: int) -> None:
-    """Read the numbers of signals as they come; end the process at the second request."""
-    first_heard: float | None = None
-    while number := os.read(reader, 1):
-        if number[0] not in STOP_SIGNALS:
-            continue
-        if first_heard is None:
-            first_heard = time.monotonic()
-        elif time.monotonic() - first_heard > ECHO_SECONDS:
-            time.sleep(DEAF_SECONDS)  # the main thread ends by the signal itself, if it hears it
-            os._exit(128 + number[0])
-    os.close(reader)
-
-
-@contextlib.contextmanager
-def heard_by(hear: Callable[[int], None]) -> Iterator[bool]:
-    """Call `hear(signal number)` for every stop signal while the block runs; say whether any can be heard.
-
-    A SIGHUP that is ignored (nohup) stays ignored. Python hears signals in the main thread only.
+    Args:
+        is_supervised: whether a supervisor speaks for this process and ends it.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield False
+        yield StopFlag()
         return
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        hear(number)
-
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
-        if not (number == signal.SIGHUP and before[number] == signal.SIG_IGN):
-            signal.signal(number, handler)
+    if _watches:
+        yield _watches[0].stop
+        return
+    watch = _Watch(is_supervised=is_supervised)
+    _watches.append(watch)
     try:
-        yield True
+        with watch.listening():
+            yield watch.stop
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        _watches.clear()
+
+
+@contextlib.contextmanager
+def relayed_to(first: Callable[[int], None], second: Callable[[], None]) -> Iterator[None]:
+    """Call functions for requests while the block runs, from the watching thread; the main thread goes on.
+
+    Args:
+        first: gets the signal's number; called again where the request came before the block.
+        second: after it the main thread has `DEAF_SECONDS` to end the process.
+    """
+    if not _watches:
+        yield
+        return
+    watch = _watches[0]
+    with watch.stop.finishing("the ranks end, and save first what they have trained"):
+        watch.relay = (first, second)
+        if watch.first_number is not None:
+            first(watch.first_number)
+        try:
+            yield
+        finally:
+            watch.relay = None
+
+
+class _Watch:
+    """One process's ear: its handlers, its thread, and what was heard."""
+
+    def __init__(self, *, is_supervised: bool) -> None:
+        self.stop = StopFlag()
+        self.relay: tuple[Callable[[int], None], Callable[[], None]] | None = None
+        self.first_number: int | None = None
+        self.first_seconds = 0.0
+        self.is_supervised = is_supervised
+        self._agent = os.getppid() if _AGENT in os.environ and not is_supervised else None
+        self._echo_seconds = ECHO_SECONDS if self._agent is None else AGENT_ECHO_SECONDS
+        self._has_said = threading.Event()
+        self._is_over = threading.Event()
+        self._has_unwound = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Set handlers, descriptor and thread; put all back. A SIGHUP that is ignored (nohup) stays so."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
+        thread.start()
+        for number in STOP_SIGNALS:
+            if not (number == signal.SIGHUP and handlers[number] == signal.SIG_IGN):
+                signal.signal(number, self._unwind)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(descriptor)
+            self._is_over.set()
+            os.close(writer)  # and with it the thread ends
+
+    def _unwind(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal in the main thread: unwind at the first one, where that is the answer."""
+        self.stop.request(signal.Signals(number).name)
+        if not self._has_unwound and self.stop.answer != "finish":
+            self._has_unwound = True
+            raise Stopped(f"stopped by {self.stop.reason}")
+
+    def _listen(self, reader: int) -> None:
+        """Read the numbers of signals as they come, until the other end is closed."""
+        while True:
+            pause = None if self._agent is None else _AGENT_LOOKS_SECONDS
+            if not select.select([reader], [], [], pause)[0]:
+                self._look_for_agent()
+                continue
+            numbers = os.read(reader, 64)
+            for number in numbers:
+                if number in STOP_SIGNALS:
+                    self._hear(signal.Signals(number))
+            if not numbers:
+                os.close(reader)
+                return
+
+    def _look_for_agent(self) -> None:
+        """Take the end of torchrun's agent for a request, the second one if there was a first."""
+        if os.getppid() == self._agent:
+            return
+        self._agent = None
+        log.warning("torchrun's agent has ended and left this rank behind")
+        if self.first_number is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._end(signal.SIGTERM)
+
+    def _hear(self, number: signal.Signals) -> None:
+        if self.first_number is None:
+            self.first_number, self.first_seconds = number, time.monotonic()
+            self.stop.request(number.name)
+            relay, answer = self.relay, self.stop.answer
+            self._say(f"{number.name} heard: {self.stop.promise}; a second one ends at once")
+            if relay is not None:
+                relay[0](number)
+            elif answer == "end":
+                threading.Thread(target=self._end_if_deaf, name="stop", daemon=True).start()
+        elif time.monotonic() - self.first_seconds > self._echo_seconds and not self.is_supervised:
+            self._say(f"{number.name} heard again: ending at once")
+            self._end(number)
+
+    def _end(self, number: signal.Signals) -> None:
+        """End this process, and what it supervises."""
+        if self.relay is not None:
+            self.relay[1]()
+            self._is_over.wait(DEAF_SECONDS)  # the main thread ends in order, if it can
+        self.finish_saying()
+        if not self._is_over.is_set():
+            os._exit(128 + number)
+
+    def _end_if_deaf(self) -> None:
+        """End this process in a moment, unless the main thread has unwound or took the request over."""
+        if not self._is_over.wait(DEAF_SECONDS) and self.stop.answer == "end":
+            os._exit(STOPPED_CODE if self.is_supervised else stopped_code())
+
+    def _say(self, words: str) -> None:
+        """Log from a thread of its own: a terminal that takes nothing must not make this process deaf."""
+
+        def say() -> None:
+            log.warning("%s", words)
+            self._has_said.set()
+
+        self._has_said.clear()
+        if not self.is_supervised:
+            threading.Thread(target=say, name="say", daemon=True).start()
+
+    def finish_saying(self) -> None:
+        """Give the last words a moment."""
+        if self.stop.requested and not self.is_supervised:
+            self._has_said.wait(SAY_SECONDS)
+
+
+def _forget() -> None:
+    """Leave a forked child without the ear of its parent: its signals are not requests of the run's.
+
+    Ctrl-C of a terminal reaches it too, and would end what a run still needs to save.
+    """
+    if not _watches:
+        return
+    _watches.clear()
+    with contextlib.suppress(ValueError):  # forked from another thread
+        signal.set_wakeup_fd(-1)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """Keep stop signals from this thread while the block runs; processes started inside inherit the hold.
 
-    So a Ctrl-C during start-up neither prints a traceback from a half-imported rank nor gets lost. Threads
-    that libraries started in this process may still take one; whoever starts ranks passes on what came
-    meanwhile.
+    So a Ctrl-C during start-up neither prints a traceback from a half-imported rank nor gets lost. The
+    watching thread hears it meanwhile; whoever starts ranks passes on what came.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -123,3 +249,13 @@ def signals_held() -> Iterator[None]:
 def release_signals() -> None:
     """Let pending stop signals through: a started rank calls this once its handlers stand."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def leave(code: int) -> None:
+    """End this process after its last words, without waiting for threads and ranks that may be stuck."""
+    for watch in _watches:
+        watch.finish_saying()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -10,7 +10,8 @@ same 30-second shutdown. Ours:
 - after a failure the others have two seconds to unwind, then they are killed with all they started;
 - a fault of the user's (`TideError`) is raised again here as itself, once; a bug as `RanksFailed` with its
   traceback;
-- stop signals are passed on; ranks get `grace_seconds` to save and return; a second signal kills at once;
+- stop signals are passed on; ranks that trained nothing yet end, the others get `grace_seconds` to save and
+  return; a second signal kills at once;
 - ranks end when this process is gone, even by SIGKILL (`launch/worker.py`).
 
 Left out: restarts and several nodes (torchrun and SLURM do those).
@@ -35,8 +36,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tide_megatron.base.device import Wanted, check_gpus, choose_kind
 from tide_megatron.base.errors import RanksFailed, TideError
-from tide_megatron.launch.signals import heard_by, signals_held
-from tide_megatron.launch.worker import Done, Failure, Job, work
+from tide_megatron.base.stop import Stopped
+from tide_megatron.launch.signals import STOPPED_CODE, relayed_to, signals_held
+from tide_megatron.launch.worker import Done, Failure, Halted, Job, work
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ def supervise(job: Job, num_ranks: int, grace_seconds: float) -> Any:
     Raises:
         TideError: what one of the ranks raised, with the rank named.
         RanksFailed: a rank had a bug, was killed, or did not stop in time.
+        Stopped: a stop signal, before there was anything to save.
         KeyboardInterrupt: a second stop signal.
     """
     if choose_kind(job.wanted) == "cuda":
@@ -71,7 +74,7 @@ def supervise(job: Job, num_ranks: int, grace_seconds: float) -> Any:
     ranks: list[_Rank] = []
     relay = _Relay(ranks)
     try:
-        with heard_by(relay.hear):
+        with relayed_to(relay.hear, relay.abort):
             environment = _environment(num_ranks, job.wanted) | _meeting_point(num_ranks, store.port)
             _start(ranks, job, num_ranks, environment)
             relay.pass_on()  # what was heard before there were ranks
@@ -82,6 +85,9 @@ def supervise(job: Job, num_ranks: int, grace_seconds: float) -> Any:
             rank.process.join()
     if relay.is_aborted:
         raise KeyboardInterrupt
+    halted = [rank.outcome for rank in ranks if isinstance(rank.outcome, Halted)]
+    if halted:
+        raise Stopped(f"stopped by {relay.heard.name if relay.heard else halted[0].reason}")
     failures = [rank.outcome for rank in ranks if isinstance(rank.outcome, Failure)]
     if failures:
         raise first_failure(failures, num_ranks)
@@ -178,7 +184,7 @@ class _Rank:
     number: int
     process: BaseProcess
     report: connection.Connection
-    outcome: Done | Failure | None = None
+    outcome: Done | Halted | Failure | None = None
 
     def look(self) -> None:
         """Take the rank's report, or note that it died without one."""
@@ -186,6 +192,8 @@ class _Rank:
         if self.report.poll():
             with contextlib.suppress(EOFError, OSError):
                 self.outcome = self.report.recv()
+        if has_ended and self.outcome is None and self.process.exitcode == STOPPED_CODE:
+            self.outcome = Halted(reason="a signal")  # it was deaf and could not report
         if has_ended and self.outcome is None:
             text = f"it {_end_in_words(self.process.exitcode)}"
             self.outcome = Failure(rank=self.number, at_seconds=time.time(), text=text)
@@ -199,7 +207,10 @@ class _Rank:
 
 
 class _Relay:
-    """Passes stop signals of this process on to the ranks; the second one kills them."""
+    """Passes stop signals of this process on to the ranks; the second one kills them.
+
+    `hear` and `abort` are called from the thread that listens (`launch/signals.py`).
+    """
 
     def __init__(self, ranks: Sequence[_Rank]) -> None:
         self.ranks = ranks
@@ -208,20 +219,22 @@ class _Relay:
         self.is_aborted = False
 
     def hear(self, number: int) -> None:
-        """Handle one signal (called from a signal handler: it must not log)."""
-        if self.heard is None:
-            self.heard, self.heard_seconds = signal.Signals(number), time.monotonic()
-            self.pass_on()
-        else:
-            self.is_aborted = True
-            for rank in self.ranks:
-                rank.kill()
+        """Take the first request."""
+        self.heard_seconds, self.heard = time.monotonic(), signal.Signals(number)
+        self.pass_on()
+
+    def abort(self) -> None:
+        """Take the second one."""
+        self.is_aborted = True
+        for rank in self.ranks:
+            rank.kill()
 
     def pass_on(self) -> None:
-        """Tell the ranks that run; telling them twice is harmless."""
-        for rank in self.ranks:
-            if self.heard is not None and rank.process.exitcode is None and rank.process.pid is not None:
-                os.kill(rank.process.pid, self.heard)
+        """Tell the ranks that there are; telling them twice is harmless."""
+        for rank in list(self.ranks):
+            if self.heard is not None and rank.process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.process.pid, self.heard)
 
 
 def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float) -> None:
@@ -237,7 +250,7 @@ def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float) -> None:
         now = time.monotonic()
         if relay.heard is not None:
             deadline = min(deadline, relay.heard_seconds + grace_seconds)
-        if any(isinstance(rank.outcome, Failure) for rank in ranks):
+        if any(isinstance(rank.outcome, Failure | Halted) for rank in ranks):
             deadline = min(deadline, now + SETTLE_SECONDS)
         if now > deadline or relay.is_aborted:
             return

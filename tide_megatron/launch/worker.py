@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -37,8 +36,9 @@ import torch.distributed as dist
 from tide_megatron.base.device import Device, Ranks, Wanted, choose_device, read_ranks
 from tide_megatron.base.errors import ConfigError, TideError, causes
 from tide_megatron.base.log import start_log
-from tide_megatron.base.stop import StopFlag
-from tide_megatron.launch.signals import release_signals, watch_signals
+from tide_megatron.base.stop import StopFlag, is_stop
+from tide_megatron.launch.rendezvous import meet
+from tide_megatron.launch.signals import STOPPED_CODE, leave, release_signals, watch_signals
 from tide_megatron.parallel.collectives import gather_objects, own_share
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,13 @@ class Done:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Halted:
+    """A rank's end by a request, before it had anything to save."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Failure:
     """How a rank failed: `error` for a fault of the user's, else `text` with the traceback."""
 
@@ -86,7 +93,7 @@ class Failure:
 
 
 def work(rank: int, job: Job, environment: Mapping[str, str], report: Connection) -> None:
-    """Run one started rank to its end and send a `Done` or a `Failure`. Called once, in a fresh process.
+    """Run one started rank to its end and send how it ended. Called once, in a fresh process.
 
     Args:
         rank: this one's number.
@@ -99,18 +106,18 @@ def work(rank: int, job: Job, environment: Mapping[str, str], report: Connection
     threading.Thread(target=_end_with_parent, name="watch-parent", daemon=True).start()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     start_log(rank)
-    with watch_signals() as stop:
-        release_signals()
+    with watch_signals(is_supervised=True) as stop:
+        # No teardown at an early end: it could wait for ranks that are stuck, which should notice the loss.
         try:
+            release_signals()
             value = run_here(job, read_ranks(), stop)
             report.send(Done(value=value if rank == 0 else None))
         except BaseException as error:
+            if is_stop(error):
+                report.send(Halted(reason=str(stop.reason)))
+                leave(STOPPED_CODE)
             report.send(_failure(rank, error))
-            # No teardown: it could wait for ranks that are stuck, and these should notice the loss at once.
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+            leave(1)
 
 
 def _end_with_parent() -> None:
@@ -143,13 +150,19 @@ def run_here(job: Job, ranks: Ranks | None, stop: StopFlag) -> Any:
         stop: handed to the function.
 
     Raises:
-        ConfigError: before the function is called, for a device that cannot be had.
+        ConfigError: before the function is called, for a device that cannot be had, or a place where ranks
+            cannot meet.
+        RanksFailed: not all ranks came.
+        Stopped: a stop signal, before there was anything to save.
     """
     device = choose_device(job.wanted)
     _refuse_seen_gpus(device)
-    start_distributed(device, ranks, timeout_seconds=job.timeout_seconds)
     try:
-        value = job.function(*job.args, device=agree_on_gpus(device), stop=stop)
+        with stop.ending():
+            store = None if ranks is None else meet(ranks, job.timeout_seconds)
+            start_distributed(device, ranks, timeout_seconds=job.timeout_seconds, store=store)
+            device = agree_on_gpus(device)
+        value = job.function(*job.args, device=device, stop=stop)
     except BaseException:
         if ranks is None:
             stop_distributed()

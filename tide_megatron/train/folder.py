@@ -5,6 +5,7 @@ metrics.jsonl   what was measured, one record a line
 checkpoints/    step-* and `latest`
 model/          the student in Hugging Face form, written at the end
 result.json     held-out scores and costs, written at the end
+stopped.json    instead of it: why and where the run was stopped; gone when it goes on
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from tide_megatron.base.files import write_text
 from tide_megatron.train.resolve import Tree, difference, digest, mathematics
 
 RECIPE, CHECKPOINTS, MODEL, RESULT = "recipe.yaml", "checkpoints", "model", "result.json"
-_OURS = (CHECKPOINTS, MODEL, RESULT, "metrics.jsonl", "tensorboard", "wandb", RECIPE)
+STOPPED = "stopped.json"
+_OURS = (CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", RECIPE)
 _OTHER = "choose another folder="
 
 
@@ -72,6 +76,7 @@ def claim_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
         if not resume:
             for name in _OURS:  # the recipe last: it marks the rest as ours
                 _remove(folder / name)
+        _remove(folder / STOPPED)
         write_text(folder / RECIPE, yaml.safe_dump(tree, sort_keys=False))
     except OSError as fault:
         raise ConfigError(f"folder: {folder} cannot be used: {fault}; {_OTHER}") from None
@@ -80,6 +85,16 @@ def claim_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write result.json in one rename (only rank 0 calls it)."""
     write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def write_stopped(folder: Path, clock: Mapping[str, int], reason: str) -> None:
+    """Write stopped.json in one rename, once the run is saved (only rank 0 calls it).
+
+    torchrun takes every exit code but 0 for a failure, so under it this file alone tells a run that was
+    stopped from one that has finished.
+    """
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    write_text(folder / STOPPED, json.dumps({"reason": reason, "at": now, "clock": clock}, indent=1) + "\n")
 
 
 def _check_recipe(written: Path, tree: Tree) -> None:

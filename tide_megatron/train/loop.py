@@ -19,14 +19,14 @@ import torch.distributed as dist
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import TideError
-from tide_megatron.base.stop import StopFlag
+from tide_megatron.base.stop import StopFlag, Stopped
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.models.weights import save_model
 from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
 from tide_megatron.train.cost import Devices
-from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result
+from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result, write_stopped
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
@@ -49,45 +49,91 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         tree: its resolved values.
         resume: go on from the run folder's latest checkpoint; False discards it.
         device: where to compute.
-        stop: when it is raised, the run saves after the step it is in and returns.
+        stop: when it is raised, the run saves after the step it is in and returns; before the first step
+            it ends where it is.
 
     Returns:
-        Held-out scores and costs (also in result.json); the same on every rank.
+        Held-out scores and costs (also in result.json); the same on every rank. `finished` is false for a run
+        that was stopped: stopped.json is in the run folder.
+
+    Raises:
+        Stopped: before the first step; the run folder is as it was.
     """
     folder = Path(recipe.folder)
-    with fail_together():
-        if is_first():
-            check_folder(folder, tree, resume=resume)
-    log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
-    setup = set_up(recipe, device)
-    check_student(recipe, setup)
-    sanity = check_teachers(recipe, setup)
-    with fail_together():  # only now: a start that fails leaves nothing behind and discards nothing
-        if is_first():
-            claim_folder(folder, tree, resume=resume)
-    clock = start_or_resume(recipe, tree, setup)
-    saver = make_saver(recipe, tree, setup)
-    options = recipe.metrics
+    with stop.ending():  # nothing is written yet, and nothing of an earlier run discarded
+        with fail_together():
+            if is_first():
+                check_folder(folder, tree, resume=resume)
+        log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
+        setup = set_up(recipe, device)
+        check_student(recipe, setup)
+        sanity = check_teachers(recipe, setup)
+        clock = start_or_resume(recipe, tree, setup, resume=resume)
+        saver = make_saver(recipe, tree, setup)
+    with stop.finishing("the run ends after its step under way, and saves it"):
+        _begin_together(stop)
+        with fail_together():
+            if is_first():
+                claim_folder(folder, tree, resume=resume)
+        with _open_metrics(recipe, tree, setup, clock, device) as metrics:
+            result = _step_and_score(recipe, setup, saver, clock, metrics, stop) | {"teachers": sanity}
+        if result["finished"]:
+            _write_student(recipe, setup, result)
+        elif is_first():
+            write_stopped(folder, result["clock"], stop.reason or "another rank")
+    return result
+
+
+def _begin_together(stop: StopFlag) -> None:
+    """Begin on all ranks or on none: from here on a request is answered between steps. All ranks call it.
+
+    Raises:
+        Stopped: on every rank that still can, when any of them was asked to stop until now.
+    """
+    try:
+        is_begun = all_agree(not stop.requested)
+    except RuntimeError:
+        if not stop.requested:
+            raise
+        is_begun = False  # a rank that was asked too ended before it came here
+    if not is_begun:
+        raise Stopped(f"stopped by {stop.reason or 'another rank'}")
+
+
+def _open_metrics(recipe: Recipe, tree: Tree, setup: Setup, clock: Clock, device: Device) -> Metrics:
+    """Open what the run reports to. All ranks call it."""
     dtype = setup.run.student.model.config.params_dtype
-    devices = Devices.of(device, dtype, dist.get_world_size(), told_tflops=options.peak_tflops)
+    told = recipe.metrics.peak_tflops
+    return Metrics(
+        recipe.metrics,
+        Path(recipe.folder),
+        clock,
+        phases=setup.run.phases,
+        devices=Devices.of(device, dtype, dist.get_world_size(), told_tflops=told),
+        recipe=tree if is_first() else None,
+    )
+
+
+def _step_and_score(
+    recipe: Recipe, setup: Setup, saver: Saver, clock: Clock, metrics: Metrics, stop: StopFlag
+) -> dict[str, Any]:
+    """Train and, unless the run was stopped, score the student; return what result.json tells of it."""
     started, cpu = time.monotonic(), time.process_time()
-    with Metrics(
-        options, folder, clock, phases=setup.run.phases, devices=devices, recipe=tree if is_first() else None
-    ) as metrics:
-        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop)
-        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
-        result = {
-            "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
-            "seconds": seconds,
-            "cpu_seconds": float(sum_over(torch.tensor(cpu_seconds, dtype=torch.float64))),
-            "teachers": sanity,
-            "finished": not stopped,
-        }
-        if stopped:
-            return result
-        scores = _evaluate(recipe, setup, clock, metrics)
-    if scores is not None:
-        result |= scores.summary()
+    clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop)
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
+    result = {
+        "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
+        "seconds": seconds,
+        "cpu_seconds": float(sum_over(torch.tensor(cpu_seconds, dtype=torch.float64))),
+        "finished": not stopped,
+    }
+    scores = None if stopped else _evaluate(recipe, setup, clock, metrics)
+    return result if scores is None else result | scores.summary()
+
+
+def _write_student(recipe: Recipe, setup: Setup, result: dict[str, Any]) -> None:
+    """Write the trained student and result.json into the run folder. All ranks call it."""
+    folder = Path(recipe.folder)
     save_model(setup.run.student.model, folder / MODEL)
     barrier()
     if is_first():
@@ -95,7 +141,6 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         write_context(folder / MODEL, recipe.student.context)
         write_result(folder, result)
         log.info("the student is in %s", folder / MODEL)
-    return result
 
 
 def _loop(

@@ -40,13 +40,19 @@ def make_saver(recipe: Recipe, tree: Tree, setup: Setup) -> Saver:
     )
 
 
-def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup) -> Clock:
+def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup, *, resume: bool = True) -> Clock:
     """Return the newest whole checkpoint's clock, with the student loaded, or a fresh one. Collective.
+
+    Args:
+        recipe: the run.
+        tree: its resolved values.
+        setup: its parts.
+        resume: False: what is in the run folder is not looked at.
 
     Raises:
         CheckpointError: on every rank, when there are checkpoints and none is whole, or it is another run's.
     """
-    found = find_checkpoint(Path(recipe.folder) / CHECKPOINTS)
+    found = find_checkpoint(Path(recipe.folder) / CHECKPOINTS) if resume else None
     with fail_together():
         clock = checked_clock(found, identity_of(tree, setup)) if found else Clock(total_steps=recipe.steps)
     if found:

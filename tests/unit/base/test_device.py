@@ -12,6 +12,7 @@ from tide_megatron.base.device import (
     check_gpus,
     choose_device,
     choose_kind,
+    first_host,
     read_ranks,
     tasks_by_node,
 )
@@ -27,9 +28,7 @@ VARIABLES = (
         "LOCAL_WORLD_SIZE",
         "OMP_NUM_THREADS",
     ),
-    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_NODEID"),
-    *("SLURM_NNODES", "SLURM_STEP_NUM_NODES", "SLURM_CPUS_PER_TASK"),
-    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "NCCL_HOSTID"),
+    "NCCL_HOSTID",
 )
 
 
@@ -38,7 +37,7 @@ def machine(monkeypatch):
     """Give a function that sets exactly these variables."""
 
     def shows(**variables):
-        for name in VARIABLES:
+        for name in (*VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -90,10 +89,23 @@ def test_srun_is_read(machine):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE=None is not a number"),
-        ({"RANK": "0", "LOCAL_RANK": "x", "WORLD_SIZE": "2"}, "LOCAL_RANK='x' is not a number"),
+        (
+            {"WORLD_SIZE": "4"},
+            r"^WORLD_SIZE=4 is set, but RANK and LOCAL_RANK are not; `unset WORLD_SIZE` ",
+        ),
+        ({"RANK": "0"}, r"^RANK=0 is set, but LOCAL_RANK and WORLD_SIZE are not; `unset RANK` where"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE is not; `unset RANK LOCAL_RANK`"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "pod-0"}, "else set LOCAL_RANK too"),
+        ({"RANK": "0", "LOCAL_RANK": "x", "WORLD_SIZE": "2"}, "LOCAL_RANK='x' is not a whole number; set it"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE='' is not a whole number"),
         ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=2 is outside a world of WORLD_SIZE=2"),
         ({"RANK": "-1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK=-1 is outside"),
+        (torchrun(0, 2) | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number"),
+        (torchrun(0, 2) | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port"),
+        (
+            {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"},
+            "not SLURM_LOCALID; start",
+        ),
     ],
 )
 def test_broken_variables_are_named(machine, variables, message):
@@ -107,7 +119,8 @@ def test_auto_takes_what_there_is(machine, monkeypatch):
     assert choose_device().type == "cpu"
     assert choose_device().backend == "gloo"
     with_gpus(monkeypatch, 2)
-    machine(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", OMP_NUM_THREADS="3")
+    place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0"}
+    machine(**place, OMP_NUM_THREADS="3")
     h100 = {"name": "NVIDIA H100", "capability": (9, 0)}
     assert choose_device() == Device(type="cuda", index=1, backend="nccl", threads=3, **h100)
     assert choose_device("cpu") == Device(type="cpu", index=0, backend="gloo", threads=3)
@@ -121,7 +134,7 @@ def test_devices_that_are_not_there_are_refused(machine, monkeypatch):
     with pytest.raises(ConfigError, match="'gpu' is unknown; did you mean 'cpu'"):
         choose_device("gpu")
     with_gpus(monkeypatch, 2)
-    machine(RANK="2", LOCAL_RANK="2", WORLD_SIZE="4")
+    machine(RANK="2", LOCAL_RANK="2", WORLD_SIZE="4", MASTER_ADDR="node0")
     with pytest.raises(ConfigError, match="local rank 2 has no GPU: this machine shows 2"):
         choose_device("auto")
 
@@ -129,23 +142,36 @@ def test_devices_that_are_not_there_are_refused(machine, monkeypatch):
 def test_threads_are_shared_among_the_processes_of_a_machine(machine, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert choose_device("cpu").threads == 8
-    machine(RANK="0", LOCAL_RANK="0", WORLD_SIZE="4")
+    machine(RANK="0", LOCAL_RANK="0", WORLD_SIZE="4", MASTER_ADDR="node0")
     assert choose_device("cpu").threads == 2
     machine(RANK="0", LOCAL_RANK="0", WORLD_SIZE="64", LOCAL_WORLD_SIZE="2", MASTER_ADDR="node0")
     assert choose_device("cpu").threads == 4
-    machine(RANK="0", LOCAL_RANK="0", WORLD_SIZE="64")
+    machine(RANK="0", LOCAL_RANK="0", WORLD_SIZE="64", MASTER_ADDR="node0")
     assert choose_device("cpu").threads == 1
-    machine(OMP_NUM_THREADS="0")
-    assert choose_device("cpu").threads == 1
+    machine()
+
+
+@pytest.mark.parametrize(
+    ("setting", "threads"),
+    [("0", 1), ("3", 3), ("4,1", 4), (" 2 , 2, 1", 2), ("", 8), ("four", None), (",1", None), ("1.5", None)],
+)
+def test_threads_are_openmps_where_it_says_so(machine, monkeypatch, setting, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    machine(OMP_NUM_THREADS=setting)
+    if threads is None:
+        with pytest.raises(ConfigError, match=r"^environment variable OMP_NUM_THREADS=.* `unset OMP_NUM_T"):
+            choose_device("cpu")
+    else:
+        assert choose_device("cpu").threads == threads
 
 
 def test_threads_of_slurms_tasks_are_those_of_one_machine(machine, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
     machine(**task(7, 64, TASKS_PER_NODE="8(x8)"))
     assert choose_device("cpu").threads == 3
-    machine(**task(7, 11, TASKS_PER_NODE="4(x2),3", NODEID=2))
+    machine(**task(7, 11, TASKS_PER_NODE="4(x2),3", NODEID=2), MASTER_ADDR="node1")
     assert choose_device("cpu").threads == 8
-    machine(**task(7, 11, TASKS_PER_NODE="8,3", STEP_TASKS_PER_NODE="4(x2),3", NODEID=1))
+    machine(**task(7, 11, TASKS_PER_NODE="8,3", STEP_TASKS_PER_NODE="4(x2),3", NODEID=1), MASTER_ADDR="node1")
     assert choose_device("cpu").threads == 6
     machine(**task(7, 64, NTASKS_PER_NODE=8))
     assert choose_device("cpu").threads == 3
@@ -171,7 +197,8 @@ def test_a_task_of_srun_takes_the_one_gpu_that_it_sees(machine, monkeypatch, ran
     with_gpus(monkeypatch, 1)
     machine(**task(rank, TASKS_PER_NODE=4))
     assert choose_device("auto").index == 0
-    machine(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="4", **task(rank))  # a wrapper's variables
+    wrapped = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "4", "MASTER_ADDR": "node0"}
+    machine(**wrapped, **task(rank))  # a wrapper's variables
     assert choose_device("auto").index == 0
 
 
@@ -196,7 +223,8 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank_alike(machine, monkeypat
 def test_ranks_may_share_a_gpu_on_purpose(machine, monkeypatch):
     with_gpus(monkeypatch, 1)
     for rank in range(4):
-        machine(RANK=f"{rank}", LOCAL_RANK="0", WORLD_SIZE="4", NCCL_HOSTID=f"r{rank}")
+        own = {"NCCL_HOSTID": f"r{rank}", "MASTER_ADDR": "127.0.0.1"}
+        machine(RANK=f"{rank}", LOCAL_RANK="0", WORLD_SIZE="4", **own)
         assert choose_device("cuda").index == 0
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
         assert choose_device("cuda").index == 0
@@ -205,12 +233,21 @@ def test_ranks_may_share_a_gpu_on_purpose(machine, monkeypatch):
 @pytest.mark.parametrize("address", [None, ""])
 @pytest.mark.parametrize(
     "variables",
-    [task(0, 16, NNODES=2), task(0, 16, NNODES=1, STEP_NUM_NODES=2), torchrun(0, 8, 16)],
-    ids=["nodes of the job", "nodes of the step", "torchrun"],
+    [
+        task(0, 16, NNODES=2),
+        task(0, 16, NNODES=1, STEP_NUM_NODES=2),
+        task(8, 16, LOCALID=0),
+        task(0, 16, STEP_TASKS_PER_NODE="8(x2)"),
+        task(0, 16, NNODES=2, STEP_NODELIST="a[1-2]", DISTRIBUTION="arbitrary"),
+        task(0, 16, NNODES=4, STEP_NUM_NODES=2, JOB_NODELIST="a[1-4]"),
+        torchrun(0, 8, 16),
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "16"},
+    ],
+    ids=["job", "step", "places", "tasks", "arbitrary", "other nodes", "torchrun", "by hand"],
 )
 def test_ranks_of_several_machines_must_be_told_where_rank_0_is(machine, monkeypatch, variables, address):
     machine(**variables, **({} if address is None else {"MASTER_ADDR": address}))
-    with pytest.raises(ConfigError, match=r"^MASTER_ADDR is not set, but the 16 ranks .*scontrol show hostn"):
+    with pytest.raises(ConfigError, match=r"^MASTER_ADDR is not set, .* the 16 ranks .*scontrol show hostn"):
         read_ranks()
     monkeypatch.setenv("MASTER_ADDR", "node7")
     assert read_ranks().address == "node7"
@@ -218,11 +255,73 @@ def test_ranks_of_several_machines_must_be_told_where_rank_0_is(machine, monkeyp
 
 @pytest.mark.parametrize(
     "variables",
-    [task(0, 8, NNODES=1), task(0, 8, NNODES=4, STEP_NUM_NODES=1), task(0, 1, NNODES=2), torchrun(0, 8)],
+    [
+        task(0, 8),
+        task(0, 8, NNODES=1),
+        task(0, 8, NNODES=4, STEP_NUM_NODES=1),
+        torchrun(0, 8),
+        torchrun(0, 1),
+        {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", **task(3, 8, NNODES=1)},
+    ],
 )
 def test_ranks_of_one_machine_find_each_other(machine, variables):
     machine(**variables)
     assert read_ranks().address == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "address"),
+    [
+        (task(0, 16, NNODES=2, JOB_NODELIST="node[001-002]"), "node001"),
+        (task(9, 16, LOCALID=1, NNODES=2, JOB_NODELIST="a-7,a-8"), "a-7"),
+        (task(0, 8, NNODES=4, STEP_NUM_NODES=2, STEP_NODELIST="n[3,7]", JOB_NODELIST="n[1-9]"), "n3"),
+        (task(0, 8, NNODES=2, NODELIST="gpu-[07-09,12].site,login"), "gpu-07.site"),
+    ],
+)
+def test_the_first_node_of_the_step_has_rank_0(machine, variables, address):
+    machine(**variables)
+    assert read_ranks().address == address
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("node1", "node1"),
+        ("node[1-4]", "node1"),
+        ("rack[2-3]n[07,09-11],other", "rack2n07"),
+        ("a.b-c[010]", "a.b-c010"),
+        (" x,y", "x"),
+        ("", None),
+        ("n[1-2", None),
+        ("n 1", None),
+    ],
+)
+def test_the_first_host_of_slurms_short_form(text, host):
+    assert first_host(text) == host
+
+
+PTY = {"PTY_PORT": 40001, "PTY_WIN_COL": 80}
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_rank"),
+    [
+        (task(0, 4), True),
+        (task(0, 1), False),
+        (task(0, 1, **PTY), False),
+        (task(0, 8, STEP_NUM_TASKS=1), False),
+        (task(0, 4, **PTY), False),
+        (task(0, 4, **PTY, TASK_PID=1), False),
+        (task(0, 4, **PTY, TASK_PID=os.getpid()), True),
+        (task(2, 4, **PTY, TASK_PID=1), True),
+        (task(0, 4, STEP_ID=4294967290), False),
+        (task(0, 4, STEP_ID=4294967291), False),
+        (task(0, 4, STEP_ID=""), False),
+    ],
+)
+def test_a_shell_of_srun_is_no_rank(machine, variables, is_rank):
+    machine(**variables)
+    assert (read_ranks() is not None) == is_rank
 
 
 def test_a_process_that_starts_ranks_asks_nothing_of_a_gpu(machine, monkeypatch):

@@ -158,6 +158,7 @@ def test_train_passes_the_recipes_timeout_on(monkeypatch, tmp_path):
 
     def run_ranks(function, args, num_ranks, device, *, timeout_seconds):
         calls.append((function.__name__, args[2], num_ranks, device, timeout_seconds))
+        return {"finished": True}
 
     monkeypatch.setattr(launch_ranks, "run_ranks", run_ranks)
     context = {"kind": "block_diffusion", "block_size": 8}

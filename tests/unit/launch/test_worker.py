@@ -30,7 +30,12 @@ def test_ranks_agree_on_their_gpus_before_the_function_is_called(monkeypatch):
 
     stop = StopFlag()
     assert run_here(Job(function=function, args=(5,), timeout_seconds=7.0), None, stop) == "value"
-    assert done == [((chosen, None), {"timeout_seconds": 7.0}), chosen, (5, weakest, stop), "stop"]
+    assert done == [
+        ((chosen, None), {"timeout_seconds": 7.0, "store": None}),
+        chosen,
+        (5, weakest, stop),
+        "stop",
+    ]
 
 
 def chained(outer, inner):
