@@ -52,7 +52,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**environment, **variables},
+            env={**environment, "COLUMNS": "200", **variables},
         )
         assert self.process.stdout.readline() == "ready\n"
         time.sleep(0.2)  # until it waits
