@@ -48,9 +48,7 @@ from kill_test import descendants, last_step
 from tests.tiny_run import write_tiny_run
 from tide_megatron import commands
 from tide_megatron.checkpoint.retention import Mark, listed
-from tide_megatron.launch import ranks as _ranks
 from tide_megatron.launch import supervisor
-from tide_megatron.train import loop as _loop
 
 LAUNCHERS, RANKS = ("tide", "torchrun", "srun"), 2
 PAUSE_SECONDS, FOR_GOOD_SECONDS = 3.0, 120.0
@@ -142,16 +140,14 @@ def plant(moment: Moment, folder: Path) -> None:
         return real(*args, **options)
 
     setattr(owner, name, call)
-    if moment.where.endswith(":load_recipe"):
-        importlib.import_module("tide_megatron.api")
 
 
-def command(recipe: Path, run: Path) -> None:
+def command(recipe: Path, run: Path, num_ranks: int = RANKS) -> None:
     """Be `tide train`."""
     words = [f"folder={run}", f"steps={STEPS}", "evaluation.every=2", "checkpoints.every=2"]
     sys.argv = ["tide", "train", str(recipe), *words]
     if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
-        sys.argv += ["--ranks", str(RANKS)]
+        sys.argv += ["--ranks", str(num_ranks)]
     commands.main()
 
 
@@ -184,7 +180,7 @@ def under_srun(recipe: Path, run: Path, port: int, rank: int = 0) -> None:
     command(recipe, run)
 
 
-def fork(work: Callable[[], None], log: Path) -> int:
+def fork(work: Callable[[], object], log: Path) -> int:
     """Run a function in a forked process that leads a session; return its number."""
     pid = os.fork()
     if pid:
@@ -288,7 +284,7 @@ def _signal_and_look(
             return
     row.ended = time.monotonic() - began
     row.code = max(codes.values(), key=abs)
-    if row.signals == 2 and row.ended > 5:  # noqa: PLR2004
+    if row.signals == 2 and row.ended > 5:
         row.faults.append("the end was late")
 
 
@@ -333,20 +329,13 @@ def make_saved(place: Path, recipe: Path) -> Path:
 
     def work() -> None:
         plant(MOMENTS["third step"], folder)
-        under_srun_alone(recipe, folder / "run")
+        command(recipe, folder / "run", 1)
 
     pid = fork(work, folder / "log")
     assert _within(START_SECONDS, (folder / "at-0").exists), (folder / "log").read_text()
     os.kill(pid, signal.SIGINT)
     os.waitpid(pid, 0)
     return folder / "run"
-
-
-def under_srun_alone(recipe: Path, run: Path) -> None:
-    """Be `tide train` on one rank, here."""
-    words = [f"folder={run}", f"steps={STEPS}", "evaluation.every=2", "checkpoints.every=2"]
-    sys.argv = ["tide", "train", str(recipe), *words]
-    commands.main()
 
 
 def printed(rows: list[Row]) -> str:
@@ -371,13 +360,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the rows there, one JSON object a line")
     options = parser.parse_args()
     assert prepare_platform().redirected_to_cpu, "it is made for a CPU"
-    assert _ranks and _loop, "imported before anything is forked"
+    for name in ("tide_megatron.api", "tide_megatron.launch.ranks", "tide_megatron.train.loop"):
+        importlib.import_module(name)  # before anything is forked
     torch.set_num_threads(1)
     os.environ.update(OMP_NUM_THREADS="1", COLUMNS="200", PYTHONWARNINGS="ignore")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        pid = fork(lambda: write_tiny_run(place / "tiny") and None, place / "log")  # torch's threads stay there
+        pid = fork(
+            lambda: write_tiny_run(place / "tiny") and None, place / "log"
+        )  # torch's threads stay there
         os.waitpid(pid, 0)
         recipe = place / "tiny/run.yaml"
         saved = make_saved(place, recipe)

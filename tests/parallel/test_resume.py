@@ -7,12 +7,13 @@ from tide_megatron.platform.distributed import seed_all
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.tiny_run import PAIR_ON_FOUR, write_cross_run, write_pair_run, write_tiny_run
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.base.stop import StopFlag
+from tide_megatron.base.stop import StopFlag, Stopped
 from tide_megatron.checkpoint.metadata import read_metadata
 from tide_megatron.checkpoint.retention import listed
 from tide_megatron.train.loop import train
@@ -72,13 +73,45 @@ def test_a_resumed_run_is_the_uninterrupted_one(pool, tmp_path, ranks, words, wr
     first = pool(ranks).run(run, tiny, parted, ranks, 3, 1, words)[0]
     assert not first["finished"]
     assert first["clock"]["step"] == 4
+    assert (parted / "stopped.json").exists()
     second = pool(ranks).run(run, tiny, parted, ranks, 1000, 999, words)[0]
     assert second["finished"]
+    assert not (parted / "stopped.json").exists()
     assert losses(parted) == losses(whole)
     assert len(losses(whole)) == STEPS
     wanted, got = load_file(whole / "model/model.safetensors"), load_file(parted / "model/model.safetensors")
     assert wanted.keys() == got.keys()
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def run_stopped(recipe_file, folder, asked, words=(), resume=True):
+    """Train on this rank, which was asked to stop while it started, or was not; return what came of it."""
+    words = [f"folder={folder}", f"steps={STEPS}", "batch.samples=8", "metrics.tensorboard=false", *words]
+    recipe, tree = load_recipe(recipe_file, words)
+    stop = StopFlag()
+    if dist.get_rank() in asked:
+        stop.request("SIGTERM")
+    try:
+        train(recipe, tree, resume, device=choose_device("cpu"), stop=stop)
+    except Stopped as end:
+        return str(end)
+    return None
+
+
+@pytest.mark.parametrize("asked", [(0, 1), (0,), (1,)])
+def test_a_stop_before_the_first_step_leaves_everything_as_it_was(pool, tmp_path, asked):
+    tiny = write_tiny_run(tmp_path / "tiny")
+    said = ["stopped by SIGTERM" if rank in asked else "stopped by another rank" for rank in (0, 1)]
+    assert pool(2).run(run_stopped, tiny, tmp_path / "runs/new", asked) == said
+    assert not (tmp_path / "runs").exists()
+    pool(2).run(run, tiny, tmp_path / "old", 2, 0, 1)
+    stopped = json.loads((tmp_path / "old/stopped.json").read_text())
+    assert (stopped["reason"], stopped["clock"]["step"]) == ("the test", 1)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "old").rglob("*")}
+    assert len(before) > 3
+    for words, resume in ([(), True], [("seed=77",), False]):
+        assert pool(2).run(run_stopped, tiny, tmp_path / "old", asked, words, resume) == said
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "old").rglob("*")} == before
 
 
 @pytest.fixture(scope="module")

@@ -91,9 +91,9 @@ def _begin_together(stop: StopFlag) -> None:
         Stopped: on every rank that still can, when any of them was asked to stop until now.
     """
     try:
-        is_begun = all_agree(not stop.requested)
+        is_begun = all_agree(stop.reason is None)
     except RuntimeError:
-        if not stop.requested:
+        if stop.reason is None:
             raise
         is_begun = False  # a rank that was asked too ended before it came here
     if not is_begun:

@@ -1,6 +1,7 @@
 """The command line: a frozen surface, instant help, errors in one message, words passed on."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -153,12 +154,41 @@ def test_doctor_shows_findings_and_fails_on_faults(monkeypatch, verdict, code):
     assert verdict in result.output
 
 
+STOPPED = """
+import os, signal, sys, time
+from tide_megatron import commands
+def verb():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+commands.app.command("stand")(verb)
+sys.argv = ["tide", "stand"]
+commands.main()
+"""
+
+
+@pytest.mark.parametrize(("variables", "code"), [({}, 75), ({"TORCHELASTIC_RUN_ID": "none"}, 0)])
+def test_a_verb_that_is_asked_to_stop_says_so_and_has_an_exit_code_of_its_own(variables, code):
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    environment |= {"COLUMNS": "200", **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+    assert done.returncode == code
+    assert "SIGTERM heard: ending here, nothing has to be saved; a second one ends at once" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_train_passes_the_recipes_timeout_on(monkeypatch, tmp_path):
-    calls = []
+    calls, is_finished = [], [True, False, False]
 
     def run_ranks(function, args, num_ranks, device, *, timeout_seconds):
         calls.append((function.__name__, args[2], num_ranks, device, timeout_seconds))
-        return {"finished": True}
+        return {"finished": is_finished.pop(0)}
 
     monkeypatch.setattr(launch_ranks, "run_ranks", run_ranks)
     context = {"kind": "block_diffusion", "block_size": 8}
@@ -171,10 +201,12 @@ def test_train_passes_the_recipes_timeout_on(monkeypatch, tmp_path):
     }
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
     words = ["train", str(tmp_path / "run.yaml"), "--ranks", "2", "--device", "cpu"]
-    for more in ([], ["timeout_seconds=90"]):
+    for more, code in ([], 0), (["timeout_seconds=90"], 75):
         result = CliRunner().invoke(app, [*words, *more])
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == code, result.output
     assert calls == [("train", True, 2, "cpu", seconds) for seconds in (600.0, 90.0)]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert CliRunner().invoke(app, words).exit_code == 0, "torchrun fails on any other code"
 
 
 def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):

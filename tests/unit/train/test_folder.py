@@ -2,13 +2,14 @@
 
 import json
 import os
+import time
 
 import pytest
 import yaml
 
 from tests.tiny_run import recipe_tree
 from tide_megatron.base.errors import CheckpointError, ConfigError
-from tide_megatron.train.folder import check_folder, claim_folder, write_result
+from tide_megatron.train.folder import check_folder, claim_folder, write_result, write_stopped
 from tide_megatron.train.resolve import build_recipe
 
 
@@ -43,6 +44,16 @@ def test_the_same_recipe_goes_on_and_may_choose_machines_anew(tmp_path, tree):
     take(tmp_path / "run", again)
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-1"
     assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text()) == again
+
+
+def test_a_run_that_goes_on_is_not_stopped_any_more(tmp_path, tree):
+    take(tmp_path / "run", tree)
+    write_stopped(tmp_path / "run", {"step": 3, "consumed": 24, "skipped": 0}, "SIGTERM")
+    told = json.loads((tmp_path / "run/stopped.json").read_text())
+    assert (told["reason"], told["clock"]["step"]) == ("SIGTERM", 3)
+    assert time.strptime(told["at"], "%Y-%m-%dT%H:%M:%S%z")
+    take(tmp_path / "run", tree)
+    assert not (tmp_path / "run/stopped.json").exists()
 
 
 def test_the_run_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_path, tree):
@@ -81,11 +92,11 @@ def test_fresh_discards_what_runs_leave_and_nothing_else(tmp_path, tree):
     ):
         (tmp_path / "run" / name).parent.mkdir(parents=True)
         (tmp_path / "run" / name).write_text("x")
-    for name in ("metrics.jsonl", "result.json", "notes.txt"):
+    for name in ("metrics.jsonl", "result.json", "stopped.json", "notes.txt"):
         (tmp_path / "run" / name).write_text("x")
     other = {**tree, "seed": 5}
     check_folder(tmp_path / "run", other, resume=False)
-    assert len(everything(tmp_path / "run")) == 9, "looking discards nothing"
+    assert len(everything(tmp_path / "run")) == 10, "looking discards nothing"
     claim_folder(tmp_path / "run", other, resume=False)
     assert sorted(map(str, everything(tmp_path / "run"))) == ["mine/notes", "notes.txt", "recipe.yaml"]
 
