@@ -8,6 +8,7 @@ and the gradients are garbage.
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from tide_megatron.head.loss import HeadLoss, HeadOptions
 from tide_megatron.head.tiles import CPU_TILE, TILES_ALIVE, score_rows
 from tide_megatron.losses import LOSSES
 from tide_megatron.losses.base import ColumnLoss
-from tide_megatron.losses.rows import rows_of
+from tide_megatron.losses.rows import Rows, rows_of
 from tide_megatron.parallel.exchange import COMM_STATS, gather_parts, padded
 from tide_megatron.parallel.vocab_group import VocabGroup
 
@@ -278,3 +279,83 @@ def test_one_step_of_gradient_descent_gives_the_same_weights(pool, form):
     for difference, moved in pool(4).run(sgd, "tied", 1.0, form):
         assert moved > 0.01
         assert difference < 1e-6
+
+
+LOGS = {
+    "student": [-1e-12, -3e-7, -1e-5, -1e-3, -0.3, -2.0, -11.0, -80.0],
+    "teacher": [-2e-6, -4e-4, -0.9, -30.0],
+}
+"""Log-probabilities of gold ids; each of the student's meets each of the teacher's."""
+IDS = 40
+
+
+def logits_of(log_p, gold, seed):
+    """Draw logits that give gold ids some log-probabilities, [rows, ids] fp32, at levels that differ."""
+    others = torch.randn(len(gold), IDS, generator=torch.Generator().manual_seed(seed)) * 3
+    place = gold[:, None]
+    others = others - others.scatter(1, place, -torch.inf).logsumexp(-1, keepdim=True)
+    own = -torch.log(torch.expm1(-torch.tensor(log_p, dtype=torch.float64))).float()
+    return others.scatter(1, place, own[:, None]) + 20.0 * (torch.arange(len(gold)) % 3 - 1)[:, None]
+
+
+def exact_log_p(logits, gold):
+    """Return log-probabilities of gold ids in fp64, by the sum over the other ids."""
+    ratio = logits - logits.gather(1, gold[:, None])
+    return -torch.nn.functional.softplus(ratio.scatter(1, gold[:, None], -torch.inf).logsumexp(-1))
+
+
+def exact_values(losses, student, teacher):
+    """Write the losses at temperature 1 out in fp64, from log-likelihoods of one token each."""
+    low, high = math.log(1e-7), math.log1p(-1e-7)
+    (s, t), values = (part.clamp(low, high) for part in (student, teacher)), {"cross_entropy": -student}
+    not_s, not_t = (torch.log(-torch.expm1(part)) for part in (s, t))
+    values["calm"] = -(t.exp() * s - torch.expm1(t) * not_s)
+    values["reverse_calm"] = -(s.exp() * t - torch.expm1(s) * not_t)
+    return {name: values[name] for name in losses}
+
+
+def near_certain(name, form):
+    """Return how far gradients and sums of one loss are from fp64's, relative to each row's, on this rank."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    pairs = list(itertools.product(*LOGS.values()))
+    gold = torch.arange(len(pairs)) * 7 % IDS  # owned by every rank, and the only id of a tile of none
+    both = [logits_of(log_p, gold, seed) for seed, log_p in enumerate(zip(*pairs, strict=True))]
+    group = VocabGroup.of([IDS, IDS], ranks, rank, dist.group.WORLD if ranks > 1 else None)
+    parts = [slice(place * len(pairs) // ranks, (place + 1) * len(pairs) // ranks) for place in range(ranks)]
+    rows = [
+        Rows(gold=gold[part], sample=gold[part] * 0, time=torch.ones(1), maskable=torch.ones(1))
+        for part in parts
+    ]
+    start, stop = group.columns(IDS)
+    losses = {name: LOSSES[name](**({} if name == "cross_entropy" else {"teacher": "t", "temperature": 1.0}))}
+    head = HeadLoss(losses, group, HeadOptions(form=form))
+    own = both[0][parts[rank]].clone().requires_grad_()
+    student = HeadInput(hidden=own, weight=torch.eye(IDS), gradient=torch.zeros(IDS, IDS))
+    teacher = HeadInput(hidden=both[1], weight=torch.eye(IDS)[start:stop], start=start, vocabulary=IDS)
+    gathered = head.gather([rows[rank]], [[row_sizes(part)] for part in rows], {name: 1.0})[0]
+    found = head(student, {"t": teacher}, gathered, CLOCK)
+    found.objective.backward()
+    leaf = both[0].double().requires_grad_()
+    values = exact_values(losses, exact_log_p(leaf, gold), exact_log_p(both[1].double(), gold))[name]
+    coefficients = losses[name].coefficients(rows_joined(rows), CLOCK).double()
+    total = (coefficients * values).sum()
+    total.backward()
+    truth = leaf.grad[parts[rank]]
+    errors = (own.grad.double() - truth).abs() / truth.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    return float(errors.max()), float(added(found.sums[name]) / total.detach() - 1)
+
+
+def rows_joined(rows):
+    """Put rows of one sample each behind each other."""
+    gold = torch.cat([part.gold for part in rows])
+    return Rows(gold=gold, sample=gold * 0, time=torch.ones(1), maskable=torch.ones(1))
+
+
+@pytest.mark.parametrize("form", ["plain", "fused"])
+@pytest.mark.parametrize("name", ["cross_entropy", "calm", "reverse_calm"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_likelihoods_near_0_and_1_keep_their_digits(pool, name, form, ranks):
+    """Down to log p = -1e-12, where an fp32 softmax says 0 from -1e-7 on."""
+    for gradient, value in pool(ranks).run(near_certain, name, form):
+        assert gradient < 1e-5
+        assert abs(value) < 1e-5

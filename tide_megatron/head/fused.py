@@ -29,7 +29,7 @@ from tide_megatron.head.budget import HeadShape, row_bytes
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
-from tide_megatron.head.softmax import LogSumExp, OnlineSoftmax, gold_here, gold_logits, merge
+from tide_megatron.head.softmax import Likelihood, OnlineLikelihood, gold_here, merge
 from tide_megatron.head.tiles import (
     TiledHead,
     Workspace,
@@ -139,20 +139,15 @@ class _Pass:
 
     def _long(self, slab: Slab, most_rows: int) -> None:
         """Work on a unit that is longer than a slab. All ranks of the group do so together."""
-        softmaxes, golds = [], []
+        seen = []
         for name in (None, *self.chunked):
             hidden, gold = self.hidden(slab, name), slab.gold(name)
             parts = [
                 likelihood_statistics(TiledHead(self.head(name), hidden[start:stop], None), gold[start:stop])
                 for start, stop in ((start, start + most_rows) for start in range(0, len(gold), most_rows))
             ]
-            softmaxes.append(OnlineSoftmax.joined([softmax for softmax, _ in parts]))
-            golds.append(torch.cat([picked for _, picked in parts]))
-        found = merge(softmaxes, golds, self.batch.group)
-        logs = [
-            softmax.log_probabilities(gold)
-            for softmax, gold in zip(found.softmaxes, found.golds, strict=True)
-        ]
+            seen.append(OnlineLikelihood.joined(parts))
+        logs = [found.log_probability for found in merge(seen, [], self.batch.group).likelihoods]
         dloss_dlogp = self.likelihood_terms(slab.rows, dict(zip((None, *self.chunked), logs, strict=True)))
         for part in single_rows(slab, most_rows):
             _SlabWork(self, part).run(dloss_dlogp[part.start - slab.start : part.stop - slab.start])
@@ -209,19 +204,14 @@ class _SlabWork:
         if dloss_dlogp is None:
             readers += work.chunked
         heads = self._heads(work.kept.union(readers))
-        softmaxes, golds = self._first_pass(heads, readers)
+        seen = self._first_pass(heads, readers)
         online = [softmax for term in self.terms.values() for softmax in (term.student, term.target)]
-        found = merge([*softmaxes.values(), *online], [*golds.values()], work.batch.group)
-        merged = dict(zip(readers, found.softmaxes, strict=False))
-        for term, place in zip(
-            self.terms.values(), range(len(readers), len(found.softmaxes), 2), strict=True
-        ):
+        found = merge([*seen.values()], online, work.batch.group)
+        merged = dict(zip(readers, found.likelihoods, strict=True))
+        for term, place in zip(self.terms.values(), range(0, len(online), 2), strict=True):
             term.know(found.softmaxes[place], found.softmaxes[place + 1], found.differences[place])
         if dloss_dlogp is None and work.by_likelihood:
-            logs = {
-                name: merged[name].log_probabilities(gold)
-                for name, gold in zip(readers, found.golds, strict=True)
-            }
+            logs = {name: likelihood.log_probability for name, likelihood in merged.items()}
             dloss_dlogp = work.likelihood_terms(self.slab.rows, logs)
         if self.terms or self.student.gradient is not None:
             self._second_exchange(heads)
@@ -242,20 +232,16 @@ class _SlabWork:
 
     def _first_pass(
         self, heads: Mapping[str | None, TiledHead], readers: list[str | None]
-    ) -> tuple[dict[str | None, OnlineSoftmax], dict[str | None, Tensor]]:
-        """Make all logits; return softmaxes and gold logits of the models whose likelihoods are read."""
-        device = self.slab.rows.gold.device
-        wanted = {name: self.slab.gold(name) for name in readers}
-        softmaxes = {name: OnlineSoftmax(len(gold), device) for name, gold in wanted.items()}
-        golds = {name: torch.zeros(len(gold), device=device) for name, gold in wanted.items()}
+    ) -> dict[str | None, OnlineLikelihood]:
+        """Make all logits; return what they say of the gold ids of the models whose likelihoods are read."""
+        seen = {name: OnlineLikelihood(self.slab.gold(name)) for name in readers}
         for start, stop in self._tiles(heads):
             made = {name: head.make(start, stop) for name, head in heads.items()}
-            for name, gold in wanted.items():
-                softmaxes[name].add(made[name].logits)
-                golds[name] += gold_logits(made[name], gold)
+            for name, likelihood in seen.items():
+                likelihood.add(made[name])
             for term in self.terms.values():
                 term.add(made)
-        return softmaxes, golds
+        return seen
 
     def _second_exchange(self, heads: Mapping[str | None, TiledHead]) -> None:
         """Add up the rows' sums that some terms ask for, over all columns of all ranks."""
@@ -275,7 +261,7 @@ class _SlabWork:
         self,
         heads: Mapping[str | None, TiledHead],
         dloss_dlogp: Tensor | None,
-        softmax: LogSumExp | None,
+        likelihood: Likelihood | None,
     ) -> None:
         """Read the logits again for the terms over columns and for all gradients."""
         work, slab = self.work, self.slab
@@ -283,10 +269,10 @@ class _SlabWork:
         added = torch.zeros(heads[None].hidden.shape, device=slab.rows.gold.device)  # fp32, of this slab only
         for start, stop in self._tiles(heads):
             made = {name: heads[name].again(start, stop) for name in work.kept}
-            if dloss_dlogp is None or softmax is None:
+            if dloss_dlogp is None or likelihood is None:
                 dlogits = torch.zeros_like(made[None].logits)
             else:
-                dlogits = _through_likelihoods(made[None], slab.rows.gold, dloss_dlogp, softmax)
+                dlogits = _through_likelihoods(made[None], slab.rows.gold, dloss_dlogp, likelihood)
             for term in self.terms.values():
                 part = term.evaluate(made, compiled=work.compiled)
                 if releases and part is not None:
@@ -313,12 +299,18 @@ class _SlabWork:
         return tiles(columns, rows, self.student.hidden.device)
 
 
-def _through_likelihoods(columns: Columns, gold: Tensor, dloss_dlogp: Tensor, softmax: LogSumExp) -> Tensor:
-    """Return dloss_dlogp (onehot - p), the derivative through gold log-likelihoods, [rows, columns]."""
-    dlogits = softmax.log_probabilities(columns.logits).exp_().mul_(-dloss_dlogp[:, None])
+def _through_likelihoods(
+    columns: Columns, gold: Tensor, dloss_dlogp: Tensor, likelihood: Likelihood
+) -> Tensor:
+    """Return dloss_dlogp (onehot - p), the derivative through gold log-likelihoods, [rows, columns].
+
+    1 - p of a gold id is known better than as a difference.
+    """
+    dlogits = likelihood.softmax.log_probabilities(columns.logits).exp_().mul_(-dloss_dlogp[:, None])
     if dlogits.shape[1]:
-        place, is_here = gold_here(columns, gold)
-        dlogits.scatter_add_(1, place[:, None], torch.where(is_here, dloss_dlogp, 0.0)[:, None])
+        place, is_here = (part[:, None] for part in gold_here(columns, gold))
+        own = (dloss_dlogp * likelihood.complement)[:, None]
+        dlogits.scatter_(1, place, torch.where(is_here, own, dlogits.gather(1, place)))
     return dlogits
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tide_megatron.head.inputs import HeadResult, Microbatch
-from tide_megatron.head.softmax import OnlineSoftmax, gold_logits, merge
+from tide_megatron.head.softmax import OnlineLikelihood, OnlineSoftmax, merge
 from tide_megatron.losses.base import LikelihoodLoss, teachers_of
 from tide_megatron.losses.rows import Columns, Distribution
 
@@ -60,20 +60,16 @@ def _values(batch: Microbatch, ours: Columns, theirs: dict[str, Columns]) -> tup
         if loss.teacher is not None:
             readers[loss.teacher] = (theirs[loss.teacher], rows.link(loss.teacher).gold)
     found = merge(
-        [OnlineSoftmax.of(logits) for logits in (*softened, *(head.logits for head, _ in readers.values()))],
-        [gold_logits(columns, gold) for columns, gold in readers.values()],
+        [OnlineLikelihood.of(columns, gold) for columns, gold in readers.values()],
+        [OnlineSoftmax.of(logits) for logits in softened],
         batch.group,
     )
-    logarithms = [
-        softmax.log_probabilities(logits)
-        for softmax, logits in zip(found.softmaxes, [*softened, *found.golds], strict=True)
-    ]
-    pairs = iter(logarithms[: len(softened)])
-    values = {
-        name: loss.value(Distribution(next(pairs)), Distribution(next(pairs)))
-        for name, loss in batch.by_columns.items()
-    }
-    likelihoods = dict(zip(readers, logarithms[len(softened) :], strict=True))
+    pairs = (
+        Distribution(softmax.log_probabilities(logits))
+        for softmax, logits in zip(found.softmaxes, softened, strict=True)
+    )
+    values = {name: loss.value(next(pairs), next(pairs)) for name, loss in batch.by_columns.items()}
+    likelihoods = dict(zip(readers, [read.log_probability for read in found.likelihoods], strict=True))
     for name, reader in batch.by_likelihood.items():
         teacher = None if reader.teacher is None else likelihoods[reader.teacher]
         values[name] = reader.from_likelihoods(likelihoods[None], teacher, rows, clock)

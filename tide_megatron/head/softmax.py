@@ -3,7 +3,11 @@
 A rank's part of a softmax is its row maximum m and s = sum exp(z - m). All ranks' parts give M = max m and
 S = sum s exp(m - M), and log p = (z - M) - log S, which loses no digits to a large M. The maxima carry no
 gradient: they cancel. A rank without columns sends the least finite number as its maximum, so that no -inf
-meets another. Gold logits travel along: the rank that owns an id sends it, all others send 0.
+meets another.
+
+How likely a gold id g is comes from a softmax WITHOUT it: log p = -log(1 + r), where r is the sum of
+exp(z_v - z_g) over all v but g. Taken from the whole softmax, 1 - p has no digits below 1e-7, and log p is 0
+there. The gold id's logit travels along: the rank that owns the id sends it, all others send 0.
 
 The exchange's adjoint sums the gradients of all ranks (`parallel.exchange`). Softmaxes whose logits carry no
 gradient (a teacher's, a mixture's) are cut out of the backward pass.
@@ -12,6 +16,7 @@ gradient (a teacher's, a mixture's) are cut out of the backward pass.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -86,50 +91,126 @@ class OnlineSoftmax:
         self.maximum = highest
 
 
+class OnlineLikelihood:
+    """What says how likely gold ids are, over the columns seen so far: the softmax of all other ids.
+
+    An id that is its rank's only column leaves that rank a sum of 1 at the lowest maximum: nothing.
+    """
+
+    def __init__(self, gold: Tensor) -> None:
+        """Start with no column, for [rows] int64 gold ids."""
+        self.gold = gold
+        self.others = OnlineSoftmax(len(gold), gold.device)
+        self.logits = torch.zeros(len(gold), device=gold.device)
+        """[rows] fp32 the gold ids', 0 where another rank owns them."""
+
+    @classmethod
+    def of(cls, columns: Columns, gold: Tensor) -> OnlineLikelihood:
+        """Take all own columns at once; autograd can go through both parts."""
+        made = cls(gold)
+        ids = torch.arange(columns.start, columns.start + columns.logits.shape[1], device=gold.device)
+        made.others = OnlineSoftmax.of(columns.logits.masked_fill(ids == gold[:, None], LOWEST))
+        made.logits = gold_logits(columns, gold)
+        return made
+
+    @classmethod
+    def joined(cls, parts: Sequence[OnlineLikelihood]) -> OnlineLikelihood:
+        """Put the rows of several behind each other."""
+        made = cls(torch.cat([part.gold for part in parts]))
+        made.others = OnlineSoftmax.joined([part.others for part in parts])
+        made.logits = torch.cat([part.logits for part in parts])
+        return made
+
+    def add(self, columns: Columns) -> None:
+        """Take in some columns; the gold ids' logits are put aside meanwhile, and back where they were."""
+        logits = columns.logits
+        if not logits.shape[1]:
+            return
+        place, is_here = (part[:, None] for part in gold_here(columns, self.gold))
+        picked = logits.gather(1, place)
+        logits.scatter_(1, place, picked.masked_fill(is_here, LOWEST))
+        self.others.add(logits)
+        logits.scatter_(1, place, picked)
+        self.logits += picked.masked_fill_(~is_here, 0.0)[:, 0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """How likely a model finds its rows' gold ids, over all columns of all ranks; digits wherever p is."""
+
+    others: LogSumExp
+    """Of all ids but the gold one."""
+    logits: Tensor
+    """[rows] fp32: the gold ids'."""
+
+    @functools.cached_property
+    def log_probability(self) -> Tensor:
+        """[rows] fp32: -log(1 + r); the derivative by log r is p - 1, by the same digits."""
+        log_ratio = (self.others.maximum - self.logits) + self.others.log_sum
+        return -torch.nn.functional.softplus(log_ratio)
+
+    @functools.cached_property
+    def complement(self) -> Tensor:
+        """[rows] fp32: 1 - p."""
+        return -torch.expm1(self.log_probability)
+
+    @functools.cached_property
+    def softmax(self) -> LogSumExp:
+        """Of all ids."""
+        maximum = torch.maximum(self.others.maximum, self.logits)
+        others = (self.others.maximum - maximum) + self.others.log_sum
+        return LogSumExp(maximum=maximum, log_sum=torch.logaddexp(others, self.logits - maximum))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowStatistics:
     """What one exchange told all ranks about the columns of all of them."""
 
+    likelihoods: list[Likelihood]
+    """In the order given."""
     softmaxes: list[LogSumExp]
     """In the order given."""
     differences: list[Tensor | None]
-    """[rows] sum of p (logit - other's logit), where it was asked for."""
-    golds: list[Tensor]
-    """[rows] fp32 each, in the order given: the logits of the gold ids."""
+    """[rows] sum of p (logit - other's logit), where it was asked for; one for each of `softmaxes`."""
     anchor: Tensor
     """0 with a graph that reaches the exchange: its backward is a collective, which no rank may leave out."""
 
 
 def merge(
-    softmaxes: Sequence[OnlineSoftmax], golds: Sequence[Tensor], group: ProcessGroup | None
+    likelihoods: Sequence[OnlineLikelihood], softmaxes: Sequence[OnlineSoftmax], group: ProcessGroup | None
 ) -> RowStatistics:
     """Put together what all ranks have seen, in ONE exchange. All ranks of the group call it together.
 
-    Two fp32 numbers travel for a row of a softmax, a third where a difference is asked for, one for a gold
-    logit. Where gradients are wanted, its backward pass is a collective too.
+    Two fp32 numbers travel for a row of a softmax, a third where a difference is asked for, three for a row
+    of a likelihood. Where gradients are wanted, its backward pass is a collective too.
 
     Args:
-        softmaxes: this rank's, after its last column; all ranks have the same rows.
-        golds: [rows] fp32 logits of gold ids where this rank owns them, else 0.
+        likelihoods: this rank's, after its last column; all ranks have the same rows.
+        softmaxes: likewise.
         group: the vocabulary group.
     """
-    differences = [softmax.difference for softmax in softmaxes if softmax.difference is not None]
-    parts = [softmax.maximum for softmax in softmaxes] + [softmax.total for softmax in softmaxes]
+    every = [*(likelihood.others for likelihood in likelihoods), *softmaxes]
+    differences = [softmax.difference for softmax in every if softmax.difference is not None]
+    golds = [likelihood.logits for likelihood in likelihoods]
+    parts = [softmax.maximum for softmax in every] + [softmax.total for softmax in every]
     parts += [*differences, *golds]
     gathered = gather_statistics(torch.cat(parts), group)  # [ranks, numbers]
     pieces = iter(torch.split(gathered, [len(part) for part in parts], dim=1))
-    maxima, totals = ([next(pieces) for _ in softmaxes] for _ in range(2))
+    maxima, totals = ([next(pieces) for _ in every] for _ in range(2))
     merged, found = [], []
-    for softmax, maximum, total in zip(softmaxes, maxima, totals, strict=True):
+    for softmax, maximum, total in zip(every, maxima, totals, strict=True):
         highest = maximum.detach().amax(0)  # [rows]
         scale = (maximum.detach() - highest).exp()  # takes each rank's sums to the common maximum
         log_sum = _like((total * scale).sum(0).log(), softmax.total)
         merged.append(LogSumExp(maximum=highest, log_sum=log_sum))
         found.append(None if softmax.difference is None else (next(pieces) * scale).sum(0) / log_sum.exp())
     return RowStatistics(
-        softmaxes=merged,
-        differences=found,
-        golds=[_like(next(pieces).sum(0), gold) for gold in golds],
+        likelihoods=[
+            Likelihood(others=others, logits=_like(next(pieces).sum(0), gold))
+            for others, gold in zip(merged, golds, strict=False)
+        ],
+        softmaxes=merged[len(golds) :],
+        differences=found[len(golds) :],
         anchor=gathered[:, :0].sum(),
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tide_megatron.head.inputs import HeadInput
-from tide_megatron.head.softmax import OnlineSoftmax, gold_logits, merge
+from tide_megatron.head.softmax import OnlineLikelihood, merge
 from tide_megatron.losses.rows import Columns
 
 log = logging.getLogger(__name__)
@@ -93,19 +93,17 @@ class TiledHead:
         return Columns(logits=logits.float(), start=place, vocabulary=self._head.num_ids)
 
 
-def likelihood_statistics(head: TiledHead, gold: Tensor) -> tuple[OnlineSoftmax, Tensor]:
-    """Return softmax statistics and gold logits of rows against this rank's columns; keeps no logits.
+def likelihood_statistics(head: TiledHead, gold: Tensor) -> OnlineLikelihood:
+    """Return what this rank's columns say of gold ids' likelihoods; keeps no logits.
 
     Args:
         head: the rows.
-        gold: [rows] int64 ids; those of other ranks' columns give 0.
+        gold: [rows] int64 ids, of any rank's columns.
     """
-    softmax, golds = OnlineSoftmax(len(gold), gold.device), torch.zeros(len(gold), device=gold.device)
+    found = OnlineLikelihood(gold)
     for start, stop in tiles(head.num_columns, len(gold), gold.device):
-        columns = head.make(start, stop)
-        softmax.add(columns.logits)
-        golds += gold_logits(columns, gold)
-    return softmax, golds
+        found.add(head.make(start, stop))
+    return found
 
 
 class Tempered(NamedTuple):
@@ -143,16 +141,13 @@ def score_rows(
         group: the vocabulary group.
         temperatures: to divide the logits by as well.
     """
-    softmax, golds = likelihood_statistics(TiledHead(head, head.hidden, None), gold)
-    found = merge([softmax], [golds], group)
-    (merged,), (logits,) = found.softmaxes, found.golds
-    nll, is_right = -merged.log_probabilities(logits), logits >= merged.maximum
+    (found,) = merge([likelihood_statistics(TiledHead(head, head.hidden, None), gold)], [], group).likelihoods
+    nll, is_right = -found.log_probability, found.logits >= found.others.maximum
     if not temperatures:
         return RowScores(nll, is_right)
-    confidence = merged.log_probabilities(merged.maximum).exp()
-    return RowScores(
-        nll, is_right, Tempered(_tempered_nll(head, gold, logits, group, temperatures), confidence)
-    )
+    softmax, tempered = found.softmax, _tempered_nll(head, gold, found.logits, group, temperatures)
+    confidence = softmax.log_probabilities(softmax.maximum).exp()
+    return RowScores(nll, is_right, Tempered(tempered, confidence))
 
 
 def _tempered_nll(
@@ -165,7 +160,7 @@ def _tempered_nll(
         columns = tiled.make(start, stop)
         for softmax, temperature in zip(softmaxes, temperatures, strict=True):
             softmax.add(columns.logits / temperature)
-    merged = merge(softmaxes, [], group).softmaxes
+    merged = merge([], softmaxes, group).softmaxes
     return torch.stack(
         [-one.log_probabilities(logits / other) for one, other in zip(merged, temperatures, strict=True)]
     )

@@ -2,8 +2,12 @@
 
 A *chunk* is a stretch of bytes that both tokenizers cut out; its likelihood is the product of its
 tokens' probabilities, softened by the temperature. The two likelihoods are compared as Bernoulli
-variables, so the models need no common vocabulary. Clamping to [1e-7, 1 - 1e-7] happens in fp32, where
-the upper bound is 1 - 2^-23: a likelihood outside gets no gradient. There is no T^2 here.
+variables, so the models need no common vocabulary. Likelihoods are kept inside [1e-7, 1 - 1e-7]: one outside
+gets no gradient. There is no T^2 here.
+
+All of it is computed from logarithms, and 1 - p from them as well: in fp32, 1 - p taken from p has no digits
+near 1, where the coefficient -(t - s) / (1 - s) needs them. (The reference does take it from p, so its upper
+bound is 1 - 2^-23.)
 
 Chunks come from `Rows.link`: of a teacher with its own tokens the wholly masked ones, of a teacher that
 reads the student's tokens every row. The mixtures (CALM+TIDAL and its reverse) put (1 - lambda) s + lambda
@@ -13,7 +17,8 @@ t, detached and clamped, in the teacher's place; the mixture is one of likelihoo
 from __future__ import annotations
 
 import abc
-from typing import Annotated
+import math
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -27,7 +32,35 @@ from tide_megatron.losses.rows import Rows
 from tide_megatron.losses.tidal import Mixture
 
 LIKELIHOOD_EPSILON = 1e-7
-"""Likelihoods stay this far from 0 and 1 (rounded to fp32: 1 - 2^-23 above)."""
+"""Likelihoods stay this far from 0 and 1."""
+
+
+class Bernoulli(NamedTuple):
+    """How likely something is, and how likely it is not, both to all digits; fp32 of one shape."""
+
+    p: Tensor
+    rest: Tensor
+    """1 - p."""
+    log_p: Tensor
+    log_rest: Tensor
+
+    @classmethod
+    def of(cls, log_p: Tensor) -> Bernoulli:
+        """Take log p < 0."""
+        p, is_likely = log_p.exp(), log_p > -math.log(2)
+        # Of two ways each is exact on its own side, in value and slope; both are finite on either.
+        rest = torch.where(is_likely, -torch.expm1(log_p), 1 - p)
+        log_rest = torch.where(is_likely, rest.log(), torch.log1p(-p))
+        return cls(p, rest, log_p, log_rest)
+
+    def mixed(self, other: Bernoulli, share: Tensor) -> Bernoulli:
+        """Return (1 - share) of this and `share` of another likelihood; no logarithms are mixed."""
+        p, rest = (
+            (1 - share) * ours + share * theirs
+            for ours, theirs in ((self.p, other.p), (self.rest, other.rest))
+        )
+        logs = (torch.where(one < 0.5, one.log(), torch.log1p(-two)) for one, two in ((p, rest), (rest, p)))
+        return Bernoulli(p, rest, *logs)
 
 
 def chunk_log_likelihoods(tokens: Tensor, member: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
@@ -45,20 +78,15 @@ def chunk_log_likelihoods(tokens: Tensor, member: Tensor, chunk: Tensor, num_chu
     return tokens.new_zeros(num_chunks).index_add(0, chunk, tokens[member])
 
 
-def likelihood(log_likelihood: Tensor, temperature: float) -> Tensor:
-    """Return exp(log-likelihood / T), clamped to [1e-7, 1 - 1e-7] in fp32; no gradient where it clamps."""
-    softened = torch.exp(log_likelihood.float() / temperature)
-    return clamped(softened)
+def likelihood(log_likelihood: Tensor, temperature: float) -> Bernoulli:
+    """Return exp(log-likelihood / T), kept inside [1e-7, 1 - 1e-7]; no gradient outside."""
+    least, most = math.log(LIKELIHOOD_EPSILON), math.log1p(-LIKELIHOOD_EPSILON)
+    return Bernoulli.of((log_likelihood.float() / temperature).clamp(least, most))
 
 
-def bernoulli_cross_entropy(target: Tensor, prediction: Tensor) -> Tensor:
-    """Return -[target log prediction + (1 - target) log(1 - prediction)], elementwise; both in (0, 1)."""
-    return -(target * prediction.log() + (1 - target) * (1 - prediction).log())
-
-
-def clamped(share: Tensor) -> Tensor:
-    """Return likelihoods kept inside [1e-7, 1 - 1e-7]."""
-    return share.clamp(LIKELIHOOD_EPSILON, 1 - LIKELIHOOD_EPSILON)
+def bernoulli_cross_entropy(target: Bernoulli, prediction: Bernoulli) -> Tensor:
+    """Return -[target log prediction + (1 - target) log(1 - prediction)], elementwise."""
+    return -(target.p * prediction.log_p + target.rest * prediction.log_rest)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -71,8 +99,8 @@ class ChunkLikelihood(LikelihoodLoss):
     """Divisor of a chunk's log-likelihood."""
 
     @abc.abstractmethod
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the value of each chunk from both likelihoods, [chunks] in (0, 1)."""
+    def compare(self, student: Bernoulli, teacher: Bernoulli) -> Tensor:
+        """Return the value of each chunk from both likelihoods, [chunks]."""
 
     def count(self, noised: Noised) -> Tensor:
         """Return the number of chunks of this microbatch that enter the loss."""
@@ -86,22 +114,36 @@ class ChunkLikelihood(LikelihoodLoss):
         """Return `compare` of both models' likelihoods of each chunk."""
         return self.compare(*self.likelihoods(student, teacher, rows))
 
-    def likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return each side's likelihood of each chunk, ([chunks], [chunks]) fp32, from [rows] logarithms."""
+    def likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> tuple[Bernoulli, Bernoulli]:
+        """Return each side's likelihood of each chunk, [chunks], from [rows] logarithms."""
         assert teacher is not None, f"no answer of teacher {self.teacher!r} reached its loss"
         link = rows.link(self.teacher)
+        sides = (student, link.student_rows), (teacher, link.teacher_rows)
+        for who, (_, (_, chunk)) in zip(("student", f"teacher {self.teacher!r}"), sides, strict=True):
+            _check_chunks(chunk, link.num_chunks, who)
         ours, theirs = (
             likelihood(chunk_log_likelihoods(tokens, *members, link.num_chunks), self.temperature)
-            for tokens, members in ((student, link.student_rows), (teacher, link.teacher_rows))
+            for tokens, members in sides
         )
         return ours, theirs
+
+
+def _check_chunks(chunk: Tensor, num_chunks: int, who: str) -> None:
+    """Refuse a chunk that has no token on one side, which would count as certain, where that costs nothing.
+
+    On a device the host would have to wait. There the data has been looked at when it was opened
+    (`data.columns`).
+    """
+    if chunk.device.type == "cpu":
+        has_token = torch.zeros(num_chunks, dtype=torch.bool).index_fill(0, chunk, True)
+        torch._assert_async(has_token.all(), f"a chunk has no token of the {who}, so it cannot be compared")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Calm(ChunkLikelihood):
     """CALM: the teacher's likelihood is the target of the student's."""
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Bernoulli, teacher: Bernoulli) -> Tensor:
         """Return -[t log s + (1 - t) log(1 - s)]."""
         return bernoulli_cross_entropy(teacher, student)
 
@@ -113,7 +155,7 @@ class ReverseCalm(ChunkLikelihood):
     No entropy term holds the likelihood away from 0 and 1; weights above 1 were seen to diverge.
     """
 
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Bernoulli, teacher: Bernoulli) -> Tensor:
         """Return -[s log t + (1 - s) log(1 - t)]."""
         return bernoulli_cross_entropy(student, teacher)
 
@@ -127,7 +169,7 @@ class _Mixed(Mixture, ChunkLikelihood):
         ours, theirs = self.likelihoods(student, teacher, rows)
         with torch.no_grad():
             share = self.teacher_share(self.item_time(rows), clock)
-            target = clamped((1 - share) * ours + share * theirs)
+            target = ours.mixed(theirs, share)
         return self.compare(ours, target)
 
 

@@ -33,28 +33,24 @@ from tide_megatron.head.loss import HeadLoss
 from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
 from tide_megatron.losses.calm import (
+    LIKELIHOOD_EPSILON,
+    Bernoulli,
     Calm,
     CalmTidal,
+    ChunkLikelihood,
     ReverseCalm,
     ReverseCalmTidal,
     chunk_log_likelihoods,
-    likelihood,
 )
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.kl import Kl, ReverseKl
-from tide_megatron.losses.rows import rows_of
+from tide_megatron.losses.rows import Rows, rows_of
 from tide_megatron.losses.tidal import Mixture, Tidal
 
 TEACHER = "golden"
 """What the teacher of every file is called."""
 EVERYBODY = Context(kind="bidirectional")
 LOGIT_LOSSES: dict[str, Any] = {"kl": Kl, "reverse_kl": ReverseKl, "taid": Tidal}
-CHUNK_LOSSES: dict[str, Any] = {
-    "alm": Calm,
-    "reverse_alm": ReverseCalm,
-    "alm_taid": CalmTidal,
-    "reverse_alm_taid": ReverseCalmTidal,
-}
 TIDAL_OPTIONS = {
     "axis_mode": "axes",
     "lambda_decay": "growth",
@@ -65,6 +61,50 @@ TIDAL_OPTIONS = {
     "lambda_max": "maximum",
 }
 """Option of a case of taid.npz -> our field."""
+
+
+def recorded_likelihood(log_likelihood: Tensor, temperature: float) -> Bernoulli:
+    """Return a chunk's likelihood in the reference's form: 1 - p is taken from p, rounded to fp32."""
+    p = torch.exp(log_likelihood / temperature).clamp(LIKELIHOOD_EPSILON, 1 - LIKELIHOOD_EPSILON)
+    return Bernoulli(p, 1 - p, p.log(), (1 - p).log())
+
+
+class _Recorded(ChunkLikelihood):
+    """A chunk loss in the reference's form, which also takes a chunk without teacher tokens as certain."""
+
+    def likelihoods(self, student: Tensor, teacher: Tensor | None, rows: Rows) -> tuple[Bernoulli, Bernoulli]:
+        """Return each side's; see `ChunkLikelihood.likelihoods`."""
+        assert teacher is not None, "a chunk loss has a teacher"
+        link = rows.link(self.teacher)
+        ours, theirs = (
+            recorded_likelihood(chunk_log_likelihoods(tokens, *members, link.num_chunks), self.temperature)
+            for tokens, members in ((student, link.student_rows), (teacher, link.teacher_rows))
+        )
+        return ours, theirs
+
+
+class _Calm(_Recorded, Calm):
+    pass
+
+
+class _ReverseCalm(_Recorded, ReverseCalm):
+    pass
+
+
+class _CalmTidal(_Recorded, CalmTidal):
+    pass
+
+
+class _ReverseCalmTidal(_Recorded, ReverseCalmTidal):
+    pass
+
+
+CHUNK_LOSSES: dict[str, Any] = {
+    "alm": _Calm,
+    "reverse_alm": _ReverseCalm,
+    "alm_taid": _CalmTidal,
+    "reverse_alm_taid": _ReverseCalmTidal,
+}
 
 
 def block_diffusion(block_size: int) -> Context:
@@ -222,7 +262,7 @@ def trained_share(loss: Loss, clock: Clock) -> Tensor | None:
     return dataclasses.replace(loss, axes="training_only").teacher_share(torch.zeros(()), clock)
 
 
-def chunk_likelihoods(logits: Tensor, ids: Tensor, align: Tensor, temperature: float) -> Tensor:
+def chunk_likelihoods(logits: Tensor, ids: Tensor, align: Tensor, temperature: float) -> Bernoulli:
     """Return the likelihood of each chunk [samples * chunks] under an alignment matrix.
 
     Args:
@@ -236,10 +276,10 @@ def chunk_likelihoods(logits: Tensor, ids: Tensor, align: Tensor, temperature: f
     sample, position, chunk = align.nonzero(as_tuple=True)
     number = samples * chunks
     logs = chunk_log_likelihoods(tokens, sample * length + position, sample * chunks + chunk, number)
-    return likelihood(logs, temperature)
+    return recorded_likelihood(logs, temperature)
 
 
-def chunk_values(name: str, temperature: float, student: Tensor, teacher: Tensor) -> Tensor:
+def chunk_values(name: str, temperature: float, student: Bernoulli, teacher: Bernoulli) -> Tensor:
     """Return the value of `alm` or `reverse_alm` for each chunk."""
     values: Tensor = CHUNK_LOSSES[name](teacher=TEACHER, temperature=temperature).compare(student, teacher)
     return values

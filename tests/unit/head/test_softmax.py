@@ -1,5 +1,7 @@
 """Statistics of softmaxes on one rank: log-probabilities, gradients, gold owners; empty and huge logits."""
 
+import math
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -7,22 +9,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.head.calls import evaluate
 from tide_megatron.head.inputs import HeadInput
-from tide_megatron.head.softmax import LOWEST, OnlineSoftmax, check_golds, gold_logits, merge
+from tide_megatron.head.softmax import (
+    LOWEST,
+    OnlineLikelihood,
+    OnlineSoftmax,
+    check_golds,
+    gold_logits,
+    merge,
+)
 from tide_megatron.head.tiles import score_rows
 from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.rows import Columns, Rows
 
 
-def test_several_softmaxes_and_golds_of_different_lengths():
+def test_softmaxes_and_likelihoods_of_different_lengths():
     torch.manual_seed(0)
-    one, two = torch.randn(4, 7, requires_grad=True), torch.randn(3, 5) * 40
-    picked = gold_logits(Columns(logits=two, vocabulary=5), torch.tensor([4, 0, 2]))
-    found = merge([OnlineSoftmax.of(one), OnlineSoftmax.of(two)], [picked], None)
-    for softmax, logits in zip(found.softmaxes, (one, two), strict=True):
+    one, two, three = torch.randn(4, 7, requires_grad=True), torch.randn(3, 5) * 40, torch.randn(2, 6)
+    gold = torch.tensor([4, 0, 2])
+    likelihood = OnlineLikelihood.of(Columns(logits=two, vocabulary=5), gold)
+    found = merge([likelihood], [OnlineSoftmax.of(one), OnlineSoftmax.of(three)], None)
+    for softmax, logits in zip(
+        (*found.softmaxes, found.likelihoods[0].softmax), (one, three, two), strict=True
+    ):
         torch.testing.assert_close(softmax.log_probabilities(logits), logits.log_softmax(-1))
-    wanted = two.log_softmax(-1)[torch.arange(3), torch.tensor([4, 0, 2])]
-    torch.testing.assert_close(found.softmaxes[1].log_probabilities(found.golds[0]), wanted)
-    assert not found.golds[0].requires_grad
+    wanted = two.log_softmax(-1)[torch.arange(3), gold]
+    torch.testing.assert_close(found.likelihoods[0].log_probability, wanted)
+    assert not found.likelihoods[0].log_probability.requires_grad
     assert not found.softmaxes[1].log_sum.requires_grad
     (found.softmaxes[0].log_probabilities(one)[:, 2].sum() + found.anchor).backward()
     truth = torch.nn.functional.one_hot(torch.tensor(2), 7) - one.detach().softmax(-1)
@@ -30,10 +42,46 @@ def test_several_softmaxes_and_golds_of_different_lengths():
     assert found.anchor.item() == 0
 
 
+@pytest.mark.parametrize("level", [-300.0, 0.0, 40.0])
+@pytest.mark.parametrize("log_p", [-1e-12, -1e-9, -3e-7, -1e-5, -1e-2, -0.7, -5.0, -20.0, -80.0])
+def test_log_probabilities_have_digits_wherever_p_is(log_p, level):
+    """Value, 1 - p and gradient against fp64, at once and by tiles; the gold id is the largest, or is not."""
+    others = torch.randn(3, 9, generator=torch.Generator().manual_seed(1)) * 4
+    gold = torch.tensor([0, 4, 8])
+    logits = others - others.scatter(1, gold[:, None], -torch.inf).logsumexp(-1, keepdim=True)
+    own = -math.log(math.expm1(-log_p))
+    logits = (logits.scatter(1, gold[:, None], own) + level).requires_grad_()
+    truth = logits.detach().double().requires_grad_()
+    ratio = truth - truth.gather(1, gold[:, None])
+    wanted = -torch.nn.functional.softplus(ratio.scatter(1, gold[:, None], -torch.inf).logsumexp(-1))
+    wanted.sum().backward()
+    (found,) = merge([OnlineLikelihood.of(Columns(logits=logits, vocabulary=9), gold)], [], None).likelihoods
+    found.log_probability.sum().backward()
+    torch.testing.assert_close(found.log_probability.double(), wanted, rtol=4e-6, atol=0)
+    torch.testing.assert_close(found.complement.double(), -torch.expm1(wanted), rtol=4e-6, atol=0)
+    torch.testing.assert_close(logits.grad.double(), truth.grad, rtol=2e-5, atol=0)
+    tiled, kept = OnlineLikelihood(gold), logits.detach().clone()
+    for start in (0, 4, 5):
+        stop = {0: 4, 4: 5, 5: 9}[start]
+        tiled.add(Columns(logits=kept[:, start:stop], start=start, vocabulary=9))
+    (again,) = merge([tiled], [], None).likelihoods
+    assert torch.equal(kept, logits.detach()), "logits are put back"
+    torch.testing.assert_close(again.log_probability, found.log_probability, rtol=4e-6, atol=0)
+
+
+def test_the_only_id_of_a_vocabulary_is_certain():
+    logits = torch.tensor([[3.0], [-2.0]], requires_grad=True)
+    seen = OnlineLikelihood.of(Columns(logits=logits, vocabulary=1), torch.zeros(2, dtype=torch.int64))
+    (found,) = merge([seen], [], None).likelihoods
+    assert found.log_probability.tolist() == [0.0, 0.0]
+    found.log_probability.sum().backward()
+    assert logits.grad.tolist() == [[0.0], [0.0]]
+
+
 @pytest.mark.parametrize("level", [-1000.0, 0.0, 1000.0])
 def test_a_shift_of_all_logits_changes_nothing(level):
     logits = torch.tensor([[0.0, 1.0, -2.0]]) + level
-    (softmax,) = merge([OnlineSoftmax.of(logits)], [], None).softmaxes
+    (softmax,) = merge([], [OnlineSoftmax.of(logits)], None).softmaxes
     assert softmax.maximum.item() == level + 1
     wanted = torch.tensor([[0.0, 1.0, -2.0]]).log_softmax(-1)
     torch.testing.assert_close(softmax.log_probabilities(logits), wanted)

@@ -40,12 +40,15 @@ def test_tiles_add_up_to_the_whole(small_tiles):
     head = head_of()
     logits = head.hidden @ head.weight.T
     gold = torch.tensor([40, 339, 200, 0, 499, 41, 100])  # the fourth and fifth are elsewhere
-    softmax, picked = likelihood_statistics(TiledHead(head, head.hidden, None), gold)
-    merged = merge([softmax], [picked], None).softmaxes[0]
-    torch.testing.assert_close(merged.maximum + merged.log_sum, logits.logsumexp(-1))
+    seen = likelihood_statistics(TiledHead(head, head.hidden, None), gold)
+    (found,) = merge([seen], [], None).likelihoods
+    others = logits.masked_fill(torch.arange(40, 340) == gold[:, None], -torch.inf)
+    torch.testing.assert_close(found.others.maximum + found.others.log_sum, others.logsumexp(-1))
     here = (gold >= 40) & (gold < 340)
     wanted = torch.where(here, logits[torch.arange(7), (gold - 40).clamp(0, 299)], 0.0)
-    torch.testing.assert_close(picked, wanted)
+    torch.testing.assert_close(found.logits, wanted)
+    lse = found.softmax.maximum + found.softmax.log_sum
+    torch.testing.assert_close(lse[here], logits.logsumexp(-1)[here])
 
 
 def test_the_difference_is_the_mean_one():
@@ -53,7 +56,7 @@ def test_the_difference_is_the_mean_one():
     softmax = OnlineSoftmax(4, CPU, has_difference=True)
     for start in range(0, 90, 25):
         softmax.add(ours[:, start : start + 25], theirs[:, start : start + 25])
-    found = merge([softmax], [], None)
+    found = merge([], [softmax], None)
     torch.testing.assert_close(found.differences[0], (ours.softmax(-1) * (ours - theirs)).sum(-1))
 
 

@@ -1,7 +1,8 @@
-"""CALM and Reverse CALM: chunk sums, fp32 clamps, values, and gradients in closed form."""
+"""CALM and Reverse CALM: chunk sums, clamps, values and gradients in closed form, digits near 0 and 1."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,9 +11,13 @@ from pydantic import ValidationError
 
 from goldens.dense import loss_values
 from tests.unit.losses.pairs import CLOCK, pair, rows_for
+from tide_megatron.diffusion.alignment import same_rows
 from tide_megatron.losses.calm import (
+    Bernoulli,
     Calm,
+    CalmTidal,
     ReverseCalm,
+    ReverseCalmTidal,
     bernoulli_cross_entropy,
     chunk_log_likelihoods,
     likelihood,
@@ -29,28 +34,72 @@ def test_chunk_sums_by_hand():
     assert tokens.grad.tolist() == [1.0, 11.0, 10.0, 0.0]
 
 
-def test_likelihood_clamps_in_fp32_and_stops_gradients_there():
-    values = torch.tensor([0.0, -40.0, -1.0], requires_grad=True)
+def test_likelihoods_are_clamped_and_gradients_stop_there():
+    values = torch.tensor([0.0, -1e-7, -40.0, -1.0], requires_grad=True)
     found = likelihood(values, 2.0)
-    assert found.dtype == torch.float32
-    assert found[0].item() == 1 - 2.0**-23
-    assert found[1].item() == torch.tensor(1e-7).item()
-    assert found[2].item() == pytest.approx(math.exp(-0.5))
-    found.sum().backward()
-    assert values.grad.tolist() == [0.0, 0.0, pytest.approx(math.exp(-0.5) / 2)]
+    assert {part.dtype for part in found} == {torch.float32}
+    assert found.rest[:2].tolist() == pytest.approx([1e-7, 1e-7])
+    assert found.p.tolist()[2:] == pytest.approx([1e-7, math.exp(-0.5)])
+    assert found.log_p.tolist()[2:] == pytest.approx([math.log(1e-7), -0.5])
+    assert found.log_rest.tolist()[:2] == pytest.approx([math.log(1e-7)] * 2)
+    found.p.sum().backward()
+    assert values.grad.tolist() == [0.0, 0.0, 0.0, pytest.approx(math.exp(-0.5) / 2)]
 
 
-def test_logarithms_bottom_out_where_fp32_says():
-    """The clamp is not symmetric in fp32 (spec section 2): -16.118 below, -15.942 above."""
-    low, high = likelihood(torch.tensor([-1e4, 0.0]), 1.0)
-    assert math.log(low.item()) == pytest.approx(-16.118, abs=1e-3)
-    assert (1 - high).log().item() == pytest.approx(-15.942, abs=1e-3)
+LOGS = [-2e-7, -3e-7, -1e-5, -3e-4, -0.02, -0.69, -0.7, -1.5, -9.0, -15.9]
+"""Of a student's chunk; a teacher's are a little larger, so that no coefficient is a difference of equals."""
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+@pytest.mark.parametrize("kind", [Calm, ReverseCalm, CalmTidal, ReverseCalmTidal])
+def test_values_and_coefficients_have_digits_at_both_ends(kind, temperature):
+    """Against the same formulas in fp64, each pair by itself."""
+    student, teacher = (
+        part.flatten() * temperature
+        for part in torch.meshgrid(torch.tensor(LOGS), 0.75 * torch.tensor(LOGS), indexing="ij")
+    )
+    student.requires_grad_(True)
+    rows = dataclasses.replace(rows_for(torch.zeros(len(student), 2)), time=torch.full((3,), 0.4))
+    loss = kind(teacher="t", temperature=temperature)
+    values = loss.from_likelihoods(student, teacher, rows, CLOCK)
+    (slopes,) = torch.autograd.grad(values.sum(), student)
+    low = student.detach().double() / temperature
+    s, t = low.exp(), (teacher.double() / temperature).exp()
+    not_s, not_t = (-torch.expm1(part.double() / temperature) for part in (student.detach(), teacher))
+    if kind in (CalmTidal, ReverseCalmTidal):
+        share = float(loss.teacher_share(torch.tensor(0.4), CLOCK))
+        t, not_t = (1 - share) * s + share * t, (1 - share) * not_s + share * not_t
+    if kind in (Calm, CalmTidal):
+        wanted = -(t * torch.log1p(-not_s) + not_t * not_s.log())
+        coefficients = (t * -not_s + not_t * s) / not_s
+    else:
+        wanted = -(s * torch.log1p(-not_t) + not_s * not_t.log())
+        coefficients = -s * (torch.log1p(-not_t) - not_t.log())
+    torch.testing.assert_close(values.double(), wanted, rtol=4e-6, atol=0)
+    scale = coefficients.abs() + (t if kind in (Calm, CalmTidal) else s)
+    assert ((slopes * temperature - coefficients).abs() / scale).max() < 4e-6
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("kind", [Calm, ReverseCalm, CalmTidal, ReverseCalmTidal])
+def test_a_chunk_without_tokens_is_refused(kind, side):
+    """It would count as certain: log 1."""
+    student, teacher = pair()
+    rows = rows_for(student)
+    link = same_rows(rows.gold, rows.sample)
+    member, chunk = getattr(link, f"{side}_rows")
+    kept = chunk != 2
+    spoilt = dataclasses.replace(link, **{f"{side}_rows": (member[kept], chunk[kept])})
+    loss = kind(teacher="t")
+    loss_values(loss, student, teacher, dataclasses.replace(rows, links={"t": link}), CLOCK)
+    with pytest.raises(RuntimeError, match=f"a chunk has no token of the {side}"):
+        loss_values(loss, student, teacher, dataclasses.replace(rows, links={"t": spoilt}), CLOCK)
 
 
 def test_bernoulli_cross_entropy_by_hand():
-    value = bernoulli_cross_entropy(torch.tensor(0.25), torch.tensor(0.5))
-    assert value.item() == pytest.approx(math.log(2))
-    value = bernoulli_cross_entropy(torch.tensor(0.25), torch.tensor(0.9))
+    low, half, high = (Bernoulli.of(torch.tensor(p).log()) for p in (0.25, 0.5, 0.9))
+    assert bernoulli_cross_entropy(low, half).item() == pytest.approx(math.log(2))
+    value = bernoulli_cross_entropy(low, high)
     assert value.item() == pytest.approx(-0.25 * math.log(0.9) - 0.75 * math.log(0.1))
 
 
