@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tide_megatron.head.inputs import HeadInput
-from tide_megatron.head.softmax import OnlineLikelihood, merge
+from tide_megatron.head.softmax import OnlineLikelihood, OnlineSoftmax, merge
 from tide_megatron.losses.rows import Columns
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ still for a save, all of it (copying, planning, table of contents); the first sa
 room for the copy, is told apart. `slowdown` is what the updates made while a save was being written took
 beyond as many undisturbed ones: on a machine whose cores are all busy, writing takes time from training.
 `megatron` is the synchronous save of megatron-core itself, with its gathering of the optimizer and its forked
-writers, before anything is digested: what ours replaced. `--load` is a resume in a fresh process: seconds,
-and how far the peak of its resident memory rises above what model and optimizer hold, ours beside megatron-core's
-own, which reads masters and moments whole on every rank.
+writers, before anything is digested: what ours replaced. `--load` is a resume in a fresh process:
+seconds, and how far the peak of its resident memory rises above what model and optimizer hold, ours beside
+megatron-core's own, which reads masters and moments whole on every rank.
 """
 
 from __future__ import annotations
