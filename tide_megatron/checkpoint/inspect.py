@@ -1,15 +1,12 @@
 """Look into a checkpoint without a process group: its facts, its tensors one by one, and how two differ.
 
-torch writes the table of contents by pickle. It is read here with nothing but the classes that belong into
-one, so a file from elsewhere cannot run code; values are read as `torch.load(weights_only=True)` does.
-megatron-core's own `load` wants every part of a tensor to be held by some rank at once; torch's reader
-underneath gives any part.
+Everything is read by `reading.py`, so a file from elsewhere cannot run code. megatron-core's own `load` wants
+every part of a tensor to be held by some rank at once; torch's reader underneath gives any part.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -27,57 +24,8 @@ from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import read_digests
 from tide_megatron.base.units import in_bytes
 from tide_megatron.checkpoint.metadata import read_metadata
+from tide_megatron.checkpoint.reading import UNREADABLE, read_table
 from tide_megatron.checkpoint.retention import chosen
-from tide_megatron.checkpoint.writer import TABLE
-
-_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed._shard.metadata",
-    "megatron.core.dist_checkpointing.strategies.torch",
-)
-"""Whose classes a table may hold."""
-_NAMES = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-}
-_UNREADABLE = (OSError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes of a table of contents only."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        value = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(value, torch.dtype) or (module, name) in _NAMES:
-            return super().find_class(module, name)
-        if module in _MODULES and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type):
-                return found
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
-
-
-def read_table(folder: Path) -> Metadata:
-    """Read a checkpoint's table of contents.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        with (folder / TABLE).open("rb") as stream:
-            table = _Unpickler(stream).load()
-        if not isinstance(table, Metadata):
-            raise TypeError(f"it holds a {type(table).__name__}")
-    except _UNREADABLE as fault:
-        raise CheckpointError(
-            f"{folder / TABLE}: cannot be read ({fault}); choose another checkpoint"
-        ) from None
-    return table
 
 
 class _Into(DefaultLoadPlanner):
@@ -143,7 +91,7 @@ class StoredTensors:
             if sum(item.lengths.numel() for item in items) != target.numel():
                 raise ValueError("parts of it are in no file")
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (RuntimeError, KeyError, AssertionError, *_UNREADABLE) as fault:
+        except (RuntimeError, AssertionError, *UNREADABLE) as fault:
             told = str(fault).partition("\n")[0]
             raise CheckpointError(
                 f"{self.found}: {name} cannot be read ({told}); see tide checkpoint verify"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,26 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tide_megatron.base.errors import CheckpointError, last_line
+from tide_megatron.checkpoint.reading import restricted
 from tide_megatron.checkpoint.sharded_state import loading_state
+from tide_megatron.parallel.collectives import fail_together
 
 
 def load_checkpoint(found: Path, model: Any, optimizer: Any) -> None:
     """Load weights and optimizer state into a freshly built student. Collective.
 
     Raises:
-        CheckpointError: tensors are missing or shaped for another model.
+        CheckpointError: on every rank: tensors are missing or shaped for another model, or a file of it names
+            something to run.
     """
+    with contextlib.ExitStack() as stack:
+        with fail_together():
+            stack.enter_context(restricted(found))
+        _load(found, model, optimizer)
+
+
+def _load(found: Path, model: Any, optimizer: Any) -> None:
+    """Load by the libraries, whose readers were replaced."""
     try:
         loaded = dist_checkpointing.load(loading_state(model, optimizer), str(found))
         model.load_state_dict(loaded["model"])

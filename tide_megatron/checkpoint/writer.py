@@ -29,8 +29,8 @@ from tide_megatron import __version__
 from tide_megatron.base.errors import causes
 from tide_megatron.base.files import DigestingFile, Digests
 
-TABLE = ".metadata"
-"""The file that says where each tensor lies."""
+TABLE, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+"""Where each tensor lies; the values that are no shard; the format's name."""
 
 
 class DigestingWriter(FileSystemWriter):
@@ -86,6 +86,6 @@ def write_common(folder: Path, common: Mapping[str, Any], content: Mapping[str, 
         OSError: the disk refuses.
     """
     told = {"tide_megatron": __version__, "megatron_core": version("megatron-core"), **content}
-    with (folder / "common.pt").open("wb") as stream:
+    with (folder / COMMON).open("wb") as stream:
         torch.save({**common, "content_metadata": told}, stream)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))

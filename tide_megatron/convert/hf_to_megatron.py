@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from tide_megatron.base.device import Device
 from tide_megatron.base.files import refuse_damaged, write_text
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.checkpoint.inspect import read_table
 from tide_megatron.checkpoint.planner import LocalShard, ShardPlanner
+from tide_megatron.checkpoint.reading import read_table
 from tide_megatron.checkpoint.writer import DigestingWriter, write_common
 from tide_megatron.convert.conversion import (
     HF,
