@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device, Ranks, Wanted, choose_device, read_ranks
+from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import ConfigError, TideError, causes
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import StopFlag
@@ -149,7 +150,8 @@ def run_here(job: Job, ranks: Ranks | None, stop: StopFlag) -> Any:
     _refuse_seen_gpus(device)
     start_distributed(device, ranks, timeout_seconds=job.timeout_seconds)
     try:
-        value = job.function(*job.args, device=agree_on_gpus(device), stop=stop)
+        with disk_faults(kind=TideError):
+            value = job.function(*job.args, device=agree_on_gpus(device), stop=stop)
     except BaseException:
         if ranks is None:
             stop_distributed()

@@ -19,14 +19,22 @@ import torch.distributed as dist
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import TideError
+from tide_megatron.base.lease import Lease
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.models.weights import save_model
-from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
+from tide_megatron.parallel.collectives import (
+    all_agree,
+    barrier,
+    fail_together,
+    held_by_first,
+    is_first,
+    sum_over,
+)
 from tide_megatron.train.cost import Devices
-from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result
+from tide_megatron.train.folder import MODEL, claim_folder, held_folder, write_result
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
@@ -55,9 +63,15 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         Held-out scores and costs (also in result.json); the same on every rank.
     """
     folder = Path(recipe.folder)
-    with fail_together():
-        if is_first():
-            check_folder(folder, tree, resume=resume)
+    with held_by_first(lambda: held_folder(folder, tree, resume=resume, stop=stop)) as lease:
+        return _train(recipe, tree, resume, lease, device=device, stop=stop)
+
+
+def _train(
+    recipe: Recipe, tree: Tree, resume: bool, lease: Lease | None, *, device: Device, stop: StopFlag
+) -> dict[str, Any]:
+    """Run a recipe in a folder whose lease the first rank holds."""
+    folder = Path(recipe.folder)
     log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
     setup = set_up(recipe, device)
     sanity = check_teachers(recipe, setup)
@@ -65,7 +79,7 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         if is_first():
             claim_folder(folder, tree, resume=resume)
     clock = start_or_resume(recipe, tree, setup)
-    saver = make_saver(recipe, tree, setup)
+    saver = make_saver(recipe, tree, setup, lease)
     options = recipe.metrics
     dtype = setup.run.student.model.config.params_dtype
     devices = Devices.of(device, dtype, dist.get_world_size(), told_tflops=options.peak_tflops)
@@ -87,6 +101,9 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         scores = _evaluate(recipe, setup, clock, metrics)
     if scores is not None:
         result |= scores.summary()
+    with fail_together():
+        if lease is not None:
+            lease.check()
     save_model(setup.run.student.model, folder / MODEL)
     barrier()
     if is_first():
