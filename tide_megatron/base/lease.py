@@ -31,7 +31,7 @@ from pathlib import Path
 
 from tide_megatron.base.device import read_job
 from tide_megatron.base.errors import CheckpointError, TideError
-from tide_megatron.base.holder import Holder
+from tide_megatron.base.owner import Holder
 from tide_megatron.base.stop import StopFlag
 
 RENEW_SECONDS, STALE_SECONDS = 10.0, 60.0

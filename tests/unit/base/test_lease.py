@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tide_megatron.base import holder as holder_module
 from tide_megatron.base import lease as lease_module
+from tide_megatron.base import owner as owner_module
 from tide_megatron.base.device import read_job
 from tide_megatron.base.errors import CheckpointError, ConfigError, TideError
-from tide_megatron.base.holder import Holder
 from tide_megatron.base.lease import LEASE, lease_beside, leased
+from tide_megatron.base.owner import Holder
 from tide_megatron.base.stop import StopFlag
 
 FAST = {"renew_seconds": 0.05, "stale_seconds": 0.4}
@@ -297,6 +297,6 @@ def test_a_pid_that_another_process_has_now_is_a_dead_one():
     assert born_before.is_gone(here)
     elsewhere = Holder(**{**vars(here), "machine": "another boot or container", "pid": 2**30})
     assert not elsewhere.is_gone(here), "its pids say nothing here"
-    assert holder_module._process(2**30) == ("", "")
+    assert owner_module._process(2**30) == ("", "")
     assert lease_beside(Path("a/b")) == Path("a/.b.lease")
     assert (lease_module.RENEW_SECONDS, lease_module.STALE_SECONDS) == (10.0, 60.0)
