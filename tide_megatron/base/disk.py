@@ -90,15 +90,23 @@ def place_of(target: Path, kind: type[TideError] = CheckpointError) -> Path:
         TideError: (of that kind) nothing can be put there.
     """
     try:
+        here: Path | None = Path(os.path.realpath("."))
+    except OSError:
+        here = None
+    if here is None and not target.is_absolute():
+        raise kind(
+            f"{target}: the folder that you are in was removed or replaced; `cd .` or go elsewhere first"
+        )
+    try:
         place = Path(os.path.realpath(target, strict=False))
-        os.path.lexists(place) and place.stat()
+        if os.path.lexists(place):
+            place.stat()  # refuses a link that leads to itself
     except ValueError as fault:  # a null byte
         raise kind(f"{str(target)!r}: is no path ({fault}); choose another folder") from None
     except OSError as fault:
         raise kind(disk_words(fault, target)) from fault
     if place == Path(place.anchor) or os.path.ismount(place):
         raise kind(f"{target}: is a disk of its own, which cannot be replaced; choose a folder in it")
-    here = Path(os.path.realpath("."))
-    if place != here and here.is_relative_to(place):
+    if here is not None and place != here and here.is_relative_to(place):
         raise kind(f"{target}: holds the folder that you are in; choose another folder, or go elsewhere")
     return place

@@ -187,7 +187,7 @@ def _convert_files(
         task = bar.add_task("converting", total=sum(len(file.entries) for file in own))
         for file in own:
             room = partial / f"{file.name}{PARTIAL}"
-            with disk_faults(partial / file.name, remedy="; the same command goes on"):
+            with disk_faults(partial / file.name, remedy="; with the same command it goes on"):
                 discard(room)
                 room.mkdir()
                 write(file, room, lambda: bar.advance(task))

@@ -77,6 +77,13 @@ def where_we_are_below(base):
     return Path("../..") / "here"
 
 
+def where_nothing_is_any_more(base):
+    (base / "gone").mkdir()
+    os.chdir(base / "gone")
+    (base / "gone").rmdir()
+    return Path("m")
+
+
 REFUSED = {
     in_a_file: "a file stands",
     far_in_a_file: "a file stands",
@@ -88,6 +95,7 @@ REFUSED = {
     the_kernels_devices: "",
     no_path: "choose another folder",
     a_root: "choose a folder in it",
+    where_nothing_is_any_more: "`cd .` or go elsewhere first",
     where_we_are_below: "holds the folder that you are in",
 }
 
