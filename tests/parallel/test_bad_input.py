@@ -5,6 +5,7 @@ of several can see are met by one of four; a few go through the command line to 
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,11 +35,13 @@ from tests.tiny_run import (
 )
 from tide_megatron import commands
 from tide_megatron.base.errors import TideError
+from tide_megatron.base.lease import LEASE
+from tide_megatron.base.stop import StopFlag
 from tide_megatron.data.prepare import prepare
 from tide_megatron.head import loss as head_loss
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.text.tokenizer import Tokenizer
-from tide_megatron.train.folder import claim_folder
+from tide_megatron.train.folder import claim_folder, held_folder
 from tide_megatron.train.resolve import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +77,11 @@ def tide(monkeypatch, capsys):
 
 
 def everything(folder):
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+    """Return all paths, and when each file was written: a lease comes into a folder and goes."""
+    return {
+        str(path.relative_to(folder)): path.is_file() and path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+    }
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -261,6 +268,23 @@ def test_the_run_folder_of_another_recipe_is_refused_and_stays_as_it_is(tide, ti
     )
     assert "--fresh" in complaint
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [[], ["--fresh"], ["seed=9", "--fresh"]])
+def test_a_living_run_is_not_disturbed(tide, tiny, tmp_path, words):
+    folder = tmp_path / "run"
+    with held_folder(folder, load_recipe(tiny)[1], resume=True, stop=StopFlag()):
+        claim_folder(folder, load_recipe(tiny)[1], resume=True)
+        (folder / "checkpoints/step-1.partial").mkdir(parents=True)
+        before = everything(tmp_path)
+        code, complaint = tide("train", tiny, "--folder", folder, *words)
+        assert code == 2
+        said = (
+            rf"error: folder: {folder}: in use by host {os.uname().nodename}, pid {os.getpid()}.*; wait .*\n"
+        )
+        assert re.fullmatch(said, complaint), complaint
+        assert everything(tmp_path) == before
+    assert not (folder / LEASE).exists()
 
 
 def test_fresh_discards_an_old_run_only_for_one_that_can_start(tide, tiny, tmp_path):

@@ -227,6 +227,28 @@ def _whole(name: str, text: str | None) -> int:
         ) from None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlurmJob:
+    """The SLURM job that this process belongs to."""
+
+    name: str
+    """Its number, with the cluster's name where that is known."""
+    restarts: int
+    """How often SLURM has started it again."""
+
+
+def read_job() -> SlurmJob | None:
+    """Return the SLURM job of this process; None outside of one."""
+    number = os.environ.get("SLURM_JOB_ID", "")
+    if not number:
+        return None
+    restarts, cluster = os.environ.get("SLURM_RESTART_COUNT", ""), os.environ.get("SLURM_CLUSTER_NAME", "")
+    return SlurmJob(
+        name=f"{number} on {cluster}" if cluster else number,
+        restarts=int(restarts) if restarts.isdecimal() else 0,
+    )
+
+
 def choose_kind(wanted: Wanted = "auto") -> Kind:
     """Choose between CPU and CUDA. It starts nothing on a GPU, so a process that starts ranks may ask.
 

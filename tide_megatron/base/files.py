@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tide_megatron.base.disk import disk_words, place_of
 from tide_megatron.base.errors import CheckpointError, TideError
 
 PARTIAL = ".partial"
@@ -29,6 +31,7 @@ Digests = dict[str, tuple[int, str]]
 """File name -> (bytes, SHA-256 in hexadecimal)."""
 
 _CHUNK_BYTES = 2**22
+log = logging.getLogger(__name__)
 
 
 def flush(path: Path) -> None:
@@ -74,16 +77,21 @@ def commit_folder(partial: Path, final: Path) -> None:
     """
     for path in (*partial.rglob("*"), partial):
         flush(path)
-    old = _aside(final)
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    old, is_here = _aside(final), _is_current(final)
+    if os.path.lexists(final):
+        discard(old)
         final.rename(old)
     try:
         partial.rename(final)
         flush(final.parent)
     finally:
         _put_back(final)
-        shutil.rmtree(old, ignore_errors=True)
+        if is_here:
+            os.chdir(final)
+        with contextlib.suppress(OSError):
+            discard(old)
+    if is_here:
+        log.warning("%s: the folder that you are in was replaced; `cd .` shows the new one", final)
 
 
 @contextlib.contextmanager
@@ -93,7 +101,7 @@ def replaced_folder(
     """Give a new folder to fill, which takes the place of `folder` when the block ends without an error.
 
     Args:
-        folder: where it shall stand; what stands there goes only when the new one is whole.
+        folder: where it shall stand (`place_of`); what stands there goes only when the new one is whole.
         digested: how the names of the files end whose digests are written beside them.
         fault_kind: of the error.
 
@@ -103,19 +111,21 @@ def replaced_folder(
     Raises:
         TideError: (of that kind) the disk refuses; nothing has changed.
     """
+    folder = place_of(folder, fault_kind)
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
         _put_back(folder)
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         partial.mkdir(parents=True)
         yield partial
         for inner in {path.parent for path in partial.rglob("*") if path.name.endswith(digested)}:
             write_digests(inner, {}, digested)
         commit_folder(partial, folder)
     except OSError as fault:
-        raise fault_kind(f"{folder}: cannot be written ({fault}); check space and permissions") from fault
+        raise fault_kind(disk_words(fault, folder)) from fault
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            discard(partial)
 
 
 def remove_folder(folder: Path) -> None:
@@ -125,9 +135,30 @@ def remove_folder(folder: Path) -> None:
         OSError: the disk refuses.
     """
     partial = folder.with_name(f"{folder.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial)
     folder.rename(partial)
-    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        discard(partial)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder with all in it, a file, or a link (and not what it leads to); nothing is nothing.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_current(folder: Path) -> bool:
+    """Say whether this process stands in a folder."""
+    try:
+        return folder.samefile(".")
+    except OSError:
+        return False
 
 
 def _aside(folder: Path) -> Path:
@@ -137,7 +168,7 @@ def _aside(folder: Path) -> Path:
 
 def _put_back(folder: Path) -> None:
     """Undo the first of two renames that the second did not follow."""
-    if _aside(folder).exists() and not folder.exists():
+    if os.path.lexists(_aside(folder)) and not os.path.lexists(folder):
         _aside(folder).rename(folder)
 
 

@@ -14,7 +14,7 @@ It is a value that travels through the door, so no layer below `launch` knows ab
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from tide_megatron.base.errors import causes
@@ -40,6 +40,8 @@ class StopFlag:
         self.answer: Answer = "unwind"
         self.promise = "ending here, nothing has to be saved"
         """What the log says will happen."""
+        self.farewells: list[Callable[[], None]] = []
+        """What a process that ends without unwinding still does: it gives up what keeps others out."""
 
     @property
     def requested(self) -> bool:

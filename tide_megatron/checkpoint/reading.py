@@ -10,13 +10,12 @@ nothing: on a resume, a conversion, an inspection or a comparison alike, which a
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -103,7 +102,7 @@ def read_table(folder: Path) -> Metadata:
     return table
 
 
-def read_values(source: Path | io.IOBase, map_location: Any = "cpu") -> Any:
+def read_values(source: Path | IO[bytes], map_location: Any = "cpu") -> Any:
     """Read pickled values: tensors, numbers, text and containers of them.
 
     Args:
@@ -158,12 +157,14 @@ def restricted(folder: Path) -> Iterator[None]:
     def load(source: Any, map_location: Any = None, *_: Any, **__: Any) -> Any:
         return read_values(source, map_location)
 
-    theirs = FileSystemReader.read_metadata
-    torch.load, FileSystemReader.read_metadata = load, read_metadata  # type: ignore[method-assign]
+    library: Any = torch  # as values of any type, for both are given other signatures
+    reader_class: Any = FileSystemReader
+    kept = library.load, reader_class.read_metadata
+    library.load, reader_class.read_metadata = load, read_metadata
     try:
         yield
     finally:
-        torch.load, FileSystemReader.read_metadata = _torch_load, theirs  # type: ignore[method-assign]
+        library.load, reader_class.read_metadata = kept
 
 
 def _check_format(file: Path) -> None:

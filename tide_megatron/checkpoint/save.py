@@ -29,8 +29,10 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.base.errors import CheckpointError, last_line
+from tide_megatron.base.disk import disk_words
+from tide_megatron.base.errors import CheckpointError, TideError, causes, last_line
 from tide_megatron.base.files import PARTIAL, Digests, commit_folder, write_digests
+from tide_megatron.base.lease import Lease
 from tide_megatron.checkpoint.metadata import CheckpointMetadata, RunIdentity
 from tide_megatron.checkpoint.planner import ShardPlanner, Staging
 from tide_megatron.checkpoint.retention import Checkpoints, name_of, point_latest, remove_expired
@@ -67,7 +69,13 @@ class Saver:
     """Writes a run's checkpoints; one save is under way at a time. Every method is collective."""
 
     def __init__(
-        self, folder: Path, model: Any, optimizer: Any, run: RunIdentity, options: Checkpoints
+        self,
+        folder: Path,
+        model: Any,
+        optimizer: Any,
+        run: RunIdentity,
+        options: Checkpoints,
+        lease: Lease | None = None,
     ) -> None:
         """Prepare to save.
 
@@ -77,7 +85,9 @@ class Saver:
             optimizer: megatron's.
             run: recipe and data.
             options: how, and which stay.
+            lease: on the run's folder; without it nothing is given its name. None: nobody holds one.
         """
+        self._lease = lease
         self.folder = folder
         self._optimizer, self._run, self._options = optimizer, run, options
         self._state = ShardedState(model, optimizer)
@@ -113,6 +123,8 @@ class Saver:
         common = self._state.common()
         with fail_together(), saying_which_disk(partial):
             if is_first():
+                if self._lease is not None:
+                    self._lease.check()
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 write_common(partial, common, SHARDING)
@@ -180,7 +192,7 @@ class Saver:
         save.gather()
         save.times.gather = time.monotonic() - started
         if is_first():
-            save.start(lambda: save.complete(self._options), self._background)
+            save.start(lambda: save.complete(self._options, self._lease), self._background)
         self._save = save
 
 
@@ -261,12 +273,14 @@ class Save:
         self._digests = {name: value for _, known in gathered for name, value in known.items()}
         self.is_gathered = True
 
-    def complete(self, options: Checkpoints) -> None:
+    def complete(self, options: Checkpoints, lease: Lease | None) -> None:
         """Give the checkpoint its name, and take away those that are not to stay (rank 0)."""
         started = time.monotonic()
         self._writer.finish(self._table, self._results)
         self._metadata.write(self.partial)
         write_digests(self.partial, self._digests)
+        if lease is not None:
+            lease.check()
         commit_folder(self.partial, self.partial.with_name(self.name))
         point_latest(self.partial.parent, self.name)
         remove_expired(self.partial.parent, options)
@@ -278,8 +292,10 @@ def saying_which_disk(partial: Path) -> Iterator[None]:
     """Say in one line that writing failed, whatever a library raised."""
     try:
         yield
+    except TideError:
+        raise
     except Exception as fault:
-        raise CheckpointError(
-            f"{partial}: cannot be written ({last_line(fault)}); make room or choose another folder=, then "
-            "start again: the run goes on from its last whole checkpoint"
-        ) from fault
+        # A library that was writing complains of its own unfinished file, and hides why.
+        disk = next((cause for cause in causes(fault) if isinstance(cause, OSError)), None)
+        words = disk_words(disk, partial) if disk else f"{partial}: cannot be written ({last_line(fault)})"
+        raise CheckpointError(f"{words}; the run goes on from its last whole checkpoint") from fault

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from tide_megatron import __version__
+from tide_megatron.base.disk import disk_words
 from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import is_stop
@@ -77,8 +78,10 @@ def main() -> None:
         start_log()
         try:
             app(prog_name="tide")
-        except TideError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (TideError, OSError) as error:
+            if isinstance(error, OSError) and error.filename is None:
+                raise  # of no disk
+            print(f"error: {disk_words(error) if isinstance(error, OSError) else error}", file=sys.stderr)
             sys.exit(2)
         except RanksFailed as error:
             print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,8 +32,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tide_megatron.base.device import Device
+from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.base.files import PARTIAL, commit_folder, replaced_folder
+from tide_megatron.base.files import PARTIAL, commit_folder, discard, replaced_folder
+from tide_megatron.base.lease import Lease, lease_beside, leased
 from tide_megatron.checkpoint.retention import LATEST
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel
@@ -41,7 +44,13 @@ from tide_megatron.models.hf.folder import WEIGHTS
 from tide_megatron.models.mapping import HeadRows, ParamMapping
 from tide_megatron.models.params import local_params
 from tide_megatron.models.spec import ModelOptions
-from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, own_share
+from tide_megatron.parallel.collectives import (
+    broadcast_object,
+    fail_together,
+    held_by_first,
+    is_first,
+    own_share,
+)
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
@@ -152,6 +161,20 @@ def convert_files(
     Raises:
         CheckpointError: the disk refuses.
     """
+    with held_by_first(lambda: leased(lease_beside(target), str(target))) as lease:
+        return _convert_files(source, target, files, told, write, finish, lease)
+
+
+def _convert_files(
+    source: Path,
+    target: Path,
+    files: Sequence[ConvertedFile],
+    told: object,
+    write: Callable[[ConvertedFile, Path, Callable[[], None]], None],
+    finish: Callable[[Path, Path], None],
+    lease: Lease | None,
+) -> dict[str, float]:
+    """Do so, holding the lease on the target (first rank)."""
     partial, kept = target.with_name(f".{target.name}.converting"), None
     with fail_together():
         if is_first():
@@ -164,20 +187,17 @@ def convert_files(
         task = bar.add_task("converting", total=sum(len(file.entries) for file in own))
         for file in own:
             room = partial / f"{file.name}{PARTIAL}"
-            try:
-                shutil.rmtree(room, ignore_errors=True)
+            with disk_faults(partial / file.name, remedy="; with the same command it goes on"):
+                discard(room)
                 room.mkdir()
                 write(file, room, lambda: bar.advance(task))
                 commit_folder(room, partial / file.name)
-            except OSError as fault:
-                raise CheckpointError(
-                    f"{partial / file.name}: cannot be written ({fault}); make room, then start the same "
-                    "command again: it goes on"
-                ) from fault
     with fail_together():
         if is_first():
             with replaced_folder(target, WEIGHTS) as final:
                 finish(partial, final)
+                assert lease is not None, "the first rank holds it"
+                lease.check()
             shutil.rmtree(partial, ignore_errors=True)
     return {"files": len(files), "files_kept": len(kept)}
 
@@ -185,17 +205,15 @@ def convert_files(
 def _begin(partial: Path, told: object, source: Path) -> None:
     """Make the folder of the files, or take it with what is in it if the same conversion left it."""
     digest = hashlib.sha256(json.dumps(told).encode())
-    for path in sorted(source.iterdir()):
-        facts = path.stat()  # another model of the same shapes would be told in the same words
-        digest.update(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode())
-    try:
+    with disk_faults(partial):
+        for path in sorted(source.iterdir()):
+            facts = path.stat()  # another model of the same shapes would be told in the same words
+            digest.update(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode())
         if (partial / _TOLD).is_file() and (partial / _TOLD).read_text() == digest.hexdigest():
             return
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         partial.mkdir(parents=True)
         (partial / _TOLD).write_text(digest.hexdigest(), encoding="utf-8")
-    except OSError as fault:
-        raise CheckpointError(f"{partial}: cannot be written ({fault}); choose another folder") from fault
 
 
 def find_files(folder: Path) -> Path:
@@ -255,5 +273,5 @@ def refuse_existing(target: Path, *, force: bool) -> None:
     Raises:
         CheckpointError: it is there and `force` is not given.
     """
-    if target.exists() and not force:
+    if os.path.lexists(target) and not force:
         raise CheckpointError(f"{target} exists already; choose another folder, or --force to replace it")

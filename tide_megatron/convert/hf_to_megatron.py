@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tide_megatron.base.device import Device
+from tide_megatron.base.disk import place_of
 from tide_megatron.base.files import refuse_damaged, write_text
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.planner import LocalShard, ShardPlanner
@@ -74,6 +75,7 @@ def hf_to_megatron(
     """
     started = time.monotonic()
     with fail_together():
+        target = place_of(target)
         refuse_existing(target, force=force)
         refuse_damaged(source, own_share())
         architecture = read_architecture(source)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.device import Device
+from tide_megatron.base.disk import place_of
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import refuse_damaged
 from tide_megatron.base.stop import StopFlag
@@ -79,6 +80,7 @@ def megatron_to_hf(
     """
     started = time.monotonic()
     with fail_together():
+        target = place_of(target)
         refuse_existing(target, force=written.force)
         files, companions = find_files(source), find_config(source, config)
         architecture = read_architecture(companions)

@@ -19,8 +19,10 @@ from pathlib import Path
 import rich
 import rich.progress
 
+from tide_megatron.base.disk import disk_faults, place_of
 from tide_megatron.base.errors import DataError
 from tide_megatron.base.files import replaced_folder
+from tide_megatron.base.lease import lease_beside, leased
 from tide_megatron.data.columns import ColumnWriter, digest_file
 from tide_megatron.data.manifest import (
     MANIFEST_FILE,
@@ -62,14 +64,17 @@ def prepare(
         DataError: a bad record (with file and line), no records, or a target that may not be replaced.
     """
     encoder = Encoder(tokenizer, Window.of(max_length, on_long), sides or {})
-    out, sources = Path(out), [Path(source) for source in sources]
-    _check_target(out, replace=replace)
-    missing = [source for source in sources if not source.is_file()]
-    if missing or not sources:
-        raise DataError(f"{missing[0] if missing else 'sources'}: no such file: name at least one JSONL file")
-    with replaced_folder(out, fault_kind=DataError) as folder:
-        manifest = _write(folder, sources, encoder)
-        manifest.write(folder)
+    out, sources = place_of(out, DataError), [Path(source) for source in sources]
+    with disk_faults(out, DataError), leased(lease_beside(out), str(out), DataError) as lease:
+        _check_target(out, replace=replace)
+        missing = [source for source in sources if not source.is_file()]
+        if missing or not sources:
+            named = missing[0] if missing else "sources"
+            raise DataError(f"{named}: no such file: name at least one JSONL file")
+        with replaced_folder(out, fault_kind=DataError) as folder:
+            manifest = _write(folder, sources, encoder)
+            manifest.write(folder)
+            lease.check()
     for name, side in manifest.sides.items():
         logger.info(
             "%s: side %s: %d chunks (%d of one token on both sides) over %d tokens, %d cut, %d without any",

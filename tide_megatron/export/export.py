@@ -14,8 +14,10 @@ from rich.progress import DownloadColumn, Progress
 from torch import Tensor
 
 from tide_megatron.base.device import Device
+from tide_megatron.base.disk import disk_faults, place_of
 from tide_megatron.base.errors import CheckpointError, ConfigError, TideError
 from tide_megatron.base.files import replaced_folder
+from tide_megatron.base.lease import lease_beside, leased
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.base.units import in_bytes
 from tide_megatron.diffusion.mask import Context
@@ -85,10 +87,14 @@ def export_student(
         TideError: stopped.
     """
     formats = [FORMATS[name] for name in options.formats]
-    student = read_student(path, formats)
-    _check_place(out, student.folder, options)
+    student, out = read_student(path, formats), place_of(out)
     dtype = chosen_dtype(options.dtype)
-    with HfFolder(student.folder) as source:
+    with (
+        disk_faults(out),
+        leased(lease_beside(out), str(out), stop=stop) as lease,
+        HfFolder(student.folder) as source,
+    ):
+        _check_place(out, student.folder, options)
         check_names(student.architecture, source)
         plans = {form: form.plan(student.architecture, source, dtype) for form in formats}
         _check_space(out, sum(map(planned_bytes, plans.values())))
@@ -104,6 +110,7 @@ def export_student(
                     _refuse_when_stopped(stop)
                     log.info("%s: reading it back", form.name)
                     checks += _verify(folder, form, student, source, plans[form], expected, device)
+            lease.check()
     log.info("%s: %s", out, ", ".join(form.name for form in formats))
     return checks
 

@@ -191,12 +191,26 @@ class _Watch:
             self._is_over.wait(DEAF_SECONDS)  # the main thread ends in order, if it can
         self.finish_saying()
         if not self._is_over.is_set():
+            self._take_leave()
             os._exit(128 + number)
 
     def _end_if_deaf(self) -> None:
         """End this process in a moment, unless the main thread has unwound or took the request over."""
         if not self._is_over.wait(DEAF_SECONDS) and self.stop.answer == "end":
+            self._take_leave()
             os._exit(STOPPED_CODE if self.is_supervised else stopped_code())
+
+    def _take_leave(self) -> None:
+        """Say farewell for what will not unwind, for a moment: a disk may be what it waits for."""
+
+        def say_all() -> None:
+            for farewell in list(self.stop.farewells):
+                with contextlib.suppress(Exception):
+                    farewell()
+
+        thread = threading.Thread(target=say_all, name="farewell", daemon=True)
+        thread.start()
+        thread.join(SAY_SECONDS)
 
     def _say(self, words: str) -> None:
         """Log from a thread of its own: a terminal that takes nothing must not make this process deaf."""

@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device, Ranks, Wanted, choose_device, read_ranks
+from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import ConfigError, TideError, causes
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import StopFlag, is_stop
@@ -162,7 +163,8 @@ def run_here(job: Job, ranks: Ranks | None, stop: StopFlag) -> Any:
             store = None if ranks is None else meet(ranks, job.timeout_seconds)
             start_distributed(device, ranks, timeout_seconds=job.timeout_seconds, store=store)
             device = agree_on_gpus(device)
-        value = job.function(*job.args, device=device, stop=stop)
+        with disk_faults(kind=TideError):
+            value = job.function(*job.args, device=device, stop=stop)
     except BaseException:
         if ranks is None:
             stop_distributed()

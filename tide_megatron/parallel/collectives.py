@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tide_megatron.base.disk import disk_words
 from tide_megatron.base.errors import TideError
 
 Value = TypeVar("Value")
@@ -116,12 +118,38 @@ def fail_together(group: ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as error:
         fault = error
+        if isinstance(error, OSError) and error.filename is not None:  # a disk's, and no bug
+            fault = TideError(disk_words(error))
+            fault.__cause__ = error
     seen = gather_objects(None if fault is None else _Fault.of(fault), group)
     if fault is not None and not isinstance(fault, TideError):
         raise fault
     for rank, report in enumerate(seen):
         if report is not None:
             raise report.error(rank) from fault
+
+
+@contextlib.contextmanager
+def held_by_first(hold: Callable[[], AbstractContextManager[Value]]) -> Iterator[Value | None]:
+    """Hold something on the first rank while the block runs, and nothing on the others.
+
+    Every rank must enter it; leaving it is no collective.
+
+    Args:
+        hold: what the first rank enters.
+
+    Yields:
+        What it gave; None on the other ranks.
+
+    Raises:
+        TideError: on every rank, when the first could not have it.
+    """
+    with contextlib.ExitStack() as stack:
+        value: Value | None = None
+        with fail_together():
+            if is_first():
+                value = stack.enter_context(hold())
+        yield value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,18 +10,21 @@ stopped.json    instead of it: why and where the run was stopped; gone when it g
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import CheckpointError, ConfigError
-from tide_megatron.base.files import write_text
+from tide_megatron.base.files import discard, write_text
+from tide_megatron.base.lease import LEASE, Lease, leased
+from tide_megatron.base.stop import StopFlag
 from tide_megatron.train.resolve import Tree, difference, digest, mathematics
 
 RECIPE, CHECKPOINTS, MODEL, RESULT = "recipe.yaml", "checkpoints", "model", "result.json"
@@ -42,7 +45,8 @@ def check_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
         CheckpointError: the folder belongs to another recipe.
         ConfigError: it cannot be made, or holds files of somebody else under our names.
     """
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    with disk_faults(folder, ConfigError):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(
             f"folder: {folder} cannot be used: {there} cannot be written to as a folder; {_OTHER}"
@@ -60,6 +64,29 @@ def check_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def held_folder(folder: Path, tree: Tree, *, resume: bool, stop: StopFlag) -> Iterator[Lease]:
+    """Check a run folder and keep every other run out of it while the block runs (only rank 0 enters it).
+
+    A folder that was made for it goes again unless something was put there.
+
+    Args:
+        folder: the run folder.
+        tree: the resolved recipe.
+        resume: see `check_folder`.
+        stop: ends a watch over a run that may be dead; it is raised when another start takes the folder over.
+
+    Raises:
+        CheckpointError: the folder belongs to another recipe.
+        ConfigError: another process trains there, or it cannot be used.
+    """
+    check_folder(folder, tree, resume=resume)
+    with leased(folder / LEASE, f"folder: {folder}", ConfigError, stop=stop) as lease:
+        lease.on_loss = stop.request
+        check_folder(folder, tree, resume=resume)  # a run that held it until now may have changed it
+        yield lease
+
+
 def claim_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
     """Make or take a checked run folder (only rank 0 calls it, once everything else is known to work).
 
@@ -71,15 +98,13 @@ def claim_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
     Raises:
         ConfigError: the folder cannot be made or written.
     """
-    try:
+    with disk_faults(folder, ConfigError, f", or {_OTHER}"):
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             for name in _OURS:  # the recipe last: it marks the rest as ours
-                _remove(folder / name)
-        _remove(folder / STOPPED)
+                discard(folder / name)
+        discard(folder / STOPPED)
         write_text(folder / RECIPE, yaml.safe_dump(tree, sort_keys=False))
-    except OSError as fault:
-        raise ConfigError(f"folder: {folder} cannot be used: {fault}; {_OTHER}") from None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -110,10 +135,3 @@ def _check_recipe(written: Path, tree: Tree) -> None:
         f"folder: {written.parent} holds the run of another recipe:\n  {changed}\n"
         "use another folder=, the old values, or --fresh to discard the old run"
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ together, after the same step. Left out: anything that chooses parts (`setup.py`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -19,14 +20,22 @@ import torch.distributed as dist
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import TideError
+from tide_megatron.base.lease import Lease
 from tide_megatron.base.stop import StopFlag, Stopped
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.models.weights import save_model
-from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
+from tide_megatron.parallel.collectives import (
+    all_agree,
+    barrier,
+    fail_together,
+    held_by_first,
+    is_first,
+    sum_over,
+)
 from tide_megatron.train.cost import Devices
-from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result, write_stopped
+from tide_megatron.train.folder import MODEL, claim_folder, held_folder, write_result, write_stopped
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
@@ -60,27 +69,28 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         Stopped: before the first step; the run folder is as it was.
     """
     folder = Path(recipe.folder)
-    with stop.ending():  # nothing is written yet, and nothing of an earlier run discarded
-        with fail_together():
-            if is_first():
-                check_folder(folder, tree, resume=resume)
-        log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
-        setup = set_up(recipe, device)
-        check_student(recipe, setup)
-        sanity = check_teachers(recipe, setup)
-        clock = start_or_resume(recipe, tree, setup, resume=resume)
-        saver = make_saver(recipe, tree, setup)
-    with stop.finishing("the run ends after its step under way, and saves it"):
-        _begin_together(stop)
-        with fail_together():
-            if is_first():
-                claim_folder(folder, tree, resume=resume)
-        with _open_metrics(recipe, tree, setup, clock, device) as metrics:
-            result = _step_and_score(recipe, setup, saver, clock, metrics, stop) | {"teachers": sanity}
-        if result["finished"]:
-            _write_student(recipe, setup, result)
-        elif is_first():
-            write_stopped(folder, result["clock"], stop.reason or "another rank")
+    with contextlib.ExitStack() as stack:
+        with stop.ending():  # nothing is written yet, and nothing of an earlier run discarded
+            lease = stack.enter_context(
+                held_by_first(lambda: held_folder(folder, tree, resume=resume, stop=stop))
+            )
+            log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
+            setup = set_up(recipe, device)
+            check_student(recipe, setup)
+            sanity = check_teachers(recipe, setup)
+            clock = start_or_resume(recipe, tree, setup, resume=resume)
+            saver = make_saver(recipe, tree, setup, lease)
+        with stop.finishing("the run ends after its step under way, and saves it"):
+            _begin_together(stop)
+            with fail_together():
+                if is_first():
+                    claim_folder(folder, tree, resume=resume)
+            with _open_metrics(recipe, tree, setup, clock, device) as metrics:
+                result = _step_and_score(recipe, setup, saver, clock, metrics, stop) | {"teachers": sanity}
+            if result["finished"]:
+                _write_student(recipe, setup, result, lease)
+            elif is_first():
+                write_stopped(folder, result["clock"], stop.reason or "another rank")
     return result
 
 
@@ -131,9 +141,19 @@ def _step_and_score(
     return result if scores is None else result | scores.summary()
 
 
-def _write_student(recipe: Recipe, setup: Setup, result: dict[str, Any]) -> None:
-    """Write the trained student and result.json into the run folder. All ranks call it."""
+def _write_student(recipe: Recipe, setup: Setup, result: dict[str, Any], lease: Lease | None) -> None:
+    """Write the trained student and result.json into the run folder. All ranks call it.
+
+    Args:
+        recipe: the run.
+        setup: its parts.
+        result: for result.json.
+        lease: on the run folder, on the first rank.
+    """
     folder = Path(recipe.folder)
+    with fail_together():
+        if lease is not None:
+            lease.check()
     save_model(setup.run.student.model, folder / MODEL)
     barrier()
     if is_first():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.lease import Lease
 from tide_megatron.checkpoint.load import load_checkpoint
 from tide_megatron.checkpoint.metadata import RunIdentity, read_metadata
 from tide_megatron.checkpoint.retention import find_checkpoint
@@ -28,8 +29,8 @@ def identity_of(tree: Tree, setup: Setup) -> RunIdentity:
     return RunIdentity(recipe=tree, recipe_digest=digest(tree), data=setup.loader.columns.manifest.digest)
 
 
-def make_saver(recipe: Recipe, tree: Tree, setup: Setup) -> Saver:
-    """Build what saves this run."""
+def make_saver(recipe: Recipe, tree: Tree, setup: Setup, lease: Lease | None = None) -> Saver:
+    """Build what saves this run, as long as its folder's lease (rank 0) is held."""
     student = setup.run.student
     return Saver(
         Path(recipe.folder) / CHECKPOINTS,
@@ -37,6 +38,7 @@ def make_saver(recipe: Recipe, tree: Tree, setup: Setup) -> Saver:
         student.optimizer,
         identity_of(tree, setup),
         recipe.checkpoints,
+        lease,
     )
 
 

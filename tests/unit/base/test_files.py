@@ -176,7 +176,9 @@ def test_a_folder_that_is_removed_is_whole_under_its_name_or_gone(tmp_path):
 def test_the_fault_is_of_the_wanted_kind(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (
-        pytest.raises(ConfigError, match=r"m: cannot be written \(.*\); check space and permissions$"),
+        pytest.raises(
+            ConfigError, match=r"m: cannot be written \(.*\); a file stands .*; choose another place$"
+        ),
         replaced_folder(tmp_path / "file" / "m", fault_kind=ConfigError),
     ):
         pass

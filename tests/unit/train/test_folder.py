@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import time
 
 import pytest
@@ -9,7 +10,8 @@ import yaml
 
 from tests.tiny_run import recipe_tree
 from tide_megatron.base.errors import CheckpointError, ConfigError
-from tide_megatron.train.folder import check_folder, claim_folder, write_result, write_stopped
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.train.folder import check_folder, claim_folder, held_folder, write_result, write_stopped
 from tide_megatron.train.resolve import build_recipe
 
 
@@ -101,6 +103,87 @@ def test_fresh_discards_what_runs_leave_and_nothing_else(tmp_path, tree):
     assert sorted(map(str, everything(tmp_path / "run"))) == ["mine/notes", "notes.txt", "recipe.yaml"]
 
 
+def start_small_run(folder, tree, offset, *, resume):
+    """Start a process that does to a folder what a run does, without a model; return its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code, mine, looked = 1, str(os.getpid()), folder.with_suffix(".refused")
+    try:
+        time.sleep(offset)
+        with held_folder(folder, tree, resume=resume, stop=StopFlag()) as lease:
+            time.sleep(0.02)
+            claim_folder(folder, tree, resume=resume)
+            for step in range(4):
+                partial = folder / f"checkpoints/step-{step}.partial"
+                partial.mkdir(parents=True)
+                (partial / "weights").write_text(mine)
+                time.sleep(0.02)
+                lease.check()
+                partial.rename(folder / f"checkpoints/step-{step}-{mine}")
+                with (folder / "metrics.jsonl").open("a") as stream:
+                    stream.write(f"{mine}\n")
+            write_result(folder, {"pid": mine})
+            for _ in range(1000):  # until the other one has looked
+                time.sleep(0.03 * (not looked.exists()))
+        code = 0
+    except ConfigError:
+        code = 2
+        looked.touch()
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.parametrize("starts", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("resume", [True, False])
+def test_of_two_starts_of_a_run_exactly_one_proceeds_and_nothing_is_damaged(tmp_path, tree, resume, starts):
+    draw = random.Random(7)
+    for number in range(starts):
+        folder = tmp_path / f"run{number}"
+        if number % 2:
+            take(folder, tree)
+        pids = [start_small_run(folder, tree, draw.uniform(0, 0.25), resume=resume) for _ in range(2)]
+        codes = {pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids}
+        assert sorted(codes.values()) == [0, 2]
+        winner = str(next(pid for pid, code in codes.items() if code == 0))
+        assert (folder / "metrics.jsonl").read_text().split() == [winner] * 4
+        assert json.loads((folder / "result.json").read_text()) == {"pid": winner}
+        weights = {(path.parent.name, path.read_text()) for path in folder.glob("checkpoints/*/weights")}
+        assert weights == {(f"step-{step}-{winner}", winner) for step in range(4)}
+        assert yaml.safe_load((folder / "recipe.yaml").read_text()) == tree
+        assert {path.name for path in folder.iterdir()} == {
+            "recipe.yaml",
+            "checkpoints",
+            "metrics.jsonl",
+            "result.json",
+        }
+
+
+def test_a_folder_that_a_run_only_looked_at_is_gone_with_those_made_for_it(tmp_path, tree):
+    with held_folder(tmp_path / "a/b/run", tree, resume=True, stop=StopFlag()):
+        assert (tmp_path / "a/b/run").is_dir()
+    assert not (tmp_path / "a").exists()
+
+
+def test_fresh_unlinks_what_leads_elsewhere(tmp_path, tree):
+    take(tmp_path / "run", tree)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch/kept").write_text("x")
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "scratch")
+    (tmp_path / "run/model").symlink_to("nowhere")
+    (tmp_path / "run/result.json").symlink_to("result.json")
+    take(tmp_path / "run", tree, resume=False)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
+    assert (tmp_path / "scratch/kept").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["m" * 300, "m" * 300 + "/run", "file/run"])
+def test_a_name_that_no_folder_can_have_is_one_line(tmp_path, tree, name):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"^(folder: )?[^\n]*cannot be (used|written)[^\n]*choose [^\n]*$"):
+        check_folder(tmp_path / name, tree, resume=True)
+
+
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("name", ["model", "checkpoints", "result.json"])
 def test_files_under_our_names_that_no_run_wrote_are_not_touched(tmp_path, tree, name, resume):
@@ -119,7 +202,7 @@ def test_places_where_no_folder_can_be_are_refused(tmp_path, tree):
             ConfigError, match=rf"^folder: {folder} cannot be used: .*file .*; choose another"
         ):
             check_folder(folder, tree, resume=True)
-        with pytest.raises(ConfigError, match=rf"^folder: {folder} cannot be used: .*; choose another"):
+        with pytest.raises(ConfigError, match=rf"^{folder}: cannot be written .*; choose another"):
             claim_folder(folder, tree, resume=True)
     assert (tmp_path / "file").read_text() == "x"
 
