@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tide_megatron.models.architecture import Architecture, Names
-from tide_megatron.models.hf.config import ConfigReader, HfConfig
+from tide_megatron.models.hf.config import ConfigReader
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,10 @@ class MadeUp(Architecture):
     keys: ClassVar[Mapping[str, str]] = {"hidden_size": "width", "num_hidden_layers": "depth"}
 
     @classmethod
-    def from_hf(cls, config: HfConfig) -> MadeUp:
-        """Read a parsed config.json; see `Architecture.from_hf`."""
-        read = ConfigReader(config, cls.keys)
+    def read(cls, read: ConfigReader) -> MadeUp:
+        """Read a config.json; see `Architecture.read`."""
         read.only("soft_cap", why="capped logits")
-        common = read.common()
-        return cls(**common, rotary_dim=common["head_dim"], qk_norm=False)
+        return cls(**read.common(), qk_norm=False)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json of this model."""

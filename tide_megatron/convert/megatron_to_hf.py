@@ -31,7 +31,7 @@ from tide_megatron.convert.conversion import (
     refuse_existing,
     sharded_entries,
 )
-from tide_megatron.models.hf.config import CONFIG_FILE, write_config
+from tide_megatron.models.hf.config import CONFIG_FILE, with_dtype, write_config
 from tide_megatron.models.hf.safetensors import (
     SHARD_BYTES,
     WEIGHTS_FILE,
@@ -167,7 +167,7 @@ def _finish(companions: Path, plans: Mapping[str, Plan], partial: Path, final: P
     config = json.loads((final / CONFIG_FILE).read_text(encoding="utf-8"))
     if len(dtypes) == 1:
         (dtype,) = dtypes
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        config = with_dtype(config, str(dtype).removeprefix("torch."))
     write_config(final, config)
     for file in plans:
         (partial / file / WEIGHTS_FILE).rename(final / file)

@@ -73,6 +73,7 @@ TINY = {
     "num_shared_experts": 1,
     "first_k_dense_replace": 1,
     "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
     "initializer_range": 0.2,
 }
 """config.json of the model that the check builds; Inductor compiles no attention for smaller heads."""

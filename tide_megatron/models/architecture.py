@@ -4,7 +4,7 @@ An `Architecture` knows numbers and names only: no process group, no device, no 
 megatron-core's words, `params.py` lists its weights, `build.py` makes the model. A new one is a file with a
 subclass in `arch/` and a line in `arch/__init__.py`.
 
-A config switch that would change the mathematics and is not implemented is refused by name, never ignored.
+A config switch that would change the mathematics and is not implemented, or not known, is refused by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context, allowed_pairs
-from tide_megatron.models.hf.config import Activation, HfConfig
+from tide_megatron.models.hf.config import Activation, ConfigReader, HfConfig
+from tide_megatron.models.hf.known import Kinds
 
 Gated = tuple[str, str, str]
 """Names of the gate, up and down projections of a gated feed-forward block."""
@@ -137,6 +138,8 @@ class Architecture(abc.ABC):
     """What its files call the weights."""
     keys: ClassVar[Mapping[str, str]] = {}
     """The usual key of config.json -> what this family calls it, where the two differ."""
+    harmless: ClassVar[Kinds] = {}
+    """Keys of config.json that `read` does not ask for and that change nothing, beside every model's."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that no model can have."""
@@ -152,9 +155,21 @@ class Architecture(abc.ABC):
             )
 
     @classmethod
-    @abc.abstractmethod
     def from_hf(cls, config: HfConfig) -> Architecture:
         """Read a parsed config.json.
+
+        Raises:
+            ConfigError: naming the key that is missing, of the wrong type, not implemented or not known.
+        """
+        read = ConfigReader(config, cls.keys)
+        found = cls.read(read)
+        read.refuse_rest(cls.harmless)
+        return found
+
+    @classmethod
+    @abc.abstractmethod
+    def read(cls, read: ConfigReader) -> Architecture:
+        """Read a config.json under this family's keys.
 
         Raises:
             ConfigError: naming the key that is missing, of the wrong type, or not implemented.

@@ -25,9 +25,10 @@ from tide_megatron.base.files import refuse_damaged
 from tide_megatron.models.arch import ARCHITECTURES
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel
-from tide_megatron.models.hf.config import read_config
+from tide_megatron.models.hf.config import read_config, with_dtype
 from tide_megatron.models.hf.folder import HfFolder, stream_folder
 from tide_megatron.models.hf.safetensors import TensorSpec
+from tide_megatron.models.hf.values import shown
 from tide_megatron.models.mapping import ParamMapping
 from tide_megatron.models.params import hf_shapes, local_params, param_mappings
 from tide_megatron.parallel.collectives import own_share
@@ -55,9 +56,9 @@ def read_architecture(folder: Path) -> Architecture:
     """
     config = read_config(folder)
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         hint = nearest(str(model_type), ARCHITECTURES)
-        raise ConfigError(f"{folder}: config.json: model_type: {model_type!r} is not supported; {hint}")
+        raise ConfigError(f"{folder}: config.json: model_type: {shown(model_type)} is not supported; {hint}")
     try:
         return ARCHITECTURES[model_type].from_hf(config)
     except ConfigError as fault:
@@ -135,9 +136,8 @@ def save_model(
     tensors = _gather(model, dtype)
     try:
         if dist.get_rank() == 0:
-            config = model.architecture.to_hf()
             stored = str(dtype or model.config.params_dtype).removeprefix("torch.")
-            config["dtype" if "dtype" in config else "torch_dtype"] = stored
+            config = with_dtype(model.architecture.to_hf(), stored)
             stream_folder(folder, config, _plan(model, dtype), tensors, files)
     finally:
         for _ in tensors:  # other ranks send theirs, and this one takes them in although its disk refused

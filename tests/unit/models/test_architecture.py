@@ -95,14 +95,6 @@ def test_published_llada_moe_calls_itself_llada():
     assert type(architecture(LLADA)) is ARCHITECTURES["llada"]
 
 
-def test_rotary_base_of_newer_configs():
-    new = {key: value for key, value in DENSE.items() if key != "rope_theta"}
-    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
-    assert architecture(new).rotary_base == 5e5
-    with pytest.raises(ConfigError, match="rope_type: 'yarn'"):
-        architecture(new, rope_parameters={"rope_type": "yarn", "rope_theta": 5e5})
-
-
 @pytest.mark.parametrize(
     ("config", "key", "value"),
     [

@@ -18,7 +18,6 @@ from tide_megatron.diffusion.mask import dense_mask
 from tide_megatron.models.arch import ARCHITECTURES
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import build_model
-from tide_megatron.models.hf.config import ConfigReader
 from tide_megatron.models.params import hf_shapes
 from tide_megatron.models.spec import ModelOptions, transformer_config
 from tide_megatron.models.weights import draw_weights, load_model, read_architecture, save_model
@@ -37,10 +36,9 @@ class MadeUp(Architecture):
     keys = {"hidden_act": "hidden_activation"}  # noqa: RUF012 - declared by the class above
 
     @classmethod
-    def from_hf(cls, config):
-        common = ConfigReader(config, cls.keys).common(activation="gelu_pytorch_tanh")
-        scale = common["hidden"] ** 0.5
-        return cls(**common, rotary_dim=common["head_dim"], zero_centered_norms=True, embedding_scale=scale)
+    def read(cls, read):
+        common = read.common(activation="gelu_pytorch_tanh")
+        return cls(**common, zero_centered_norms=True, embedding_scale=common["hidden"] ** 0.5)
 
     def to_hf(self):
         return {**self.source, **self.common_hf()}

@@ -171,15 +171,13 @@ def models(draw):
     width = tensor * draw(st.integers(1, 3))
     experts = expert * draw(st.integers(1, 2))
     per_expert = slices * tensor * draw(st.integers(1, 2))
-    if name.startswith("llada_moe") or name == "llada2_moe":
+    if name == "llada2_moe":
+        config |= {"num_experts": experts, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+        config |= {"moe_intermediate_size": per_expert, "first_k_dense_replace": 0}
+        config |= {"partial_rotary_factor": 1}
+    elif name.startswith("llada_moe"):
         config |= {"num_experts": experts, "num_experts_per_tok": 1, "moe_layer_freq": [1] * layers}
-        config |= {
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": per_expert,
-            "first_k_dense_replace": 0,
-        }
-        config |= {"expert_intermediate_size": per_expert, "partial_rotary_factor": 1}
+        config |= {"expert_intermediate_size": per_expert}
         if config.get("shared_expert_intermediate_size"):
             config["shared_expert_intermediate_size"] = width
     else:
@@ -190,7 +188,7 @@ def models(draw):
     else:
         config |= {"num_hidden_layers": layers, "hidden_size": draw(st.integers(1, 9)), "head_dim": head_dim}
         config |= {"num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": vocabulary}
-        config |= {"intermediate_size": width, "dense_intermediate_size": width}
+        config["dense_intermediate_size" if name.startswith("llada_moe") else "intermediate_size"] = width
     layout = Layout(tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=slices)
     return architecture(config), layout
 

@@ -10,7 +10,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.hf.config import ConfigReader, HfConfig
+from tide_megatron.models.hf.config import ConfigReader
+from tide_megatron.models.hf.known import FLAG, Kinds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,11 +20,14 @@ class Dream(Architecture):
 
     model_types: ClassVar[tuple[str, ...]] = ("Dream",)
 
+    harmless: ClassVar[Kinds] = {"full_attn_mask": FLAG, "attention_bias": FLAG}
+    """Its own code reads neither."""
+
     @classmethod
-    def from_hf(cls, config: HfConfig) -> Dream:
-        """Read a parsed config.json; see `Architecture.from_hf`."""
-        common = ConfigReader(config).common()
-        return cls(**common, rotary_dim=common["head_dim"], qk_norm=False, qkv_bias=True, is_shifted=True)
+    def read(cls, read: ConfigReader) -> Dream:
+        """Read a config.json; see `Architecture.read`."""
+        read.only("use_mrope", False, why="rotary positions of several axes")
+        return cls(**read.common(), qk_norm=False, qkv_bias=True, is_shifted=True)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json of this model."""

@@ -15,6 +15,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.arch.llada_moe import LladaMoe
 from tide_megatron.models.architecture import Architecture, Names
 from tide_megatron.models.hf.config import ConfigReader, HfConfig
+from tide_megatron.models.hf.known import FLAG, NUMBER, TEXT, Kinds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,28 +46,42 @@ class Llada(Architecture):
         "hidden_act": "activation_type",
     }
 
+    harmless: ClassVar[Kinds] = {
+        "tie_word_embeddings": FLAG,  # `weight_tying` decides
+        "attention_layer_norm_with_affine": FLAG,
+        "alibi_bias_max": NUMBER,
+        "mlp_ratio": NUMBER,
+        "init_cutoff_factor": NUMBER,
+        "init_device": TEXT,
+        "init_fn": TEXT,
+        "precision": TEXT,
+    }
+
     @classmethod
-    def from_hf(cls, config: HfConfig) -> Architecture:
-        """Read a parsed config.json; see `Architecture.from_hf`."""
-        if "num_experts" in config and "d_model" not in config:
-            return LladaMoe.from_hf(config)
-        read = ConfigReader(config, cls.keys)
+    def read(cls, read: ConfigReader) -> Architecture:
+        """Read a config.json; see `Architecture.read`."""
         _refuse_other_models(read)
         width, heads = read.size("hidden_size"), read.size("num_attention_heads")
         if width % heads:
             raise ConfigError(f"config.json: d_model: {width} is not a multiple of n_heads {heads}")
         read.only("num_key_value_heads", heads, why="fewer key-value heads")
         read.get("tie_word_embeddings", bool)  # absent means true there
-        if config.get("mlp_hidden_size") is None:
-            config = {**config, "mlp_hidden_size": read.size("mlp_ratio", 4) * width}
-        common = ConfigReader(config, cls.keys).common(head_dim=width // heads)
+        inner = read.size("mlp_ratio", 4) * width if read.value("intermediate_size") is None else None
+        common = read.common(head_dim=width // heads, epsilon=1e-5, feed_forward=inner)
         ids = common["vocabulary"]
         common["vocabulary"] = read.size("embedding_size", ids)
         if common["vocabulary"] < ids:
             raise ConfigError(
                 f"config.json: embedding_size: {common['vocabulary']} rows are too few for vocab_size {ids}"
             )
-        return cls(**common, rotary_dim=width // heads, qk_norm=False)
+        return cls(**common, qk_norm=False)
+
+    @classmethod
+    def from_hf(cls, config: HfConfig) -> Architecture:
+        """Read a parsed config.json; the published LLaDA-MoE has this name and another's keys."""
+        if "num_experts" in config and "d_model" not in config:
+            return LladaMoe.from_hf(config)
+        return super().from_hf(config)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the config.json of this model; where the table has more rows than ids, it says both."""

@@ -5,7 +5,8 @@ best groups only, then normalises the picked scores and scales them; a shared ex
 that is megatron-core's own router, with one difference in meaning: the reference rates a group by its two
 best experts, megatron-core by its best `experts per token // kept groups`. Where the two would differ the
 config is refused by name. `norm_topk_prob` is not read: the reference normalises always. dFactory's files,
-which stack the experts of a layer in one tensor, are read as well.
+which stack the experts of a layer in one tensor, are read as well. LLaDA2.1 has 2.0's shape and is read;
+LLaDA2.2 lets a block of tokens agree on experts first (`expert_capacity`), which is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, ClassVar
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.architecture import Architecture, Experts, Names
-from tide_megatron.models.hf.config import ConfigReader, HfConfig
+from tide_megatron.models.hf.config import ConfigReader
+from tide_megatron.models.hf.known import FLAG, TEXT, Kinds
 
 _RATED_BY = 2  # experts by whose sum the reference rates a router group (spec section 6.2)
 
@@ -33,19 +35,23 @@ class Llada2Moe(Architecture):
         key_norm="attention.key_layernorm",
     )
 
+    harmless: ClassVar[Kinds] = {"norm_topk_prob": FLAG, "router_dtype": TEXT}
+
     @classmethod
-    def from_hf(cls, config: HfConfig) -> Llada2Moe:
-        """Read a parsed config.json; see `Architecture.from_hf`."""
-        read = ConfigReader(config)
+    def read(cls, read: ConfigReader) -> Llada2Moe:
+        """Read a config.json; see `Architecture.read`."""
         read.only("use_bias", False, why="biased projections")
         read.only("use_qkv_bias", False, why="biased projections")
         read.only("norm_head", False, why="a normalised head")
         read.only("score_function", "sigmoid", why="another router score")
         read.only("moe_router_enable_expert_bias", True, why="a router without expert bias")
-        common = read.common()
+        read.only("expert_capacity", why="block routing: LLaDA2.2 chooses experts by block, not by token")
+        read.only("num_nextn_predict_layers", 0, why="layers that predict further tokens")
+        read.only("use_rmsnorm", True, why="another norm")
+        read.only("using_split_qkv_in_self_attention", False, why="weights of other shapes")
+        common = read.common(partly_rotated=True, epsilon=1e-5)
         return cls(
             **common,
-            rotary_dim=int(common["head_dim"] * read.get("partial_rotary_factor", float, 1.0)),
             qk_norm=read.get("use_qk_norm", bool, True),
             experts=_read_experts(read, common["layers"]),
         )
@@ -98,11 +104,14 @@ def _read_experts(read: ConfigReader, layers: int) -> Experts:
             f"config.json: first_k_dense_replace: {first} leaves no mixture among {layers} layers"
         )
     width = read.size("moe_intermediate_size")
+    shared = width * read.get("num_shared_experts", int, 0)
+    told = f"moe_intermediate_size x num_shared_experts is {shared}"
+    read.only("moe_shared_expert_intermediate_size", shared, why=told)
     return Experts(
         number=number,
         per_token=per_token,
         feed_forward=width,
-        shared_feed_forward=width * read.get("num_shared_experts", int, 0),
+        shared_feed_forward=shared,
         first_layer=first,
         groups=groups,
         kept_groups=kept,

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.architecture import Architecture, Experts, Names
-from tide_megatron.models.hf.config import ConfigReader, HfConfig
+from tide_megatron.models.hf.config import ConfigReader
+from tide_megatron.models.hf.values import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,24 +28,21 @@ class LladaMoe(Architecture):
     keys: ClassVar[Mapping[str, str]] = {"intermediate_size": "dense_intermediate_size"}
 
     @classmethod
-    def from_hf(cls, config: HfConfig) -> LladaMoe:
-        """Read a parsed config.json; see `Architecture.from_hf`."""
-        read = ConfigReader(config, cls.keys)
+    def read(cls, read: ConfigReader) -> LladaMoe:
+        """Read a config.json; see `Architecture.read`."""
         read.only("attention_bias", False, why="biased projections")
         read.only("clip_qkv", why="clipped queries, keys and values")
-        read.only("partial_rotary_factor", 1, why="partly rotated heads")
         read.only("moe_router_score_function", "softmax", why="another router score")
         read.only("moe_router_enable_expert_bias", False, why="a router bias")
         read.only("norm_topk_prob", False, why="normalised routing weights")
         read.only("routed_scaling_factor", 1, why="scaled routing weights")
         read.only("router_num_group", why="router groups")
         read.only("router_topk_group", why="router groups")
-        common = read.common()
+        common = read.common(epsilon=1e-5)
         return cls(
             **common,
-            rotary_dim=common["head_dim"],
             qk_norm=read.get("qk_layernorm", bool, True),
-            experts=_read_experts(read, config, common["layers"]),
+            experts=_read_experts(read, common["layers"]),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -63,18 +61,19 @@ class LladaMoe(Architecture):
         }
 
 
-def _read_experts(read: ConfigReader, config: HfConfig, layers: int) -> Experts:
+def _read_experts(read: ConfigReader, layers: int) -> Experts:
     """Read the mixture's numbers."""
     number, per_token = read.size("num_experts"), read.size("num_experts_per_tok")
     if per_token > number:
         raise ConfigError(
             f"config.json: num_experts_per_tok: {per_token} experts cannot be chosen from {number}"
         )
-    kinds = config.get("moe_layer_freq") or [1] * layers
+    kinds = read.value("moe_layer_freq")
+    kinds = [1] * layers if kinds is None else kinds
     first = kinds.index(1) if isinstance(kinds, list) and 1 in kinds else layers
     if kinds != [0] * first + [1] * (layers - first) or first == layers:
         raise ConfigError(
-            f"config.json: moe_layer_freq: {kinds!r} is not supported; only a list with 0 for the first "
+            f"config.json: moe_layer_freq: {shown(kinds)} is not supported; only a list with 0 for the first "
             f"layers, if any, and 1 for the others of the {layers} layers is"
         )
     return Experts(

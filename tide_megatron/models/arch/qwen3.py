@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.hf.config import ConfigReader, HfConfig
+from tide_megatron.models.hf.config import ConfigReader
 
 _QWEN3_HEAD_DIM = 128  # what transformers takes when config.json has no head_dim
 
@@ -25,19 +25,16 @@ class Qwen3(Architecture):
     model_types: ClassVar[tuple[str, ...]] = ("a2d-qwen3", "qwen3", "sdar", "wedlm")
 
     @classmethod
-    def from_hf(cls, config: HfConfig) -> Qwen3:
-        """Read a parsed config.json; see `Architecture.from_hf`."""
-        read = ConfigReader(config)
+    def read(cls, read: ConfigReader) -> Qwen3:
+        """Read a config.json; see `Architecture.read`."""
         is_wedlm = read.get("model_type", str) == "wedlm"
         bias = read.get("attention_bias", bool, is_wedlm)
         if bias and not is_wedlm:
             raise ConfigError(
                 "config.json: attention_bias: True is not supported (a bias on the output projection)"
             )
-        common = read.common(head_dim=None if is_wedlm else _QWEN3_HEAD_DIM)
         return cls(
-            **common,
-            rotary_dim=common["head_dim"],
+            **read.common(head_dim=None if is_wedlm else _QWEN3_HEAD_DIM),
             qk_norm=read.get("qk_norm", bool, not is_wedlm),
             qkv_bias=bias,
         )
