@@ -7,7 +7,9 @@ every other exception is a bug of ours and keeps its traceback. `assert` is for 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+_MOST_LISTED = 20  # names of one kind in a message
 
 
 class TideError(Exception):
@@ -54,3 +56,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     names = sorted(choices)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"choose one of: {', '.join(names)}"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return names for a message: the first of them, and how many more there are."""
+    more = f", and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more

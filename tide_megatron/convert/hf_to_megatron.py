@@ -40,6 +40,7 @@ from tide_megatron.convert.conversion import (
     sharded_entries,
 )
 from tide_megatron.models.hf.folder import HfFolder
+from tide_megatron.models.verify import ZeroWatch, refuse_other_head, warn_of_doubts
 from tide_megatron.models.weights import check_names, read_architecture
 from tide_megatron.parallel.collectives import fail_together, own_share
 
@@ -78,6 +79,7 @@ def hf_to_megatron(
         architecture = read_architecture(source)
         with HfFolder(source) as folder:
             check_names(architecture, folder)
+            refuse_other_head(architecture, folder, own_share())
             merged = architecture.has_merged(folder.shapes)
     entries, extra = sharded_entries(architecture, device, merged=merged)
     objects = {value.unique_key: value.data for value in extra.values() if is_main_replica(value.replica_id)}
@@ -99,6 +101,8 @@ def hf_to_megatron(
         done = convert_files(
             source, target, files, told, write, functools.partial(_finish, source, files, table)
         )
+        zeros = ZeroWatch(name for one in reading for name in one.zeros.names)
+        warn_of_doubts(architecture, folder, zeros)
     return {
         "tensors": len(entries),
         "elements": sum(entry.mapping.elements for entry in entries),
@@ -132,6 +136,7 @@ class _Reading(ShardPlanner):
     ) -> None:
         self._folder, self._dtype = folder, dtype
         self.advance: Callable[[], None] = lambda: None
+        self.zeros = ZeroWatch()
         shards: list[LocalShard] = []
         self._entries: dict[tuple[str, tuple[int, ...]], ShardedEntry] = {}
         for entry in entries:
@@ -158,8 +163,7 @@ class _Reading(ShardPlanner):
 
     def _joined(self, entry: ShardedEntry) -> Tensor:
         """Read and join one tensor of ours."""
-        mapping = entry.mapping
-        joined = mapping.join([self._folder.read(name, mapping.part(name)) for name in mapping.sources])
+        joined = entry.mapping.join(self.zeros.read(self._folder, entry.mapping))
         return joined.to(self._dtype_of(entry))
 
     def _dtype_of(self, entry: ShardedEntry) -> torch.dtype:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,12 @@ from tide_megatron.models.hf.known import Kinds
 
 Gated = tuple[str, str, str]
 """Names of the gate, up and down projections of a gated feed-forward block."""
+
+
+_BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|masked_bias|causal_mask|position_ids)$"
+)
+"""Tables that older code saved with the weights, though config.json alone decides what is in them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,9 +199,13 @@ class Architecture(abc.ABC):
         return f"{self.names.embedding}.weight"
 
     @property
-    def ignored(self) -> frozenset[str]:
-        """Hugging Face tensors a folder may contain without meaning: the copy of a tied embedding."""
-        return frozenset({f"{self.names.head}.weight"}) if self.tied else frozenset()
+    def head_name(self) -> str:
+        """Hugging Face name of the output head; where it is tied a folder need not have it."""
+        return f"{self.names.head}.weight"
+
+    def ignores(self, name: str) -> bool:
+        """Say whether a Hugging Face tensor means nothing: a tied embedding's copy, or a buffer made anew."""
+        return (self.tied and name == self.head_name) or bool(_BUFFERS.search(name))
 
     @property
     def num_experts(self) -> int:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tide_megatron.base.errors import CheckpointError, ConfigError, nearest
+from tide_megatron.base.errors import CheckpointError, ConfigError, nearest, some_of
 from tide_megatron.base.files import refuse_damaged
 from tide_megatron.models.arch import ARCHITECTURES
 from tide_megatron.models.architecture import Architecture
@@ -31,9 +31,8 @@ from tide_megatron.models.hf.safetensors import TensorSpec
 from tide_megatron.models.hf.values import shown
 from tide_megatron.models.mapping import ParamMapping
 from tide_megatron.models.params import hf_shapes, local_params, param_mappings
+from tide_megatron.models.verify import ZeroWatch, refuse_other_head, warn_of_doubts
 from tide_megatron.parallel.collectives import own_share
-
-_MOST_NAMED = 20  # tensors of one kind that a message names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,9 @@ def read_architecture(folder: Path) -> Architecture:
         raise ConfigError(f"{folder}: {fault}") from None
 
 
-def load_model(model: TideModel, folder: Path, *, verify: bool = True) -> LoadReport:
+def load_model(
+    model: TideModel, folder: Path, *, verify: bool = True, mask_id: int | None = None
+) -> LoadReport:
     """Fill a model from a Hugging Face folder, casting to the model's dtypes.
 
     Not a collective: each rank reads for itself. With several ranks, wrap the call in
@@ -76,19 +77,25 @@ def load_model(model: TideModel, folder: Path, *, verify: bool = True) -> LoadRe
         folder: config.json and safetensors.
         verify: where the folder has digests of its weights (`base.digests`), compare them first; the ranks
             share the files out.
+        mask_id: id of the mask token; None: what config.json says, if it does.
 
     Raises:
-        CheckpointError: with all missing, unknown and misshapen tensors, or the files that are damaged.
+        CheckpointError: with all missing, unknown and misshapen tensors, or the files that are damaged, or a
+            tied head that is not the embedding.
     """
+    architecture = model.architecture
     with HfFolder(folder) as source:
-        check_names(model.architecture, source)
+        check_names(architecture, source)
         if verify:
             refuse_damaged(folder, own_share())
+        refuse_other_head(architecture, source, own_share())
+        zeros = ZeroWatch()
         tensors_read = _fill(
             model,
-            lambda mapping: [source.read(name, mapping.part(name)) for name in mapping.sources],
-            merged=model.architecture.has_merged(source.shapes),
+            lambda mapping: zeros.read(source, mapping),
+            merged=architecture.has_merged(source.shapes),
         )
+        warn_of_doubts(architecture, source, zeros, mask_id)
         return _report(model, tensors_read, source.bytes_read)
 
 
@@ -186,7 +193,8 @@ def check_names(architecture: Architecture, source: HfFolder) -> None:
     """Compare a folder's headers with the whole model's table, experts apart or stacked as it has them.
 
     Raises:
-        CheckpointError: with all missing, unknown and misshapen tensors.
+        CheckpointError: with all missing, unknown and misshapen tensors, and those that are no numbers with
+            fractions.
     """
     found = source.shapes
     wanted = hf_shapes(architecture, merged=architecture.has_merged(found))
@@ -197,8 +205,13 @@ def check_names(architecture: Architecture, source: HfFolder) -> None:
     ]
     faults = {
         "missing": [name for name in wanted if name not in found],
-        "unknown": [name for name in found if name not in wanted and name not in architecture.ignored],
+        "unknown": [name for name in found if name not in wanted and not architecture.ignores(name)],
         "misshapen": shapes,
+        "of whole numbers": [
+            f"{name} {source.dtype(name)}"
+            for name in wanted
+            if name in found and not source.dtype(name).is_floating_point
+        ],
     }
     lines = [listed(kind, names) for kind, names in faults.items() if names]
     if lines:
@@ -211,8 +224,7 @@ def check_names(architecture: Architecture, source: HfFolder) -> None:
 
 def listed(kind: str, names: Sequence[str]) -> str:
     """Write a line of a message: how many tensors have a fault, and the first of them."""
-    more = f", and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return f"  {len(names)} {kind}: {', '.join(names[:_MOST_NAMED])}{more}"
+    return f"  {len(names)} {kind}: {some_of(names)}"
 
 
 def _normal(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:

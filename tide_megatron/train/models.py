@@ -197,7 +197,9 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         if choice.initial == "random":
             report = draw_weights(model, recipe.seed)
         else:
-            report = load_model(model, Path(choice.folder), verify=choice.verify)
+            report = load_model(
+                model, Path(choice.folder), verify=choice.verify, mask_id=plan.tokenizer.mask_id
+            )
     log.info(
         "%s: %s, %s, layout %s, context %s, %d parameters on this rank, %d bytes read",
         plan.key,

@@ -74,7 +74,8 @@ def test_facts_of_further_families():
     assert (llada.vocabulary, llada.head_dim, llada.rotary_dim, llada.qk_norm) == (61, 8, 8, False)
     assert architecture(LLADA, embedding_size=None).vocabulary == 59
     assert architecture(LLADA, mlp_hidden_size=None, mlp_ratio=3).feed_forward == 96
-    assert architecture(LLADA, weight_tying=True).ignored == {"model.transformer.ff_out.weight"}
+    assert architecture(LLADA, weight_tying=True).ignores("model.transformer.ff_out.weight")
+    assert not llada.ignores("model.transformer.ff_out.weight")
     assert (mixture.feed_forward, mixture.experts.feed_forward, mixture.experts.shared_feed_forward) == (
         80,
         24,

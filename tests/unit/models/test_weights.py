@@ -127,15 +127,6 @@ def test_long_lists_are_cut(groups, tmp_path):
         load_model(fresh(tmp_path / "m", groups), tmp_path / "m")
 
 
-def test_the_copy_of_a_tied_head_is_ignored(groups, tmp_path):
-    save_model(build(DENSE, groups), tmp_path / "m")
-    assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
-    edit(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": torch.ones(61, 32)}))
-    model = fresh(tmp_path / "m", groups)
-    report = load_model(model, tmp_path / "m")
-    assert report.bytes_read == 4 * report.parameters, "the copy is not read either"
-
-
 def test_unknown_model_types_are_refused(tmp_path):
     for text, told in (('{"model_type": "qwen33"}', "did you mean 'qwen3'"), ("{}", "model_type: None")):
         (tmp_path / "config.json").write_text(text)
