@@ -14,6 +14,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.unit.models.shapes import CPU, LLADA, MIXTURE, build
 from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.stop import StopFlag
+from tide_megatron.convert.hf_to_megatron import hf_to_megatron
 from tide_megatron.models.build import build_model
 from tide_megatron.models.hf.folder import HfFolder
 from tide_megatron.models.hf.safetensors import INDEX_FILE, WEIGHTS_FILE
@@ -47,6 +49,12 @@ def saved(tmp_path_factory):
             model.save_pretrained(path, max_shard_size=size)
             folders[is_tied, size] = path
     return folders
+
+
+@pytest.fixture(autouse=True)
+def _our_log_is_heard(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("tide_megatron"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("tide_megatron"), "level", logging.WARNING)
 
 
 @pytest.fixture
@@ -315,6 +323,27 @@ def test_a_mask_row_near_zero_is_a_warning(folder_of, groups, caplog, told, aske
     with caplog.at_level(logging.WARNING):
         load_model(model, folder, mask_id=asked)
     assert ("the embedding of the mask token (id 60)" in caplog.text) is is_odd
+
+
+def convert(folder, tmp_path):
+    hf_to_megatron(folder, tmp_path / "megatron", None, False, device=CPU, stop=StopFlag())
+
+
+def test_a_conversion_has_the_same_doubts(folder_of, saved, groups, tmp_path, caplog):
+    folder = folder_of()
+    add_stale_shards(folder, saved[True, "20KB"])
+    edit(folder, lambda tensors: tensors[UP].zero_())
+    convert(folder, tmp_path)
+    assert f"1 tensors are all zeros: {UP}" in caplog.text
+    assert f"{WEIGHTS_FILE} is read, not the files that {INDEX_FILE}" in caplog.text
+
+
+def test_a_conversion_refuses_another_head_under_a_tied_config(folder_of, groups, tmp_path):
+    folder = folder_of()
+    edit(folder, lambda tensors: tensors.update({HEAD: one_off(tensors[TABLE])}))
+    with pytest.raises(CheckpointError, match=f"{HEAD} differs from {TABLE}"):
+        convert(folder, tmp_path)
+    assert not (tmp_path / "megatron").exists()
 
 
 def test_weights_of_whole_numbers_are_refused(folder_of, groups):
