@@ -51,6 +51,7 @@ STUDENT = BODY | {"model_type": "a2d-qwen3", "tie_word_embeddings": True, "num_h
 DENSE = BODY | {"model_type": "wedlm", "num_hidden_layers": 2}
 MIXTURE = BODY | {
     "model_type": "llada2_moe",
+    "partial_rotary_factor": 1.0,
     "num_hidden_layers": 1,
     "num_experts": 8,
     "num_experts_per_tok": 2,

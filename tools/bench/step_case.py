@@ -62,6 +62,7 @@ STUDENT = BODY | {"model_type": "a2d-qwen3", "num_hidden_layers": 2, "tie_word_e
 DENSE = BODY | {"model_type": "a2d-qwen3", "num_hidden_layers": 4, "tie_word_embeddings": False}
 MIXTURE = BODY | {
     "model_type": "llada2_moe",
+    "partial_rotary_factor": 1.0,
     "num_hidden_layers": 4,
     "num_experts": 4,
     "num_experts_per_tok": 2,

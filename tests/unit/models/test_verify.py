@@ -203,7 +203,9 @@ def one_off(table):
 
 
 @pytest.mark.parametrize(
-    "head", [torch.ones_like, torch.zeros_like, lambda table: table[:-1].clone(), one_off], ids=str
+    "head",
+    [torch.ones_like, torch.zeros_like, lambda table: table[:-1].clone(), one_off],
+    ids=["ones", "zeros", "short", "one number"],
 )
 def test_another_head_under_a_tied_config_is_refused_where_transformers_unties_it(folder_of, groups, head):
     folder = folder_of()

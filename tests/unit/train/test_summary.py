@@ -26,6 +26,7 @@ DENSE = {
 MIXTURE = {
     **DENSE,
     "model_type": "llada2_moe",
+    "partial_rotary_factor": 1.0,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,

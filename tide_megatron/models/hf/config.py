@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.models.hf.known import Kinds, refuse_unknown
 from tide_megatron.models.hf.rotary import ROTARY_KEYS, SHARE, Rotary, read_rotary
-from tide_megatron.models.hf.values import Value, checked, fits, shown
+from tide_megatron.models.hf.values import WORDS, Value, checked, fits, shown
 
 CONFIG_FILE = "config.json"
 HfConfig = Mapping[str, Any]
@@ -110,7 +110,7 @@ class ConfigReader:
         if value is None:
             if default is None:
                 raise ConfigError(
-                    f"config.json: {self.own(key)} is missing; it must be a {kind.__name__}: download the "
+                    f"config.json: {self.own(key)} is missing; it must be {WORDS[kind]}: download the "
                     "file again, or write what the model has"
                 )
             return default

@@ -10,7 +10,7 @@ from tide_megatron.base.errors import ConfigError
 
 Value = TypeVar("Value", int, float, bool, str)
 
-_WORDS: dict[type, str] = {
+WORDS: dict[type, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -18,6 +18,7 @@ _WORDS: dict[type, str] = {
     list: "a list",
     dict: "an object",
 }
+"""What messages call a type of JSON."""
 _REMEDY = "correct it, or download the file again"
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -43,7 +44,7 @@ def checked(value: Any, kind: type[Value], key: str) -> Value:
         ConfigError: it has another one.
     """
     if not fits(value, kind):
-        raise ConfigError(f"config.json: {key}: {shown(value)} is not {_WORDS[kind]}; {_REMEDY}")
+        raise ConfigError(f"config.json: {key}: {shown(value)} is not {WORDS[kind]}; {_REMEDY}")
     return kind(value)
 
 
@@ -54,7 +55,7 @@ def check_one_of(value: Any, kinds: tuple[type, ...], key: str) -> None:
         ConfigError: naming key and value.
     """
     if value is not None and not any(fits(value, kind) for kind in kinds):
-        wanted = " or ".join(_WORDS[kind] for kind in kinds)
+        wanted = " or ".join(WORDS[kind] for kind in kinds)
         raise ConfigError(f"config.json: {key}: {shown(value)} is not {wanted}; {_REMEDY}")
 
 
