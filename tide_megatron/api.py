@@ -34,6 +34,7 @@ def prepare(
     max_length: int,
     on_long: str = "error",
     teachers: Mapping[str, str] | None = None,
+    add_mask: bool = False,
     replace: bool = False,
 ) -> Manifest:
     """Turn chats into tokens on disk, all or nothing.
@@ -47,6 +48,8 @@ def prepare(
         on_long: what happens to longer samples: `error`, `skip` or `truncate`.
         teachers: name -> FOLDER[,mask=TOKEN][,max_length=N] of each teacher that reads tokens of its own;
             twice `max_length` tokens unless said otherwise.
+        add_mask: add the mask token to the student's tokenizer where it has none; `student.add_mask` of the
+            recipe does the same when the student is read.
         replace: put the new data in the place of a data folder that is there.
 
     Returns:
@@ -61,7 +64,7 @@ def prepare(
 
     return write(
         [Path(source) for source in sources],
-        SideChoice.read(str(tokenizer)).tokenizer,
+        SideChoice.read(str(tokenizer), add_mask=add_mask).tokenizer,
         Path(out),
         max_length=max_length,
         on_long=on_long,
@@ -106,6 +109,7 @@ def sample(
     model: Place,
     prompts: Sequence[str],
     *,
+    mask: str | None = None,
     new_tokens: int = 256,
     steps: int | None = None,
     context: Literal["bidirectional", "block_causal", "block_diffusion"] | None = None,
@@ -117,6 +121,7 @@ def sample(
     Args:
         model: folder with config.json, weights and tokenizer.
         prompts: each is one user message in the model's chat template.
+        mask: the mask token that it was trained with; None: the one its folder names.
         new_tokens: longest reply, in tokens.
         steps: denoising steps of a reply; None: one a token.
         context: the kind of context that the model was trained in; None: its folder's.
@@ -127,7 +132,8 @@ def sample(
         A reply to each prompt; fewer when a signal stopped it.
 
     Raises:
-        TideError: a model that cannot be read, or whose context nobody says.
+        TideError: a model that cannot be read, or whose context or mask token nobody says; a prompt that
+            holds the mask token.
     """
     from tide_megatron.evaluate.generate import Sampler, answer_prompts
     from tide_megatron.evaluate.model_folder import trained_context
@@ -136,7 +142,7 @@ def sample(
     folder = Path(model)
     reading = trained_context(folder, context, block_size)
     sampler = Sampler(new_tokens=new_tokens, steps=new_tokens if steps is None else steps)
-    replies: list[str] = run_ranks(answer_prompts, (folder, list(prompts), reading, sampler), 1, device)
+    replies: list[str] = run_ranks(answer_prompts, (folder, list(prompts), reading, sampler, mask), 1, device)
     return replies
 
 

@@ -60,7 +60,7 @@ def ensure_columns(
 def _is_whole(folder: Path, tokenizer: Tokenizer, side_digests: Mapping[str, str]) -> bool:
     if not (folder / MANIFEST_FILE).is_file():
         return False
-    columns = PreparedData(folder, tokenizer_digest=tokenizer.digest)
+    columns = PreparedData(folder, tokenizer=tokenizer)
     found = {name: side.tokenizer.digest for name, side in columns.manifest.sides.items()}
     return len(columns) > 0 and found == side_digests
 

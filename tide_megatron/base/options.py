@@ -5,7 +5,9 @@ its meaning, and `docs/recipe.md` and `tide recipe` are made of both. Two marks 
 
 - `MACHINE`: it chooses machines or reports and never changes the mathematics, so runs that differ in it are
   the same run, and it does not enter the digest that a run folder is compared with on resume;
-- `Paper("0.5")`: what the paper used (arXiv 2604.26951, tables 5 and 6).
+- `Paper("0.5")`: what the paper used (arXiv 2604.26951, tables 5 and 6);
+- `Was("x")`: null, which is left to somebody else now, had this value as its default in earlier releases, and
+  so it has in the digest: their recipes keep theirs.
 """
 
 from __future__ import annotations
@@ -39,6 +41,13 @@ class Paper:
     value: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Was:
+    """What null stands for in the digest."""
+
+    value: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
     """One field of an options class."""
@@ -52,6 +61,8 @@ class Option:
     """The docstring under it, on one line."""
     paper: str | None
     is_machine: bool
+    was: str | None = None
+    """What null stands for in the digest."""
 
     @property
     def is_required(self) -> bool:
@@ -84,6 +95,7 @@ def options_of(kind: type[Any]) -> Iterator[Option]:
             meaning=meanings.get(field.name, ""),
             paper=next((mark.value for mark in marks if isinstance(mark, Paper)), None),
             is_machine=MACHINE in marks,
+            was=next((mark.value for mark in marks if isinstance(mark, Was)), None),
         )
 
 
@@ -112,7 +124,7 @@ def without_machine(tree: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
 def _inside(value: Any, option: Option) -> Any:
     """Do the same to what an option holds."""
     if option.nested is None:
-        return value
+        return option.was if value is None else value
     if not isinstance(value, Mapping):
         raise TypeError(f"{option.name} is a section, not {value!r}")
     if option.is_named:

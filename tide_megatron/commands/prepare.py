@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+AddMask = Annotated[
+    bool, typer.Option("--add-mask", help="Add the mask token to the student's tokenizer where it has none.")
+]
+
 
 def prepare(
     out: Annotated[Path, typer.Argument(help="Data folder to make.")],
@@ -15,7 +19,7 @@ def prepare(
         str,
         typer.Option(
             metavar="FOLDER[,mask=TOKEN]",
-            help="The student's tokenizer: folder, or tokenizer.json. A mask token it lacks is added.",
+            help="The student's tokenizer: folder, or tokenizer.json; its mask token is the folder's own.",
         ),
     ],
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens a sample may have.")],
@@ -28,6 +32,7 @@ def prepare(
             "Its samples may have twice --max-length tokens unless said otherwise.",
         ),
     ] = None,
+    add_mask: AddMask = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")] = False,
 ) -> None:
     """Turn chats into tokens on disk, all or nothing.
@@ -52,6 +57,7 @@ def prepare(
         max_length=max_length,
         on_long=on_long,
         teachers=dict(SideChoice.split(word) for word in teacher or []),
+        add_mask=add_mask,
         replace=replace,
     )
     counts = manifest.statistics

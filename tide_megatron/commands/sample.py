@@ -21,6 +21,9 @@ def sample(
     block_size: Annotated[
         int | None, typer.Option(min=1, help="The block size it was trained with; default: its folder's.")
     ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="The mask token it was trained with; default: its folder's.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 256,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: one a token.")] = None,
     device: DeviceOption = "auto",
@@ -38,6 +41,7 @@ def sample(
     replies = api.sample(
         model,
         asked,
+        mask=mask,
         new_tokens=new_tokens,
         steps=steps,
         context=context,

@@ -33,6 +33,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from tide_megatron.base.errors import DataError
 from tide_megatron.base.files import digest_of
 from tide_megatron.data.manifest import Manifest, read_manifest
+from tide_megatron.text.tokenizer import Tokenizer
 
 COLUMNS = ("ids", "replies", "reply_bytes")
 SIDE_COLUMNS = ("ids", "replies", "chunks")
@@ -81,7 +82,7 @@ class PreparedData:
 
     Args:
         folder: what `prepare` wrote.
-        tokenizer_digest: `Tokenizer.digest` of the model that will read the ids; None: not compared.
+        tokenizer: of the model that will read the ids; None: not compared.
         compare_digests: read every file and compare its sha256; None: only small data sets
             (HASHED_AT_OPEN_BYTES). Sizes are always compared.
 
@@ -91,15 +92,16 @@ class PreparedData:
     """
 
     def __init__(
-        self, folder: Path, *, tokenizer_digest: str | None = None, compare_digests: bool | None = None
+        self, folder: Path, *, tokenizer: Tokenizer | None = None, compare_digests: bool | None = None
     ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
-        if tokenizer_digest is not None and tokenizer_digest != self.manifest.tokenizer.digest:
+        prepared_with = self.manifest.tokenizer
+        if tokenizer is not None and (differences := prepared_with.differences(tokenizer)):
             raise DataError(
                 f"{self.folder}: prepared with another tokenizer or chat template "
-                f"({self.manifest.tokenizer.name}, digest {self.manifest.tokenizer.digest[:12]}, not "
-                f"{tokenizer_digest[:12]}): prepare the data again with this model's tokenizer"
+                f"({prepared_with.name}, digest {prepared_with.digest[:12]}, not {tokenizer.digest[:12]}; "
+                f"{'; '.join(differences)}): prepare the data again with this model's tokenizer"
             )
         total_bytes = sum(recorded["bytes"] for recorded in self.manifest.files.values())
         is_compared = total_bytes <= HASHED_AT_OPEN_BYTES if compare_digests is None else compare_digests

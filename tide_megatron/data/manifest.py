@@ -18,6 +18,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import DataError
+from tide_megatron.text.tokenizer import Tokenizer
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tide-columns"
@@ -37,6 +38,37 @@ class TokenizerMetadata:
     mask_id: int
     eos_id: int
     pad_id: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerMetadata:
+        """Describe a tokenizer; of its folder only the name, for data tells nothing about a machine."""
+        return cls(
+            name=Path(tokenizer.name).name,
+            digest=tokenizer.digest,
+            vocabulary_digest=tokenizer.vocabulary_digest,
+            template_digest=tokenizer.chat.digest if tokenizer.chat else "",
+            vocabulary_size=tokenizer.vocabulary_size,
+            mask_id=tokenizer.mask_id,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+
+    def differences(self, tokenizer: Tokenizer) -> list[str]:
+        """Say in what a tokenizer is another one than this, the mask token first; none: it is this one."""
+        if tokenizer.digest == self.digest:
+            return []
+        found = []
+        for role in ("mask", "eos", "pad"):
+            was, asked = getattr(self, f"{role}_id"), getattr(tokenizer, f"{role}_id")
+            if was != asked:
+                known = tokenizer.backend.special.get(was, "another vocabulary's")
+                spelling = tokenizer.special_tokens[f"{role}_token"]
+                found.append(
+                    f"its {role} token has id {was} ({known}), this model's has {asked} ({spelling})"
+                )
+        if tokenizer.vocabulary_size != self.vocabulary_size:
+            found.append(f"it has {self.vocabulary_size} ids, this model's {tokenizer.vocabulary_size}")
+        return found or ["entries or template differ"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -137,14 +137,14 @@ def _write(folder: Path, sources: Sequence[Path], encoder: Encoder) -> Manifest:
         samples=writer.samples,
         columns=columns,
         files=files,
-        tokenizer=_tokenizer_metadata(encoder.tokenizer),
+        tokenizer=TokenizerMetadata.of(encoder.tokenizer),
         max_length=encoder.window.max_length,
         on_long=encoder.window.on_long.value,
         sources=described,
         statistics=DataStatistics(**counts, longest=longest[""], skipped=dict(skipped)),
         sides={
             name: SideMetadata(
-                tokenizer=_tokenizer_metadata(side.tokenizer),
+                tokenizer=TokenizerMetadata.of(side.tokenizer),
                 max_length=encoder.side_length(name),
                 longest=longest[name],
                 **side_counts[name],
@@ -173,20 +173,6 @@ def _describe_source(source: Path, records: int) -> dict[str, object]:
         "sha256": digest_file(source),
         "records": records,
     }
-
-
-def _tokenizer_metadata(tokenizer: Tokenizer) -> TokenizerMetadata:
-    assert tokenizer.chat is not None, "encoding needs a template and ran"
-    return TokenizerMetadata(
-        name=Path(tokenizer.name).name,
-        digest=tokenizer.digest,
-        vocabulary_digest=tokenizer.vocabulary_digest,
-        template_digest=tokenizer.chat.digest,
-        vocabulary_size=tokenizer.vocabulary_size,
-        mask_id=tokenizer.mask_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-    )
 
 
 def _list_skipped(skipped: collections.Counter[str]) -> str:

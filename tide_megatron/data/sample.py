@@ -62,12 +62,16 @@ class SideChoice:
     """Most teacher tokens of a sample; None: twice the student's."""
 
     @classmethod
-    def read(cls, place: str) -> SideChoice:
+    def read(cls, place: str, *, add_mask: bool = False) -> SideChoice:
         """Load the tokenizer that FOLDER[,mask=TOKEN][,max_length=N] names.
+
+        Args:
+            place: as above; without a mask token the folder's own counts.
+            add_mask: add it where the vocabulary lacks it; never for a teacher, who cannot know it.
 
         Raises:
             ConfigError: another key, or a length that is no number.
-            DataError: the folder has no usable tokenizer.
+            DataError: the folder has no usable tokenizer, or another mask token.
         """
         folder, *words = place.split(",")
         options = dict(word.partition("=")[::2] for word in words)
@@ -79,7 +83,7 @@ class SideChoice:
             raise ConfigError(
                 f"{place}: max_length {length!r} is no number of tokens; write for example 1024"
             )
-        tokenizer = Tokenizer.load(Path(folder), mask=options.get("mask", "<|mask|>"))
+        tokenizer = Tokenizer.load(Path(folder), mask=options.get("mask"), add_mask=add_mask)
         return cls(tokenizer=tokenizer, max_length=None if length is None else int(length))
 
     @staticmethod
@@ -122,6 +126,11 @@ class Encoder:
         for name, side in self.sides.items():
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ConfigError(f"teacher {name!r}: name it with letters, digits, - and _")
+            if side.tokenizer.mask_was_added:
+                raise ConfigError(
+                    f"teacher {name}: its mask token {side.tokenizer.special_tokens['mask_token']!r} was "
+                    "added to its tokenizer, so it cannot know it; name the one that it knows (mask=...)"
+                )
             if self.side_length(name) < 2:
                 raise ConfigError(
                     f"teacher {name}: max_length {side.max_length} is too short; use at least 2"

@@ -50,6 +50,7 @@ def answer_prompts(
     prompts: Sequence[str],
     context: Context,
     sampler: Sampler,
+    mask: str | None = None,
     *,
     device: Device,
     stop: StopFlag,
@@ -61,52 +62,65 @@ def answer_prompts(
         prompts: one user message each.
         context: the model's training context.
         sampler: length and steps.
+        mask: the mask token that it was trained with; None: the one its folder names.
         device: where to compute.
         stop: after a stop signal no further prompt is begun.
 
     Returns:
         The replies; fewer than prompts when stopped.
     """
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, mask=mask)
+    asked = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     model = open_model(folder, device)
-    if tokenizer.vocabulary_size > model.architecture.vocabulary:
+    rows = model.architecture.vocabulary
+    if tokenizer.vocabulary_size > rows:
         raise ConfigError(
-            f"{folder}: its tokenizer has {tokenizer.vocabulary_size} ids, its model "
-            f"{model.architecture.vocabulary} rows; give the tokenizer and mask token it was trained with"
+            f"{folder}: its tokenizer has {tokenizer.vocabulary_size} ids, its model {rows} rows; give the "
+            "tokenizer and mask token it was trained with"
         )
+    spare = [token for token in range(rows) if not tokenizer.has(token)]
     replies = []
-    for prompt in prompts:
+    for ids in asked:
         if stop.requested:
             break
-        replies.append(reply_to(model, tokenizer, prompt, context, sampler))
+        reply = generate(
+            model, context, ids, sampler, mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id, spare=spare
+        )
+        replies.append(tokenizer.decode(reply))
     return replies
 
 
-def reply_to(model: TideModel, tokenizer: Tokenizer, prompt: str, context: Context, sampler: Sampler) -> str:
-    """Return one reply as text.
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return a prompt's tokens under the chat template.
 
     Raises:
-        DataError: the tokenizer has no chat template.
+        DataError: the tokenizer has no chat template, or the prompt holds the mask token.
     """
     if tokenizer.chat is None:
         raise DataError(
             f"{tokenizer.name} has no chat template: add chat_template.jinja beside tokenizer.json"
         )
-    asked = tokenizer.chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    ids = generate(
-        model,
-        context,
-        tokenizer.encode(asked),
-        sampler,
-        mask_id=tokenizer.mask_id,
-        eos_id=tokenizer.eos_id,
-    )
-    return tokenizer.decode(ids)
+    text = tokenizer.chat.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    ids = tokenizer.encode(text)
+    if tokenizer.mask_id in ids:
+        mask = tokenizer.special_tokens["mask_token"]
+        raise DataError(
+            f"prompt {prompt!r}: contains the mask token {mask}, which only stands for what is to be filled "
+            "in: remove it from the prompt"
+        )
+    return ids
 
 
 @torch.no_grad()
 def generate(
-    model: TideModel, context: Context, prompt: Sequence[int], sampler: Sampler, *, mask_id: int, eos_id: int
+    model: TideModel,
+    context: Context,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    *,
+    mask_id: int,
+    eos_id: int,
+    spare: Sequence[int] = (),
 ) -> list[int]:
     """Return the reply's token ids, up to but without the first end token.
 
@@ -117,11 +131,13 @@ def generate(
         sampler: length and steps.
         mask_id: the model's mask token; it is never committed.
         eos_id: a block that contains it ends the reply.
+        spare: further ids that are never committed: rows of a padded vocabulary that no token has.
     """
     device = model.head_weight.device
     length = len(prompt) + sampler.new_tokens
     block = length if context.kind == "bidirectional" else context.block_size
     reading = Context(kind="block_causal", block_size=block)
+    never = torch.tensor([mask_id, *spare], device=device)
     ids = torch.tensor([*prompt, *[mask_id] * sampler.new_tokens], device=device)[None]
     steps = max(1, math.ceil(sampler.steps * min(block, sampler.new_tokens) / sampler.new_tokens))
     for first in range(len(prompt) // block * block, length, block):
@@ -129,7 +145,7 @@ def generate(
         hidden = torch.arange(first, end, device=device)[None] >= len(prompt)
         for count in transfer_counts(Linear(), [int(hidden.sum())], steps)[0]:
             logits = _block_logits(model, reading, ids[:, :end], first)
-            logits[..., mask_id] = -torch.inf
+            logits[..., never] = -torch.inf
             ids[:, first:end], hidden = commit_most_confident(
                 logits, ids[:, first:end], hidden, count[None].to(device)
             )

@@ -264,7 +264,7 @@ def score_folder(
     with fail_together():
         tokenizer = Tokenizer.load(folder)
         loader = Loader(
-            columns=PreparedData(data, tokenizer_digest=tokenizer.digest),
+            columns=PreparedData(data, tokenizer=tokenizer),
             samples=options.microbatch,
             shard=Layout().data_shard(*own_share()),
             block_size=1 if context.kind == "bidirectional" else context.block_size,

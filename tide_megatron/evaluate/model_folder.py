@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import TideModel, build_model
+from tide_megatron.models.hf.config import read_config
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import load_model, read_architecture
@@ -40,12 +42,7 @@ def trained_context(folder: Path, kind: str | None = None, block_size: int | Non
     Raises:
         ConfigError: neither the caller nor the folder says it.
     """
-    file, saved = Path(folder) / CONTEXT_FILE, {}
-    if file.is_file():
-        try:
-            saved = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise ConfigError(f"{file}: not readable; give --context and --block-size") from None
+    saved = _stored_context(Path(folder))
     kind, block_size = kind or saved.get("kind"), block_size or saved.get("block_size")
     if kind is None or (block_size is None and kind != "bidirectional"):
         raise ConfigError(
@@ -53,6 +50,39 @@ def trained_context(folder: Path, kind: str | None = None, block_size: int | Non
             "give --context and --block-size"
         )
     return Context(kind=kind, block_size=block_size or 1)  # type: ignore[arg-type] # Context checks the word
+
+
+def context_differences(folder: Path, context: Context) -> list[str]:
+    """Say in what a context differs from the one that a model folder was trained in, as far as it says.
+
+    Args:
+        folder: the model's; what `write_context` left there counts, else the `block_size` of its config.json,
+            which exports and the SDAR models have.
+        context: what the model is to be read in.
+
+    Raises:
+        TideError: a file of the folder that is not readable.
+    """
+    saved = _stored_context(folder) or {"block_size": read_config(folder).get("block_size")}
+    kind, size = saved.get("kind"), saved.get("block_size")
+    found = []
+    if kind is not None and kind != context.kind:
+        found.append(f"context.kind is {context.kind}, it was trained {kind}")
+    has_blocks = "bidirectional" not in (kind, context.kind)
+    if has_blocks and isinstance(size, int) and size != context.block_size:
+        found.append(f"context.block_size is {context.block_size}, it was trained with {size}")
+    return found
+
+
+def _stored_context(folder: Path) -> dict[str, Any]:
+    """Return what `write_context` wrote into a folder; empty: nothing."""
+    file = folder / CONTEXT_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise ConfigError(f"{file}: not readable; remove it, and give --context and --block-size") from None
 
 
 def open_model(folder: Path, device: Device) -> TideModel:

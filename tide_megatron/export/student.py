@@ -18,8 +18,6 @@ from tide_megatron.export.formats import ExportFormat
 from tide_megatron.models.arch.qwen3 import Qwen3
 from tide_megatron.models.hf.config import CONFIG_FILE
 from tide_megatron.models.weights import read_architecture
-from tide_megatron.text.backends.files import CONFIG_FILE as TOKENIZER_CONFIG
-from tide_megatron.text.backends.files import read_json
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.folder import MODEL, RECIPE, RESULT
 
@@ -118,12 +116,8 @@ def _places(path: Path) -> tuple[Path | None, Path]:
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer with the mask token that its configuration names."""
-    file = folder / TOKENIZER_CONFIG
-    named = read_json(file).get("mask_token") if file.is_file() else None
-    spelling = named.get("content") if isinstance(named, dict) else named
     try:
-        return Tokenizer.load(folder, mask=spelling) if spelling else Tokenizer.load(folder)
+        return Tokenizer.load(folder)
     except DataError as fault:
         raise DataError(
             f"{fault}; an export carries the student's tokenizer: copy it into {folder}"

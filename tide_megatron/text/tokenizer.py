@@ -2,8 +2,9 @@
 
 `Tokenizer.load` reads a local folder (`tokenizer.json` of Hugging Face, tiktoken's ranks or a SentencePiece
 model, and where they exist `tokenizer_config.json` and `chat_template.jinja`) or one such file. Nothing is
-downloaded. Ordinary tokenizers have no mask token: it is added behind the last id, and the log says which id
-it got, because the model must have a row for it.
+downloaded. The mask token is the one that the folder names (`mask_token.py`). Ordinary tokenizers have none:
+on request it is added behind the last id, and the log says which id it got, because the model must have a row
+for it.
 
 `digest` names the tokenizer by content (entries, merges, pre-processing, special ids, template), so that a
 data set can refuse another one. `token_bytes` is the view that alignment between two tokenizers stands on:
@@ -19,7 +20,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,9 @@ from typing import Any
 from tide_megatron.base.errors import DataError
 from tide_megatron.text.backends import Backend, find_file, open_backend
 from tide_megatron.text.backends.files import CONFIG_FILE, read_json
+from tide_megatron.text.mask_token import settle_mask
 from tide_megatron.text.spelling import ends_of
 from tide_megatron.text.templates import ChatTemplate, find_template, packaged_template
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,7 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     mask_was_added: bool
+    """On request; no file of the folder gives it its id."""
     special_tokens: Mapping[str, str]
     """Named special tokens (`eos_token`, `bos_token`, ...) as the template may use them."""
     chat: ChatTemplate | None
@@ -59,7 +59,8 @@ class Tokenizer:
         cls,
         path: Path,
         *,
-        mask: str = "<|mask|>",
+        mask: str | None = None,
+        add_mask: bool = False,
         eos: str | None = None,
         pad: str | None = None,
         variables: Mapping[str, object] | None = None,
@@ -69,21 +70,22 @@ class Tokenizer:
 
         Args:
             path: a folder with a file that `BACKENDS` names, or that file.
-            mask: the mask token; added behind the last id where the vocabulary lacks it.
+            mask: the mask token, which may not be another one than the folder names; None: the folder's, or
+                `<|mask|>` where it names none.
+            add_mask: add it behind the last id where the vocabulary lacks it.
             eos: the end token; default: the configuration's `eos_token`.
             pad: the padding token; default: the configuration's `pad_token`, else the end token.
             variables: extra variables of the chat template; default `enable_thinking=False` (spec section 5).
             template: name of a chat template of this package, which then goes before the folder's own.
 
         Raises:
-            DataError: a file is missing or broken, or a special token cannot be had.
+            DataError: a file is missing or broken, a special token cannot be had, or two places disagree
+                about the mask token.
         """
         file = find_file(Path(path))
         config = read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}
         backend = open_backend(file, config)
-        mask_was_added = backend.find(_checked_mask(mask, file)) is None
-        if mask_was_added:
-            logger.info("%s has no %s: added with id %d", path, mask, backend.add_special(mask))
+        mask, mask_was_added = settle_mask(backend, file, config, mask, add=add_mask)
         named = _named_tokens(config)
         eos = eos or named.get("eos_token")
         if eos is None:
@@ -148,7 +150,10 @@ class Tokenizer:
 
     def has(self, token_id: int) -> bool:
         """Say whether some token has this id (vocabularies may have gaps)."""
-        return 0 <= token_id < self.vocabulary_size and self.backend.piece(token_id) is not None
+        try:
+            return 0 <= token_id < self.vocabulary_size and self.backend.piece(token_id) is not None
+        except DataError:  # there is one, but nobody knows its bytes
+            return True
 
     def is_special(self, token_id: int) -> bool:
         """Say whether the spelling of this token always becomes this one id, wherever it stands in a text."""
@@ -194,14 +199,6 @@ class _Pieces(dict[int, bytes]):
             )
         self[token_id] = piece
         return piece
-
-
-def _checked_mask(mask: str, file: Path) -> str:
-    if not mask.strip():
-        raise DataError(
-            f"{file}: a mask token is needed and {mask!r} is none: pass its spelling, e.g. '<|mask|>'"
-        )
-    return mask
 
 
 def _find(backend: Backend, token: str, name: str, file: Path) -> int:

@@ -11,16 +11,17 @@ from pathlib import Path
 import tide_megatron.platform
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.views import Complementary
+from tide_megatron.evaluate.model_folder import context_differences
 from tide_megatron.head.budget import HeadShape
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel, build_model, check_available, check_widths
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights, load_model, read_architecture
-from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.parallel.collectives import fail_together, is_first
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.vocab_group import VocabGroup, make_across, vocab_group_size
 from tide_megatron.teachers.exchange import Route
@@ -44,16 +45,35 @@ class ModelPlan:
 
 
 def read_plan(choice: Model, key: str) -> ModelPlan:
-    """Read a model's config and tokenizer, and check that the vocabulary has a row for every id."""
+    """Read a model's config and tokenizer, and check that the vocabulary has a row for every id.
+
+    A context that is another than the folder was trained in is warned of: a teacher may be read in one on
+    purpose.
+
+    Raises:
+        TideError: naming the key or file. A teacher whose mask token is not in its vocabulary is refused: it
+            was never trained with it.
+    """
     folder = Path(choice.folder)
     architecture = read_architecture(folder)
-    tokenizer = Tokenizer.load(folder, mask=choice.mask)
+    try:
+        tokenizer = Tokenizer.load(
+            folder, mask=choice.mask, add_mask=isinstance(choice, StudentModel) and choice.add_mask
+        )
+    except DataError as fault:
+        raise DataError(f"{key}: {fault}") from None
     if tokenizer.vocabulary_size > architecture.vocabulary:
+        remedy = f"set {key}.mask to a token the model knows"
+        if tokenizer.mask_was_added:
+            remedy += f", or give it a row for the mask token: tide model add-mask {folder}"
         raise ConfigError(
             f"{key}.folder: the tokenizer in {folder} has {tokenizer.vocabulary_size} ids (mask token "
-            f"{choice.mask!r} is id {tokenizer.mask_id}), the model only {architecture.vocabulary} rows; "
-            f"set {key}.mask to a token the model knows"
+            f"{tokenizer.special_tokens['mask_token']!r} is id {tokenizer.mask_id}), the model only "
+            f"{architecture.vocabulary} rows; {remedy}"
         )
+    for difference in context_differences(folder, choice.context):
+        if is_first():
+            log.warning("%s.%s (%s): check that this is meant", key, difference, folder)
     return ModelPlan(key=key, choice=choice, architecture=architecture, tokenizer=tokenizer)
 
 

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.base.options import MACHINE, STRICT, Paper
+from tide_megatron.base.options import MACHINE, STRICT, Paper, Was
 from tide_megatron.checkpoint.retention import Checkpoints
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
@@ -43,8 +43,9 @@ class Model:
     """What a token may attend to, with the block size."""
     initial: Literal["folder", "random"] = "folder"
     """Take weights from the folder, or draw them from the run's seed (then config.json alone is enough)."""
-    mask: str = Field(default="<|mask|>", min_length=1)
-    """The tokenizer's mask token; added to the tokenizer when it has none."""
+    mask: Annotated[str | None, Was("<|mask|>")] = Field(default=None, min_length=1)
+    """The mask token that the model was trained with; null: the one that its folder names, or `<|mask|>`
+    where the folder names none. Another one than the folder names is refused."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], Paper("bf16")] = "auto"
     """`auto`: bf16 on CUDA, fp32 on CPU and on GPUs older than sm_80, which have no bf16."""
     verify: Annotated[bool, MACHINE] = True
@@ -77,6 +78,9 @@ class StudentModel(Model):
     recompute: Annotated[bool, MACHINE] = False
     """Keep only each layer's input for the backward pass and run the layer again there: a fraction of the
     activations' memory for one more forward pass of the body, and equal numbers."""
+    add_mask: Annotated[bool, MACHINE] = False
+    """Add the mask token to the tokenizer where it has none, for a model that has a spare row to learn it in;
+    `tide model add-mask` does so for good."""
     router_bias_rate: float = Field(default=0.0, ge=0.0)
     """Step of the load-balancing router bias after each update (MoE students only; 0 leaves it)."""
 

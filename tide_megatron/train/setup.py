@@ -132,10 +132,12 @@ def open_loader(
     """
     samples, accumulate = recipe.batch.accumulation(dist.get_world_size())
     with under("data"):
-        columns = PreparedData(Path(folder), tokenizer_digest=tokenizer.digest)
+        columns = PreparedData(Path(folder), tokenizer=tokenizer)
         sides = {}
         for name, plan in readers.items():
             side = columns.manifest.side_of(plan.tokenizer.digest)
+            if side is None:
+                _check_mask_of_side(columns, name, plan)
             if side is not None:
                 sides[name] = SideReading(side=side, block_size=_filled_blocks(plan.choice.context))
         for side in (recipe.noise.chunks_of or ()) if is_trained_on else ():
@@ -154,6 +156,20 @@ def open_loader(
             block_size=_filled_blocks(recipe.student.context),
             fixed_length=recipe.data.fixed_length,
             sides=sides,
+        )
+
+
+def _check_mask_of_side(columns: PreparedData, name: str, plan: ModelPlan) -> None:
+    """Refuse data whose side of a teacher's name has this teacher's tokens and another mask token.
+
+    Otherwise the teacher would be taken for one that reads the student's tokens.
+    """
+    side = columns.manifest.sides.get(name)
+    differences = side.tokenizer.differences(plan.tokenizer) if side else []
+    if len(differences) == 1 and differences[0].startswith("its mask token"):
+        raise ConfigError(
+            f"{columns.folder}: side {name!r}: {differences[0]}; prepare the data again with --teacher "
+            f"{name}={plan.choice.folder}, or set {plan.key}.mask to the token that it was prepared with"
         )
 
 

@@ -19,10 +19,10 @@ from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
-    "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
+    "prepare": "out sources --tokenizer --max-length --on-long --teacher --add-mask --replace",
     "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
     "recipe": "key --markdown",
-    "sample": "model prompts --context --block-size --new-tokens --steps --device",
+    "sample": "model prompts --context --block-size --mask --new-tokens --steps --device",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --force",
@@ -188,7 +188,7 @@ def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert result.output == "one\na [b] c\n\ntwo\na [b] c\n\n"
-    ((name, (folder, prompts, context, sampler), num_ranks, device),) = calls
+    ((name, (folder, prompts, context, sampler, mask), num_ranks, device),) = calls
     assert (name, str(folder), prompts, num_ranks, device) == (
         "answer_prompts",
         "models/x",
@@ -197,7 +197,7 @@ def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
         "cpu",
     )
     assert (context.kind, context.block_size) == ("block_diffusion", 8)
-    assert (sampler.new_tokens, sampler.steps) == (12, 12)
+    assert (sampler.new_tokens, sampler.steps, mask) == (12, 12, None)
     CliRunner().invoke(app, ["sample", "models/x", *words[-4:]], input="three\n\nfour\n")
     assert calls[1][1][1] == ["three", "four"]
 

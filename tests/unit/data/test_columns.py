@@ -1,5 +1,6 @@
 """Opening prepared data: whatever was cut, changed or mixed up is found before a row is read."""
 
+import dataclasses
 import json
 import shutil
 
@@ -106,9 +107,14 @@ def test_a_folder_without_data_is_refused(tmp_path):
 
 
 def test_another_tokenizer_is_refused(prepared, tokenizer):
-    PreparedData(prepared, tokenizer_digest=tokenizer.digest)
-    message = refused(prepared, tokenizer_digest="0" * 64)
+    PreparedData(prepared, tokenizer=tokenizer)
+    message = refused(prepared, tokenizer=dataclasses.replace(tokenizer, vocabulary_digest="0" * 64))
     assert "prepared with another tokenizer or chat template (tokenizer, digest" in message
+    assert "entries or template differ): prepare" in message
+    message = refused(
+        prepared, tokenizer=dataclasses.replace(tokenizer, mask_id=1, vocabulary_digest="0" * 64)
+    )
+    assert "its mask token has id 3 (<|mask|>), this model's has 1 (<|mask|>)): prepare" in message
 
 
 def test_columns_with_different_samples_are_refused(prepared, tokenizer, tmp_path):

@@ -29,4 +29,4 @@ def real_folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real(real_folders):
     """Return each real tokenizer by name; those whose folders have no chat template have none."""
-    return {name: Tokenizer.load(folder) for name, folder in real_folders.items()}
+    return {name: Tokenizer.load(folder, add_mask=True) for name, folder in real_folders.items()}

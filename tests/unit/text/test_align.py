@@ -219,7 +219,7 @@ def test_other_special_tokens_may_not(student, tmp_path):
 
 def test_a_mask_token_added_behind_the_vocabulary_is_exempt(tmp_path):
     special = ("<|pad|>", "<|im_start|>", "<|im_end|>")
-    student = load(tmp_path / "student", special=special)
-    teacher = load(tmp_path / "teacher", special=special, mask="[MASK]")
+    student = load(tmp_path / "student", special=special, add_mask=True)
+    teacher = load(tmp_path / "teacher", special=special, mask="[MASK]", add_mask=True)
     assert student.mask_was_added
     assert differing_ids(student, teacher, student.vocabulary_size) == []

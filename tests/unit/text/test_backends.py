@@ -87,7 +87,7 @@ def test_special_spellings_are_one_token_wherever_they_stand(real, kind):
 
 def test_the_mask_is_added_behind_the_last_id_and_its_id_is_said(real_folders, file_kind, caplog):
     with caplog.at_level(logging.INFO, logger="tide_megatron"):
-        tokenizer = Tokenizer.load(real_folders[file_kind])
+        tokenizer = Tokenizer.load(real_folders[file_kind], add_mask=True)
     assert tokenizer.mask_was_added
     assert tokenizer.mask_id == tokenizer.vocabulary_size - 1
     assert f"has no <|mask|>: added with id {tokenizer.mask_id}" in caplog.text
@@ -127,12 +127,12 @@ def test_a_saved_tokenizer_is_the_same_one(real, file_kind, tmp_path):
 
 def test_a_file_alone_is_a_tokenizer_too(real_folders, file_kind, real):
     file = next(f for f in real_folders[file_kind].iterdir() if f.name != "tokenizer_config.json")
-    assert Tokenizer.load(file).digest == real[file_kind].digest
+    assert Tokenizer.load(file, add_mask=True).digest == real[file_kind].digest
 
 
 def test_a_pattern_has_a_name(real, real_folders, tmp_path):
     spelled_out = copied(real_folders["qwen3"], tmp_path / "x", pattern=PATTERNS["qwen"])
-    assert Tokenizer.load(spelled_out).digest == real["qwen3"].digest
+    assert Tokenizer.load(spelled_out, add_mask=True).digest == real["qwen3"].digest
 
 
 def test_digests_know_what_decides_ids(real, real_folders, tmp_path):
@@ -148,10 +148,10 @@ def test_digests_know_what_decides_ids(real, real_folders, tmp_path):
     first, second, *rest = file.read_text().splitlines()
     swapped = [f"{first.split()[0]} {second.split()[1]}", f"{second.split()[0]} {first.split()[1]}", *rest]
     file.write_text("\n".join(swapped))
-    digests = {Tokenizer.load(folder).vocabulary_digest for folder in others}
+    digests = {Tokenizer.load(folder, add_mask=True).vocabulary_digest for folder in others}
     assert len(digests | {real["cl100k"].vocabulary_digest}) == 4
     other = write_sentencepiece(tmp_path / "model", vocab_size=1990)
-    assert Tokenizer.load(other).vocabulary_digest != real["sentencepiece"].vocabulary_digest
+    assert Tokenizer.load(other, add_mask=True).vocabulary_digest != real["sentencepiece"].vocabulary_digest
 
 
 @pytest.mark.parametrize("name", ["sentencepiece", "metaspace", "metaspace_legacy"])
@@ -180,7 +180,7 @@ def test_bytes_without_a_piece_fall_back(real):
 def test_a_folder_with_two_kinds_reads_the_json(real_folders, real, tmp_path):
     folder = copied(real_folders["metaspace"], tmp_path / "both")
     shutil.copy(real_folders["sentencepiece"] / "tokenizer.model", folder)
-    assert Tokenizer.load(folder).digest == real["metaspace"].digest
+    assert Tokenizer.load(folder, add_mask=True).digest == real["metaspace"].digest
 
 
 @pytest.mark.parametrize("name", ["metaspace", "sentencepiece"])
@@ -194,7 +194,7 @@ def test_a_model_that_normalises_says_so(tmp_path):
     folder = write_sentencepiece(
         tmp_path / "nfkc", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True
     )
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, add_mask=True)
     assert with_ends(tokenizer, "plain text")[1][-1] == 10
     with pytest.raises(
         SpellingError, match=r"normalises text to NFKC: write the record in NFKC, or use a model"
@@ -207,7 +207,8 @@ def test_a_model_that_normalises_says_so(tmp_path):
 
 
 def test_a_model_without_byte_fallback_says_what_it_cannot_spell(tmp_path):
-    tokenizer = Tokenizer.load(write_sentencepiece(tmp_path / "plain", byte_fallback=False))
+    folder = write_sentencepiece(tmp_path / "plain", byte_fallback=False)
+    tokenizer = Tokenizer.load(folder, add_mask=True)
     with pytest.raises(SpellingError, match=r"spell b'<unk>.*byte 2\)"):
         with_ends(tokenizer, "x 日")
 
@@ -242,7 +243,7 @@ def test_a_model_without_byte_fallback_says_what_it_cannot_spell(tmp_path):
 )
 def test_configurations_that_cannot_be_are_refused(real_folders, tmp_path, name, config, message):
     with pytest.raises(DataError) as caught:
-        Tokenizer.load(copied(real_folders[name], tmp_path / "spoilt", **config))
+        Tokenizer.load(copied(real_folders[name], tmp_path / "spoilt", **config), add_mask=True)
     assert message in str(caught.value)
 
 

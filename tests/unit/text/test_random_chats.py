@@ -147,7 +147,7 @@ def sides(real_folders, tmp_path_factory):
     found = {}
     for name, (kind, template) in SIDES.items():
         folder, named = (trimming, None) if name == "trimmed" else (real_folders[kind], template)
-        tokenizer = Tokenizer.load(folder, template=named)
+        tokenizer = Tokenizer.load(folder, template=named, add_mask=True)
         found[name] = TeacherTokens(
             tokenizer=tokenizer,
             template=template,
@@ -216,7 +216,7 @@ def test_a_message_that_normalisation_changes_ends_in_an_error_and_others_do_not
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "NFC"}
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    tokenizer = Tokenizer.load(folder, template="chatml")
+    tokenizer = Tokenizer.load(folder, template="chatml", add_mask=True)
     seen = set()
 
     @hypothesis.settings(

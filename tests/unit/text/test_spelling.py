@@ -127,7 +127,7 @@ def test_a_reply_that_merges_with_its_prompt_gets_no_space_in_front(real_folders
         "{% for m in messages %}{{ m['role'] }} d{{ m['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant d{% endif %}"
     )
-    first = Tokenizer.load(real_folders[name])
+    first = Tokenizer.load(real_folders[name], add_mask=True)
     first.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(source)
     tokenizer = Tokenizer.load(tmp_path)

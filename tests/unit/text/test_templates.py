@@ -38,7 +38,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def tokenizer(name, real_folders):
-    return Tokenizer.load(real_folders["sentencepiece"], template=name)
+    return Tokenizer.load(real_folders["sentencepiece"], template=name, add_mask=True)
 
 
 @pytest.mark.parametrize("contents", CONTENTS)
@@ -70,7 +70,7 @@ def test_the_reply_is_what_follows_the_generation_prompt(name, tokenizer, conten
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_replies_in_a_row_are_fine(name, real_folders):
-    tokenizer = Tokenizer.load(real_folders["sentencepiece"], template=name)
+    tokenizer = Tokenizer.load(real_folders["sentencepiece"], template=name, add_mask=True)
     messages = [{"role": role, "content": role} for role in ("user", "assistant", "assistant")]
     encoded = encode_chat(tokenizer, messages)
     decoded = tokenizer.decode(encoded.ids[encoded.prompt_tokens :], keep_special=True)

@@ -67,11 +67,13 @@ def test_special_tokens_may_be_objects_and_the_pad_falls_to_the_end(tmp_path):
     assert tokenizer.eos_id == tokenizer.pad_id == 2
 
 
-def test_missing_mask_is_added_behind_the_last_id_and_said(tmp_path, caplog):
+def test_missing_mask_is_added_on_request_behind_the_last_id_and_said(tmp_path, caplog):
     folder = write_tokenizer(tmp_path, special=("<|pad|>", "<|im_start|>", "<|im_end|>"))
     size = Tokenizer.load(folder, mask="<|im_start|>").vocabulary_size
+    with pytest.raises(DataError, match=r"no file names a mask token.*tide model add-mask"):
+        Tokenizer.load(folder)
     with caplog.at_level(logging.INFO, logger="tide_megatron"):
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder, add_mask=True)
     assert tokenizer.mask_was_added
     assert tokenizer.mask_id == size == tokenizer.vocabulary_size - 1
     assert f"added with id {size}" in caplog.text
@@ -80,7 +82,7 @@ def test_missing_mask_is_added_behind_the_last_id_and_said(tmp_path, caplog):
 
 def test_saved_tokenizer_is_the_same_one(tmp_path):
     folder = write_tokenizer(tmp_path / "a", special=("<|pad|>", "<|im_start|>", "<|im_end|>"))
-    first = Tokenizer.load(folder)
+    first = Tokenizer.load(folder, add_mask=True)
     first.save(tmp_path / "b")
     second = Tokenizer.load(tmp_path / "b")
     assert second.digest == first.digest
