@@ -5,11 +5,14 @@ A sample is one row of every column, and every column is ragged:
     ids          the tokens of the conversation, unpadded
     replies      half-open ranges of `ids` that may be masked, flat: start, end, start, end, ...
     reply_bytes  one number: UTF-8 bytes of the reply's text
+    cut          one number: 1 where `max_length` cut the conversation, so that no end follows; only in data
+                 that was prepared with `on_long` = truncate
 
 and for every side, a teacher with its own tokenizer or template, under the side's name:
 
     NAME.ids      its tokens of the same conversation
     NAME.replies  as above, in these
+    NAME.cut      as above
     NAME.chunks   aligned runs of the learnt reply, flat: student start, end, teacher start, end, ...
 
 Labels are not stored: they follow from `ids` and `replies`, which also leaves room for several replies in a
@@ -36,7 +39,8 @@ from tide_megatron.data.manifest import Manifest, read_manifest
 from tide_megatron.text.tokenizer import Tokenizer
 
 COLUMNS = ("ids", "replies", "reply_bytes")
-SIDE_COLUMNS = ("ids", "replies", "chunks")
+CUT_COLUMN = "cut"
+SIDE_COLUMNS = ("ids", "replies", "cut", "chunks")
 HASHED_AT_OPEN_BYTES = 64 * 2**20
 """Data sets up to this size are compared with their digests whenever they are opened (a fifth of a
 second)."""
@@ -126,6 +130,22 @@ class PreparedData:
     def sources(self) -> tuple[list[str], NDArray[numpy.int64]]:
         """Return the names of the sources, and of each sample its source's number, [samples]."""
         return [""], numpy.zeros(len(self), dtype=numpy.int64)
+
+    def is_cut(self, row: Mapping[str, NDArray[numpy.int32]], side: str | None = None) -> bool:
+        """Say whether `max_length` cut a sample's tokens, so that no end token may follow them.
+
+        Data of earlier releases does not say it sample by sample: where some were cut, those that are as long
+        as a cut one count, on their sides too.
+
+        Args:
+            row: what `row` returned.
+            side: whose tokens; None: the student's.
+        """
+        name = f"{side}.{CUT_COLUMN}" if side else CUT_COLUMN
+        if name in row:
+            return bool(row[name][0])
+        manifest = self.manifest
+        return manifest.statistics.truncated > 0 and len(row["ids"]) >= manifest.max_length
 
     def _check_spans(self, side: str) -> None:
         """Refuse columns whose rows cannot belong together: replies outside the tokens."""

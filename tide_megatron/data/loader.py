@@ -167,14 +167,22 @@ class Loader:
     def _pad(
         self, read: Sequence[Row], side: str | None, block_size: int, fixed_length: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Return ids and labels of the student's tokens or of a side's, ([samples, length], the same)."""
+        """Return ids and labels of the student's tokens or of a side's, ([samples, length], the same).
+
+        The last block of a sample that was cut is filled with pads: end tokens would teach that the text ends
+        where the window did.
+        """
         manifest, prefix = self.columns.manifest, f"{side}." if side else ""
         tokenizer = manifest.sides[side].tokenizer if side else manifest.tokenizer
         examples = []
         for row in read:
             ids = row[f"{prefix}ids"].tolist()
             labels = labels_of(ids, row[f"{prefix}replies"].tolist(), IGNORED)
-            examples.append(pad_to_blocks(ids, labels, block_size, tokenizer.eos_id))
+            if self.columns.is_cut(row, side):
+                filled = -(-len(ids) // block_size) * block_size
+                examples.append(pad_to_length(ids, labels, filled, tokenizer.pad_id))
+            else:
+                examples.append(pad_to_blocks(ids, labels, block_size, tokenizer.eos_id))
         length = fixed_length or max(len(ids) for ids, _ in examples)
         padded = [pad_to_length(ids, labels, length, tokenizer.pad_id) for ids, labels in examples]
         return torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded])
@@ -198,10 +206,12 @@ class Loader:
         self._check_known(ids, rows, reading.known)
         spans = [torch.from_numpy(row[f"{reading.side}.chunks"]).long().view(-1, 4) for row in read]
         sizes = [len(row[f"{reading.side}.ids"]) for row in read]
-        block = reading.block_size
+        blocks = [1 if self.columns.is_cut(row, reading.side) else reading.block_size for row in read]
         return TeacherTokens(
             ids=ids,
-            lengths=torch.tensor([-(-size // block) * block for size in sizes]),
+            lengths=torch.tensor(
+                [-(-size // block) * block for size, block in zip(sizes, blocks, strict=True)]
+            ),
             spans=torch.cat(spans),
             sample=torch.repeat_interleave(torch.tensor([len(span) for span in spans])),
             number=torch.cat([torch.arange(len(span)) for span in spans]),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tide_megatron.base.errors import ConfigError, DataError, nearest
-from tide_megatron.data.columns import COLUMNS, SIDE_COLUMNS
+from tide_megatron.data.columns import COLUMNS, CUT_COLUMN, SIDE_COLUMNS
 from tide_megatron.data.record import ChatRecord
 from tide_megatron.text.align import Chunk, align_chats
 from tide_megatron.text.chat import Encoded, encode_chat
@@ -139,7 +139,8 @@ class Encoder:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of all columns."""
-        return (*COLUMNS, *(f"{side}.{part}" for side in self.sides for part in SIDE_COLUMNS))
+        own = (*COLUMNS, CUT_COLUMN) if self.window.on_long is OnLong.TRUNCATE else COLUMNS
+        return (*own, *(f"{side}.{part}" for side in self.sides for part in SIDE_COLUMNS))
 
     def side_length(self, name: str) -> int:
         """Return the most tokens a sample may have on a side."""
@@ -170,6 +171,8 @@ class Encoder:
                 side_counts={},
                 longest={"": len(encoded.ids)},
             )
+            if self.window.on_long is OnLong.TRUNCATE:
+                sample.row[CUT_COLUMN] = [int(is_cut)]
             for name in self.sides:
                 self._add_side(sample, name, record, encoded, student_is_cut=is_cut)
         except DataError as error:
@@ -189,6 +192,7 @@ class Encoder:
         learnt = [chunk for chunk in chunks if chunk.student_start >= student.replies[0]]
         sample.row[f"{name}.ids"] = teacher.ids[:end]
         sample.row[f"{name}.replies"] = [min(place, end) for place in teacher.replies]
+        sample.row[f"{name}.{CUT_COLUMN}"] = [int(end < len(teacher.ids))]
         sample.row[f"{name}.chunks"] = [place for chunk in learnt for place in chunk]
         sample.longest[name] = end
         sample.side_counts[name] = collections.Counter(

@@ -3,7 +3,8 @@
 They hold what every later stage needs and nothing about models, layouts or losses. Examples are padded when
 they are loaded, in two ways that differ in what the model learns: end-of-text tokens that fill the last block
 are targets like any other (that is how a block-diffusion model learns to stop inside a block); pads up to a
-fixed length are never masked (spec section 1 item 10). Blocks first, then the length.
+fixed length are never masked (spec section 1 item 10). Blocks first, then the length. A text that was cut has
+no end: pads fill its last block.
 """
 
 from __future__ import annotations

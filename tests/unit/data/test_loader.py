@@ -1,16 +1,22 @@
 """The loader: one global order of samples however ranks and microbatches cut it, epochs, padding."""
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
+from tests.small_tokenizer import write_chats
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader, order_of_epoch
+from tide_megatron.data.manifest import Manifest, TokenizerMetadata
+from tide_megatron.data.prepare import prepare
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.parallel.layout import DataShard
+from tide_megatron.text.chat import encode_chat
 
 
 @pytest.fixture
@@ -172,3 +178,58 @@ def test_an_id_that_a_reader_does_not_know_is_named_before_a_device_sees_it(colu
         rf"to {highest - 1}; prepare the data again with its tokenizer$",
     ):
         Loader(columns=columns, samples=4, known=(highest, "teachers.small")).batch_of(range(23))
+
+
+CHATS = [("short", "yes"), ("x", "word " * 40), ("y", "word " * 12), ("z", "two words")]
+
+
+def cut_data(tokenizer, folder, max_length, on_long="truncate", *, of_an_earlier_release=False):
+    """Prepare data that may be cut; return it with the tokens that each sample has uncut."""
+    chats = write_chats(folder / "long.jsonl", CHATS)
+    prepare([chats], tokenizer, folder / "data", max_length=max_length, on_long=on_long, replace=True)
+    if of_an_earlier_release:
+        drop_column(folder / "data", "cut")
+    whole = [
+        len(encode_chat(tokenizer, [{"role": "user", "content": a}, {"role": "assistant", "content": b}]).ids)
+        for a, b in CHATS
+    ]
+    return PreparedData(folder / "data"), whole
+
+
+def drop_column(folder, name):
+    """Take a column from a data folder, as a release that did not know it would have written it."""
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["columns"][name], content["digest"], content["format"], content["version"]
+    content["files"] = {file: kept for file, kept in content["files"].items() if Path(file).stem != name}
+    Manifest(**content | {"tokenizer": TokenizerMetadata(**content["tokenizer"])}).write(folder)
+
+
+@pytest.mark.parametrize("of_an_earlier_release", [False, True])
+@pytest.mark.parametrize("block_size", [1, 8, 16])
+@pytest.mark.parametrize("max_length", [35, 40, 41, 64, 70])
+def test_a_sample_that_was_cut_is_filled_with_pads_that_nobody_learns(
+    tokenizer, tmp_path, max_length, block_size, of_an_earlier_release
+):
+    columns, whole = cut_data(tokenizer, tmp_path, max_length, of_an_earlier_release=of_an_earlier_release)
+    batch = Loader(columns=columns, samples=4, block_size=block_size).batch_of(range(4))
+    assert sum(length > max_length for length in whole) == columns.manifest.statistics.truncated > 0
+    for sample, length in enumerate(whole):
+        kept = min(length, max_length)
+        filled = -(-kept // block_size) * block_size
+        token, label = (
+            (tokenizer.pad_id, IGNORED) if length > max_length else (tokenizer.eos_id, tokenizer.eos_id)
+        )
+        assert batch.ids[sample, kept:filled].tolist() == [token] * (filled - kept)
+        assert batch.labels[sample, kept:filled].tolist() == [label] * (filled - kept)
+        assert batch.lengths[sample] == (kept if length > max_length else filled)
+
+
+@pytest.mark.parametrize("on_long", ["truncate", "skip"])
+def test_a_sample_that_just_fits_has_its_end(tokenizer, tmp_path, on_long):
+    _, whole = cut_data(tokenizer, tmp_path, 200)
+    columns, _ = cut_data(tokenizer, tmp_path, whole[2], on_long)
+    place = 1 if on_long == "skip" else 2
+    assert len(columns.row(place)["ids"]) == whole[2] == columns.manifest.max_length
+    batch = Loader(columns=columns, samples=1, block_size=64).batch_of([place])
+    assert (batch.labels[0, whole[2] :] == tokenizer.eos_id).all()
+    assert batch.labels.shape[1] > whole[2]

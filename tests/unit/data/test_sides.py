@@ -107,6 +107,23 @@ def test_a_cut_teacher_leaves_whole_chunks(run):
             assert row["own.ids"].tolist() == full["own.ids"][: len(row["own.ids"])].tolist()
 
 
+@pytest.mark.parametrize("max_length", [28, 33, 38])
+def test_a_side_that_was_cut_is_filled_with_pads_that_the_teacher_does_not_see(run, tokenizers, max_length):
+    whole = run(name="whole")
+    columns = run(max_length, name="cut", on_long="truncate")
+    assert columns.manifest.sides["own"].cut > 0
+    kinds = set()
+    for sample in range(len(columns)):
+        length, full = (len(part.row(sample)["own.ids"]) for part in (columns, whole))
+        side = loader_of(columns, block_size=16).batch_of([sample]).sides["big"]
+        filled = -(-length // 16) * 16
+        token, seen = (tokenizers[1].pad_id, length) if length < full else (tokenizers[1].eos_id, filled)
+        assert side.ids[0, length:].tolist() == [token] * (filled - length)
+        assert side.lengths.tolist() == [seen]
+        kinds.add(length < full)
+    assert kinds == {True, False}
+
+
 def loader_of(columns, block_size=4, known=None):
     sides = {"big": SideReading(side="own", block_size=block_size, known=known)}
     return Loader(columns=columns, samples=2, block_size=8, sides=sides)
