@@ -3,13 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from tests.small_tokenizer import write_tokenizer
 from tests.unit.train.test_summary import DENSE
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.generate import Sampler, answer_prompts
+from tide_megatron.evaluate import generate as module
+from tide_megatron.evaluate.generate import Sampler, answer_prompts, generate
 from tide_megatron.evaluate.model_folder import open_model
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.build import build_model
@@ -23,9 +25,12 @@ CONTEXT = Context(kind="block_diffusion", block_size=4)
 SAMPLER = Sampler(new_tokens=10, steps=10)
 
 
-def write_model(folder, *, device, stop, **changes):
+SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<m>")
+
+
+def write_model(folder, *, device, stop, special=SPECIAL[:4], **changes):
     """Write a random model whose vocabulary is its tokenizer's."""
-    write_tokenizer(folder)
+    write_tokenizer(folder, special=special)
     rows = Tokenizer.load(folder).vocabulary_size
     (folder / "config.json").write_text(json.dumps({**DENSE, "vocab_size": rows, **changes}))
     files = [folder / "tokenizer.json", folder / "tokenizer_config.json"]
@@ -49,6 +54,88 @@ def test_a_folder_answers_prompts_and_does_so_again(tmp_path):
     assert len(first) == 2
     assert all(isinstance(reply, str) and "<|mask|>" not in reply for reply in first)
     assert first == again
+
+
+def committed(folder, rows, louder, *, device, stop):
+    """Return the ids that a model of so many rows commits, whose rows `louder` are far from zero."""
+    write_model(folder, device=device, stop=stop, vocab_size=rows)
+    tokenizer, model = Tokenizer.load(folder), open_model(folder, device)
+    with torch.no_grad():
+        model.head_weight[louder] = 50 * torch.randn(
+            len(louder), model.head_weight.shape[1], generator=torch.Generator().manual_seed(1)
+        )
+    seen = []
+
+    def generated(*args, **options):
+        seen.append(generate(*args, **options))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "open_model", lambda *_: model)
+        patch.setattr(module, "generate", generated)
+        answer_prompts(folder, ["one", "two"], CONTEXT, SAMPLER, device=device, stop=stop)
+    return [token for reply in seen for token in reply], tokenizer
+
+
+@pytest.mark.parametrize("spare", [1, 200])
+def test_rows_that_no_token_has_and_the_mask_are_never_committed(tmp_path, spare):
+    size = Tokenizer.load(write_tokenizer(tmp_path / "size")).vocabulary_size
+    louder = [3, *range(size, size + spare)]
+    ids, tokenizer = one_rank(committed, tmp_path / "model", size + spare, louder)
+    assert ids
+    assert all(tokenizer.has(token) and token != tokenizer.mask_id for token in ids)
+
+
+NAMED = [
+    ({}, None, 3),
+    ({}, "<m>", 4),
+    ({"config.json": {"mask_token_id": 4}}, None, 4),
+    ({"generation_config.json": {"mask_token_id": 4}}, None, 4),
+    ({"tokenizer_config.json": {"mask_token": "<m>"}}, None, 4),
+    ({"special_tokens_map.json": {"mask_token": "<m>"}}, None, 4),
+    ({"tokenizer_config.json": {"mask_token": "<|mask|>"}}, "<|mask|>", 3),
+]
+"""What files of a folder say, the mask that is asked for, and the token that stands for masked ones."""
+
+
+def shown(folder, *, device, stop):
+    """Return, for each case, which of the two mask tokens a model is first shown."""
+    write_model(folder, device=device, stop=stop, special=SPECIAL)
+    model, found = open_model(folder, device), []
+    kept = {name: (folder / name).read_text() for name in ("config.json", "tokenizer_config.json")}
+    for files, mask, _ in NAMED:
+        for name in ("generation_config.json", "special_tokens_map.json"):
+            (folder / name).unlink(missing_ok=True)
+        for name, text in (kept | {name: kept.get(name, "{}") for name in files}).items():
+            (folder / name).write_text(json.dumps(json.loads(text) | files.get(name, {})))
+        views = []
+
+        def rows(view, views=views):
+            views.append(view.ids.flatten().tolist())
+            return type(model).rows(model, view)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "rows", rows)
+            patch.setattr(module, "open_model", lambda *_: model)
+            sampler = Sampler(new_tokens=2, steps=1)
+            answer_prompts(folder, ["one"], CONTEXT, sampler, mask, device=device, stop=stop)
+        found.append({3, 4} & set(views[0]))
+    return found
+
+
+def test_a_model_is_shown_the_mask_that_its_folder_names(tmp_path):
+    assert one_rank(shown, tmp_path / "model") == [{wanted} for _, _, wanted in NAMED]
+
+
+@pytest.mark.parametrize("prompt", ["<|mask|>", "fill in: x = <|mask|><|mask|>", "a\n<|mask|>b"])
+def test_a_prompt_that_holds_the_mask_token_is_refused_before_weights_are_read(tmp_path, prompt):
+    def asked(*, device, stop):
+        write_tokenizer(tmp_path)
+        answer_prompts(tmp_path, ["fine", prompt], CONTEXT, SAMPLER, device=device, stop=stop)
+
+    with pytest.raises(DataError, match=r"prompt '.*': contains the mask token <\|mask\|>") as caught:
+        one_rank(asked)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_stop_begins_no_further_prompt(tmp_path):
