@@ -205,11 +205,13 @@ class TeacherScorer:
 
     teacher: Teacher
     group: VocabGroup
+    mask_id: int
+    """What it is shown for a masked token; its own, unless others are tried."""
 
     def __call__(self, noised: Noised) -> RowScores:
         """Score this rank's microbatch. All ranks call it together and equally often."""
         view_builder = self.teacher.view_builder
-        view = trimmed_view(noised, view_builder.context, view_builder.mask_id)
+        view = trimmed_view(noised, view_builder.context, self.mask_id)
         request = Request(views=[(view,)], fingerprints=[noised.batch.fingerprint])
         sizes = [request.sizes(numbers) for numbers in self._of_all(request.numbers())]
         (answer,) = self.teacher.hidden_states(request, sizes)

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 USUAL = "<|mask|>"
 """The mask token of a folder that names none."""
+MOST_TRIED = 4
+"""Tokens that may have been meant instead, at most."""
 MASK_TOKEN, MASK_ID = "mask_token", "mask_token_id"
 SPECIAL_MAP, MODEL_CONFIGS = "special_tokens_map.json", ("config.json", "generation_config.json")
 
@@ -34,6 +36,17 @@ class Naming:
     place: str
     spelling: str | None = None
     token_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settled:
+    """The mask token of a tokenizer; it is in the vocabulary."""
+
+    spelling: str
+    was_added: bool
+    """Although no file of the folder gives it its id."""
+    rivals: tuple[int, ...]
+    """Other special tokens that sound like a mask, where no file of the folder names one."""
 
 
 def named_masks(folder: Path, config: Mapping[str, Any]) -> list[Naming]:
@@ -60,7 +73,7 @@ def named_masks(folder: Path, config: Mapping[str, Any]) -> list[Naming]:
 
 def settle_mask(
     backend: Backend, file: Path, config: Mapping[str, Any], asked: str | None, *, add: bool
-) -> tuple[str, bool]:
+) -> Settled:
     """Decide which token is the mask; it is in the backend's vocabulary afterwards.
 
     Args:
@@ -69,9 +82,6 @@ def settle_mask(
         config: content of its `tokenizer_config.json`.
         asked: the spelling that the caller insists on; None: what the folder names.
         add: the caller asks for the token to be added where the vocabulary lacks it.
-
-    Returns:
-        The spelling, and whether it was added although no file of the folder gives it its id.
 
     Raises:
         DataError: the folder contradicts itself or the caller, or there is no mask token.
@@ -96,12 +106,14 @@ def settle_mask(
             )
     chosen = asked or next(iter(spelt.values()), USUAL)
     if backend.find(chosen) is not None:
-        return chosen, False
+        others = () if spelt else _sounding(backend, chosen)
+        return Settled(spelling=chosen, was_added=False, rivals=others)
     has_its_id = any(naming.token_id == backend.size for naming in namings)
     if not add and not has_its_id:
         raise DataError(_lacking(chosen, backend, file, is_named=bool(asked or spelt)))
     logger.info("%s has no %s: added with id %d", file, chosen, backend.add_special(chosen))
-    return chosen, not has_its_id
+    others = () if has_its_id else _sounding(backend, chosen)
+    return Settled(spelling=chosen, was_added=not has_its_id, rivals=others)
 
 
 def _spelt(content: Mapping[str, Any], file: Path) -> Iterator[Naming]:
@@ -146,9 +158,15 @@ def _shown(spelling: str, backend: Backend) -> str:
     return f"{spelling!r} ({'not in the vocabulary' if token is None else f'id {token}'})"
 
 
+def _sounding(backend: Backend, chosen: str) -> tuple[int, ...]:
+    """Return the special tokens but one that call themselves a mask, the first few."""
+    others = (token for token, spelling in backend.special.items() if "mask" in spelling.lower())
+    return tuple(sorted(token for token in others if backend.special[token] != chosen)[:MOST_TRIED])
+
+
 def _lacking(chosen: str, backend: Backend, file: Path, *, is_named: bool) -> str:
     """Say that there is no such token, and how to come by one."""
-    similar = sorted(spelling for spelling in backend.special.values() if "mask" in spelling.lower())
+    similar = [backend.special[token] for token in _sounding(backend, chosen)]
     if similar:
         hint = f"name the one that the model was trained with (mask), perhaps {similar[0]!r}"
     elif is_named and backend.special:

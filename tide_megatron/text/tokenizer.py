@@ -48,6 +48,9 @@ class Tokenizer:
     pad_id: int
     mask_was_added: bool
     """On request; no file of the folder gives it its id."""
+    mask_rivals: tuple[int, ...]
+    """Other special tokens that sound like a mask, where no file of the folder names one: the model may have
+    been trained with one of these."""
     special_tokens: Mapping[str, str]
     """Named special tokens (`eos_token`, `bos_token`, ...) as the template may use them."""
     chat: ChatTemplate | None
@@ -85,7 +88,8 @@ class Tokenizer:
         file = find_file(Path(path))
         config = read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}
         backend = open_backend(file, config)
-        mask, mask_was_added = settle_mask(backend, file, config, mask, add=add_mask)
+        found = settle_mask(backend, file, config, mask, add=add_mask)
+        mask = found.spelling
         named = _named_tokens(config)
         eos = eos or named.get("eos_token")
         if eos is None:
@@ -109,7 +113,8 @@ class Tokenizer:
             mask_id=ids["mask"],
             eos_id=ids["eos"],
             pad_id=ids["pad"],
-            mask_was_added=mask_was_added,
+            mask_was_added=found.was_added,
+            mask_rivals=found.rivals,
             special_tokens=named,
             chat=_read_chat(file.parent, config, named, variables, template),
             vocabulary_digest=_digest_of(backend, ids),

@@ -30,7 +30,7 @@ from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
-from tide_megatron.train.sanity import check_teachers
+from tide_megatron.train.sanity import check_student, check_teachers
 from tide_megatron.train.saving import make_saver, start_or_resume
 from tide_megatron.train.setup import Setup, set_up
 from tide_megatron.train.step import StepResult, train_step
@@ -60,6 +60,7 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
             check_folder(folder, tree, resume=resume)
     log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
     setup = set_up(recipe, device)
+    check_student(recipe, setup)
     sanity = check_teachers(recipe, setup)
     with fail_together():  # only now: a start that fails leaves nothing behind and discards nothing
         if is_first():

@@ -59,7 +59,8 @@ class TeacherModel(Model):
     """A frozen model the student listens to."""
 
     sanity: Annotated[Literal["refuse", "warn", "off"], Off, MACHINE] = "refuse"
-    """What to do when the teacher predicts held-out tokens no better than their frequencies would."""
+    """What to do when the teacher predicts held-out tokens no better than their frequencies would, or worse
+    than the student does before its first step, or better with another mask token."""
     view: Annotated[Literal["plain", "complementary"], Paper("complementary")] = "plain"
     """`complementary` (CompDemo): show half of the masked tokens at a time, in two views."""
     shown_share: Annotated[float, Paper("0.5")] = Field(default=0.5, ge=0.0, le=1.0)
@@ -75,6 +76,8 @@ class TeacherModel(Model):
 class StudentModel(Model):
     """The model that is trained."""
 
+    sanity: Annotated[Literal["refuse", "warn", "off"], Off, MACHINE] = "refuse"
+    """What to do when its folder names no mask token and it predicts better with another one than `mask`."""
     recompute: Annotated[bool, MACHINE] = False
     """Keep only each layer's input for the backward pass and run the layer again there: a fraction of the
     activations' memory for one more forward pass of the body, and equal numbers."""

@@ -53,6 +53,8 @@ class Setup:
     loader: Loader
     held_out: Loader | None
     tokenizer: Tokenizer
+    tokenizers: Mapping[str, Tokenizer]
+    """Of the teachers, by name."""
 
 
 def set_up(recipe: Recipe, device: Device) -> Setup:
@@ -109,7 +111,13 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
         phases=phases,
         device=device.torch_device,
     )
-    return Setup(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer)
+    return Setup(
+        run=run,
+        loader=loader,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        tokenizers={name: plan.tokenizer for name, plan in readers.items()},
+    )
 
 
 def open_loader(

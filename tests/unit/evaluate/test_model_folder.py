@@ -1,10 +1,17 @@
 """A model folder says what context it was trained in, or the user must."""
 
+import json
+
 import pytest
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.model_folder import CONTEXT_FILE, trained_context, write_context
+from tide_megatron.evaluate.model_folder import (
+    CONTEXT_FILE,
+    context_differences,
+    trained_context,
+    write_context,
+)
 
 STORED = Context(kind="block_causal", block_size=16)
 
@@ -38,3 +45,31 @@ def test_a_broken_file_is_refused(tmp_path, text):
     (tmp_path / CONTEXT_FILE).write_text(text)
     with pytest.raises(ConfigError):
         trained_context(tmp_path)
+
+
+BLOCKS, LARGER = Context(kind="block_causal", block_size=16), Context(kind="block_causal", block_size=32)
+DIFFUSION, BIDIRECTIONAL = Context(kind="block_diffusion", block_size=16), Context(kind="bidirectional")
+KIND, SIZE = "context.kind is {}, it was trained {}", "context.block_size is {}, it was trained with {}"
+
+
+@pytest.mark.parametrize(
+    ("trained", "config", "asked", "said"),
+    [
+        (BLOCKS, {}, BLOCKS, []),
+        (BLOCKS, {"block_size": 32}, BLOCKS, []),
+        (BLOCKS, {}, LARGER, [SIZE.format(32, 16)]),
+        (BLOCKS, {}, DIFFUSION, [KIND.format("block_diffusion", "block_causal")]),
+        (LARGER, {}, DIFFUSION, [KIND.format("block_diffusion", "block_causal"), SIZE.format(16, 32)]),
+        (BLOCKS, {}, BIDIRECTIONAL, [KIND.format("bidirectional", "block_causal")]),
+        (BIDIRECTIONAL, {}, BIDIRECTIONAL, []),
+        (None, {"block_size": 32}, BLOCKS, [SIZE.format(16, 32)]),
+        (None, {"block_size": 16}, DIFFUSION, []),
+        (None, {"block_size": 32}, BIDIRECTIONAL, []),
+        (None, {}, BLOCKS, []),
+    ],
+)
+def test_a_context_is_held_against_what_the_folder_says(tmp_path, trained, config, asked, said):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if trained:
+        write_context(tmp_path, trained)
+    assert context_differences(tmp_path, asked) == said
