@@ -21,6 +21,7 @@ from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.doctor import doctor
 from tide_megatron.commands.export import export
+from tide_megatron.commands.model import app as model
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
 from tide_megatron.commands.sample import sample
@@ -47,6 +48,7 @@ for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
 app.add_typer(convert, name="convert")
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(model, name="model")
 
 
 def _show_version(is_wanted: bool) -> None:

@@ -30,6 +30,7 @@ SURFACE = {
     "checkpoint inspect": "path --tensors",
     "checkpoint verify": "path --record",
     "checkpoint diff": "first second",
+    "model add-mask": "folder target --token --noise --seed",
 }
 """What users type. Changing it is a decision: change it here too, and say so in the changelog."""
 
