@@ -21,7 +21,7 @@ from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.doctor import doctor
 from tide_megatron.commands.export import export
-from tide_megatron.commands.model import app as model
+from tide_megatron.commands.model_verbs import app as model
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
 from tide_megatron.commands.sample import sample

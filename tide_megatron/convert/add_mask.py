@@ -187,7 +187,7 @@ def _tensors(
 
 
 def _counts(config: HfConfig, architecture: Architecture, rows: int, token: int) -> dict[str, int]:
-    """Return the keys of config.json that count rows, or ids where these are counted apart, if they change."""
+    """Return the keys of config.json that count rows, or ids where those are counted apart, if changed."""
     if rows > architecture.vocabulary:
         return {key: rows for key in ("vocab_size", "embedding_size") if key in config}
     return {"vocab_size": token + 1} if config["vocab_size"] <= token else {}
@@ -206,8 +206,8 @@ def _copy_files(folder: Path, partial: Path) -> None:
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, token: str) -> None:
     """Write the token into every file of a folder that lists tokens, as transformers and we read them."""
-    entry = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    entry = {"content": token, **entry}
+    settings = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    entry = {"content": token, **settings}
     file = folder / TOKENIZER_FILE
     if file.is_file():
         content = read_json(file)

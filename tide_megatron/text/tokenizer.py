@@ -82,8 +82,7 @@ class Tokenizer:
             template: name of a chat template of this package, which then goes before the folder's own.
 
         Raises:
-            DataError: a file is missing or broken, a special token cannot be had, or two places disagree
-                about the mask token.
+            DataError: a file is missing or broken, or a special token cannot be had or is contradicted.
         """
         file = find_file(Path(path))
         config = read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}

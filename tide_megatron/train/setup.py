@@ -111,13 +111,8 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
         phases=phases,
         device=device.torch_device,
     )
-    return Setup(
-        run=run,
-        loader=loader,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        tokenizers={name: plan.tokenizer for name, plan in readers.items()},
-    )
+    others = {name: plan.tokenizer for name, plan in readers.items()}
+    return Setup(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer, tokenizers=others)
 
 
 def open_loader(

@@ -30,10 +30,11 @@ def write_folder(folder, rows=SIZE, *, tied=True, files=None, special=SPECIAL):
     write_model(folder, student_config(rows) | {"tie_word_embeddings": tied}, seed=1)
     write_tokenizer(folder, special=special)
     for name, content in ({"README.md": "mine"} | (files or {})).items():
+        text = content
         if not isinstance(content, str):
             old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-            content = json.dumps(old | content)
-        (folder / name).write_text(content)
+            text = json.dumps(old | content)
+        (folder / name).write_text(text)
     return folder
 
 
