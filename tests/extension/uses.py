@@ -100,7 +100,7 @@ def use_tokenizer(folder):
     (folder / "ids.bytewise").write_text("<|im_start|>\n<|im_end|>", encoding="utf-8")
     config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, add_mask=True)
     assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.vocabulary_size) == (258, 257, 259)
     encoded = encode_chat(tokenizer, CHAT, aligned=True)
     assert encoded.reply_bytes == len("wörld".encode())

@@ -137,9 +137,9 @@ CROSS_FAULTS = {
     ),
     "a share that is none": (["teachers.own.shown_share=1.5"], r"^teachers\.own\.shown_share: "),
     "an unknown view": (["teachers.own.view=complementry"], r"^teachers\.own\.view: .*complementary"),
-    "a mask token beyond the teacher's rows": (
+    "a mask token that the teacher's tokenizer lacks": (
         ["teachers.own.folder={0}/small", "teachers.own.mask=<|veil|>"],
-        r"^teachers\.own\.folder: .*\(mask token '<\|veil\|>' is id 284\), the model only 284 rows",
+        r"^teachers\.own: .*the mask token '<\|veil\|>' is not in the vocabulary: .* perhaps '<\|mask\|>'",
     ),
 }
 

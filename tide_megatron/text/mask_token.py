@@ -166,15 +166,14 @@ def _sounding(backend: Backend, chosen: str) -> tuple[int, ...]:
 
 def _lacking(chosen: str, backend: Backend, file: Path, *, is_named: bool) -> str:
     """Say that there is no such token, and how to come by one."""
-    similar = [backend.special[token] for token in _sounding(backend, chosen)]
-    if similar:
-        hint = f"name the one that the model was trained with (mask), perhaps {similar[0]!r}"
-    elif is_named and backend.special:
-        hint = f"correct its name ({nearest(chosen, backend.special.values())})"
-    else:
-        hint = "name the one that the model was trained with (mask)"
     missing = f"the mask token {chosen!r} is not in the vocabulary"
     said = missing if is_named else f"no file names a mask token, and {chosen!r} is not in the vocabulary"
+    similar = [backend.special[token] for token in _sounding(backend, chosen)]
+    if similar:
+        return f"{file}: {said}: name the one that the model was trained with (mask), perhaps {similar[0]!r}"
+    hint = (
+        nearest(chosen, backend.special.values()) if is_named else "name the one it was trained with (mask)"
+    )
     return (
         f"{file}: {said}: {hint}; a model that never had one gets one by `tide model add-mask {file.parent}`"
     )

@@ -89,6 +89,7 @@ FILES = {
         "tokenizer_config.json": DECODER,
         "special_tokens_map.json": {"eos_token": {"content": "<|im_end|>"}},
     },
+    "a map of nulls": {"special_tokens_map.json": {"eos_token": "<|im_end|>", "mask_token": None}},
     "old additions": {"added_tokens.json": {"<|im_end|>": 2}},
     "nulls": {"tokenizer_config.json": {"mask_token": None}, "config.json": {"mask_token_id": None}},
 }

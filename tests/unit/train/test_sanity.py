@@ -10,20 +10,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.small_tokenizer import write_chats, write_tokenizer
+from tests.small_tokenizer import write_chats, write_other, write_tokenizer
 from tests.tiny_run import student_config, write_folder
 from tide_megatron.base.errors import TideError
 from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.data.prepare import prepare
+from tide_megatron.data.sample import SideChoice
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.params import param_mappings
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.train.models import read_plan
+from tide_megatron.train.recipe import StudentModel, TeacherModel
 from tide_megatron.train.resolve import build_recipe
 from tide_megatron.train.sanity import check_student, check_teachers, frequency_nll
-from tide_megatron.train.setup import set_up
+from tide_megatron.train.setup import _check_mask_of_side, set_up
 
 
 class Samples:
@@ -197,3 +202,69 @@ def test_each_mask_token_is_judged_by_what_a_model_predicts_with_it(folder, capl
     assert found[-1][0]["student_nll_per_byte"] is None
     assert "teachers.big: predicts masked text at" in caplog.text
     assert "student: predicts masked tokens at" in caplog.text
+
+
+def bare(folder, rows):
+    """Write a config of so many rows, and a tokenizer of 311 ids without a mask token."""
+    write_tokenizer(folder, special=SPECIAL[:3])
+    (folder / "config.json").write_text(json.dumps(student_config(rows)))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "options", "message"),
+    [
+        (StudentModel, 320, {"add_mask": True}, None),
+        (StudentModel, 312, {"add_mask": True, "mask": "[M]"}, None),
+        (
+            StudentModel,
+            311,
+            {"add_mask": True},
+            r"^one\.folder: .* 312 ids .* only 311 rows; .*tide model add-mask ",
+        ),
+        (StudentModel, 320, {}, "^one: .*no file names a mask token, .*tide model add-mask "),
+        (StudentModel, 320, {"mask": "[M]"}, r"^one: .*the mask token '\[M\]' is not in the vocabulary"),
+        (TeacherModel, 320, {}, "^one: .*no file names a mask token"),
+        (TeacherModel, 320, {"mask": "[M]"}, r"^one: .*the mask token '\[M\]' is not in the vocabulary"),
+    ],
+)
+def test_a_mask_token_is_added_for_a_student_that_asks_and_has_a_row(tmp_path, kind, rows, options, message):
+    choice = kind(folder=bare(tmp_path, rows), context=Context(**CONTEXT), **options)
+    if message is None:
+        assert read_plan(choice, "one").tokenizer.mask_id == 311
+    else:
+        with pytest.raises(TideError, match=message):
+            read_plan(choice, "one")
+
+
+def test_a_context_that_the_folder_was_not_trained_in_is_warned_of(folder, tmp_path, caplog):
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(student_config(ROWS)))
+    write_context(tmp_path, Context(kind="block_causal", block_size=16))
+    with caplog.at_level(logging.WARNING, logger="tide_megatron"):
+        read_plan(TeacherModel(folder=str(tmp_path), context=Context(**CONTEXT)), "teachers.big")
+    said = f"({tmp_path}): check that this is meant"
+    assert f"teachers.big.context.kind is block_diffusion, it was trained block_causal {said}" in caplog.text
+    assert f"teachers.big.context.block_size is 8, it was trained with 16 {said}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "is_refused"),
+    [("own", "<role>", True), ("own", None, False), ("another", "<role>", False)],
+)
+def test_a_side_of_a_teachers_name_with_another_mask_is_refused(folder, tmp_path, name, mask, is_refused):
+    own = tmp_path / "own"
+    write_other(own)
+    (own / "config.json").write_text(json.dumps(student_config(ROWS)))
+    student, teacher = Tokenizer.load(folder / "model"), SideChoice(tokenizer=Tokenizer.load(own))
+    chats = folder / "chats.jsonl"
+    prepare([chats], student, tmp_path / "data", max_length=128, sides={"own": teacher})
+    columns = PreparedData(tmp_path / "data")
+    plan = read_plan(TeacherModel(folder=str(own), context=Context(**CONTEXT), mask=mask), f"teachers.{name}")
+    if is_refused:
+        with pytest.raises(
+            TideError, match=r"side 'own': its mask token has id 4 .*, this model's has 1 \(<role>\);"
+        ):
+            _check_mask_of_side(columns, name, plan)
+    else:
+        _check_mask_of_side(columns, name, plan)
