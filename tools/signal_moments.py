@@ -229,6 +229,7 @@ def ask(name: str, launcher: str, number: signal.Signals, place: Path, recipe: P
     folder.mkdir()
     if moment.goes_on:
         shutil.copytree(saved, folder / "run")
+    before = _files(folder / "run")
     tops = start(launcher, moment, folder, recipe)
     in_parent = launcher == "tide" and moment.where.endswith(":load_recipe")
     wanted = [folder / f"at-{rank}" for rank in ((0,) if in_parent else moment.ranks)]
@@ -240,7 +241,7 @@ def ask(name: str, launcher: str, number: signal.Signals, place: Path, recipe: P
         time.sleep(0.3)  # until the others stand where they wait
         everybody = {*tops, *(pid for top in tops for pid in descendants(top))}
         _signal_and_look(row, tops, everybody, number, folder / "log")
-        row.lost = _lost(row, moment, folder / "run")
+        row.lost = _lost(row, moment, folder / "run", before)
     finally:
         for pid in everybody | set(tops):
             with contextlib.suppress(ProcessLookupError):
@@ -288,15 +289,19 @@ def _signal_and_look(
         row.faults.append("the end was late")
 
 
-def _lost(row: Row, moment: Moment, run: Path) -> str:
+def _files(folder: Path) -> dict[str, int]:
+    """Return when every file of a folder was written last."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def _lost(row: Row, moment: Moment, run: Path, before: dict[str, int]) -> str:
     """Say what a run that ended has lost; note as a fault what it should not have."""
     if moment.is_before:
-        left = sorted(path.name for path in run.iterdir()) if run.exists() else []
-        is_as_before = moment.goes_on and "result.json" not in left and "stopped.json" not in left
-        if left and not is_as_before:
-            row.faults.append("something was left behind")
-            return f"left: {', '.join(left)}"
-        return "nothing"
+        after = _files(run)
+        if after == before and run.exists() == moment.goes_on:
+            return "nothing"
+        row.faults.append("the run folder is not as it was")
+        return f"changed: {', '.join(sorted(str(path) for path, _ in after.items() ^ before.items()))}"
     saved = max((Mark.of(path).step for path in listed(run / "checkpoints")), default=0)
     lost = max(0, last_step(run)) - saved
     if lost and row.signals == 1:
