@@ -49,6 +49,7 @@ from tests.tiny_run import write_tiny_run
 from tide_megatron import commands
 from tide_megatron.checkpoint.retention import Mark, listed
 from tide_megatron.launch import supervisor
+from tide_megatron.launch.signals import leave
 
 LAUNCHERS, RANKS = ("tide", "torchrun", "srun"), 2
 PAUSE_SECONDS, FOR_GOOD_SECONDS = 3.0, 120.0
@@ -58,19 +59,14 @@ STEPS = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moment:
-    """A call at which ranks stand still."""
+    """A call (module:attribute, its how many-eth) at which `ranks` stand still; `is_before` the first step."""
 
     where: str
-    """module:attribute, a function or a method that is called then."""
     call: int = 1
-    """The how many-eth call."""
     ranks: tuple[int, ...] = (0, 1)
-    """Who stands still; the others go on to where they wait for them."""
     seconds: float = PAUSE_SECONDS
     goes_on: bool = False
-    """Whether the run folder holds a checkpoint."""
     is_before: bool = True
-    """Whether no step was done, so that nothing may be left."""
 
 
 WAITS: dict[str, Any] = {"ranks": (1,), "seconds": FOR_GOOD_SECONDS}
@@ -107,15 +103,13 @@ MOMENTS = {
 
 @dataclasses.dataclass(kw_only=True)
 class Row:
-    """What one run did."""
+    """What one run did: seconds from the first signal to the word, from the last one to the end of all."""
 
     moment: str
     launcher: str
     number: str
     spoke: float | None = None
-    """Seconds from the first signal to the log's word."""
     ended: float | None = None
-    """Seconds from the last signal to the end of the last process."""
     signals: int = 1
     code: int | None = None
     lost: str = ""
@@ -169,7 +163,15 @@ def under_torchrun(recipe: Path, run: Path, port: int) -> None:
         start_method="fork",
         monitor_interval=0.1,
     )
-    elastic_launch(config, command)(recipe, run)
+    elastic_launch(config, under_agent)(recipe, run)
+
+
+def under_agent(recipe: Path, run: Path) -> None:
+    """Be a rank of that agent, and end as a program does: a function that returns waits for its agent."""
+    try:
+        command(recipe, run)
+    except SystemExit as end:
+        leave(int(end.code or 0))
 
 
 def under_srun(recipe: Path, run: Path, port: int, rank: int = 0) -> None:
@@ -344,7 +346,6 @@ def make_saved(place: Path, recipe: Path) -> Path:
 
 
 def printed(rows: list[Row]) -> str:
-    """Write the table."""
     lines = ["| moment | launcher | signal | spoke | ended | after | exit code | lost | |", "|" + "---|" * 9]
     for row in rows:
         spoke, ended = (f"{number:.2f} s" if number is not None else "-" for number in (row.spoke, row.ended))
