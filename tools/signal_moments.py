@@ -59,7 +59,7 @@ STEPS = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moment:
-    """A call (module:attribute, its how many-eth) at which `ranks` stand still; `is_before` the first step."""
+    """A call (module:attribute, its how many-eth) at which ranks stand still, or are before a step."""
 
     where: str
     call: int = 1
