@@ -19,7 +19,7 @@ from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
-    "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
+    "prepare": "out sources --tokenizer --max-length --on-long --on-bad --normalize --teacher --replace",
     "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --new-tokens --steps --device",

@@ -161,7 +161,7 @@ def test_a_side_is_found_by_tokenizer_and_template(run, tokenizers, tmp_path):
     manifest = run().manifest
     assert manifest.side_of(tokenizers[1].digest) == "own"
     assert manifest.side_of(tokenizers[0].digest) is None
-    other = Tokenizer.load(write_other(tmp_path / "again"), variables={"enable_thinking": True})
+    other = Tokenizer.load(write_other(tmp_path / "again"), chat_template_kwargs={"enable_thinking": None})
     assert manifest.side_of(other.digest) is None
 
 
