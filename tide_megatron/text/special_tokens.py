@@ -46,6 +46,13 @@ def seen_by(
     return {name: token for name, token in named.items() if name in config or name in source}
 
 
+def kept_tokens(named: Mapping[str, str]) -> dict[str, object]:
+    """Return what `tokenizer_config.json` needs so that the same tokens are read back."""
+    kept: dict[str, object] = {name: token for name, token in named.items() if name.endswith("_token")}
+    others = {name: token for name, token in named.items() if name not in kept}
+    return kept | ({"extra_special_tokens": others} if others else {})
+
+
 def _tokens_of(content: Mapping[str, Any], file: Path) -> dict[str, str]:
     found = {}
     for name, value in content.items():

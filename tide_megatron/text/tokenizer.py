@@ -28,7 +28,7 @@ from tide_megatron.base.errors import DataError
 from tide_megatron.text.backends import Backend, find_file, open_backend
 from tide_megatron.text.backends.files import CONFIG_FILE, read_json
 from tide_megatron.text.rendering import check_options, names_in
-from tide_megatron.text.special_tokens import read_special_tokens, seen_by
+from tide_megatron.text.special_tokens import kept_tokens, read_special_tokens, seen_by
 from tide_megatron.text.spelling import ends_of
 from tide_megatron.text.templates import TOOLS, ChatTemplate, find_template, packaged_template
 
@@ -179,7 +179,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write the vocabulary and `tokenizer_config.json`, the mask token and the template among them."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**self.backend.save(folder), **self.special_tokens}
+        config = {**self.backend.save(folder), **kept_tokens(self.special_tokens)}
         if self.chat:
             config |= _kept_chat(self.chat)
         (folder / CONFIG_FILE).write_text(
