@@ -7,6 +7,7 @@ code 2; a bug is a traceback and exit code 1; a second Ctrl-C is exit code 130.
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -69,6 +70,8 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries; our own words go through the log
     start_log()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # where ü is unknown it is shown as \xfc, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="tide")
     except TideError as error:

@@ -70,7 +70,7 @@ class Rejects:
             self._stopping += 1
             return
         entry = {"file": name, "line": line, "kind": fault.kind, "reason": str(fault)}
-        with self._file.open("a", encoding="utf-8") as file:
+        with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def raise_if_fatal(self, records: int) -> None:

@@ -47,7 +47,13 @@ def read_plan(choice: Model, key: str) -> ModelPlan:
     """Read a model's config and tokenizer, and check that the vocabulary has a row for every id."""
     folder = Path(choice.folder)
     architecture = read_architecture(folder)
-    tokenizer = Tokenizer.load(folder, mask=choice.mask)
+    with under(key):
+        tokenizer = Tokenizer.load(
+            folder,
+            mask=choice.mask,
+            template=choice.template,
+            chat_template_kwargs=choice.chat_template_kwargs,
+        )
     if tokenizer.vocabulary_size > architecture.vocabulary:
         raise ConfigError(
             f"{key}.folder: the tokenizer in {folder} has {tokenizer.vocabulary_size} ids (mask token "
