@@ -14,6 +14,7 @@ Each sample remembers its source, for scores by source: what the record's `sourc
 
 from __future__ import annotations
 
+import array
 import collections
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,7 +136,7 @@ class _Preparation:
         self._side_counts = {name: collections.Counter[str]() for name in encoder.sides}
         self._longest: collections.Counter[str] = collections.Counter()
         self._named: dict[str | None, int] = {}
-        self._origins: list[tuple[int, int]] = []
+        self._files, self._words = array.array("i"), array.array("i")
 
     def run(self, sources: Sequence[Source]) -> Manifest:
         """Read all sources; return the manifest (not written yet)."""
@@ -198,7 +199,8 @@ class _Preparation:
             self._side_counts[name].update(found)
         if len(self._named) <= _MOST_SOURCES:
             self._named.setdefault(source, len(self._named))
-        self._origins.append((file, self._named.get(source, 0)))
+        self._files.append(file)
+        self._words.append(self._named.get(source, 0))
 
     def _check_enough(self, sources: Sequence[Source]) -> None:
         """Refuse data without samples, and sides without chunks."""
@@ -225,7 +227,8 @@ class _Preparation:
         words = {number: word for word, number in self._named.items()} if is_said else {}
         numbers: dict[str, int] = {}
         column = [
-            numbers.setdefault(words.get(word) or files[file], len(numbers)) for file, word in self._origins
+            numbers.setdefault(words.get(word) or files[file], len(numbers))
+            for file, word in zip(self._files, self._words, strict=True)
         ]
         if len(numbers) < 2 and not any(words.values()):
             return []

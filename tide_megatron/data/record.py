@@ -32,6 +32,7 @@ _IN_MESSAGES = {name: _INSTEAD[name] for name in _INSTEAD if name not in ("syste
     "refusal": "write it as content",
     "prefix": "end the messages with a whole reply",
 }
+_OTHER_FORMATS = ("conversations", "conversation", "prompt", "instruction")
 _WEIGHTS = ("weight", "train", "training", "loss", "loss_weight")
 """Names under which trainers say whether a message is learnt."""
 
@@ -69,7 +70,10 @@ def _record(content: Any) -> ChatRecord:
     """Turn a line's JSON into a record."""
     messages = content.get("messages") if isinstance(content, dict) else None
     if not isinstance(messages, list) or not messages:
+        keys = content if isinstance(content, dict) else {}
+        other = next((name for name in _OTHER_FORMATS if keys.get(name)), "")
         hint = " (an array: write one object a line, as by jq -c .[])" * isinstance(content, list)
+        hint += f"; this one has {other!r}: rewrite it" * bool(other)
         _refuse(
             f'no messages: a record is {{"messages": [{{"role": ..., "content": ...}}, ...]}}{hint}',
             "no messages",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import enum
 import json
+import logging
 from pathlib import Path
 
 from tide_megatron.base.errors import DataError, RecordError
 
+logger = logging.getLogger(__name__)
 REJECTS_FILE = "rejects.jsonl"
 
 
@@ -66,7 +68,11 @@ class Rejects:
         if isinstance(fault, TooLong):
             self._longest = max(self._longest, fault.tokens)
         if self._on_bad is OnBad.STOP or isinstance(fault, TooLong):
-            self._reason = self._reason or f"{place}:{line}: {fault}"
+            if not self._stopping:
+                self._reason = f"{place}:{line}: {fault}"
+                logger.warning(
+                    "%s; nothing will be written, the rest is read to count all faults", self._reason
+                )
             self._stopping += 1
             return
         entry = {"file": name, "line": line, "kind": fault.kind, "reason": str(fault)}

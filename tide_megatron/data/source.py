@@ -15,7 +15,7 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -25,6 +25,7 @@ STDIN = "-"
 _LINE_BYTES = 2**28
 """A longer line is no record: such a file has no lines."""
 _CHUNK_BYTES = 2**20
+_PACKED_BYTES = 2**16
 _START_BYTES = 8
 """By which kinds of files are told."""
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -93,7 +94,8 @@ class Source:
         number = 0
         try:
             with contextlib.ExitStack() as stack:
-                stream = stack.enter_context(self._open())
+                self._read = stack.enter_context(_Counting(self._raw(), keeps_open=self.is_stdin))
+                stream = stack.enter_context(self._through(self._read))
                 while line := stream.readline(_LINE_BYTES):
                     number += 1
                     if len(line) == _LINE_BYTES:
@@ -106,20 +108,9 @@ class Source:
                 f"{self.place}: damaged behind line {number} ({error}): copy the file again"
             ) from None
         except OSError as error:
-            raise DataError(
-                f"{self.place}: cannot be read ({error.strerror or error}): give the path of a JSONL file"
-            ) from None
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] in {
-                "zstandard",
-                "compression",
-                "backports",
-                "pyzstd",
-            }:
-                raise DataError(
-                    f"{self.place}: damaged behind line {number} ({error}): copy the file again"
-                ) from None
-            raise
+            is_closed = isinstance(error, PermissionError)
+            remedy = "check its permissions" if is_closed else "give the path of a JSONL file"
+            raise DataError(f"{self.place}: cannot be read ({error.strerror or error}): {remedy}") from None
 
     def describe(self, records: int) -> dict[str, object]:
         """Describe what was read; only its name, so that a data folder tells nothing about a machine."""
@@ -130,11 +121,12 @@ class Source:
             "records": records,
         }
 
-    def _open(self) -> BinaryIO:
-        """Open it and see through its compression."""
-        raw = sys.stdin.buffer if self.is_stdin else self.path.open("rb", buffering=0)
-        self._read = _Counting(cast(BinaryIO, raw), keeps_open=self.is_stdin)
-        buffered = cast(io.BufferedReader, io.BufferedReader(self._read, _CHUNK_BYTES))
+    def _raw(self) -> BinaryIO:
+        return cast(BinaryIO, sys.stdin.buffer if self.is_stdin else self.path.open("rb", buffering=0))
+
+    def _through(self, raw: _Counting) -> BinaryIO:
+        """See through its compression."""
+        buffered = cast(io.BufferedReader, io.BufferedReader(raw, _CHUNK_BYTES))
         first = buffered.peek(_START_BYTES)
         for start, what in _FOREIGN.items():
             if first.startswith(start):
@@ -155,11 +147,10 @@ class Source:
                 library: Any = importlib.import_module(name)
             except ImportError:
                 continue
+            begin = library.ZstdDecompressor
             if name == "zstandard":
-                reader = library.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-            else:
-                reader = library.ZstdFile(stream)
-            return cast(BinaryIO, io.BufferedReader(reader, _CHUNK_BYTES))
+                begin = library.ZstdDecompressor().decompressobj
+            return cast(BinaryIO, io.BufferedReader(Frames(stream, begin), _CHUNK_BYTES))
         again = f"zstd -dc {self.path.name} | tide prepare ... -"
         raise DataError(
             f"{self.place}: compressed with zstd, which no library here reads: install the package "
@@ -202,3 +193,53 @@ class _Counting(io.RawIOBase):
         if self._stream is not None and not self._keeps_open:
             self._stream.close()
         super().close()
+
+
+class Frames(io.RawIOBase):
+    """What is behind one compressed frame after the other; the readers of some libraries end silently in one.
+
+    Args:
+        stream: compressed bytes.
+        begin: makes a decompressor of one frame, with `decompress`, `eof` and `unused_data`.
+    """
+
+    def __init__(self, stream: BinaryIO, begin: Callable[[], Any]) -> None:
+        super().__init__()
+        self._stream, self._begin = stream, begin
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer; 0 is the end.
+
+        Raises:
+            EOFError: it ends within a frame.
+            zlib.error: a damaged frame.
+        """
+        while not self._ready:
+            packed = self._stream.read(_PACKED_BYTES)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("it ends before its end")
+                return 0
+            self._ready = memoryview(self._unpacked(packed))
+        taken = self._ready[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._ready = self._ready[len(taken) :]
+        return len(taken)
+
+    def _unpacked(self, packed: bytes) -> bytes:
+        found = b""
+        while packed:
+            self._frame = self._frame or self._begin()
+            try:
+                found += self._frame.decompress(packed)
+            except Exception as error:  # every library has its own
+                raise zlib.error(str(error)) from None
+            packed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        return found

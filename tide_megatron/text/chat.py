@@ -126,7 +126,10 @@ def _closing_bytes(chat: ChatTemplate, messages: Sequence[Message], inputs: Inpu
     """
     silent = {key: value for key, value in messages[-1].items() if key != "tool_calls"}
     silent.setdefault("content", "")
-    without = chat.render([*messages[:-1], silent], add_generation_prompt=False, inputs=inputs)
+    try:
+        without = chat.render([*messages[:-1], silent], add_generation_prompt=False, inputs=inputs)
+    except RecordError:  # it does not show such a reply, so nobody can tell what closes it
+        return 0
     pairs = zip(reversed(tail), reversed(without), strict=False)
     same = next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(tail), len(without)))
     return len(tail[len(tail) - same :].encode())

@@ -39,6 +39,7 @@ def test_a_record_has_its_messages():
         (b"{", "not JSON"),
         (b"[]", "no messages"),
         (b"{}", "no messages"),
+        (b'{"conversations": [{"from": "human"}]}', "this one has 'conversations': rewrite it"),
         (b'{"messages": []}', "no messages"),
         (b'{"messages": ["hi"]}', "message 1: must be an object"),
         (

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import threading
+import zlib
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.small_tokenizer import write_chats
 from tide_megatron.base.errors import DataError
 from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.prepare import prepare
-from tide_megatron.data.source import Source
+from tide_megatron.data.source import Frames, Source
 
 PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "jsonl": bytes}
 TEXT = b"".join(b'{"line": %d}\n' % number for number in range(3000))
@@ -40,6 +41,16 @@ def test_several_members_follow_each_other(tmp_path):
     for kind in ("gz", "bz2", "xz"):
         (tmp_path / kind).write_bytes(PACK[kind](TEXT[:100]) + PACK[kind](TEXT[100:]))
         assert lines(tmp_path / kind) == TEXT
+
+
+@pytest.mark.parametrize("size", [1, 7, 10**6])
+def test_frames_are_read_to_the_end_or_refused(size):
+    packed = zlib.compress(TEXT[:5000]) + zlib.compress(b"") + zlib.compress(TEXT[5000:])
+    frames = io.BufferedReader(Frames(io.BytesIO(packed), zlib.decompressobj), size)
+    assert frames.read() == TEXT
+    for damaged, fault in ((packed[:-3], EOFError), (packed[:100] + b"x" * 200, zlib.error)):
+        with pytest.raises(fault):
+            io.BufferedReader(Frames(io.BytesIO(damaged), zlib.decompressobj), size).read()
 
 
 def test_blank_lines_count_but_are_passed_over(tmp_path):

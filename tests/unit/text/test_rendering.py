@@ -174,6 +174,7 @@ def test_templates_see_what_they_see_under_transformers(name, tmp_path):
     ours.save(tmp_path / "saved")  # a student that takes it along
     again = Tokenizer.load(tmp_path / "saved")
     assert again.digest == ours.digest
+    assert theirs(tmp_path / "saved", messages, **options) == expected
     assert again.chat.render(messages, add_generation_prompt=prompted, inputs=Inputs(**inputs)) == expected
 
 

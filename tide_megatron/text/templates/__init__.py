@@ -120,7 +120,7 @@ class ChatTemplate:
         except ConfigError as error:
             raise RecordError(str(error), "chat_template_kwargs that the template does not read") from None
         dropped = [name for name in ("tools", "documents") if getattr(inputs, name) and name not in known]
-        used = {key for message in messages for key in message}
+        used = {key for message in messages for key, value in message.items() if value}
         dropped += ["tool_calls"] if "tool_calls" in used and "tool_calls" not in source else []
         if "reasoning_content" in used and not any(name in source for name in REASONING):
             dropped.append("reasoning_content")
