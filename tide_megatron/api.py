@@ -33,6 +33,8 @@ def prepare(
     tokenizer: Place,
     max_length: int,
     on_long: str = "error",
+    on_bad: str = "stop",
+    normalize: bool = False,
     teachers: Mapping[str, str] | None = None,
     add_mask: bool = False,
     replace: bool = False,
@@ -41,13 +43,15 @@ def prepare(
 
     Args:
         out: data folder to make.
-        sources: JSONL files, read in this order; a line is {"messages": [{"role": ..., "content": ...}, ...]}
-            and its last message is the reply to learn.
-        tokenizer: the student's, as FOLDER[,mask=TOKEN].
+        sources: JSONL files (also .gz and .zst), pipes, or "-" for stdin, read in this order; a line is
+            {"messages": [{"role": ..., "content": ...}, ...]} and its last message is the reply to learn.
+        tokenizer: the student's, as FOLDER[,mask=TOKEN][,template=NAME][,chat_template_kwargs.KEY=VALUE].
         max_length: most tokens a sample may have.
         on_long: what happens to longer samples: `error`, `skip` or `truncate`.
-        teachers: name -> FOLDER[,mask=TOKEN][,max_length=N] of each teacher that reads tokens of its own;
-            twice `max_length` tokens unless said otherwise.
+        on_bad: what happens to records that cannot be used: `stop`, or `skip` (rejects.jsonl lists them).
+        normalize: put all text into NFC, for tokenizers that do so themselves.
+        teachers: name -> a place as for `tokenizer`, also with [,max_length=N], of each teacher that reads
+            tokens of its own; twice `max_length` tokens unless said otherwise.
         add_mask: add the mask token to the student's tokenizer where it has none; `student.add_mask` of the
             recipe does the same when the student is read.
         replace: put the new data in the place of a data folder that is there.
@@ -57,7 +61,8 @@ def prepare(
 
     Raises:
         ConfigError: an option that cannot be.
-        DataError: a bad record (with file and line), no tokenizer, or a folder that may not be replaced.
+        DataError: bad records (with file and line of the first), no tokenizer, or a folder that may not be
+            replaced.
     """
     from tide_megatron.data.prepare import prepare as write
     from tide_megatron.data.sample import SideChoice
@@ -68,6 +73,8 @@ def prepare(
         Path(out),
         max_length=max_length,
         on_long=on_long,
+        on_bad=on_bad,
+        normalize=normalize,
         sides={name: SideChoice.read(place) for name, place in (teachers or {}).items()},
         replace=replace,
     )

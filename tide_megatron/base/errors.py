@@ -24,6 +24,15 @@ class DataError(TideError):
     """Records, columns or tokenizers that are broken or disagree."""
 
 
+class RecordError(DataError):
+    """One record that cannot be used, where others can."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        """Keep in a few words what is wrong, for counting records of which the same is."""
+        super().__init__(message)
+        self.kind = kind
+
+
 class CheckpointError(TideError):
     """A model folder or checkpoint that is missing, truncated, or of another run."""
 

@@ -8,6 +8,7 @@ a second one at once with 128 + its number (docs/launch.md).
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -76,6 +77,8 @@ def main() -> None:
         warnings.simplefilter("ignore")  # of libraries; our own words go through the log
     with watch_signals():
         start_log()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # where ü is unknown it is shown as \xfc, as on stderr
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             app(prog_name="tide")
         except (TideError, OSError) as error:

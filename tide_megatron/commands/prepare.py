@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tide_megatron.data.manifest import Manifest
 
 AddMask = Annotated[
     bool, typer.Option("--add-mask", help="Add the mask token to the student's tokenizer where it has none.")
@@ -14,20 +17,31 @@ AddMask = Annotated[
 
 def prepare(
     out: Annotated[Path, typer.Argument(help="Data folder to make.")],
-    sources: Annotated[list[Path], typer.Argument(help="JSONL files of chats, read in this order.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="JSONL files of chats (also .gz, .zst, pipes; - is stdin), read in this order."),
+    ],
     tokenizer: Annotated[
         str,
         typer.Option(
-            metavar="FOLDER[,mask=TOKEN]",
+            metavar="FOLDER[,mask=TOKEN][,template=NAME][,chat_template_kwargs.KEY=VALUE]",
             help="The student's tokenizer: folder, or tokenizer.json; its mask token is the folder's own.",
         ),
     ],
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens a sample may have.")],
     on_long: Annotated[str, typer.Option(help="Longer samples: error, skip or truncate.")] = "error",
+    on_bad: Annotated[
+        str,
+        typer.Option(help="Records that cannot be used: stop, or skip (listed in rejects.jsonl)."),
+    ] = "stop",
+    normalize: Annotated[
+        bool,
+        typer.Option("--normalize", help="Put all text into NFC, for tokenizers that do so themselves."),
+    ] = False,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FOLDER[,mask=TOKEN][,max_length=N]",
+            metavar="NAME=FOLDER[,mask=TOKEN][,max_length=N]...",
             help="Also prepare for a teacher's own tokenizer and template; repeat for several. "
             "Its samples may have twice --max-length tokens unless said otherwise.",
         ),
@@ -38,6 +52,8 @@ def prepare(
     """Turn chats into tokens on disk, all or nothing.
 
     Each line is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is the reply to learn.
+    What a record says is used (tools, documents, tool_calls, reasoning_content, chat_template_kwargs, source)
+    or refused by name. All faults are counted before the first one ends it.
 
     A teacher with another tokenizer or template than the student's reads its own tokens; the chunks of bytes
     that both spell are found here, once.
@@ -45,8 +61,6 @@ def prepare(
     Example: tide prepare data/train chats.jsonl --tokenizer models/student --max-length 512
     --teacher llada=models/llada2
     """
-    import rich
-
     from tide_megatron import api
     from tide_megatron.data.sample import SideChoice
 
@@ -56,14 +70,25 @@ def prepare(
         tokenizer=tokenizer,
         max_length=max_length,
         on_long=on_long,
+        on_bad=on_bad,
+        normalize=normalize,
         teachers=dict(SideChoice.split(word) for word in teacher or []),
         add_mask=add_mask,
         replace=replace,
     )
+    _print(out, manifest)
+
+
+def _print(out: Path, manifest: Manifest) -> None:
+    """Say what was written."""
+    import rich
+    from rich.markup import escape
+
     counts = manifest.statistics
-    left_out = sum(counts.skipped.values())
+    left_out = sum(counts.skipped.values()) + sum(manifest.rejected.values())
     rich.print(
-        f"{out}: {manifest.samples} samples, {counts.tokens} tokens, {counts.reply_tokens} of them to learn; "
+        f"{escape(str(out))}: {manifest.samples} samples, {counts.tokens} tokens, {counts.reply_tokens} of "
+        f"them to learn; "
         f"{counts.truncated} cut, {left_out} left out"
     )
     for name, side in manifest.sides.items():

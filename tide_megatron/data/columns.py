@@ -7,6 +7,7 @@ A sample is one row of every column, and every column is ragged:
     reply_bytes  one number: UTF-8 bytes of the reply's text
     cut          one number: 1 where `max_length` cut the conversation, so that no end follows; only in data
                  that was prepared with `on_long` = truncate
+    source       one number: which of the manifest's `source_names` it is from (only where there are several)
 
 and for every side, a teacher with its own tokenizer or template, under the side's name:
 
@@ -21,6 +22,8 @@ conversation. Padding is not stored either; it depends on a run's block size and
 
 from __future__ import annotations
 
+import collections
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ from tide_megatron.text.tokenizer import Tokenizer
 COLUMNS = ("ids", "replies", "reply_bytes")
 CUT_COLUMN = "cut"
 SIDE_COLUMNS = ("ids", "replies", "cut", "chunks")
+SOURCE = "source"
 HASHED_AT_OPEN_BYTES = 64 * 2**20
 """Data sets up to this size are compared with their digests whenever they are opened (a fifth of a
 second)."""
@@ -64,6 +68,14 @@ class ColumnWriter:
             self._builders[name].add_document(numpy.asarray(values, dtype=numpy.int32), [len(values)])
             self._values[name] += len(values)
         self.samples += 1
+
+    def add_column(self, name: str, values: Sequence[int]) -> None:
+        """Write a column of one number a sample that was not known before all samples were."""
+        assert len(values) == self.samples, f"{len(values)} values of {self.samples} samples"
+        builder = IndexedDatasetBuilder(str(self._folder / f"{name}.bin"), dtype=numpy.int32)
+        self._builders[name], self._values[name] = builder, len(values)
+        for value in values:
+            builder.add_document(numpy.asarray([value], dtype=numpy.int32), [1])
 
     def finish(self) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
         """Write the indices; return values per column and {bytes, sha256} per file."""
@@ -115,6 +127,7 @@ class PreparedData:
             name: _open_column(self.folder, name, self.manifest) for name in self.manifest.columns
         }
         self._check_spans("")
+        self._check_sources()
         for name in self.manifest.sides:
             self._check_spans(f"{name}.")
             self._check_chunks(name)
@@ -126,10 +139,6 @@ class PreparedData:
     def row(self, sample: int) -> dict[str, NDArray[numpy.int32]]:
         """Return one sample's values in every column (copies: they outlive the memory map)."""
         return {name: numpy.array(reader[sample]) for name, reader in self._readers.items()}
-
-    def sources(self) -> tuple[list[str], NDArray[numpy.int64]]:
-        """Return the names of the sources, and of each sample its source's number, [samples]."""
-        return [""], numpy.zeros(len(self), dtype=numpy.int64)
 
     def is_cut(self, row: Mapping[str, NDArray[numpy.int32]], side: str | None = None) -> bool:
         """Say whether `max_length` cut a sample's tokens, so that no end token may follow them.
@@ -146,6 +155,34 @@ class PreparedData:
             return bool(row[name][0])
         manifest = self.manifest
         return manifest.statistics.truncated > 0 and len(row["ids"]) >= manifest.max_length
+
+    @functools.cached_property
+    def sources(self) -> tuple[tuple[str, ...], NDArray[numpy.int64]]:
+        """Names of the sources, and for every sample the number of its own in them.
+
+        Data of earlier releases has no such column: its files are the sources, where the records of each are
+        known by their number; else all is of one source, which is named after the files.
+        """
+        manifest, files = self.manifest, [str(source["name"]) for source in self.manifest.sources]
+        if SOURCE in self._readers:
+            _, _, values = self._whole_column("ids", SOURCE)
+            return tuple(manifest.source_names), values.astype(numpy.int64)
+        records = [int(source["records"]) for source in manifest.sources]
+        if sum(records) == len(self) and len(files) > 1 and not manifest.rejected:
+            return tuple(numbered(files)), numpy.repeat(numpy.arange(len(files)), records)
+        return (" + ".join(dict.fromkeys(files)),), numpy.zeros(len(self), dtype=numpy.int64)
+
+    def _check_sources(self) -> None:
+        """Refuse numbers that no source has."""
+        if SOURCE not in self._readers:
+            return
+        _, counts, values = self._whole_column("ids", SOURCE)
+        names = len(self.manifest.source_names)
+        if (counts != 1).any() or values.min(initial=0) < 0 or values.max(initial=-1) >= names:
+            raise DataError(
+                f"{self.folder}: column {SOURCE} has numbers outside its {names} sources: "
+                "prepare the data again"
+            )
 
     def _check_spans(self, side: str) -> None:
         """Refuse columns whose rows cannot belong together: replies outside the tokens."""
@@ -183,6 +220,16 @@ class PreparedData:
         if counts.any():  # an empty file cannot be mapped
             values = numpy.memmap(self.folder / f"{ragged}.bin", dtype=numpy.int32, mode="r")
         return self._readers[ids].sequence_lengths, counts, values
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Return names that differ: the second `a` is `a#2`."""
+    seen: collections.Counter[str] = collections.Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return found
 
 
 def digest_file(file: Path) -> str:

@@ -23,6 +23,7 @@ from tide_megatron.text.tokenizer import Tokenizer
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tide-columns"
 VERSION = 1
+_LATER = ("sides", "source_names", "rejected", "normalized")
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -125,6 +126,13 @@ class Manifest:
     statistics: DataStatistics
     sides: dict[str, SideMetadata] = dataclasses.field(default_factory=dict)
     """TeacherTokens name -> a teacher's tokenizer that the samples were also prepared for."""
+    source_names: list[str] = dataclasses.field(default_factory=list)
+    """What the numbers in the column `source` mean; empty: all samples are of one source, and there is no
+    such column."""
+    rejected: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Kind of fault -> bad records that were left out; rejects.jsonl has their lines."""
+    normalized: bool = False
+    """Whether texts were put into NFC first."""
 
     @property
     def digest(self) -> str:
@@ -133,9 +141,9 @@ class Manifest:
 
     @property
     def _content(self) -> dict[str, Any]:
-        """Everything as plain values; data for one tokenizer says nothing about sides."""
+        """Everything as plain values; keys that the first release lacked only where they say something."""
         content = dataclasses.asdict(self)
-        return content if self.sides else {key: value for key, value in content.items() if key != "sides"}
+        return {key: value for key, value in content.items() if key not in _LATER or value}
 
     def side_of(self, tokenizer_digest: str) -> str | None:
         """Return the side that was prepared with this tokenizer and template, if there is one."""
@@ -161,7 +169,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(
             f"{folder}: no prepared data ({MANIFEST_FILE} is missing): run `tide prepare`"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({error}): prepare the data again") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise DataError(f"{file}: not a manifest of prepared data: prepare the data again")

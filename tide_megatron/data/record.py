@@ -1,93 +1,301 @@
-"""Records: chats in JSONL files, one `{"messages": [{"role": ..., "content": ...}, ...]}` a line.
+"""Records: chats in JSONL, one `{"messages": [{"role": ..., "content": ...}, ...]}` a line.
 
-Other keys of a line (a source, an id) are allowed and not read. What is wrong with a record is said with
-file and line, before anything is written: a training set is only as good as its worst line, so nothing is
-repaired or skipped here. Left out: compressed files, other formats, tool calls.
+What a record says is used or refused by name, never dropped: `tools`, `documents` and `chat_template_kwargs`
+reach the chat template, as do `tool_calls`, `reasoning_content` and any other key of a message; `weight` must
+agree with what is learnt, which is the last reply. Text in parts is joined. `source` names where a record
+comes from. Other keys of a line (an id, a language) say nothing about the conversation and are not read;
+those that do, under names of other trainers, are refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import unicodedata
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
-from tide_megatron.base.errors import DataError, nearest
+from tide_megatron.base.errors import RecordError, nearest
+from tide_megatron.text.templates import REASONING, Inputs
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_INSTEAD = {
+    "system": "make it the first message",
+    "functions": "write them as tools",
+    "function_call": "write it as tool_calls",
+    "enable_thinking": 'write it as "chat_template_kwargs": {"enable_thinking": ...}',
+    "chat_template": "put one template into the tokenizer's folder",
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is learnt"),
+}
+"""Keys that would change what a conversation says -> what to do."""
+_IN_MESSAGES = {name: _INSTEAD[name] for name in _INSTEAD if name not in ("system", "functions")} | {
+    "refusal": "write it as content",
+    "prefix": "end the messages with a whole reply",
+}
+_OTHER_FORMATS = ("conversations", "conversation", "prompt", "instruction")
+_WEIGHTS = ("weight", "train", "training", "loss", "loss_weight")
+"""Names under which trainers say whether a message is learnt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatRecord:
     """One conversation; its last message is the assistant's reply."""
 
-    messages: tuple[dict[str, str], ...]
-    file: Path
-    line: int
-    size_bytes: int
-    """Bytes of the line in its file, for progress."""
-
-    @property
-    def place(self) -> str:
-        """Return `file:line`, the start of every message about this record."""
-        return f"{self.file}:{self.line}"
+    messages: tuple[dict[str, Any], ...]
+    """Each has a role; content is text where there is any."""
+    inputs: Inputs = dataclasses.field(default_factory=Inputs)
+    """What its chat template is given beside them."""
+    source: str | None = None
+    """Where it comes from, by its own words."""
 
 
-def read_records(file: Path) -> Iterator[ChatRecord]:
-    """Yield the records of one JSONL file in order; blank lines are passed over.
+def parse_record(line: bytes, *, normalize: bool = False) -> ChatRecord:
+    """Turn one line into a record.
+
+    Args:
+        line: of JSON.
+        normalize: put all of its text into NFC.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a conversation that ends with a reply.
+        RecordError: it is no conversation that ends with a reply, or says what would be dropped.
     """
     try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parse(line, file, number)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}): give the path of a JSONL file") from None
+        content = _load(line)
+        return _record(_in_nfc(content) if normalize else content)
+    except RecursionError:
+        _refuse("not JSON that can be read (nested too deep): flatten it", "nested too deep")
 
 
-def _parse(line: bytes, file: Path, number: int) -> ChatRecord:
-    """Turn one line into a record."""
-    place = f"{file}:{number}"
-    try:
-        content = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 ({error.reason}): convert the file to UTF-8") from None
-    except ValueError as error:
-        raise DataError(f"{place}: not JSON ({error}): write one JSON object per line") from None
+def _record(content: Any) -> ChatRecord:
+    """Turn a line's JSON into a record."""
     messages = content.get("messages") if isinstance(content, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise DataError(
-            f'{place}: no messages: a record is {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
+        keys = content if isinstance(content, dict) else {}
+        other = next((name for name in _OTHER_FORMATS if keys.get(name)), "")
+        hint = " (an array: write one object a line, as by jq -c .[])" * isinstance(content, list)
+        hint += f"; this one has {other!r}: rewrite it" * bool(other)
+        _refuse(
+            f'no messages: a record is {{"messages": [{{"role": ..., "content": ...}}, ...]}}{hint}',
+            "no messages",
         )
-    checked = tuple(
-        _checked(message, f"{place}: message {index}") for index, message in enumerate(messages, 1)
-    )
-    if checked[-1]["role"] != "assistant":
-        raise DataError(
-            f"{place}: no reply: the last message must be the assistant's, it is the {checked[-1]['role']}'s"
-        )
+    checked = tuple(_message(message, f"message {index}") for index, message in enumerate(messages, 1))
+    last = checked[-1]["role"]
+    if last != "assistant":
+        _refuse(f"no reply: the last message must be the assistant's, it is the {last}'s", "no reply")
     if len(checked) == 1:
-        raise DataError(f"{place}: a reply without a request: put a user message before it")
-    return ChatRecord(messages=checked, file=file, line=number, size_bytes=len(line))
+        _refuse("a reply without a request: put a user message before it", "no request")
+    _check_weights(messages)
+    opening = checked[0].get("content") if checked[0]["role"] == "system" else None
+    _check_keys(content, _INSTEAD, "", {"system": opening})
+    _check_weight({"weight": content.get("weight")}, "the record", is_learnt=True)
+    return ChatRecord(messages=checked, inputs=_inputs(content), source=_source(content.get("source")))
 
 
-def _checked(message: Any, place: str) -> dict[str, str]:
-    """Return role and content of one message, or say what is wrong with them."""
-    if not isinstance(message, dict):
-        raise DataError(f"{place}: must be an object with role and content")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise DataError(f"{place}: unknown role {role!r}: {nearest(str(role), ROLES)}")
-    if not isinstance(content, str) or not content.strip():
-        raise DataError(f"{place}: the {role}'s content is empty: fill it or remove the record")
+def _load(line: bytes) -> Any:
+    """Read the line's JSON, in which every key stands once."""
     try:
-        content.encode()
+        text = line.decode("utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        _refuse(f"not UTF-8 ({error.reason}): convert the file to UTF-8", "not UTF-8")
+    except ValueError as error:
+        _refuse(f"not JSON ({error}): write one JSON object per line", "not JSON")
+    if "\\ud" in text or "\\uD" in text:
+        _check_characters(content)
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        _refuse(f"the key {double!r} stands twice in one object: remove one", "a doubled key")
+    return found
+
+
+def _no_number(word: str) -> NoReturn:
+    _refuse(f"not JSON ({word} is no JSON number): write null or a number", "not JSON")
+
+
+def _check_characters(content: Any) -> None:
+    """Refuse halves of characters, which no text can hold."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise DataError(
-            f"{place}: content holds half of a surrogate pair: write the character whole"
-        ) from None
-    return {"role": role, "content": content}
+        _refuse("content holds half of a surrogate pair: write the character whole", "half a character")
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    """Return one message as a chat template may see it, or say what is wrong with it."""
+    if not isinstance(message, dict):
+        _refuse(f"{place}: must be an object with role and content", "a message that is no object")
+    role = message.get("role")
+    if role not in ROLES:
+        hint = "write it as role tool" if role == "function" else nearest(str(role), ROLES)
+        _refuse(f"{place}: unknown role {role!r}: {hint}", "unknown role")
+    _check_keys(message, _IN_MESSAGES, f"{place}: ", {})
+    kept = {
+        key: value
+        for key, value in message.items()
+        if value is not None and key not in (*_WEIGHTS, *_IN_MESSAGES)
+    }
+    text = _text(message.get("content"), place, role)
+    kept |= {"content": text} if "content" in kept else {}
+    if (thought := _thought(message, place)) is not None:
+        kept["reasoning_content"] = thought
+    if message.get("tool_calls") is not None:
+        kept["tool_calls"] = _calls(message["tool_calls"], place)
+    for key in ("reasoning_content", "tool_calls"):
+        if kept.get(key) and role != "assistant":
+            _refuse(f"{place}: {key} of the {role}: only the assistant has it", f"{key} of the {role}")
+    if not kept.get("tool_calls"):
+        kept.pop("tool_calls", None)
+        if role != "tool" and not text.strip():
+            _refuse(
+                f"{place}: the {role}'s content is empty: fill it or remove the record",
+                f"the {role}'s content is empty",
+            )
+    return kept
+
+
+def _text(content: Any, place: str, role: str) -> str:
+    """Return a message's text; parts are joined as they stand, with nothing between."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        _refuse(
+            f"{place}: the {role}'s content is {_kind(content)}: write text, or a list of parts with text",
+            "content that is no text",
+        )
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else _kind(part)
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(part, dict) and kind not in ("text", "input_text", "output_text"):
+            _refuse(
+                f"{place}: the {role}'s content has a part of type {kind!r}: only text is learnt, "
+                "remove the record",
+                f"a part of type {kind!r}",
+            )
+        if not isinstance(text, str):
+            _refuse(f"{place}: the {role}'s content has a part without text: fill it", "a part without text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _thought(message: Mapping[str, Any], place: str) -> str | None:
+    """Return the reasoning before a reply, which has several names."""
+    said = {name: message[name] for name in REASONING if message.get(name) not in (None, "")}
+    for name, value in said.items():
+        if not isinstance(value, str):
+            _refuse(f"{place}: {name} is {_kind(value)}: write text", "reasoning that is no text")
+    if len(set(said.values())) > 1:
+        _refuse(f"{place}: {' and '.join(said)} differ: keep one", "two kinds of reasoning")
+    return next(iter(said.values()), None)
+
+
+def _calls(calls: Any, place: str) -> list[Any]:
+    """Check the form of tool calls: `{"function": {"name": ..., "arguments": ...}}`, or without the shell."""
+    entries = calls if isinstance(calls, list) else [None]
+    for call in entries:
+        inside = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inside, dict) or not isinstance(inside.get("name"), str):
+            _refuse(
+                f'{place}: tool_calls must be [{{"function": {{"name": ..., "arguments": {{...}}}}}}, ...]',
+                "tool_calls of another form",
+            )
+        if not isinstance(inside.get("arguments"), dict | str | None):
+            _refuse(f"{place}: arguments of a tool call must be an object", "tool_calls of another form")
+    return entries
+
+
+def _check_weights(messages: list[Any]) -> None:
+    """Refuse weights that ask for something else than learning the last message alone."""
+    for number, message in enumerate(messages, 1):
+        is_learnt = number == len(messages)
+        _check_weight(message, f"message {number}", is_learnt=is_learnt)
+
+
+def _check_weight(holder: Mapping[str, Any], place: str, *, is_learnt: bool) -> None:
+    """Refuse a weight that contradicts what is learnt."""
+    for name in _WEIGHTS:
+        value = holder.get(name)
+        if value is None or (value in (int(is_learnt),) and isinstance(value, int | float)):
+            continue
+        if isinstance(value, int | float) and value in (0, 1):
+            remedy = (
+                "leave the record out, or end it with the reply to learn"
+                if is_learnt
+                else "only the last reply is learnt: make it a record that ends there"
+            )
+            _refuse(
+                f"{place}: {name} {json.dumps(value)}: {remedy}", f"{name} that contradicts what is learnt"
+            )
+        _refuse(f"{place}: {name} is {value!r}: only 0 and 1 are known", f"unknown {name}")
+
+
+def _check_keys(
+    holder: Mapping[str, Any], instead: Mapping[str, str], place: str, same: Mapping[str, Any]
+) -> None:
+    """Refuse keys that would be dropped though they mean something.
+
+    Args:
+        holder: a record or a message.
+        instead: keys, and what to do about each.
+        place: start of the message.
+        same: values that say nothing new.
+    """
+    for name, remedy in instead.items():
+        value = holder.get(name)
+        if value not in (None, "", [], {}, False) and value != same.get(name):
+            _refuse(f"{place}{name} is not read here: {remedy}", f"{name}, which is not read")
+
+
+def _inputs(content: Mapping[str, Any]) -> Inputs:
+    """Return what the template is given beside the messages."""
+    found: dict[str, Any] = {}
+    for name in ("tools", "documents"):
+        value = content.get(name)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)  # a column of text, as tables have it
+            except (ValueError, RecursionError):
+                _refuse(f"{name}: text that is no JSON: write a list of objects", f"{name} of another form")
+        if value is not None and value != "":
+            if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+                _refuse(f"{name}: must be a list of objects, not {_kind(value)}", f"{name} of another form")
+            found[name] = value
+    options = content.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, dict):
+        _refuse(f"chat_template_kwargs: must be an object, not {_kind(options)}", "options of another form")
+    return Inputs(**found, chat_template_kwargs=options or {})
+
+
+def _source(value: Any) -> str | None:
+    """Return a source's name; what is no name is written as JSON."""
+    if value is None or value == "":
+        return None
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _in_nfc(value: Any) -> Any:
+    """Return a JSON value with all text in NFC."""
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value)
+    if isinstance(value, list):
+        return [_in_nfc(entry) for entry in value]
+    if isinstance(value, dict):
+        return {_in_nfc(key): _in_nfc(entry) for key, entry in value.items()}
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "text" if isinstance(value, str) else "null")
+
+
+def _refuse(message: str, kind: str) -> NoReturn:
+    raise RecordError(message, kind)

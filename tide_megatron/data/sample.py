@@ -10,15 +10,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from tide_megatron.base.errors import ConfigError, DataError, nearest
+from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.data.columns import COLUMNS, CUT_COLUMN, SIDE_COLUMNS
 from tide_megatron.data.record import ChatRecord
+from tide_megatron.data.rejects import TooLong
 from tide_megatron.text.align import Chunk, align_chats
 from tide_megatron.text.chat import Encoded, encode_chat
-from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.text.tokenizer import OPTIONS, Tokenizer
+
+_TEMPLATE_OPTION = f"{OPTIONS}."
 
 
 class OnLong(str, enum.Enum):
@@ -63,32 +67,49 @@ class SideChoice:
 
     @classmethod
     def read(cls, place: str, *, add_mask: bool = False) -> SideChoice:
-        """Load the tokenizer that FOLDER[,mask=TOKEN][,max_length=N] names.
+        """Load the tokenizer that FOLDER[,mask=TOKEN][,template=NAME][,max_length=N] names.
+
+        `,chat_template_kwargs.KEY=VALUE` adds an option of its chat template; a value is JSON, or text.
 
         Args:
             place: as above; without a mask token the folder's own counts.
             add_mask: add it where the vocabulary lacks it; never for a teacher, who cannot know it.
 
         Raises:
-            ConfigError: another key, or a length that is no number.
+            ConfigError: another key, an option that the template does not read, or a length that is no
+                number.
             DataError: the folder has no usable tokenizer, or another mask token.
         """
         folder, *words = place.split(",")
         options = dict(word.partition("=")[::2] for word in words)
+        template_options = {
+            key.removeprefix(_TEMPLATE_OPTION): _json_or_text(options.pop(key))
+            for key in list(options)
+            if key.startswith(_TEMPLATE_OPTION)
+        }
+        known = ("mask", "template", "max_length")
         for key in options:
-            if key not in ("mask", "max_length"):
-                raise ConfigError(f"{place}: unknown option {key!r}; {nearest(key, ('mask', 'max_length'))}")
+            if key not in known:
+                raise ConfigError(
+                    f"{place}: unknown option {key!r}; {nearest(key, (*known, _TEMPLATE_OPTION + 'KEY'))}"
+                )
         length = options.get("max_length")
-        if length is not None and not length.isdecimal():
+        if length is not None and not (length.isascii() and length.isdecimal()):
             raise ConfigError(
                 f"{place}: max_length {length!r} is no number of tokens; write for example 1024"
             )
-        tokenizer = Tokenizer.load(Path(folder), mask=options.get("mask"), add_mask=add_mask)
+        tokenizer = Tokenizer.load(
+            Path(folder),
+            mask=options.get("mask"),
+            add_mask=add_mask,
+            template=options.get("template"),
+            chat_template_kwargs=template_options,
+        )
         return cls(tokenizer=tokenizer, max_length=None if length is None else int(length))
 
     @staticmethod
     def split(word: str) -> tuple[str, str]:
-        """Return name and place (`read`) of NAME=FOLDER[,mask=TOKEN][,max_length=N].
+        """Return name and place (`read`) of NAME=FOLDER[,OPTION=VALUE]....
 
         Raises:
             ConfigError: not such a word.
@@ -151,39 +172,38 @@ class Encoder:
         """Encode one record, or say why it is left out.
 
         Raises:
-            DataError: with the record's place in front.
+            RecordError: it cannot be encoded; `TooLong`: it is longer than it may be.
+            DataError: no record can be.
         """
-        try:
-            encoded = encode_chat(self.tokenizer, record.messages, aligned=bool(self.sides))
-            if reason := _reason_to_skip(encoded, self.window):
-                return reason
-            is_cut = len(encoded.ids) > self.window.max_length
-            if is_cut:
-                encoded = encode_chat(
-                    self.tokenizer,
-                    record.messages,
-                    max_tokens=self.window.max_length,
-                    aligned=bool(self.sides),
-                )
-            sample = Sample(
-                row={"ids": encoded.ids, "replies": encoded.replies, "reply_bytes": [encoded.reply_bytes]},
-                counts=_counts(encoded, is_cut=is_cut),
-                side_counts={},
-                longest={"": len(encoded.ids)},
+        encoded = encode_chat(self.tokenizer, record.messages, inputs=record.inputs, aligned=bool(self.sides))
+        if reason := _reason_to_skip(encoded, self.window):
+            return reason
+        is_cut = len(encoded.ids) > self.window.max_length
+        if is_cut:
+            encoded = encode_chat(
+                self.tokenizer,
+                record.messages,
+                inputs=record.inputs,
+                max_tokens=self.window.max_length,
+                aligned=bool(self.sides),
             )
-            if self.window.on_long is OnLong.TRUNCATE:
-                sample.row[CUT_COLUMN] = [int(is_cut)]
-            for name in self.sides:
-                self._add_side(sample, name, record, encoded, student_is_cut=is_cut)
-        except DataError as error:
-            raise DataError(f"{record.place}: {error}") from None
+        sample = Sample(
+            row={"ids": encoded.ids, "replies": encoded.replies, "reply_bytes": [encoded.reply_bytes]},
+            counts=_counts(encoded, is_cut=is_cut),
+            side_counts={},
+            longest={"": len(encoded.ids)},
+        )
+        if self.window.on_long is OnLong.TRUNCATE:
+            sample.row[CUT_COLUMN] = [int(is_cut)]
+        for name in self.sides:
+            self._add_side(sample, name, record, encoded, student_is_cut=is_cut)
         return sample
 
     def _add_side(
         self, sample: Sample, name: str, record: ChatRecord, student: Encoded, *, student_is_cut: bool
     ) -> None:
         """Add one side's columns and counts to a sample."""
-        teacher = encode_chat(self.sides[name].tokenizer, record.messages, aligned=True)
+        teacher = encode_chat(self.sides[name].tokenizer, record.messages, inputs=record.inputs, aligned=True)
         limit = self.side_length(name)
         chunks = [chunk for chunk in align_chats(student, teacher) if chunk.teacher_end <= limit]
         end = len(teacher.ids)
@@ -207,6 +227,13 @@ class Encoder:
         )
 
 
+def _json_or_text(value: str) -> object:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 def _is_pair(chunk: Chunk, student: Encoded, teacher: Encoded) -> bool:
     """Say whether a chunk is one token of the same id on both sides."""
     is_single = chunk.student_end - chunk.student_start == chunk.teacher_end - chunk.teacher_start == 1
@@ -224,10 +251,7 @@ def _reason_to_skip(encoded: Encoded, window: Window) -> str | None:
     if length <= window.max_length:
         return None
     if window.on_long is OnLong.ERROR:
-        raise DataError(
-            f"{length} tokens, max_length is {window.max_length}: raise max_length to {length} or more, "
-            "or leave such records out (skip) or cut them (truncate)"
-        )
+        raise TooLong(length, window.max_length)
     if window.on_long is OnLong.SKIP:
         return "longer than max_length"
     return "prompt fills max_length" if encoded.prompt_tokens >= window.max_length else None

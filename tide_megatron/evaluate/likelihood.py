@@ -173,7 +173,7 @@ def evaluate(
         device: where the scorer computes.
     """
     loader = dataclasses.replace(loader, sides={})  # one model is scored: nobody else's tokens are needed
-    names, sources = loader.columns.sources()
+    names, sources = loader.columns.sources
     drawn = scored_samples(sources, options.samples)
     shard, microbatch = loader.shard, options.microbatch
     sums = torch.zeros(4, len(drawn), len(options.times), dtype=torch.float64, device=device)

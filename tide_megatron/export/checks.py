@@ -36,6 +36,7 @@ from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import load_model, read_architecture
 from tide_megatron.text.backends.files import TOKENIZER_FILE
+from tide_megatron.text.rendering import CLOCK
 from tide_megatron.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-5
@@ -214,6 +215,9 @@ def check_tokenizer(folder: Path, form: ExportFormat, student: TrainedStudent) -
     )
     if ours.chat is None:
         found = "transformers reads the same ids; there is no chat template"
+        return Check(form=form.name, what="tokenizer", found=found, is_fine=False)
+    if CLOCK in ours.chat.variables:
+        found = "transformers reads the same ids; its chats have today's date, ours the date of training"
         return Check(form=form.name, what="tokenizer", found=found, is_fine=False)
     prompt = theirs.apply_chat_template(
         _CHAT, tokenize=False, add_generation_prompt=True, **ours.chat.variables

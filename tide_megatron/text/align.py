@@ -41,7 +41,7 @@ def align_chats(student: Encoded, teacher: Encoded, messages: Sequence[int] | No
     Args:
         student: the conversation in the student's tokens and template.
         teacher: the same conversation in the teacher's.
-        messages: which messages, by index; None: all.
+        messages: which texts, by index (one a message where none has reasoning); None: all.
     """
     assert len(student.contents) == len(teacher.contents), "both sides hold the same conversation"
     chosen = range(len(student.contents)) if messages is None else messages

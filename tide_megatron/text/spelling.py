@@ -108,5 +108,6 @@ def _remedy(pieces: Sequence[bytes], is_special: Sequence[bool], text: str, advi
     for form in ("NFC", "NFKC", "NFD", "NFKD"):
         formed = unicodedata.normalize(form, text)
         if formed != text and isinstance(_fit(pieces, is_special, formed.encode()), list):
-            return f"the tokenizer normalises text to {form}: write the record in {form}, or {advice}"
+            ours = ", prepare with --normalize" * (form == "NFC")
+            return f"the tokenizer normalises text to {form}: write the record in {form}{ours}, or {advice}"
     return f"it changes text, so nothing can be aligned: {advice}"

@@ -28,8 +28,15 @@ from tide_megatron.base.errors import DataError
 from tide_megatron.text.backends import Backend, find_file, open_backend
 from tide_megatron.text.backends.files import CONFIG_FILE, read_json
 from tide_megatron.text.mask_token import settle_mask
+from tide_megatron.text.rendering import check_options, names_in
+from tide_megatron.text.special_tokens import kept_tokens, read_special_tokens, seen_by
 from tide_megatron.text.spelling import ends_of
-from tide_megatron.text.templates import ChatTemplate, find_template, packaged_template
+from tide_megatron.text.templates import TOOLS, ChatTemplate, find_template, packaged_template
+
+OPTIONS = "chat_template_kwargs"
+"""Key of `tokenizer_config.json` that keeps options of the chat template for those who read the folder
+next."""
+DEFAULT_OPTIONS = {"enable_thinking": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,7 @@ class Tokenizer:
         add_mask: bool = False,
         eos: str | None = None,
         pad: str | None = None,
-        variables: Mapping[str, object] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         template: str | None = None,
     ) -> Tokenizer:
         """Load a local tokenizer.
@@ -78,22 +85,24 @@ class Tokenizer:
             add_mask: add it behind the last id where the vocabulary lacks it.
             eos: the end token; default: the configuration's `eos_token`.
             pad: the padding token; default: the configuration's `pad_token`, else the end token.
-            variables: extra variables of the chat template; default `enable_thinking=False` (spec section 5).
+            chat_template_kwargs: options of the chat template, on top of those that the folder keeps and of
+                `enable_thinking=False` (spec section 5); one that is None is taken out.
             template: name of a chat template of this package, which then goes before the folder's own.
 
         Raises:
+            ConfigError: an option that the template does not read.
             DataError: a file is missing or broken, or a special token cannot be had or is contradicted.
         """
         file = find_file(Path(path))
         config = read_json(file.parent / CONFIG_FILE) if (file.parent / CONFIG_FILE).is_file() else {}
         backend = open_backend(file, config)
-        found = settle_mask(backend, file, config, mask, add=add_mask)
-        mask = found.spelling
-        named = _named_tokens(config)
-        eos = eos or named.get("eos_token")
+        settled = settle_mask(backend, file, config, mask, add=add_mask)
+        mask = settled.spelling
+        every = read_special_tokens(file.parent, config)
+        eos = eos or every.get("eos_token")
         if eos is None:
             raise DataError(f"{file}: no end token: pass eos, or set eos_token in {CONFIG_FILE}")
-        pad = pad or named.get("pad_token") or eos
+        pad = pad or every.get("pad_token") or eos
         ids = {
             name: _find(backend, token, name, file)
             for name, token in (("mask", mask), ("eos", eos), ("pad", pad))
@@ -104,7 +113,8 @@ class Tokenizer:
             )
         if ids["mask"] not in backend.special:
             raise DataError(f"{file}: the mask token {mask!r} is ordinary text: choose another mask")
-        named |= {"mask_token": mask, "eos_token": eos, "pad_token": pad}
+        found = packaged_template(template) if template else find_template(file.parent, config)
+        named = seen_by(found, every, config) | {"mask_token": mask, "eos_token": eos, "pad_token": pad}
         return cls(
             backend=backend,
             name=str(path),
@@ -112,10 +122,10 @@ class Tokenizer:
             mask_id=ids["mask"],
             eos_id=ids["eos"],
             pad_id=ids["pad"],
-            mask_was_added=found.was_added,
-            mask_rivals=found.rivals,
+            mask_was_added=settled.was_added,
+            mask_rivals=settled.rivals,
             special_tokens=named,
-            chat=_read_chat(file.parent, config, named, variables, template),
+            chat=_chat_of(found, _options(config, file.parent, chat_template_kwargs), named),
             vocabulary_digest=_digest_of(backend, ids),
         )
 
@@ -178,9 +188,9 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write the vocabulary and `tokenizer_config.json`, the mask token and the template among them."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**self.backend.save(folder), **self.special_tokens}
+        config = {**self.backend.save(folder), **kept_tokens(self.special_tokens)}
         if self.chat:
-            config["chat_template"] = self.chat.source
+            config |= _kept_chat(self.chat)
         (folder / CONFIG_FILE).write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -217,30 +227,58 @@ def _find(backend: Backend, token: str, name: str, file: Path) -> int:
     return token_id
 
 
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return `*_token` entries, which may be strings or objects with a `content`."""
-    named = {}
-    for key, value in config.items():
-        spelling = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(spelling, str):
-            named[key] = spelling
-    return named
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What a chat template is rendered with, and which of it was asked for."""
+
+    values: Mapping[str, object]
+    asked: Mapping[str, object]
 
 
-def _read_chat(
-    folder: Path,
-    config: Mapping[str, Any],
-    named: Mapping[str, str],
-    variables: Mapping[str, object] | None,
-    template: str | None,
+def _options(config: Mapping[str, Any], folder: Path, given: Mapping[str, object] | None) -> _Options:
+    """Lay options over those that the folder keeps, and these over the default."""
+    kept = config.get(OPTIONS) or {}
+    if not isinstance(kept, dict):
+        raise DataError(f"{folder / CONFIG_FILE}: {OPTIONS}: must be an object, not {kept!r}")
+    asked = {**kept, **(given or {})}
+    values = {**DEFAULT_OPTIONS, **asked}
+    return _Options(
+        {name: value for name, value in values.items() if value is not None},
+        {
+            name: value
+            for name, value in asked.items()
+            if not (name in DEFAULT_OPTIONS and value in (None, DEFAULT_OPTIONS[name]))
+        },
+    )
+
+
+def _chat_of(
+    found: tuple[str, str, str | None] | None, options: _Options, named: Mapping[str, str]
 ) -> ChatTemplate | None:
     """Return the chat template with what it is rendered with; None: there is none."""
-    found = packaged_template(template) if template else find_template(folder, config)
     if found is None:
         return None
-    source, origin = found
-    given = {"enable_thinking": False} if variables is None else dict(variables)
-    return ChatTemplate(source=source, origin=origin, variables=given, special_tokens=dict(named))
+    source, origin, tools = found
+    if options.asked:
+        known = names_in(source, origin) | (names_in(tools, origin) if tools else set())
+        check_options(options.asked, known, origin)
+    return ChatTemplate(
+        source=source,
+        origin=origin,
+        variables=options.values,
+        special_tokens=dict(named),
+        tool_source=tools,
+    )
+
+
+def _kept_chat(chat: ChatTemplate) -> dict[str, object]:
+    """Return what `load` needs to find the same template and options."""
+    named = {"default": chat.source} | ({TOOLS: chat.tool_source} if chat.tool_source else {})
+    entries = [{"name": name, "template": source} for name, source in named.items()]
+    kept: dict[str, object] = {"chat_template": entries if chat.tool_source else chat.source}
+    if chat.variables != DEFAULT_OPTIONS:
+        kept[OPTIONS] = {**dict.fromkeys(DEFAULT_OPTIONS), **chat.variables}
+    return kept
 
 
 def _digest_of(backend: Backend, ids: Mapping[str, int]) -> str:

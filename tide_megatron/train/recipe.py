@@ -46,6 +46,13 @@ class Model:
     mask: Annotated[str | None, Was("<|mask|>")] = Field(default=None, min_length=1)
     """The mask token that the model was trained with; null: the one that its folder names, or `<|mask|>`
     where the folder names none. Another one than the folder names is refused."""
+    # Marked as no mathematics: these two name data prepared with the same template, whose own digest says so.
+    template: Annotated[str | None, MACHINE] = None
+    """A chat template of this package (`chatml`, `llada2`, `qwen3`) in the place of the folder's own. The
+    data must be prepared with the same."""
+    chat_template_kwargs: Annotated[dict[str, Any], MACHINE] = Field(default_factory=dict)
+    """Options of the chat template, such as `enable_thinking: true`, over those that the folder keeps; null
+    takes one out. The data must be prepared with the same."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], Paper("bf16")] = "auto"
     """`auto`: bf16 on CUDA, fp32 on CPU and on GPUs older than sm_80, which have no bf16."""
     verify: Annotated[bool, MACHINE] = True

@@ -1,5 +1,6 @@
 """The command line: a frozen surface, instant help, errors in one message, words passed on."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tests.small_tokenizer import write_chats, write_tokenizer
 from tide_megatron import __version__, commands
 from tide_megatron.base.errors import ConfigError, RanksFailed
 from tide_megatron.commands import VERBS, app, main
@@ -20,7 +22,8 @@ from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
-    "prepare": "out sources --tokenizer --max-length --on-long --teacher --add-mask --replace",
+    "prepare": "out sources --tokenizer --max-length --on-long --on-bad --normalize --teacher --add-mask "
+    "--replace",
     "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --mask --new-tokens --steps --device",
@@ -256,3 +259,28 @@ def test_export_passes_choices_on_and_shows_what_was_verified(monkeypatch, words
     quiet = CliRunner().invoke(app, [*words, "--no-verify"])
     assert (quiet.exit_code, quiet.output) == (0, "")
     assert not calls[1][1][2].verify
+
+
+def test_a_terminal_that_knows_ascii_only_is_written_to(tmp_path, monkeypatch):
+    folder = write_tokenizer(tmp_path / "tökenizer")
+    chats = write_chats(tmp_path / "chats.jsonl", [("a", "b")])
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    words = [str(tmp_path / "dätä"), str(chats), "--tokenizer", str(folder), "--max-length", "64"]
+    monkeypatch.setattr(sys, "argv", ["tide", "prepare", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    shown.flush()
+    assert rb"d\xe4t\xe4: 1" in shown.buffer.getvalue().replace(b"\n", b"")
+
+
+def test_prepare_leaves_out_bad_records_when_told(tmp_path):
+    chats = write_chats(tmp_path / "chats.jsonl", [("a", "b"), ("a", "<|mask|>")])
+    words = ["prepare", str(tmp_path / "out"), str(chats), "--max-length", "64"]
+    words += ["--tokenizer", f"{write_tokenizer(tmp_path / 'small')},template=qwen3"]
+    refused = CliRunner().invoke(app, words)
+    assert "1 of 2 records are bad: 1 text with the mask token; --on-bad skip" in str(refused.exception)
+    done = CliRunner().invoke(app, [*words, "--on-bad", "skip", "--normalize"])
+    assert "1 samples" in done.output.replace("\n", "")
+    assert "1 left out" in done.output.replace("\n", " ")

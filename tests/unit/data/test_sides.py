@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from tests.small_tokenizer import write_chats, write_other, write_tokenizer
-from tide_megatron.base.errors import ConfigError, DataError
+from tests.small_tokenizer import CHATML, write_chats, write_other, write_tokenizer
+from tide_megatron.base.errors import ConfigError, DataError, TideError
 from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.data.prepare import prepare
@@ -178,7 +178,7 @@ def test_a_side_is_found_by_tokenizer_and_template(run, tokenizers, tmp_path):
     manifest = run().manifest
     assert manifest.side_of(tokenizers[1].digest) == "own"
     assert manifest.side_of(tokenizers[0].digest) is None
-    other = Tokenizer.load(write_other(tmp_path / "again"), variables={"enable_thinking": True})
+    other = Tokenizer.load(write_other(tmp_path / "again"), chat_template_kwargs={"enable_thinking": None})
     assert manifest.side_of(other.digest) is None
 
 
@@ -231,3 +231,45 @@ def test_chunks_outside_the_tokens_are_refused(run, tmp_path):
     with pytest.raises(DataError, match=r"own\.chunks of sample 0 points outside the tokens"):
         PreparedData(tmp_path / "data", compare_digests=False)
     assert len(columns) == len(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("", {}),
+        ("template=qwen3", {"template": "qwen3"}),
+        ("chat_template_kwargs.think=true", {"chat_template_kwargs": {"think": True}}),
+        ("chat_template_kwargs.think=low", {"chat_template_kwargs": {"think": "low"}}),
+        (
+            "chat_template_kwargs.think=3,mask=<|pad|>",
+            {"chat_template_kwargs": {"think": 3}, "mask": "<|pad|>"},
+        ),
+        (
+            "chat_template_kwargs.enable_thinking=null",
+            {"chat_template_kwargs": {"enable_thinking": None}},
+        ),
+    ],
+)
+def test_a_place_names_template_and_options(tmp_path, words, options):
+    folder = write_tokenizer(
+        tmp_path, chat_template=CHATML + "{{ think }}", eos_token="<|im_end|>", pad_token=None
+    )
+    read = SideChoice.read(",".join(word for word in (str(folder), words) if word))
+    assert read.tokenizer.digest == Tokenizer.load(folder, **options).digest
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("templat=qwen3", "unknown option 'templat'; did you mean 'template'"),
+        ("template=qwen", "template: 'qwen' is unknown: did you mean 'qwen3'"),
+        ("chat_template_kwargs.thin=1", "reads no 'thin': did you mean 'think'"),
+        ("chat_template_kwargs.tools=1", "tools comes from the records"),
+        ("max_length=x", "max_length 'x' is no number"),
+        ("max_length=\u00b2", "is no number"),
+    ],
+)
+def test_what_a_place_cannot_name_is_refused(tmp_path, words, message):
+    folder = write_tokenizer(tmp_path, chat_template=CHATML + "{{ think }}")
+    with pytest.raises(TideError, match=message):
+        SideChoice.read(f"{folder},{words}")

@@ -111,7 +111,10 @@ def test_a_merge_across_the_boundary_keeps_the_prompt_as_generation_sees_it(tmp_
 
 def test_thinking_is_off_unless_asked_for(tmp_path):
     source = CHATML + "{% if enable_thinking is defined and not enable_thinking %}off{% endif %}"
-    off, on = with_template(tmp_path, source), with_template(tmp_path, source, variables={})
+    off, on = (
+        with_template(tmp_path, source),
+        with_template(tmp_path, source, chat_template_kwargs={"enable_thinking": None}),
+    )
     assert off.chat.render(chat("x"), add_generation_prompt=False).endswith("off")
     assert not on.chat.render(chat("x"), add_generation_prompt=False).endswith("off")
     assert off.digest != on.digest

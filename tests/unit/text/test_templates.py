@@ -47,7 +47,7 @@ def test_every_content_is_found_where_the_template_put_it(name, tokenizer, conte
     messages = chat(contents, system)
     text, spans = render(name, messages)
     assert tokenizer.chat.render(messages, add_generation_prompt=False) == text
-    found = tokenizer.chat.contents(messages, text)
+    found = tokenizer.chat.pieces(messages, text)[0]
     assert [(content.start, content.end, content.skipped) for content in found] == spans
     for message, content in zip(messages, found, strict=True):
         shown = text.encode()[content.start : content.end]

@@ -19,11 +19,27 @@ MODEL_FILE = "tokenizer.model"
 ADDED = "added_tokens_decoder"
 
 
+def read_text(file: Path) -> str:
+    """Read text or say which file is at fault.
+
+    Raises:
+        DataError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text ({error}); copy the tokenizer again") from None
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object or say which file is at fault."""
+    """Read a JSON object or say which file is at fault.
+
+    Raises:
+        DataError: it cannot be read, is no JSON (too deep counts), or no object.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({error}); copy the tokenizer again") from None
     if not isinstance(content, dict):
         raise DataError(f"{file}: must hold a JSON object")

@@ -1,20 +1,17 @@
 """Chat templates: those of this package, those that come with a tokenizer, and what they make of messages.
 
-A chat template is a Jinja program. It runs in a sandbox with the messages, `add_generation_prompt`, the
-tokenizer's special tokens and extra variables (`enable_thinking=False`), and with nothing that changes from
-day to day: no clock, so that equal records give equal ids. (The renderer of `transformers` has a clock that
-cannot be taken out, and finds a message only where the template marks it.)
-
-`ChatTemplate.contents` finds where each message's content stands in the rendered text without searching for
-it. The template is rendered once more with a marker in the place of every content. What stands between the
-markers is the skeleton; the contents, as they are or with their ends stripped, must fill it to the very text
-that the template really wrote. So a message that repeats another, or a word of the template, cannot be found
-in the wrong place (the reference searches decoded text, spec section 4.1), and a template that loses, changes
-or repeats a message is refused.
+`text/rendering.py` says what a template sees. `ChatTemplate.pieces` finds where each text of a conversation
+(a message's content, the reasoning before it) stands in what was rendered, without searching for it. The
+template is rendered once more with a marker in the place of every text. What stands between the markers is
+the skeleton; the texts, as they are or with their ends stripped, must fill it to the very text that the
+template really wrote. So a message that repeats another, or a word of the template, cannot be found in the
+wrong place (the reference searches decoded text, spec section 4.1), and a template that loses, changes or
+repeats a message is refused. Two things may be left out: reasoning of earlier turns, which many templates do
+not show again, and nothing else.
 
 The package's own templates are for tokenizers without one (tiktoken, SentencePiece) and for models whose
 template was changed. They are written from what the models are trained on (spec section 5): `qwen3` (thinking
-off), `llada2`, `chatml` (WeDLM).
+off), `llada2`, `chatml` (WeDLM). They know no tools.
 """
 
 from __future__ import annotations
@@ -26,29 +23,48 @@ import importlib.resources
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
-from tide_megatron.base.errors import DataError, nearest
-from tide_megatron.text.backends.files import CONFIG_FILE
+from tide_megatron.base.errors import ConfigError, DataError, RecordError, nearest
+from tide_megatron.text import rendering
+from tide_megatron.text.backends.files import CONFIG_FILE, read_text
 
 TEMPLATE_FILE = "chat_template.jinja"
-Message = Mapping[str, str]
-"""`{"role": ..., "content": ...}`."""
+TEMPLATE_FOLDER = "additional_chat_templates"
+TOOLS = "tool_use"
+"""The template that is used when a conversation has tools, where a folder has one of this name."""
+PLAIN_ROLES = ("system", "user", "assistant")
+TEXTS = ("reasoning_content", "content")
+"""Keys of a message that hold text, in the order in which templates show them."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of the reasoning before a reply; templates read the first (gpt-oss the second)."""
+Message = Mapping[str, Any]
+"""`{"role": ..., "content": ...}`, and on assistant messages `reasoning_content` and `tool_calls`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a template is given beside the messages."""
+
+    tools: Sequence[Any] | None = None
+    documents: Sequence[Any] | None = None
+    chat_template_kwargs: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Options of this conversation alone; they go before the tokenizer's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Content:
-    """The place of one message's content in the rendered text, in bytes of UTF-8."""
+    """The place of one text of a conversation in the rendered text, in bytes of UTF-8."""
 
     start: int
     end: int
     skipped: int
-    """Bytes of the original content that the template stripped from its front: byte b of the text is byte
-    `skipped + b - start` of the content."""
+    """Bytes of the original text that the template stripped from its front: byte b of the rendered text is
+    byte `skipped + b - start` of the original."""
+    message: int = 0
+    """Whose it is, by index."""
+    key: str = "content"
+    """What it is of that message: one of `TEXTS`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +76,9 @@ class ChatTemplate:
     """The file it came from, for messages."""
     variables: Mapping[str, object]
     special_tokens: Mapping[str, str]
+    tool_source: str | None = None
+    """The folder's template for conversations with tools; None: the same one. (Not in the digest: data
+    without tools is the same with or without it.)"""
 
     @property
     def digest(self) -> str:
@@ -67,82 +86,156 @@ class ChatTemplate:
         content = json.dumps([self.source, dict(self.variables), dict(self.special_tokens)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    @functools.cached_property
-    def _program(self) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        # Templates expect plain JSON; Jinja's own filter escapes for web pages.
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            return environment.from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise DataError(f"{self.origin}: the chat template does not parse: {error}") from None
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, inputs: Inputs | None = None
+    ) -> str:
         """Return the text of `messages`, with the opening of a reply behind it when asked.
 
         Raises:
-            DataError: the template is broken or refuses these messages.
+            DataError: the template is broken.
+            RecordError: it refuses these messages.
         """
-        values = {**self.special_tokens, **self.variables}
-        try:
-            return self._program.render(
-                values, messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt
-            )
-        except DataError:
-            raise
-        except Exception as error:  # a template is foreign code: whatever it raises is about this record
-            raise DataError(f"the chat template ({self.origin}) fails on these messages: {error}") from None
+        inputs = inputs or Inputs()
+        options = {**self.variables, **inputs.chat_template_kwargs}
+        values = {
+            **self.special_tokens,
+            **{name: value for name, value in options.items() if value is not None},
+            "messages": [_as_seen(message) for message in messages],
+            "tools": inputs.tools,
+            "documents": inputs.documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return rendering.render(self._source_for(inputs), self.origin, values)
 
-    def contents(self, messages: Sequence[Message], whole: str) -> list[Content]:
-        """Find every message's content in `whole`, the rendered `messages` without a generation prompt.
+    def check(self, messages: Sequence[Message], inputs: Inputs) -> None:
+        """Refuse a conversation of which the template would drop something.
 
         Raises:
-            DataError: the template loses, repeats or changes a message; says which.
+            RecordError: says what it never shows.
         """
-        pieces = self._skeleton(messages, whole)
-        # For each message: places where it may start, each with the (place, shown, skipped) that led there.
+        source = self._source_for(inputs)
+        known = rendering.names_in(source, self.origin)
+        try:
+            rendering.check_options(inputs.chat_template_kwargs, known, self.origin)
+        except ConfigError as error:
+            raise RecordError(str(error), "chat_template_kwargs that the template does not read") from None
+        dropped = [name for name in ("tools", "documents") if getattr(inputs, name) and name not in known]
+        used = {key for message in messages for key, value in message.items() if value}
+        dropped += ["tool_calls"] if "tool_calls" in used and "tool_calls" not in source else []
+        if "reasoning_content" in used and not any(name in source for name in REASONING):
+            dropped.append("reasoning_content")
+        if source in _plain_sources():
+            dropped += [f"role {m['role']}" for m in messages if m["role"] not in PLAIN_ROLES]
+        if dropped:
+            raise RecordError(
+                f"the chat template ({self.origin}) does not show {dropped[0]}: use a template that does, or "
+                "take it out of the record if nothing is to be learnt from it",
+                f"{dropped[0]} that the template does not show",
+            )
+        if "tool_calls" in used:
+            self._check_calls(messages, inputs)
+
+    def pieces(
+        self, messages: Sequence[Message], whole: str, inputs: Inputs | None = None
+    ) -> tuple[list[Content], str]:
+        """Find every text in `whole`, the rendered `messages` without a generation prompt.
+
+        Returns:
+            Their places in order, and the template text behind the last one.
+
+        Raises:
+            RecordError: the template loses, repeats or changes a message; says which.
+        """
+        texts = [
+            (number, key) for number, message in enumerate(messages) for key in TEXTS if message.get(key)
+        ]
+        between = self._skeleton(messages, texts, whole, inputs)
+        # For each text: places where it may start, each with the (place, shown, skipped) that led there.
         paths: list[dict[int, tuple[int, str, int]]] = []
-        places = {len(pieces[0])} if whole.startswith(pieces[0]) else set()
-        for message, piece in zip(messages, pieces[1:], strict=True):
+        places = {len(between[0] or "")} if whole.startswith(between[0] or "") else set()
+        for (number, key), piece in zip(texts, between[1:], strict=True):
             reached: dict[int, tuple[int, str, int]] = {}
             for place in places:
-                for shown, skipped in _shown_forms(message["content"]):
-                    if whole.startswith(shown, place) and whole.startswith(piece, place + len(shown)):
-                        reached.setdefault(place + len(shown) + len(piece), (place, shown, skipped))
+                for shown, skipped in _shown_forms(messages[number][key]) if piece is not None else [("", 0)]:
+                    then = piece or ""
+                    if whole.startswith(shown, place) and whole.startswith(then, place + len(shown)):
+                        reached.setdefault(place + len(shown) + len(then), (place, shown, skipped))
             if not reached:
                 break
             paths.append(reached)
             places = set(reached)
-        if len(paths) < len(messages) or len(whole) not in places:
-            number = min(len(paths), len(messages) - 1)
-            raise DataError(
-                f"the chat template ({self.origin}) loses or changes message {number + 1} "
-                f"({messages[number]['role']}): {_short(messages[number]['content'])}"
+        if len(paths) < len(texts) or len(whole) not in places:
+            number, key = texts[min(len(paths), len(texts) - 1)] if texts else (0, "content")
+            text = str(messages[number].get(key, ""))
+            raise RecordError(
+                f"the chat template ({self.origin}) loses or changes {_named(messages, number, key)}: "
+                f"{_short(text)}" + _hint(text, key),
+                "the template changes a message",
             )
-        return _walk_back(paths, whole)
+        return _walk_back(paths, whole, texts), [piece for piece in between if piece is not None][-1]
 
-    def _skeleton(self, messages: Sequence[Message], whole: str) -> list[str]:
-        """Return the template text around the contents: one piece more than messages."""
-        mark = "\ue000"
-        while mark in whole:
-            mark += "\ue000"
-        marks = [f"{mark}{number}\ue001" for number in range(len(messages))]
-        marked = [{**message, "content": own} for message, own in zip(messages, marks, strict=True)]
-        rest = self.render(marked, add_generation_prompt=False)
-        pieces: list[str] = []
-        for number, own in enumerate(marks):
-            if rest.count(own) != 1:
-                verb = "repeats or reorders" if own in rest or own in "".join(pieces) else "loses"
-                raise DataError(
-                    f"the chat template ({self.origin}) {verb} message {number + 1} "
-                    f"({messages[number]['role']}): use a template that shows every message once"
+    def _source_for(self, inputs: Inputs) -> str:
+        has_own = inputs.tools is not None and self.tool_source is not None
+        return self.tool_source or self.source if has_own else self.source
+
+    def _skeleton(
+        self,
+        messages: Sequence[Message],
+        texts: Sequence[tuple[int, str]],
+        whole: str,
+        inputs: Inputs | None,
+    ) -> list[str | None]:
+        """Return the template text before the first text and behind each; None: a text is not shown."""
+        mark = _mark_for(whole)
+        marked: list[dict[str, Any]] = [dict(message) for message in messages]
+        marks = [f"{mark}{number}\ue001" for number in range(len(texts))]
+        for (number, key), own in zip(texts, marks, strict=True):
+            others = [name for name in REASONING if name in marked[number]] if key in REASONING else []
+            marked[number] |= dict.fromkeys([key, *others], own)
+        rest = self.render(marked, add_generation_prompt=False, inputs=inputs)
+        between: list[str | None] = []
+        shown: list[str] = []
+        for (number, key), own in zip(texts, marks, strict=True):
+            is_earlier_thought = key != "content" and number < len(messages) - 1
+            count = rest.count(own)
+            if count != 1 and not (count == 0 and is_earlier_thought and own not in "".join(shown)):
+                verb = "repeats or reorders" if count or own in "".join(shown) else "loses"
+                raise RecordError(
+                    f"the chat template ({self.origin}) {verb} {_named(messages, number, key)}: "
+                    "use a template that shows every message once",
+                    f"the template {verb} a message",
                 )
-            piece, rest = rest.split(own)
-            pieces.append(piece)
-        return [*pieces, rest]
+            if count:
+                piece, rest = rest.split(own)
+                shown.append(piece)
+            between.append(piece if count else None)
+        return _behind(between, rest)
+
+    def _check_calls(self, messages: Sequence[Message], inputs: Inputs) -> None:
+        """Refuse a template that drops names or arguments of tool calls."""
+        marked, wanted = [], []
+        for number, message in enumerate(messages):
+            calls = []
+            for place, call in enumerate(message.get("tool_calls") or ()):
+                mark = f"\ue000{number}.{place}"
+                inside = call.get("function", call)
+                arguments = inside.get("arguments")
+                changed = {**inside, "name": f"{mark}n\ue001"}
+                wanted.append((number, "name", changed["name"]))
+                if arguments:
+                    own = f"{mark}a\ue001"
+                    changed["arguments"] = own if isinstance(arguments, str) else {"marked": own}
+                    wanted.append((number, "arguments", own))
+                calls.append({**call, "function": changed} if "function" in call else changed)
+            marked.append({**message, "tool_calls": calls} if calls else message)
+        found = self.render(marked, add_generation_prompt=False, inputs=inputs)
+        for number, what, own in wanted:
+            if own not in found and json.dumps(own)[1:-1] not in found:
+                raise RecordError(
+                    f"the chat template ({self.origin}) does not show the {what} of the tool_calls of "
+                    f"{_named(messages, number, 'tool_calls')}: use a template that does",
+                    "tool_calls that the template does not show",
+                )
 
 
 def template_names() -> list[str]:
@@ -151,8 +244,8 @@ def template_names() -> list[str]:
     return sorted(file.name.removesuffix(".jinja") for file in files if file.name.endswith(".jinja"))
 
 
-def packaged_template(name: str) -> tuple[str, str]:
-    """Return source and origin of a template of this package.
+def packaged_template(name: str) -> tuple[str, str, None]:
+    """Return source and origin of a template of this package (which has none for tools).
 
     Raises:
         DataError: there is none of this name.
@@ -160,11 +253,13 @@ def packaged_template(name: str) -> tuple[str, str]:
     if name not in template_names():
         raise DataError(f"template: {name!r} is unknown: {nearest(name, template_names())}")
     file = importlib.resources.files(__name__) / f"{name}.jinja"
-    return file.read_text(encoding="utf-8"), f"template {name}"
+    return file.read_text(encoding="utf-8"), f"template {name}", None
 
 
-def find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return source and origin of a tokenizer's own template: the file, else the configuration's.
+def find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str, str | None] | None:
+    """Return source and origin of a tokenizer's own template, and its template for tools.
+
+    As under transformers, files go before the configuration; None: there is neither.
 
     Args:
         folder: where the tokenizer is.
@@ -172,24 +267,75 @@ def find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | 
             and the name of one of the package's stands for it.
 
     Raises:
-        DataError: the configuration's is no text.
+        DataError: a template is no text.
     """
-    file = folder / TEMPLATE_FILE
+    file, more = folder / TEMPLATE_FILE, sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    named: dict[str, Any] = {other.name.removesuffix(".jinja"): read_text(other) for other in more}
     if file.is_file():
-        return file.read_text(encoding="utf-8"), str(file)
-    source, origin = config.get("chat_template"), str(folder / CONFIG_FILE)
-    if isinstance(source, list):
-        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+        named["default"] = read_text(file)
+    origin = str(file if file.is_file() else folder / CONFIG_FILE)
+    if not named:
+        said = config.get("chat_template")
+        entries = said if isinstance(said, list) else []
+        if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in entries):
+            raise DataError(f"{origin}: chat_template: a list must hold objects with a name and a template")
+        named = (
+            said if isinstance(said, dict) else {entry["name"]: entry.get("template") for entry in entries}
+        )
+        named = named if isinstance(said, list | dict) else {"default": said}
+    source, tools = named.get("default"), named.get(TOOLS)
     if source is None:
         return None
-    if not isinstance(source, str):
+    if not isinstance(source, str) or not isinstance(tools, str | None):
         raise DataError(f"{origin}: chat_template must be text, or a list with an entry named default")
-    return packaged_template(source) if source in template_names() else (source, origin)
+    if source in template_names():
+        return packaged_template(source)
+    return source, origin, tools
 
 
-def _refuse(message: str) -> NoReturn:
-    """Stand behind `raise_exception(...)` in templates."""
-    raise DataError(f"the chat template refuses these messages: {message}")
+@functools.cache
+def _plain_sources() -> frozenset[str]:
+    """Return the package's templates that write nothing for a role they do not know."""
+    return frozenset(packaged_template(name)[0] for name in ("llada2", "qwen3"))
+
+
+def _as_seen(message: Message) -> dict[str, Any]:
+    """Return a message as templates see it: without keys that hold nothing, its reasoning under all names."""
+    seen = {key: value for key, value in message.items() if value is not None}
+    thought = next((seen[name] for name in REASONING if name in seen), None)
+    return seen if thought is None else {"thinking": thought, **seen, "reasoning_content": thought}
+
+
+def _named(messages: Sequence[Message], number: int, key: str) -> str:
+    what = "" if key in ("content", "tool_calls") else f"{key} of "
+    return f"{what}message {number + 1} ({messages[number]['role']})"
+
+
+def _hint(text: str, key: str) -> str:
+    """Say what most often is behind a changed message."""
+    is_inline = key == "content" and "</think>" in text
+    return " (write the thought before </think> as reasoning_content)" * is_inline
+
+
+def _mark_for(whole: str) -> str:
+    mark = "\ue000"
+    while mark in whole:
+        mark += "\ue000"
+    return mark
+
+
+def _behind(between: Sequence[str | None], rest: str) -> list[str | None]:
+    """Turn the template text before each shown text into that before the first and behind each.
+
+    Args:
+        between: before each text; None: it is not shown.
+        rest: behind the last shown one.
+    """
+    places = [place for place, piece in enumerate(between) if piece is not None]
+    behind: list[str | None] = [None] * len(between)
+    for place, following in zip(places, [*places[1:], len(between)], strict=True):
+        behind[place] = between[following] if following < len(between) else rest
+    return [between[places[0]] if places else rest, *behind]
 
 
 def _shown_forms(content: str) -> Iterator[tuple[str, int]]:
@@ -201,7 +347,9 @@ def _shown_forms(content: str) -> Iterator[tuple[str, int]]:
             yield shown, len(content[: len(content) - len(front)].encode())
 
 
-def _walk_back(paths: Sequence[Mapping[int, tuple[int, str, int]]], whole: str) -> list[Content]:
+def _walk_back(
+    paths: Sequence[Mapping[int, tuple[int, str, int]]], whole: str, texts: Sequence[tuple[int, str]]
+) -> list[Content]:
     """Follow the places from the end of the text to its start."""
     found = []
     place = len(whole)
@@ -210,10 +358,11 @@ def _walk_back(paths: Sequence[Mapping[int, tuple[int, str, int]]], whole: str) 
         place = start
         found.append((start, shown, skipped))
     contents, characters, offset = [], 0, 0
-    for start, shown, skipped in reversed(found):  # count the bytes of every stretch once
+    for (start, shown, skipped), (number, key) in zip(reversed(found), texts, strict=True):
+        # Count the bytes of every stretch once.
         offset += len(whole[characters:start].encode())
         end = offset + len(shown.encode())
-        contents.append(Content(start=offset, end=end, skipped=skipped))
+        contents.append(Content(start=offset, end=end, skipped=skipped, message=number, key=key))
         characters, offset = start + len(shown), end
     return contents
 
