@@ -139,7 +139,7 @@ def test_the_real_corpus_is_large_and_leaks_nothing(tmp_path):
     for split in ("train", "dev", "test"):
         lines = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
         replies[split] = {line["messages"][1]["content"] for line in lines}
-        files[split] = {line["source"] for line in lines}
+        files[split] = {(line["source"], line["file"]) for line in lines}
         assert len(replies[split]) == len(lines)
     assert len(replies["train"]) > 20_000
     assert len(replies["test"]) > 800
