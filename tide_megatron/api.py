@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tide_megatron.base.files import local_path
+
 if TYPE_CHECKING:
     from tide_megatron.base.device import Wanted
     from tide_megatron.data.manifest import Manifest
@@ -60,9 +62,9 @@ def prepare(
     from tide_megatron.data.sample import SideChoice
 
     return write(
-        [Path(source) for source in sources],
+        [local_path(source) for source in sources],
         SideChoice.read(str(tokenizer)).tokenizer,
-        Path(out),
+        local_path(out),
         max_length=max_length,
         on_long=on_long,
         sides={name: SideChoice.read(place) for name, place in (teachers or {}).items()},
@@ -95,7 +97,7 @@ def train(
     from tide_megatron.train.loop import train as run
     from tide_megatron.train.resolve import load_recipe
 
-    resolved, tree = load_recipe(Path(recipe), overrides)
+    resolved, tree = load_recipe(local_path(recipe), overrides)
     result: dict[str, Any] = run_ranks(
         run, (resolved, tree, resume), ranks, resolved.device, timeout_seconds=resolved.timeout_seconds
     )
@@ -115,7 +117,7 @@ def sample(
     """Answer prompts with a block sampler.
 
     Args:
-        model: folder with config.json, weights and tokenizer.
+        model: a run's folder, or a model folder with config.json, weights and tokenizer.
         prompts: each is one user message in the model's chat template.
         new_tokens: longest reply, in tokens.
         steps: denoising steps of a reply; None: one a token.
@@ -130,10 +132,10 @@ def sample(
         TideError: a model that cannot be read, or whose context nobody says.
     """
     from tide_megatron.evaluate.generate import Sampler, answer_prompts
-    from tide_megatron.evaluate.model_folder import trained_context
+    from tide_megatron.evaluate.model_folder import model_of, trained_context
     from tide_megatron.launch.ranks import run_ranks
 
-    folder = Path(model)
+    folder = model_of(local_path(model))
     reading = trained_context(folder, context, block_size)
     sampler = Sampler(new_tokens=new_tokens, steps=new_tokens if steps is None else steps)
     replies: list[str] = run_ranks(answer_prompts, (folder, list(prompts), reading, sampler), 1, device)
@@ -185,5 +187,5 @@ def export(
         force=force,
         verify=verify,
     )
-    checks: list[Check] = run_ranks(export_student, (Path(model), Path(out), options), 1)
+    checks: list[Check] = run_ranks(export_student, (local_path(model), local_path(out), options), 1)
     return checks

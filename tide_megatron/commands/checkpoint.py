@@ -25,8 +25,10 @@ def inspect(
     from rich.markup import escape
     from rich.table import Table
 
+    from tide_megatron.base.files import local_path
     from tide_megatron.checkpoint.inspect import facts_of, tensors_of
 
+    path = local_path(path)
     shown = Table(box=None, show_header=False)
     for name, value in facts_of(path).items():
         shown.add_row(name, escape(value))
@@ -55,10 +57,11 @@ def verify(
     Example: tide checkpoint verify models/wedlm --record
     """
     from tide_megatron.base.errors import CheckpointError
-    from tide_megatron.base.files import damage, read_digests, record_digests
+    from tide_megatron.base.files import damage, local_path, read_digests, record_digests
     from tide_megatron.checkpoint.retention import chosen
     from tide_megatron.models.hf.folder import WEIGHTS, check_weights
 
+    path = local_path(path)
     if record:
         check_weights(path)
         record_digests(path, WEIGHTS)
@@ -79,10 +82,11 @@ def diff(first: Place, second: Place) -> None:
     import rich
     from rich.table import Table
 
+    from tide_megatron.base.files import local_path
     from tide_megatron.checkpoint.inspect import metadata_differences, tensor_differences
     from tide_megatron.checkpoint.retention import chosen
 
-    one, other = chosen(first), chosen(second)
+    one, other = chosen(local_path(first)), chosen(local_path(second))
     for line in metadata_differences(one, other):
         typer.echo(line)
     shown = Table("tensor", "largest difference", "relative", box=None)

@@ -11,9 +11,9 @@ import collections
 import dataclasses
 import enum
 from collections.abc import Mapping
-from pathlib import Path
 
 from tide_megatron.base.errors import ConfigError, DataError, nearest
+from tide_megatron.base.files import local_path
 from tide_megatron.data.columns import COLUMNS, SIDE_COLUMNS
 from tide_megatron.data.record import ChatRecord
 from tide_megatron.text.align import Chunk, align_chats
@@ -79,7 +79,7 @@ class SideChoice:
             raise ConfigError(
                 f"{place}: max_length {length!r} is no number of tokens; write for example 1024"
             )
-        tokenizer = Tokenizer.load(Path(folder), mask=options.get("mask", "<|mask|>"))
+        tokenizer = Tokenizer.load(local_path(folder), mask=options.get("mask", "<|mask|>"))
         return cls(tokenizer=tokenizer, max_length=None if length is None else int(length))
 
     @staticmethod

@@ -19,9 +19,10 @@ import yaml
 
 from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.base.files import write_text
+from tide_megatron.evaluate.model_folder import MODEL, RECIPE
 from tide_megatron.train.resolve import Tree, difference, digest, mathematics
 
-RECIPE, CHECKPOINTS, MODEL, RESULT = "recipe.yaml", "checkpoints", "model", "result.json"
+CHECKPOINTS, RESULT = "checkpoints", "result.json"
 _OURS = (CHECKPOINTS, MODEL, RESULT, "metrics.jsonl", "tensorboard", "wandb", RECIPE)
 _OTHER = "choose another folder="
 

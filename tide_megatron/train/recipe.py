@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.files import local_path
 from tide_megatron.base.options import MACHINE, STRICT, Paper
 from tide_megatron.checkpoint.retention import Checkpoints
 from tide_megatron.diffusion.mask import Context
@@ -26,8 +27,18 @@ from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
 from tide_megatron.parallel.layout import Layout
 
-Folder = Annotated[str, Field(min_length=1)]
-"""A folder; the empty string would silently be the current one."""
+
+def _local(word: str) -> str:
+    """Return a folder as it is meant (`local_path`), with pydantic's kind of error."""
+    try:
+        path = local_path(word)
+    except ConfigError as fault:
+        raise ValueError(str(fault)) from None
+    return str(path) if word.startswith("~") else word  # as written else: `./~x` must not become `~x`
+
+
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_local)]
+"""A folder; the empty string would silently be the current one, and `~` a folder of that name."""
 Off = BeforeValidator(lambda value: "off" if value is False else value)
 """For choices that have an `off`: YAML reads the bare word as False."""
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]

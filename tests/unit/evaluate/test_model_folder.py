@@ -2,9 +2,9 @@
 
 import pytest
 
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.model_folder import CONTEXT_FILE, trained_context, write_context
+from tide_megatron.evaluate.model_folder import CONTEXT_FILE, model_of, trained_context, write_context
 
 STORED = Context(kind="block_causal", block_size=16)
 
@@ -38,3 +38,17 @@ def test_a_broken_file_is_refused(tmp_path, text):
     (tmp_path / CONTEXT_FILE).write_text(text)
     with pytest.raises(ConfigError):
         trained_context(tmp_path)
+
+
+def test_a_run_means_its_student_and_a_run_without_one_is_told(tmp_path):
+    assert model_of(tmp_path) == tmp_path, "no run"
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"no model/ yet, .*; go on with it by tide train .*recipe.yaml"
+    ):
+        model_of(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    assert model_of(tmp_path) == tmp_path / "model"
+    (tmp_path / "config.json").write_text("{}")
+    assert model_of(tmp_path) == tmp_path, "a model folder with a recipe in it"
