@@ -30,6 +30,8 @@ class RunIdentity:
     """Digest of the recipe's mathematics."""
     data: str
     """Digest of the training data's manifest."""
+    contents: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Key of a folder in the recipe -> digest of what lay there; empty in checkpoints of old releases."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,25 @@ from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.models.weights import save_model
-from tide_megatron.parallel.collectives import all_agree, barrier, fail_together, is_first, sum_over
+from tide_megatron.parallel.collectives import (
+    all_agree,
+    barrier,
+    broadcast_object,
+    fail_together,
+    is_first,
+    sum_over,
+)
 from tide_megatron.train.cost import Devices
-from tide_megatron.train.folder import MODEL, check_folder, claim_folder, write_result
+from tide_megatron.train.folder import (
+    MODEL,
+    RESULT,
+    check_folder,
+    claim_folder,
+    finished_result,
+    has_same_paths,
+    write_recipe,
+    write_result,
+)
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
@@ -58,6 +74,8 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     with fail_together():
         if is_first():
             check_folder(folder, tree, resume=resume)
+    if resume and (done := _finished(folder, tree, before_reading=True)):
+        return done
     log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
     setup = set_up(recipe, device)
     sanity = check_teachers(recipe, setup)
@@ -65,6 +83,11 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         if is_first():
             claim_folder(folder, tree, resume=resume)
     clock = start_or_resume(recipe, tree, setup)
+    if resume and (done := _finished(folder, tree, before_reading=False)):
+        return done
+    with fail_together():  # only now: until the checkpoint was compared, the old recipe says what it is of
+        if is_first():
+            write_recipe(folder, tree)
     saver = make_saver(recipe, tree, setup)
     options = recipe.metrics
     dtype = setup.run.student.model.config.params_dtype
@@ -87,6 +110,12 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         scores = _evaluate(recipe, setup, clock, metrics)
     if scores is not None:
         result |= scores.summary()
+    _write_out(recipe, setup, folder, result)
+    return result
+
+
+def _write_out(recipe: Recipe, setup: Setup, folder: Path, result: dict[str, Any]) -> None:
+    """Write the student and the result of a run that has ended. All ranks call it."""
     save_model(setup.run.student.model, folder / MODEL)
     barrier()
     if is_first():
@@ -94,7 +123,32 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         write_context(folder / MODEL, recipe.student.context)
         write_result(folder, result)
         log.info("the student is in %s", folder / MODEL)
-    return result
+
+
+def _finished(folder: Path, tree: Tree, *, before_reading: bool) -> dict[str, Any] | None:
+    """Return the result of a run that has ended already, else None. All ranks call it.
+
+    Args:
+        folder: the run folder, checked or claimed.
+        tree: the resolved recipe.
+        before_reading: what lies in the recipe's folders has not been compared yet, so the paths must be the
+            same; a run whose folders were moved is asked again after that.
+    """
+    with fail_together():
+        done = finished_result(folder, tree) if is_first() else None
+        if before_reading and done is not None and not has_same_paths(folder, tree):
+            done = None
+    done = broadcast_object(done)
+    if done is not None:
+        log.info(
+            "%s: already finished at step %d: scores in %s, the student in %s; raise steps= to go on, give "
+            "--fresh to start over, or score it again with tide evaluate",
+            folder,
+            done["clock"]["step"],
+            folder / RESULT,
+            folder / MODEL,
+        )
+    return done
 
 
 def _loop(

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.files import local_path
-from tide_megatron.base.options import MACHINE, STRICT, Paper
+from tide_megatron.base.options import MACHINE, PLACE, STRICT, Paper
 from tide_megatron.checkpoint.retention import Checkpoints
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
@@ -48,7 +48,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Model:
     """A model folder in Hugging Face form (config.json, tokenizer, safetensors) and how it is read."""
 
-    folder: Folder
+    folder: Annotated[Folder, PLACE]
     """Local path. Weights are needed unless `initial` is `random`."""
     context: Context
     """What a token may attend to, with the block size."""
@@ -96,9 +96,9 @@ class StudentModel(Model):
 class Data:
     """Prepared data folders (`tide prepare`)."""
 
-    train: Folder
+    train: Annotated[Folder, PLACE]
     """What is learned from."""
-    held_out: Folder | None = None
+    held_out: Annotated[Folder | None, PLACE] = None
     """What scores are made on; None: there are none."""
     fixed_length: int | None = Field(default=None, ge=1)
     """Pad every sample to this many tokens (spec section 1 item 10); None: to the microbatch's longest."""

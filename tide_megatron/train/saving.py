@@ -17,7 +17,8 @@ from tide_megatron.checkpoint.save import Saver
 from tide_megatron.parallel.collectives import fail_together
 from tide_megatron.train.folder import CHECKPOINTS
 from tide_megatron.train.recipe import Recipe
-from tide_megatron.train.resolve import Tree, difference, digest, mathematics
+from tide_megatron.train.resolve import Tree, digest
+from tide_megatron.train.same_run import check_contents, refuse_other, with_steps
 from tide_megatron.train.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,12 @@ log = logging.getLogger(__name__)
 
 def identity_of(tree: Tree, setup: Setup) -> RunIdentity:
     """Say what this run's checkpoints belong to."""
-    return RunIdentity(recipe=tree, recipe_digest=digest(tree), data=setup.loader.columns.manifest.digest)
+    return RunIdentity(
+        recipe=tree,
+        recipe_digest=digest(tree),
+        data=setup.loader.columns.manifest.digest,
+        contents=setup.contents,
+    )
 
 
 def make_saver(recipe: Recipe, tree: Tree, setup: Setup) -> Saver:
@@ -51,6 +57,7 @@ def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup) -> Clock:
         clock = checked_clock(found, identity_of(tree, setup)) if found else Clock(total_steps=recipe.steps)
     if found:
         load_checkpoint(found, setup.run.student.model, setup.run.student.optimizer)
+        clock = with_steps(clock, recipe)
         log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)
     return clock
 
@@ -68,15 +75,10 @@ def checked_clock(found: Path, run: RunIdentity) -> Clock:
     """
     old = read_metadata(found)
     try:
-        is_same = digest(old.recipe) == digest(run.recipe)
+        refuse_other(f"{found} belongs to", old.recipe, run.recipe, paths=False)
+        check_contents(str(found), old.recipe, run.recipe, old.contents, run.contents)
     except (KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(f"{found}: its recipe is not readable ({fault}); remove it") from None
-    if not is_same:
-        changed = "\n  ".join(difference(mathematics(old.recipe), mathematics(run.recipe)))
-        raise CheckpointError(
-            f"{found} belongs to another recipe:\n  {changed}\n"
-            "use another folder=, the old values, or --fresh to discard the old run"
-        )
     if old.data != run.data:
         where = run.recipe["data"]["train"]
         raise CheckpointError(

@@ -22,7 +22,7 @@ from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.loss import HeadLoss, check_budget
 from tide_megatron.losses.base import ColumnLoss
-from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first
 from tide_megatron.parallel.vocab_group import make_vocab_group
 from tide_megatron.text.align import differing_ids, require_shared
 from tide_megatron.text.tokenizer import Tokenizer
@@ -40,6 +40,7 @@ from tide_megatron.train.models import (
 )
 from tide_megatron.train.placement import drawn, placement_table
 from tide_megatron.train.recipe import Recipe
+from tide_megatron.train.same_run import model_contents
 from tide_megatron.train.step import Run
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class Setup:
     loader: Loader
     held_out: Loader | None
     tokenizer: Tokenizer
+    contents: dict[str, str]
+    """Key of a folder in the recipe -> digest of what lies there."""
 
 
 def set_up(recipe: Recipe, device: Device) -> Setup:
@@ -80,6 +83,10 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
         _check_terms(recipe, plans, loader)
         shapes = {name: head_shape(plan, device) for name, plan in plans.items()}
         check_budget(recipe.head, recipe.terms, shapes, ranks, device)
+        contents = model_contents(plans) if is_first() else None
+    contents = broadcast_object(contents)
+    if held_out:
+        contents["data.held_out"] = held_out.columns.manifest.digest
     phases = Phases(device.torch_device)
     group = make_vocab_group([plan.architecture.vocabulary for plan in plans.values()], ranks)
     picture = {name: placed(plan.choice, plan.architecture, device) for name, plan in plans.items()}
@@ -109,7 +116,7 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
         phases=phases,
         device=device.torch_device,
     )
-    return Setup(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer)
+    return Setup(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer, contents=contents)
 
 
 def open_loader(
