@@ -27,7 +27,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on from the run folder, or discard what is there.")
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Read what is there, print recipe, placement and every fault, and stop."
+        ),
+    ] = False,
 ) -> None:
     """Train a student, with teachers or without, as a recipe says.
 
@@ -50,7 +55,7 @@ def train(
         from tide_megatron.train.resolve import load_recipe
         from tide_megatron.train.summary import print_summary
 
-        print_summary(*load_recipe(local_path(recipe), words), num_ranks_for(ranks))
+        print_summary(*load_recipe(local_path(recipe), words), num_ranks_for(ranks), resume=resume)
     else:
         from tide_megatron import api
 

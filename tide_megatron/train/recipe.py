@@ -190,7 +190,9 @@ class Recipe:
     losses: dict[str, Any]
     """Name of each term -> its `kind` and that kind's options; after validation, the loss objects."""
     steps: int = Field(ge=1)
-    """Updates to apply; schedules reach over all of them."""
+    """Updates to apply; schedules reach over all of them. Given by `epochs` instead, or here."""
+    epochs: Annotated[float | None, MACHINE] = Field(default=None, gt=0.0)
+    """In place of `steps`: how often the training data is read. It becomes `steps`, which is what counts."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Of noise, sample order, views and drawn weights."""
     teachers: dict[str, TeacherModel] = Field(default_factory=dict)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -24,9 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.base.errors import ConfigError, DataError, nearest
 from tide_megatron.base.files import local_path
 from tide_megatron.base.options import options_of, without_machine
+from tide_megatron.data.manifest import read_manifest
 from tide_megatron.losses import LOSSES
 from tide_megatron.train.recipe import Recipe
 
@@ -62,7 +64,11 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree
 
 def build_recipe(tree: Tree) -> tuple[Recipe, Tree]:
     """Validate a tree of plain values; return the recipe and the tree with every default filled in."""
-    recipe: Recipe = _validate(Recipe, tree, prefix="")
+    is_by_epochs = tree.get("epochs") is not None
+    is_open = is_by_epochs and tree.get("steps") is None
+    recipe: Recipe = _validate(Recipe, {**tree, "steps": 1} if is_open else tree, prefix="")
+    if is_by_epochs:
+        recipe = _with_steps(recipe, is_open=is_open)
     if not recipe.losses:
         raise ConfigError("losses: name at least one term, for example {ce: {kind: cross_entropy}}")
     built = {name: _build_loss(name, options) for name, options in recipe.losses.items()}
@@ -195,6 +201,30 @@ def _told(fault: Exception) -> str:
         return f"line {fault.problem_mark.line + 1}: {fault.problem}"
     key = getattr(fault, "full_key", None)
     return f"{key}: " * bool(key) + str(fault).partition("\n")[0]
+
+
+def _with_steps(recipe: Recipe, *, is_open: bool) -> Recipe:
+    """Return the recipe with as many steps as its epochs take, rounded up.
+
+    Args:
+        recipe: with `epochs`.
+        is_open: it has no `steps`; else they must be the same.
+
+    Raises:
+        ConfigError: they are others.
+        DataError: the training data cannot be read.
+    """
+    try:
+        samples = read_manifest(Path(recipe.data.train)).samples
+    except DataError as fault:
+        raise DataError(f"epochs: {recipe.epochs} need the training data, or give steps: {fault}") from None
+    steps = math.ceil(round((recipe.epochs or 0) * samples / recipe.batch.samples, 6))
+    if not is_open and recipe.steps != steps:
+        raise ConfigError(
+            f"steps: {recipe.steps}, but epochs: {recipe.epochs} of {samples} samples are {steps} steps; "
+            "give one of the two (steps=null or epochs=null takes the other away)"
+        )
+    return dataclasses.replace(recipe, steps=steps)
 
 
 def _build_loss(name: str, options: Any) -> Any:
