@@ -14,8 +14,8 @@ from tide_megatron.base.errors import CheckpointError, last_line
 from tide_megatron.checkpoint.sharded_state import loading_state
 
 
-def load_checkpoint(found: Path, model: Any, optimizer: Any) -> None:
-    """Load weights and optimizer state into a freshly built student. Collective.
+def load_checkpoint(found: Path, model: Any, optimizer: Any | None) -> None:
+    """Load weights and optimizer state (None: only weights) into a freshly built student. Collective.
 
     Raises:
         CheckpointError: tensors are missing or shaped for another model.
@@ -23,7 +23,8 @@ def load_checkpoint(found: Path, model: Any, optimizer: Any) -> None:
     try:
         loaded = dist_checkpointing.load(loading_state(model, optimizer), str(found))
         model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded["optimizer"])
     except (Exception, CheckpointException) as fault:
         # Whatever the libraries raise means: these bytes do not fit. torch's class is no Exception.
         raise CheckpointError(

@@ -78,10 +78,12 @@ class ShardedState:
             return self._optimizer.sharded_state_dict(self._weights, is_loading=False, metadata=metadata)
 
 
-def loading_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Return what to load into a model and its optimizer. Collective."""
+def loading_state(model: Any, optimizer: Any | None) -> dict[str, Any]:
+    """Return what to load into a model and its optimizer, if that is wanted. Collective."""
     metadata = _metadata(model)
     weights = model.sharded_state_dict(metadata=metadata)
+    if optimizer is None:
+        return {"model": weights}
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata),

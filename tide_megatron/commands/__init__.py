@@ -20,6 +20,7 @@ from tide_megatron.base.log import start_log
 from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.doctor import doctor
+from tide_megatron.commands.evaluate import evaluate
 from tide_megatron.commands.export import export
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
@@ -31,6 +32,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "recipe": recipe,
     "sample": sample,
+    "evaluate": evaluate,
     "export": export,
     "doctor": doctor,
 }

@@ -24,6 +24,14 @@ def train(
     folder: Annotated[
         str | None, typer.Option(help="Run folder; short for folder=... in the recipe.")
     ] = None,
+    branch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM",
+            help="Begin with the weights and the optimizer of another run's checkpoint; short for "
+            "branch.folder=... in the recipe, where branch.optimizer=false leaves the latter.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on from the run folder, or discard what is there.")
     ] = True,
@@ -44,10 +52,13 @@ def train(
 
     Example: tide train run.yaml teachers.wedlm=null losses.kl=null
 
+    Example: tide train second.yaml --branch runs/first
+
     Example: torchrun --nproc-per-node 8 -m tide_megatron.commands train run.yaml
     """
     words = [*(overrides or [])]
     words += [f"device={device}"] if device is not None else []
+    words += [f"branch.folder={json.dumps(branch)}"] if branch is not None else []
     words += [f"folder={json.dumps(folder)}"] if folder is not None else []
     if dry_run:
         from tide_megatron.base.files import local_path

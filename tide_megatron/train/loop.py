@@ -32,6 +32,7 @@ from tide_megatron.parallel.collectives import (
     is_first,
     sum_over,
 )
+from tide_megatron.train.branch import KEY as BRANCH
 from tide_megatron.train.cost import Devices
 from tide_megatron.train.folder import (
     MODEL,
@@ -103,6 +104,7 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
             "seconds": seconds,
             "cpu_seconds": float(sum_over(torch.tensor(cpu_seconds, dtype=torch.float64))),
             "teachers": sanity,
+            **({"branch": setup.contents[BRANCH]} if BRANCH in setup.contents else {}),
             "finished": not stopped,
         }
         if stopped:

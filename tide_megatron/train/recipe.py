@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.files import local_path
-from tide_megatron.base.options import MACHINE, PLACE, STRICT, Paper
+from tide_megatron.base.options import ADDED, MACHINE, PLACE, STRICT, Paper
 from tide_megatron.checkpoint.retention import Checkpoints
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
@@ -102,6 +102,16 @@ class Data:
     """What scores are made on; None: there are none."""
     fixed_length: int | None = Field(default=None, ge=1)
     """Pad every sample to this many tokens (spec section 1 item 10); None: to the microbatch's longest."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Branch:
+    """Begin where another run stood, under this recipe; its clock, data and schedules start anew."""
+
+    folder: Annotated[Folder, PLACE]
+    """The other run's folder (its newest checkpoint counts), or one of its `step-*` folders."""
+    optimizer: bool = True
+    """Take the optimizer's moments along with the weights; `false`: begin without."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -197,6 +207,8 @@ class Recipe:
     """Of noise, sample order, views and drawn weights."""
     teachers: dict[str, TeacherModel] = Field(default_factory=dict)
     """Name of each teacher -> how it is read; losses name the one they listen to."""
+    branch: Annotated[Branch | None, ADDED] = None
+    """Begin where another run stood (`tide train --branch`); null: with the student as its folder has it."""
     batch: BatchOptions = Field(default_factory=BatchOptions)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     noise: NoiseOptions = Field(default_factory=NoiseOptions)

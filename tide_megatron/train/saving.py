@@ -15,6 +15,7 @@ from tide_megatron.checkpoint.metadata import RunIdentity, read_metadata
 from tide_megatron.checkpoint.retention import find_checkpoint
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.train.branch import KEY, begin_from
 from tide_megatron.train.folder import CHECKPOINTS
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, digest
@@ -55,7 +56,11 @@ def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup) -> Clock:
     found = find_checkpoint(Path(recipe.folder) / CHECKPOINTS)
     with fail_together():
         clock = checked_clock(found, identity_of(tree, setup)) if found else Clock(total_steps=recipe.steps)
+    if not found and recipe.branch is not None:
+        setup.contents[KEY] = begin_from(recipe, recipe.branch, setup.run.student)
     if found:
+        if KEY in (old := read_metadata(found).contents):
+            setup.contents[KEY] = old[KEY]
         load_checkpoint(found, setup.run.student.model, setup.run.student.optimizer)
         clock = with_steps(clock, recipe)
         log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)

@@ -15,6 +15,7 @@ from tide_megatron.base.device import Device, choose_device
 from tide_megatron.base.errors import ConfigError, TideError
 from tide_megatron.checkpoint.metadata import RunIdentity
 from tide_megatron.checkpoint.retention import listed
+from tide_megatron.train.branch import branch_source
 from tide_megatron.train.folder import CHECKPOINTS, check_folder, finished_result
 from tide_megatron.train.models import placed
 from tide_megatron.train.placement import placement_table
@@ -83,6 +84,9 @@ def _standing(recipe: Recipe, tree: Tree, found: Examination, *, resume: bool) -
     folder = Path(recipe.folder)
     check_folder(folder, tree, resume=resume)
     checkpoints = listed(folder / CHECKPOINTS)
+    if (not checkpoints or not resume) and recipe.branch is not None:
+        source, told = branch_source(recipe, recipe.branch)
+        return f"{folder}: the run branches from {source} ({told})"
     if not checkpoints or not resume:
         return f"{folder}: " + ("the run starts" if resume else "the run starts anew; what is there goes")
     if found.faults:

@@ -20,9 +20,10 @@ from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --teacher --replace",
-    "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
+    "train": "recipe overrides --ranks --device --folder --branch --resume/--fresh --dry-run",
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --new-tokens --steps --device",
+    "evaluate": "model --data --samples --times --microbatch --context --block-size --ranks --device --json",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --force",
@@ -103,6 +104,7 @@ def test_words_that_are_not_known(words, said):
         "train ~/x.yaml",
         "train ~/x.yaml --dry-run",
         "sample ~/x hello",
+        "evaluate ~/x --data ~/y",
         "export ~/x ~/out",
         "convert hf-to-megatron ~/x ~/out",
         "convert megatron-to-hf ~/x ~/out",
