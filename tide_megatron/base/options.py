@@ -20,9 +20,11 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
+Off = BeforeValidator(lambda value: "off" if value is False else value)
+"""For choices that have an `off`: YAML reads the bare word as False."""
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 

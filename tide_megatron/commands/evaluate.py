@@ -16,9 +16,8 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Data folder, prepared with the model's tokenizer.")],
     samples: Annotated[int, typer.Option(min=1, help="How many samples are scored.")] = 256,
     times: Annotated[
-        str, typer.Option(metavar="T,T,...", help="Noise levels at which each sample is masked.")
+        str, typer.Option(metavar="T,...", help="Noise levels that each is masked at.")
     ] = "0.1,0.3,0.5,0.7,0.9",
-    microbatch: Annotated[int, typer.Option(min=1, help="Samples per forward pass and rank.")] = 16,
     context: Annotated[
         ContextKind | None,
         typer.Option(help="The context kind that it was trained in; default: its folder's."),
@@ -56,7 +55,6 @@ def evaluate(
         data,
         samples=samples,
         times=levels,
-        microbatch=microbatch,
         context=context,
         block_size=block_size,
         ranks=ranks,

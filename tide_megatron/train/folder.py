@@ -1,6 +1,7 @@
 """The run folder: whose it is, and what stands in it.
 
 recipe.yaml     the resolved recipe
+run.log         what the log and the console said, over all starts
 metrics.jsonl   what was measured, one record a line
 checkpoints/    step-* and `latest`
 model/          the student in Hugging Face form, written at the end
@@ -25,8 +26,8 @@ from tide_megatron.models.hf.config import CONFIG_FILE
 from tide_megatron.train.resolve import Tree
 from tide_megatron.train.same_run import moved, refuse_other
 
-CHECKPOINTS, RESULT = "checkpoints", "result.json"
-_OURS = (CHECKPOINTS, MODEL, RESULT, "metrics.jsonl", "tensorboard", "wandb", RECIPE)
+CHECKPOINTS, RESULT, LOG = "checkpoints", "result.json", "run.log"
+_OURS = (CHECKPOINTS, MODEL, RESULT, "metrics.jsonl", "tensorboard", "wandb", LOG, RECIPE)
 _OTHER = "choose another folder="
 
 

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import TideError
+from tide_megatron.base.log import Journal
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
-from tide_megatron.evaluate.model_folder import write_context
+from tide_megatron.evaluate.model_folder import MODEL, write_context
 from tide_megatron.models.weights import save_model
 from tide_megatron.parallel.collectives import (
     all_agree,
@@ -30,12 +29,11 @@ from tide_megatron.parallel.collectives import (
     broadcast_object,
     fail_together,
     is_first,
-    sum_over,
 )
 from tide_megatron.train.branch import KEY as BRANCH
 from tide_megatron.train.cost import Devices
 from tide_megatron.train.folder import (
-    MODEL,
+    LOG,
     RESULT,
     check_folder,
     claim_folder,
@@ -45,10 +43,11 @@ from tide_megatron.train.folder import (
     write_result,
 )
 from tide_megatron.train.metrics import Metrics
+from tide_megatron.train.profile import Profiler
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
 from tide_megatron.train.sanity import check_teachers
-from tide_megatron.train.saving import make_saver, start_or_resume
+from tide_megatron.train.saving import Costs, make_saver, note_score, start_or_resume
 from tide_megatron.train.setup import Setup, set_up
 from tide_megatron.train.step import StepResult, train_step
 
@@ -71,6 +70,18 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     Returns:
         Held-out scores and costs (also in result.json); the same on every rank.
     """
+    journal = Journal() if is_first() else None
+    try:
+        return _train(recipe, tree, resume, device, stop, journal)
+    finally:
+        if journal is not None:
+            journal.close()
+
+
+def _train(
+    recipe: Recipe, tree: Tree, resume: bool, device: Device, stop: StopFlag, journal: Journal | None
+) -> dict[str, Any]:
+    """Run a recipe; see `train`. Rank 0 keeps the journal."""
     folder = Path(recipe.folder)
     with fail_together():
         if is_first():
@@ -89,20 +100,24 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     with fail_together():  # only now: until the checkpoint was compared, the old recipe says what it is of
         if is_first():
             write_recipe(folder, tree)
+    if journal is not None:
+        journal.open(folder / LOG)
     saver = make_saver(recipe, tree, setup)
     options = recipe.metrics
     dtype = setup.run.student.model.config.params_dtype
     devices = Devices.of(device, dtype, dist.get_world_size(), told_tflops=options.peak_tflops)
-    started, cpu = time.monotonic(), time.process_time()
     with Metrics(
         options, folder, clock, phases=setup.run.phases, devices=devices, recipe=tree if is_first() else None
     ) as metrics:
-        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop)
-        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
+        if recipe.evaluation.at_start and not clock.consumed:
+            _evaluate(recipe, setup, clock, metrics)
+        costs = Costs(setup.spent)
+        with Profiler(options.profile, folder, setup.run.device) as profiler:
+            clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop, costs, profiler)
         result = {
             "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
-            "seconds": seconds,
-            "cpu_seconds": float(sum_over(torch.tensor(cpu_seconds, dtype=torch.float64))),
+            **costs.own(),
+            **{f"total_{name}": value for name, value in costs.total().items()},
             "teachers": sanity,
             **({"branch": setup.contents[BRANCH]} if BRANCH in setup.contents else {}),
             "finished": not stopped,
@@ -110,6 +125,7 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
         if stopped:
             return result
         scores = _evaluate(recipe, setup, clock, metrics)
+        note_score(recipe, clock, scores)
     if scores is not None:
         result |= scores.summary()
     _write_out(recipe, setup, folder, result)
@@ -154,7 +170,14 @@ def _finished(folder: Path, tree: Tree, *, before_reading: bool) -> dict[str, An
 
 
 def _loop(
-    recipe: Recipe, setup: Setup, saver: Saver, clock: Clock, metrics: Metrics, stop: StopFlag
+    recipe: Recipe,
+    setup: Setup,
+    saver: Saver,
+    clock: Clock,
+    metrics: Metrics,
+    stop: StopFlag,
+    costs: Costs,
+    profiler: Profiler,
 ) -> tuple[Clock, bool]:
     """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
     run, every, skipped = setup.run, recipe.checkpoints.every, 0
@@ -167,10 +190,12 @@ def _loop(
                 saver.wait()  # here and not after the step, so that a kill costs one save at most
             else:
                 saver.poll()
+        profiler.before(clock)
         with run.phases("data"):
             batches = setup.loader.update(clock.consumed)
         result = train_step(run, batches, clock)
         clock = clock.after_step(applied=result.update.applied, samples=setup.loader.update_samples)
+        profiler.after(clock)
         skipped = 0 if result.update.applied else skipped + 1
         _report(metrics, recipe, result, before, clock)
         if skipped >= MOST_SKIPPED:
@@ -181,19 +206,21 @@ def _loop(
                 "the run goes on from its last checkpoint"
             )
         stopped = not all_agree(not stop.requested)
+        is_best = False
         if result.update.applied and not stopped:
             if (
                 recipe.evaluation.every
                 and clock.step % recipe.evaluation.every == 0 < clock.total_steps - clock.step
             ):
-                _evaluate(recipe, setup, clock, metrics)
-            if every and clock.step % every == 0:
+                scores = _evaluate(recipe, setup, clock, metrics)
+                is_best = note_score(recipe, clock, scores)
+            if is_best or (every and clock.step % every == 0):
                 with run.phases("checkpoint"):
-                    saver.begin(clock, result.terms)
+                    saver.begin(clock, result.terms, costs.total())
                 saved = clock.consumed
     with run.phases("checkpoint"):
         if saved != clock.consumed:
-            saver.begin(clock, {})
+            saver.begin(clock, {}, costs.total())
         saver.wait()
     if stopped:
         log.warning(
@@ -257,5 +284,7 @@ def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> L
         student.model.train()
     values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
     assert all(map(math.isfinite, values.values())), "a score is a finite number"
+    for level in scores.by_time():
+        values |= {f"{name}/{level['time']:g}": level[name] for name in tuple(values) if "/" not in name}
     metrics.evaluated(clock, values)
     return scores

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.files import local_path
-from tide_megatron.base.options import ADDED, MACHINE, PLACE, STRICT, Paper
+from tide_megatron.base.options import ADDED, MACHINE, PLACE, STRICT, Off, Paper
 from tide_megatron.checkpoint.retention import Checkpoints
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
@@ -39,8 +39,6 @@ def _local(word: str) -> str:
 
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_local)]
 """A folder; the empty string would silently be the current one, and `~` a folder of that name."""
-Off = BeforeValidator(lambda value: "off" if value is False else value)
-"""For choices that have an `off`: YAML reads the bare word as False."""
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -184,9 +182,19 @@ class MetricsOptions:
     """Weights & Biases; its failures are logged once and never end a run."""
     project: str = "tide-megatron"
     """wandb project."""
+    profile: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """First and last update that torch's profiler watches on rank 0 (and slows down), such as [10, 12]; the
+    trace goes into the run folder (profile-steps-10-12.json.gz)."""
     peak_tflops: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """What one device could do at most, in TFLOP/s of dense products in the student's dtype, which `mfu` is
     held against; None: from a table of GPUs (`base.peak`), and on others no `mfu`."""
+
+    def __post_init__(self) -> None:
+        """Refuse a range that ends before it begins."""
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ConfigError(
+                f"metrics.profile: {list(self.profile)} ends before it begins; give first and last update"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -60,6 +60,8 @@ class Setup:
     tokenizer: Tokenizer
     contents: dict[str, str]
     """Key of a folder in the recipe -> digest of what lies there."""
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What earlier starts of the run have cost, as its checkpoint tells (`CheckpointMetadata.spent`)."""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -23,14 +23,14 @@ SURFACE = {
     "train": "recipe overrides --ranks --device --folder --branch --resume/--fresh --dry-run",
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --new-tokens --steps --device",
-    "evaluate": "model --data --samples --times --microbatch --context --block-size --ranks --device --json",
+    "evaluate": "model --data --samples --times --context --block-size --ranks --device --json",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --force",
     "convert megatron-to-hf": "source target --config --ranks --dtype --shard-size --shard-gb --force",
-    "checkpoint inspect": "path --tensors",
+    "checkpoint inspect": "path --tensors --json",
     "checkpoint verify": "path --record",
-    "checkpoint diff": "first second",
+    "checkpoint diff": "first second --json",
 }
 """What users type. Changing it is a decision: change it here too, and say so in the changelog."""
 

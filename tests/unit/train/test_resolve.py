@@ -132,6 +132,8 @@ WRONG = [
     *({"evaluation__times": value} for value in ([0.3, 2], [0.3, 0], [], 0.3)),
     *({"metrics__wandb": value} for value in (3, True)),
     *({"folder": value} for value in (3, "")),
+    *({"metrics__profile": value} for value in ([1], [0, 2], "all", [1, 2, 3])),
+    {"checkpoints__keep_best": "loss"},
     {"device": "gpu"},
 ]
 
@@ -213,6 +215,7 @@ def test_the_bare_word_off_is_a_choice_although_yaml_reads_it_as_false(file):
         (["student.context=null"], "student.context: None is not valid"),
         (["optimizer.learning_rate=null"], "optimizer.learning_rate: None is not valid"),
         (["include=[a.yaml]"], "override 'include=.*': fragments are listed in a run file"),
+        (["metrics.profile=[3,2]"], r"metrics.profile: \[3, 2\] ends before it begins"),
         (["folder=runs/x #1"], "override 'folder=runs/x #1': ' #' begins a comment"),
         (["~losses.kl"], "override '~losses.kl': write key=value, .* losses.NAME=null to remove"),
         (["folder=~nobody-here/x"], "folder: '~nobody-here/x' is not valid: .*nobody's home"),
@@ -359,6 +362,7 @@ MATHEMATICS = [
     {"optimizer__learning_rate": 0.02},
     {"noise__time_epsilon": 0.01},
     {"data__train": "elsewhere"},
+    {"branch": {"folder": "x", "optimizer": False}},
 ]
 
 
