@@ -35,8 +35,6 @@ def evaluate(
 
     Masks and levels are those of every run's evaluations, so the scores compare with result.json's.
 
-    Example: tide evaluate runs/kl --data data/held_out
-
     Example: tide evaluate models/teacher --data data/held_out --context block_causal --block-size 32 --json
     """
     import rich
