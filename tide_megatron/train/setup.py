@@ -1,8 +1,8 @@
 """From a recipe to what a run needs on this rank: data, tokenizers, student, teachers, head.
 
 Files are read inside `fail_together`, so a fault that one rank sees ends all of them with one message.
-What cannot work (layouts, vocabularies, schedules) is refused before any weight is read, all of it at once;
-`tide train --dry-run` looks through the same eyes (`examine`).
+What cannot work (layouts, vocabularies, schedules) is refused before any weight is read; `tide train
+--dry-run` looks through the same eyes (`examine`) and tells all of it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def examine(recipe: Recipe, device: Device, place: tuple[int, int], *, headers: 
         place: (this rank, ranks).
         headers: also compare the names and shapes of all weights, which loading them does anyway.
     """
-    found, world = Examination(), place[1]
+    found, world, fitting = Examination(), place[1], 0
     for name, model in {"student": recipe.student, **recipe.teachers}.items():
         key = name if model is recipe.student else f"teachers.{name}"
         with found.noting():
@@ -115,6 +115,7 @@ def examine(recipe: Recipe, device: Device, place: tuple[int, int], *, headers: 
             architecture = read_architecture(folder)
             with found.noting():
                 check_layout(model, architecture, world, key)
+                fitting += 1
             with found.noting():
                 found.plans[name] = plan = read_plan(model, key)
                 check_precision(plan, device)
@@ -122,7 +123,8 @@ def examine(recipe: Recipe, device: Device, place: tuple[int, int], *, headers: 
             if headers and model.initial == "folder":
                 check_folder_names(folder, architecture)
     with found.noting():
-        found.ranks = head_ranks(recipe, world)
+        if fitting == 1 + len(recipe.teachers):
+            found.ranks = head_ranks(recipe, world)
     with found.noting():
         recipe.batch.accumulation(world)
     _examine_data(recipe, place, found)
@@ -160,12 +162,12 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
     """Open the data and build student, teachers and head on this rank. All ranks call it together.
 
     Raises:
-        TideError: on every rank alike, naming the key or file and what to do; of all faults that are found
-            before weights are read.
+        TideError: on every rank alike, naming the key or file and what to do.
     """
     with fail_together():
         found = examine(recipe, device, own_share())
-        found.refuse_faults()
+        if found.faults:
+            raise found.faults[0]  # a dry run tells them all
         contents = model_contents(found.plans) if is_first() else None
     contents = broadcast_object(contents)
     plans, ranks, world = found.plans, found.ranks, dist.get_world_size()

@@ -69,6 +69,7 @@ def test_what_is_printed_is_the_same_recipe(run, capsys):
     ("words", "world", "starts"),
     [
         (["teachers.moe.layout.expert=4"], 2, [r"teachers\.moe\.layout \{expert=4\}: .*\{expert=2\}"]),
+        (["teachers.moe.layout.tensor=2"], 1, [r"teachers\.moe\.layout"]),
         ([], 3, [r"batch\.samples: 8 samples per update cannot be shared by 3 ranks"]),
         (["data.fixed_length=9"], 1, [r"data\.fixed_length: 9 is below"] * 2),
         (["data.held_out=gone"], 1, ["gone: no prepared data"]),
