@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tide_megatron.base.files import local_path
+
 if TYPE_CHECKING:
     from tide_megatron.base.device import Wanted
     from tide_megatron.data.manifest import Manifest
     from tide_megatron.export.checks import Check
 
-__all__ = ["export", "prepare", "sample", "train"]
+__all__ = ["evaluate", "export", "prepare", "sample", "train"]
 
 Place = str | Path
 
@@ -68,9 +70,9 @@ def prepare(
     from tide_megatron.data.sample import SideChoice
 
     return write(
-        [Path(source) for source in sources],
+        [local_path(source) for source in sources],
         SideChoice.read(str(tokenizer), add_mask=add_mask).tokenizer,
-        Path(out),
+        local_path(out),
         max_length=max_length,
         on_long=on_long,
         on_bad=on_bad,
@@ -107,7 +109,7 @@ def train(
     from tide_megatron.train.loop import train as run
     from tide_megatron.train.resolve import load_recipe
 
-    resolved, tree = load_recipe(Path(recipe), overrides)
+    resolved, tree = load_recipe(local_path(recipe), overrides)
     result: dict[str, Any] = run_ranks(
         run, (resolved, tree, resume), ranks, resolved.device, timeout_seconds=resolved.timeout_seconds
     )
@@ -128,7 +130,7 @@ def sample(
     """Answer prompts with a block sampler.
 
     Args:
-        model: folder with config.json, weights and tokenizer.
+        model: a run's folder, or a model folder with config.json, weights and tokenizer.
         prompts: each is one user message in the model's chat template.
         mask: the mask token that it was trained with; None: the one its folder names.
         new_tokens: longest reply, in tokens.
@@ -145,14 +147,66 @@ def sample(
             holds the mask token.
     """
     from tide_megatron.evaluate.generate import Sampler, answer_prompts
-    from tide_megatron.evaluate.model_folder import trained_context
+    from tide_megatron.evaluate.model_folder import model_of, trained_context
     from tide_megatron.launch.ranks import run_ranks
 
-    folder = Path(model)
+    folder = model_of(local_path(model))
     reading = trained_context(folder, context, block_size)
     sampler = Sampler(new_tokens=new_tokens, steps=new_tokens if steps is None else steps)
     replies: list[str] = run_ranks(answer_prompts, (folder, list(prompts), reading, sampler, mask), 1, device)
     return replies
+
+
+def evaluate(
+    model: Place,
+    data: Place,
+    *,
+    samples: int = 256,
+    times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    microbatch: int = 16,
+    context: Literal["bidirectional", "block_causal", "block_diffusion"] | None = None,
+    block_size: int | None = None,
+    ranks: int | None = None,
+    device: Wanted = "auto",
+) -> dict[str, Any]:
+    """Score any model on held-out data, with the noise of every run's evaluations, so that scores compare.
+
+    Args:
+        model: a run's folder, or a model folder with config.json, weights and tokenizer.
+        data: prepared with its tokenizer and template.
+        samples: how many of them are scored.
+        times: noise levels at which each is masked.
+        microbatch: samples per forward pass and rank.
+        context: the kind of context that the model was trained in; None: its folder's.
+        block_size: tokens of a block that it was trained with; None: its folder's.
+        ranks: processes to start here, each with the whole model; None: what torchrun or srun started.
+        device: where to compute; `auto` takes CUDA where it works.
+
+    Returns:
+        The scores, as result.json has them (docs/metrics.md).
+
+    Raises:
+        TideError: a model or data that cannot be read or do not fit, or a context that nobody says.
+    """
+    from pydantic import ValidationError
+
+    from tide_megatron.base.errors import ConfigError
+    from tide_megatron.evaluate.likelihood import score_folder
+    from tide_megatron.evaluate.model_folder import model_of, trained_context
+    from tide_megatron.evaluate.options import Evaluation
+    from tide_megatron.launch.ranks import run_ranks
+
+    folder = model_of(local_path(model))
+    try:
+        options = Evaluation(samples=samples, times=tuple(times), microbatch=microbatch)
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        raise ConfigError(f"--{first['loc'][0]}: {first['input']!r} is not valid: {first['msg']}") from None
+    reading = trained_context(folder, context, block_size)
+    scores: dict[str, Any] = run_ranks(
+        score_folder, (folder, local_path(data), reading, options), ranks, device
+    )
+    return scores
 
 
 def export(
@@ -200,5 +254,5 @@ def export(
         force=force,
         verify=verify,
     )
-    checks: list[Check] = run_ranks(export_student, (Path(model), Path(out), options), 1)
+    checks: list[Check] = run_ranks(export_student, (local_path(model), local_path(out), options), 1)
     return checks

@@ -72,6 +72,12 @@ def test_docstrings_name_every_argument_what_comes_back_and_what_is_raised(funct
             lambda: api.sample("models/x", ["hello"], context="block_causal"),
             "give --context and --block-size",
         ),
+        (
+            lambda: api.evaluate("m", "d", times=[0.3, 2]),
+            "--times: 2 is not valid: .*less than or equal to 1",
+        ),
+        (lambda: api.evaluate("m", "d", samples=0), "--samples: 0 is not valid"),
+        (lambda: api.evaluate("m", "d"), "give --context and --block-size"),
         (lambda: api.train("no.yaml"), "no.yaml: no such recipe file"),
         (lambda: api.prepare("out", ["x.jsonl"], tokenizer="x,maks=y", max_length=8), "did you mean 'mask'"),
     ],

@@ -16,13 +16,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tide_megatron.base.disk import disk_words, place_of
-from tide_megatron.base.errors import CheckpointError, TideError
+from tide_megatron.base.errors import CheckpointError, ConfigError, TideError
 
 PARTIAL = ".partial"
 """How the name of what is not whole yet ends."""
@@ -32,6 +33,43 @@ Digests = dict[str, tuple[int, str]]
 
 _CHUNK_BYTES = 2**22
 log = logging.getLogger(__name__)
+_VARIABLE = re.compile(r"(^|/)\$\{?[A-Za-z_]\w*\}?(?=/|$)")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(word: str | Path) -> Path:
+    """Return the path that a user means; every path of a recipe, a command line or a call goes through here.
+
+    A shell expands `~` and `$HOME` only where a word begins, so they come through behind `=`, in quotes, in
+    YAML and from Python, and would be made as folders of these names. `./~x` is a folder `~x`.
+
+    Args:
+        word: as it was written.
+
+    Raises:
+        ConfigError: nobody's home, a shell's variable, a URL, or a character that no path has.
+    """
+    text = str(word)
+    if "\0" in text:
+        raise ConfigError(f"{text!r} holds a zero byte, which no path has; write it anew")
+    if found := _VARIABLE.search(text):
+        name = found[0].strip("/${}")
+        raise ConfigError(
+            f"{text}: variables of the shell are not expanded here; write the path out, or "
+            f"${{oc.env:{name}}} in a recipe"
+        )
+    if _URL.match(text):
+        raise ConfigError(f"{text}: is a URL; download what is there and give the local path")
+    path = Path(text)
+    if not text.startswith("~"):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{text}: {path.parts[0]!r} is nobody's home here; write the path out, or ./{text} for a folder "
+            "of that name"
+        ) from None
 
 
 def flush(path: Path) -> None:

@@ -2,17 +2,24 @@
 
 Modules write to `logging.getLogger(__name__)` and never configure anything; `start_log` is called once per
 process, by whatever starts ranks. Lines go to stderr, so that stdout stays free for what a command prints.
+A terminal gets coloured lines that wrap; a file or a pipe gets one line a message, whatever its length.
 Left out: metrics and progress (`train.metrics`), which are data and not prose.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import logging.handlers
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 ROOT = "tide_megatron"
+SHOWN = "tide_megatron.shown"
+"""Logger of lines that the console has already; only a run's journal takes them."""
+_LINE = "%(asctime)s %(levelname)-8s %(message)s"
 
 
 class _RankFilter(logging.Filter):
@@ -27,6 +34,61 @@ class _RankFilter(logging.Filter):
         return True
 
 
+class _Lines(logging.Handler):
+    """Writes one line a message."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self.setFormatter(logging.Formatter(_LINE, "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(self.format(record), soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+class Journal:
+    """A file that everything is written into that this process says; what came before it is open, too."""
+
+    def __init__(self) -> None:
+        """Listen, and remember."""
+        self._file: logging.Handler | None = None
+        self._memory = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+        self._loggers = [logging.getLogger(name) for name in (ROOT, SHOWN)]
+        self._loggers[1].propagate = False
+        self._loggers[1].setLevel(logging.INFO)
+        for logger in self._loggers:
+            logger.addHandler(self._memory)
+
+    def open(self, path: Path) -> None:
+        """Append to a file from now on; a disk that refuses is told once.
+
+        Args:
+            path: of the file.
+        """
+        try:
+            self._file = logging.FileHandler(path, encoding="utf-8")
+        except OSError as fault:
+            self.close()
+            logging.getLogger(__name__).warning("%s: not written (%s)", path, fault)
+            return
+        self._file.setFormatter(logging.Formatter(_LINE))
+        self._memory.setTarget(self._file)
+        for logger in self._loggers:
+            logger.removeHandler(self._memory)
+            logger.addHandler(self._file)
+        self._memory.flush()
+
+    def close(self) -> None:
+        """Listen no more."""
+        for logger in self._loggers:
+            logger.removeHandler(self._memory)
+            if self._file is not None:
+                logger.removeHandler(self._file)
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
 def start_log(rank: int = 0, *, verbose: bool = False, console: Console | None = None) -> logging.Logger:
     """Send our log to the terminal and return its root; a later call replaces the earlier set-up.
 
@@ -36,14 +98,17 @@ def start_log(rank: int = 0, *, verbose: bool = False, console: Console | None =
         console: where to write; None is stderr.
     """
     logger = logging.getLogger(ROOT)
-    handler = RichHandler(
-        console=console or Console(stderr=True),
-        show_path=False,
-        markup=False,
-        rich_tracebacks=False,
-        log_time_format="%H:%M:%S",
-        omit_repeated_times=False,
-    )
+    console = console or Console(stderr=True)
+    handler: logging.Handler = _Lines(console)
+    if console.is_terminal:
+        handler = RichHandler(
+            console=console,
+            show_path=False,
+            markup=False,
+            rich_tracebacks=False,
+            log_time_format="%H:%M:%S",
+            omit_repeated_times=False,
+        )
     handler.addFilter(_RankFilter(rank))
     logger.handlers[:] = [handler]
     logger.propagate = False

@@ -1,13 +1,15 @@
 """How a recipe's options are declared: once, beside what they tune, with what a reader wants to know of them.
 
 An options class is a frozen, keyword-only pydantic dataclass with `STRICT`; the docstring under a field is
-its meaning, and `docs/recipe.md` and `tide recipe` are made of both. Two marks stand in a field's annotation:
+its meaning, and `docs/recipe.md` and `tide recipe` are made of both. Marks stand in a field's annotation:
 
 - `MACHINE`: it chooses machines or reports and never changes the mathematics, so runs that differ in it are
   the same run, and it does not enter the digest that a run folder is compared with on resume;
-- `Paper("0.5")`: what the paper used (arXiv 2604.26951, tables 5 and 6);
+- `PLACE`: it is a path; what lies there is part of the mathematics, where it lies is not;
+- `ADDED`: releases before did not have it, so at its default it does not enter the digest either;
 - `Was("x")`: null, which is left to somebody else now, had this value as its default in earlier releases, and
-  so it has in the digest: their recipes keep theirs.
+  so it has in the digest: their recipes keep theirs;
+- `Paper("0.5")`: what the paper used (arXiv 2604.26951, tables 5 and 6).
 """
 
 from __future__ import annotations
@@ -17,21 +19,25 @@ import dataclasses
 import inspect
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
+Off = BeforeValidator(lambda value: "off" if value is False else value)
+"""For choices that have an `off`: YAML reads the bare word as False."""
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Machine:
-    """The mark of what is no mathematics."""
+class _Mark:
+    """What is said of a field."""
+
+    word: str
 
 
-MACHINE = _Machine()
+MACHINE, PLACE, ADDED = _Mark("machine"), _Mark("place"), _Mark("added")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Option:
     """The docstring under it, on one line."""
     paper: str | None
     is_machine: bool
+    is_place: bool
+    is_added: bool
     was: str | None = None
     """What null stands for in the digest."""
 
@@ -95,12 +103,14 @@ def options_of(kind: type[Any]) -> Iterator[Option]:
             meaning=meanings.get(field.name, ""),
             paper=next((mark.value for mark in marks if isinstance(mark, Paper)), None),
             is_machine=MACHINE in marks,
+            is_place=PLACE in marks,
+            is_added=ADDED in marks,
             was=next((mark.value for mark in marks if isinstance(mark, Was)), None),
         )
 
 
 def without_machine(tree: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """Return a tree of plain values without what is marked as no mathematics.
+    """Return a tree of plain values without what is marked as no mathematics, or as added and at its default.
 
     Args:
         tree: values by field, nested; keys that the class does not have stay.
@@ -110,26 +120,66 @@ def without_machine(tree: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
         KeyError: a value without a default is missing.
         TypeError: a section is no mapping.
     """
-    known = {option.name: option for option in options_of(kind)}
-    for option in known.values():
+    _check_whole(tree, kind)
+    return _without(
+        tree, kind, lambda option, value: option.is_machine or (option.is_added and value == option.default)
+    )
+
+
+def without_places(tree: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Return a tree of plain values, or a part of one, without its paths."""
+    return _without(tree, kind, lambda option, _: option.is_place)
+
+
+def places(tree: Mapping[str, Any], kind: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Return the paths that are no machine choice in a tree of plain values, by dotted key."""
+    found: dict[str, Any] = {}
+    for option in options_of(kind):
+        value, key = tree.get(option.name), f"{prefix}{option.name}"
+        if option.is_place and not option.is_machine:
+            found[key] = value
+        elif option.nested is not None and value is not None:
+            for name, part in _parts(value, option).items():
+                found |= places(part, option.nested, f"{key}.{name}." if name else f"{key}.")
+    return found
+
+
+Drops = Callable[[Option, Any], bool]
+"""Whether a value goes."""
+
+
+def _check_whole(tree: Mapping[str, Any], kind: type[Any]) -> None:
+    """Raise a KeyError for a required value that is missing, a TypeError for a section that is none."""
+    for option in options_of(kind):
         if option.is_required and option.name not in tree:
             raise KeyError(option.name)
+        if option.nested is not None and tree.get(option.name) is not None:
+            for part in _parts(tree[option.name], option).values():
+                _check_whole(part, option.nested)
+
+
+def _without(tree: Mapping[str, Any], kind: type[Any], drops: Drops) -> dict[str, Any]:
+    known = {option.name: option for option in options_of(kind)}
     return {
-        key: value if key not in known else _inside(value, known[key])
+        key: value if key not in known else _inside(value, known[key], drops)
         for key, value in tree.items()
-        if key not in known or not known[key].is_machine
+        if key not in known or not drops(known[key], value)
     }
 
 
-def _inside(value: Any, option: Option) -> Any:
+def _inside(value: Any, option: Option, drops: Drops) -> Any:
     """Do the same to what an option holds."""
-    if option.nested is None:
+    if option.nested is None or value is None:
         return option.was if value is None else value
+    parts = {name: _without(part, option.nested, drops) for name, part in _parts(value, option).items()}
+    return parts if option.is_named else parts[""]
+
+
+def _parts(value: Any, option: Option) -> Mapping[str, Any]:
+    """Return the sections that an option holds by name; a single one under the empty name."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{option.name} is a section, not {value!r}")
-    if option.is_named:
-        return {name: without_machine(part, option.nested) for name, part in value.items()}
-    return without_machine(value, option.nested)
+    return value if option.is_named else {"": value}
 
 
 def described(kind: Any) -> str:

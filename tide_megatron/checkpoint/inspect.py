@@ -6,6 +6,7 @@ Everything is read by `reading.py` and `stored.py`, so a file from elsewhere can
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,35 @@ def facts_of(path: Path) -> dict[str, str]:
         "written by": f"megatron-core {metadata.megatron_core} on {metadata.ranks} ranks",
         "size": f"{in_bytes(sum(sizes))} in {len(sizes)} files",
         "tensors": f"{len(weights)} of the model ({numbers:,} parameters), {len(stored.entries)} in all",
+        **({"spent": _spent(metadata.spent)} if metadata.spent else {}),
         **{f"metrics {name}": f"{value:.6g}" for name, value in metadata.metrics.items()},
     }
+
+
+def _spent(spent: dict[str, float]) -> str:
+    seconds, cpu_seconds, starts = (spent.get(name, 0.0) for name in ("seconds", "cpu_seconds", "starts"))
+    return f"{seconds:.0f} s, {cpu_seconds:.0f} s of processors, {starts:.0f} start(s)"
+
+
+def values_of(path: Path, *, tensors: bool) -> dict[str, Any]:
+    """Return what a checkpoint is as plain values: state.json's, its size and, if asked for, its tensors.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    found = chosen(path)
+    values = {"checkpoint": str(found), **dataclasses.asdict(read_metadata(found))}
+    try:
+        values["files"] = {name: size for name, (size, _) in read_digests(found).items()}
+    except ValueError as fault:
+        raise CheckpointError(f"{found}: {fault}; see tide checkpoint verify") from None
+    if tensors:
+        stored = StoredTensors(found)
+        values["tensors"] = {
+            name: {"shape": list(stored.shape(name)), "dtype": str(stored.dtype(name)).removeprefix("torch.")}
+            for name in stored.entries
+        }
+    return values
 
 
 def tensors_of(path: Path) -> Iterator[tuple[str, str, str]]:
@@ -113,6 +141,22 @@ def tensor_differences(left: Path, right: Path) -> Iterator[TensorDifference]:
             size = torch.maximum(a.abs(), b.abs()).clamp_min(torch.finfo(a.dtype).tiny)
             relative = torch.where(gap > 0, gap / size, gap).nan_to_num(nan=torch.inf)
             yield TensorDifference(name=name, words="", absolute=absolute, relative=float(relative.max()))
+
+
+def difference_values(one: Path, other: Path) -> dict[str, Any]:
+    """Return how two checkpoints differ as plain values; what is not finite as text, for JSON has none.
+
+    Raises:
+        CheckpointError: one of the two cannot be read.
+    """
+    tensors = [
+        {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in dataclasses.asdict(found).items()
+        }
+        for found in tensor_differences(one, other)
+    ]
+    return {"metadata": list(metadata_differences(one, other)), "tensors": tensors}
 
 
 def _incomparable(one: StoredTensors, other: StoredTensors, name: str) -> str:

@@ -18,8 +18,8 @@ from tide_megatron.checkpoint.stored import StoredTensors
 from tide_megatron.parallel.collectives import fail_together
 
 
-def load_checkpoint(found: Path, model: Any, optimizer: Any) -> None:
-    """Load weights and optimizer state into a freshly built student. Collective.
+def load_checkpoint(found: Path, model: Any, optimizer: Any | None) -> None:
+    """Load weights and optimizer state (None: only weights) into a freshly built student. Collective.
 
     Raises:
         CheckpointError: on every rank: tensors are missing or shaped for another model, or a file of it names
@@ -31,17 +31,19 @@ def load_checkpoint(found: Path, model: Any, optimizer: Any) -> None:
         _load(found, model, optimizer)
 
 
-def _load(found: Path, model: Any, optimizer: Any) -> None:
+def _load(found: Path, model: Any, optimizer: Any | None) -> None:
     """Load by the libraries, whose readers were replaced; sharded optimizer state straight to its place."""
     try:
         loaded = dist_checkpointing.load(loading_state(model, optimizer), str(found))
         model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded["optimizer"])
     except (Exception, CheckpointException) as fault:
         # Whatever the libraries raise means: these bytes do not fit. torch's class is no Exception.
         raise CheckpointError(
             f"{found}: cannot be loaded ({last_line(fault)}); it is of another model, or a writer's fault: "
             "remove it to go on from an older one"
         ) from fault
-    with fail_together():
-        StoredTensors(found).read_into(shards_to_load(model, optimizer))
+    if optimizer is not None:
+        with fail_together():
+            StoredTensors(found).read_into(shards_to_load(model, optimizer))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class RunIdentity:
     """Digest of the recipe's mathematics."""
     data: str
     """Digest of the training data's manifest."""
+    contents: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Key of a folder in the recipe -> digest of what lay there; empty in checkpoints of old releases."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +48,17 @@ class CheckpointMetadata(RunIdentity):
     """Updates that the optimizer has counted: one number, where all parameters agree."""
     metrics: dict[str, float]
     """What the last step before the save measured."""
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds and processor seconds since the run's first start, and its starts; empty in old releases."""
 
     @staticmethod
     def now(
-        run: RunIdentity, clock: Clock, optimizer_steps: list[int], metrics: dict[str, float], ranks: int
+        run: RunIdentity,
+        clock: Clock,
+        optimizer_steps: list[int],
+        metrics: dict[str, float],
+        ranks: int,
+        spent: Mapping[str, float] | None = None,
     ) -> CheckpointMetadata:
         """Return the metadata of a checkpoint that is written here and now."""
         return CheckpointMetadata(
@@ -58,6 +68,7 @@ class CheckpointMetadata(RunIdentity):
             ranks=ranks,
             optimizer_steps=optimizer_steps,
             metrics=metrics,
+            spent=dict(spent or {}),
         )
 
     def write(self, folder: Path) -> None:

@@ -10,12 +10,15 @@ between the rename of a checkpoint and the move of `latest`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import math
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -23,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import DIGESTS, PARTIAL, damage, read_digests, remove_folder, write_text
+from tide_megatron.base.options import Off
 from tide_megatron.checkpoint.metadata import STATE
 from tide_megatron.parallel.collectives import (
     broadcast_object,
@@ -32,7 +36,9 @@ from tide_megatron.parallel.collectives import (
     own_share,
 )
 
-LATEST, DAMAGED = "latest", ".damaged"
+LATEST, BEST, DAMAGED = "latest", "best", ".damaged"
+SCORES = "scores.json"
+"""Name of a checkpoint -> its held-out scores, of all that were evaluated."""
 _NAME = re.compile(r"step-(\d{8,})-(\d{12,})")
 
 log = logging.getLogger(__name__)
@@ -48,6 +54,9 @@ class Checkpoints:
     """How many of the newest checkpoints stay on disk."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints whose step is a multiple of it stay for good; 0: none."""
+    keep_best: Annotated[Literal["off", "nll_per_byte", "masked_accuracy"], Off] = "off"
+    """Also keep the checkpoint with the best held-out score so far, which `checkpoints/best` names: one is
+    written after an evaluation that found a better score (`evaluation.every`)."""
     asynchronous: bool = True
     """Write while training goes on, over a copy in main memory as large as the rank's share of weights and
     optimizer; False: training waits for the disk, and nothing is copied."""
@@ -117,8 +126,63 @@ def expired(checkpoints: Sequence[Path], keep: int, keep_every: int) -> list[Pat
 
 def remove_expired(folder: Path, options: Checkpoints) -> None:
     """Remove the checkpoints of a folder that may go (rank 0)."""
-    for old in expired(listed(folder), options.keep, options.keep_every):
-        remove_folder(old)
+    there = listed(folder)
+    best = best_of(folder, options.keep_best, [path.name for path in there])
+    for old in expired(there, options.keep, options.keep_every):
+        if old.name != best:
+            remove_folder(old)
+    if best is not None:
+        write_text(folder / BEST, best + "\n")
+
+
+def add_score(folder: Path, clock: Clock, scores: Mapping[str, float], by: str) -> bool:
+    """Note the scores of the moment at a clock (rank 0); say whether they are the best so far.
+
+    Args:
+        folder: the run's checkpoint folder.
+        clock: of the evaluation.
+        scores: held out.
+        by: name of the one that counts.
+    """
+    name = name_of(clock)
+    known = {key: value for key, value in _scores(folder).items() if Mark.of(Path(key)) < Mark.of(Path(name))}
+    folder.mkdir(exist_ok=True)
+    write_text(folder / SCORES, json.dumps(known | {name: dict(scores)}, indent=1) + "\n")
+    return best_of(folder, by) == name
+
+
+def best_of(folder: Path, by: str, among: Sequence[str] | None = None) -> str | None:
+    """Return the name of the checkpoint with the best score, the later of equals; None: none has one.
+
+    Args:
+        folder: the run's checkpoint folder.
+        by: name of the score.
+        among: names that count; None: those of all evaluations, also where nothing was saved.
+    """
+    sign = -1.0 if by == "nll_per_byte" else 1.0
+    ranked = [
+        (sign * scores[by], Mark.of(Path(name)), name)
+        for name, scores in _scores(folder).items()
+        if by in scores and (among is None or name in among)
+    ]
+    return max(ranked)[2] if ranked else None
+
+
+def _scores(folder: Path) -> dict[str, dict[str, float]]:
+    """Read what `add_score` wrote; a file that is damaged is told and counts for nothing."""
+    path = folder / SCORES
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            name: {key: float(value) for key, value in scores.items() if math.isfinite(value)}
+            for name, scores in noted.items()
+            if _NAME.fullmatch(name)
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as fault:
+        log.warning("%s cannot be read (%s): earlier scores are forgotten", path, fault)
+        return {}
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -17,7 +17,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,15 @@ class Saver:
         """Whether a save is under way; the same on every rank."""
         return self._save is not None
 
-    def begin(self, clock: Clock, metrics: dict[str, float]) -> None:
+    def begin(
+        self, clock: Clock, metrics: dict[str, float], spent: Mapping[str, float] | None = None
+    ) -> None:
         """Save the state as it is now, as `step-N`; an earlier save that is not finished is waited for.
 
         Args:
             clock: where the run stands.
             metrics: what the last step measured.
+            spent: what the run has cost so far (`CheckpointMetadata.spent`).
 
         Raises:
             CheckpointError: on every rank, when the disk refuses; older checkpoints stay as they are.
@@ -133,7 +136,7 @@ class Saver:
         steps, (_, ranks) = optimizer_steps(self._optimizer), own_share()
         self._save = save = Save(
             partial,
-            CheckpointMetadata.now(self._run, clock, steps, metrics, ranks),
+            CheckpointMetadata.now(self._run, clock, steps, metrics, ranks, spent),
             ShardPlanner(shards, self._state.objects),
             *self._plan,
         )

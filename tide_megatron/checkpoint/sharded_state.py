@@ -78,10 +78,15 @@ class ShardedState:
             return self._optimizer.sharded_state_dict(self._weights, is_loading=False, metadata=metadata)
 
 
-def loading_state(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Return what megatron-core loads: all but the tensors of `shards_to_load`. Collective."""
+def loading_state(model: Any, optimizer: Any | None) -> dict[str, Any]:
+    """Return what megatron-core loads into a model and its optimizer, if that is wanted. Collective.
+
+    All but the tensors of `shards_to_load`.
+    """
     metadata = _metadata(model)
     weights = model.sharded_state_dict(metadata=metadata)
+    if optimizer is None:
+        return {"model": weights}
     with contextlib.ExitStack() as stack:
         for part in _parts(optimizer):
             if _is_sharded(part):

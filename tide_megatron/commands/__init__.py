@@ -24,6 +24,7 @@ from tide_megatron.base.stop import is_stop
 from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.doctor import doctor
+from tide_megatron.commands.evaluate import evaluate
 from tide_megatron.commands.export import export
 from tide_megatron.commands.model_verbs import app as model
 from tide_megatron.commands.prepare import prepare
@@ -37,6 +38,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "recipe": recipe,
     "sample": sample,
+    "evaluate": evaluate,
     "export": export,
     "doctor": doctor,
 }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tide_megatron.commands.options import print_whole
+
 Place = Annotated[Path, typer.Argument(help="A step-* folder; or a run folder, for its newest checkpoint.")]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 app = typer.Typer(help="Look into training checkpoints.", no_args_is_help=True)
 
@@ -16,26 +21,31 @@ app = typer.Typer(help="Look into training checkpoints.", no_args_is_help=True)
 def inspect(
     path: Place,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is: step, samples, recipe, data, versions, sizes.
 
     Example: tide checkpoint inspect runs/kl --tensors
     """
-    import rich
     from rich.markup import escape
     from rich.table import Table
 
-    from tide_megatron.checkpoint.inspect import facts_of, tensors_of
+    from tide_megatron.base.files import local_path
+    from tide_megatron.checkpoint.inspect import facts_of, tensors_of, values_of
 
+    path = local_path(path)
+    if as_json:
+        typer.echo(json.dumps(values_of(path, tensors=tensors), indent=1))
+        return
     shown = Table(box=None, show_header=False)
     for name, value in facts_of(path).items():
         shown.add_row(name, escape(value))
-    rich.print(shown)
+    print_whole(shown)
     if tensors:
         listed = Table("tensor", "shape", "dtype", box=None)
         for row in tensors_of(path):
             listed.add_row(*row)
-        rich.print(listed)
+        print_whole(listed)
 
 
 @app.command()
@@ -55,10 +65,11 @@ def verify(
     Example: tide checkpoint verify models/wedlm --record
     """
     from tide_megatron.base.errors import CheckpointError
-    from tide_megatron.base.files import damage, read_digests, record_digests
+    from tide_megatron.base.files import damage, local_path, read_digests, record_digests
     from tide_megatron.checkpoint.retention import chosen
     from tide_megatron.models.hf.folder import WEIGHTS, check_weights
 
+    path = local_path(path)
     if record:
         check_weights(path)
         record_digests(path, WEIGHTS)
@@ -71,18 +82,21 @@ def verify(
 
 
 @app.command()
-def diff(first: Place, second: Place) -> None:
+def diff(first: Place, second: Place, as_json: Json = False) -> None:
     """Show how two checkpoints differ: recipes, clocks, and the tensors that are not equal.
 
     Example: tide checkpoint diff runs/a runs/b
     """
-    import rich
     from rich.table import Table
 
-    from tide_megatron.checkpoint.inspect import metadata_differences, tensor_differences
+    from tide_megatron.base.files import local_path
+    from tide_megatron.checkpoint.inspect import difference_values, metadata_differences, tensor_differences
     from tide_megatron.checkpoint.retention import chosen
 
-    one, other = chosen(first), chosen(second)
+    one, other = chosen(local_path(first)), chosen(local_path(second))
+    if as_json:
+        typer.echo(json.dumps(difference_values(one, other), indent=1))
+        return
     for line in metadata_differences(one, other):
         typer.echo(line)
     shown = Table("tensor", "largest difference", "relative", box=None)
@@ -90,6 +104,6 @@ def diff(first: Place, second: Place) -> None:
         numbers = (found.words, "") if found.words else (f"{found.absolute:.3g}", f"{found.relative:.3g}")
         shown.add_row(found.name, *numbers)
     if shown.row_count:
-        rich.print(shown)
+        print_whole(shown)
     else:
         typer.echo("all tensors are equal")

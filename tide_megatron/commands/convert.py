@@ -40,10 +40,11 @@ def hf_to_megatron(
     """
     import rich
 
+    from tide_megatron.base.files import local_path
     from tide_megatron.convert.hf_to_megatron import hf_to_megatron as convert
     from tide_megatron.launch.ranks import run_ranks
 
-    found = run_ranks(convert, (source, target, _torch(dtype), force), ranks, "cpu")
+    found = run_ranks(convert, (local_path(source), local_path(target), _torch(dtype), force), ranks, "cpu")
     rich.print(
         f"{target}: {found['tensors']} tensors, {found['elements']:,} numbers, {found['seconds']:.1f} s"
     )
@@ -71,6 +72,7 @@ def megatron_to_hf(
     """
     import rich
 
+    from tide_megatron.base.files import local_path
     from tide_megatron.base.units import read_bytes
     from tide_megatron.convert.megatron_to_hf import Written
     from tide_megatron.convert.megatron_to_hf import megatron_to_hf as convert
@@ -78,7 +80,8 @@ def megatron_to_hf(
 
     size = read_bytes(shard_size if shard_gb is None else f"{round(shard_gb * 1e9)}B", "--shard-size")
     written = Written(dtype=_torch(dtype), shard_bytes=size, force=force)
-    found = run_ranks(convert, (source, target, config, written), ranks, "cpu")
+    places = (local_path(source), local_path(target), config and local_path(config))
+    found = run_ranks(convert, (*places, written), ranks, "cpu")
     kept = f" ({found['files_kept']} of an earlier try)" if found["files_kept"] else ""
     rich.print(
         f"{target}: {found['tensors']} tensors in {found['files']} files{kept}, {found['seconds']:.1f} s"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Wanted = Literal["auto", "cpu", "cuda"]
 """As `base.device.Wanted`, which would import torch here."""
@@ -13,3 +16,14 @@ ContextKind = Literal["bidirectional", "block_causal", "block_diffusion"]
 """As `diffusion.mask.ContextKind`, for the same reason."""
 
 DeviceOption = Annotated[Wanted, typer.Option(help="Where to compute; auto takes CUDA where it works.")]
+
+
+def print_whole(table: Table) -> None:
+    """Print a table without cutting a name: a terminal folds them, a pipe has no edge."""
+    import rich
+    from rich.console import Console
+
+    console = rich.get_console()
+    for column in table.columns:
+        column.overflow, column.no_wrap = "fold", not console.is_terminal
+    (console if console.is_terminal else Console(width=10_000)).print(table)

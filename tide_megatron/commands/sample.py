@@ -12,7 +12,7 @@ from tide_megatron.commands.options import ContextKind, DeviceOption
 
 
 def sample(
-    model: Annotated[Path, typer.Argument(help="Model folder with config.json, weights and tokenizer.")],
+    model: Annotated[Path, typer.Argument(help="A run's folder, or a model folder.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: one a line from stdin.")] = None,
     context: Annotated[
         ContextKind | None,
@@ -30,7 +30,7 @@ def sample(
 ) -> None:
     """Answer prompts with a block sampler; each prompt is one user message in the model's chat template.
 
-    Example: tide sample runs/kl/model "Return the sum of two numbers." --new-tokens 64
+    Example: tide sample runs/kl "Return the sum of two numbers." --new-tokens 64
     """
     import rich
     from rich.markup import escape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,8 @@ from tide_megatron.commands.options import Wanted
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML run file.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, dotted keys; the last word.")
+        list[str] | None,
+        typer.Argument(help="key=value, dotted keys; the last word. {} empties, null removes."),
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start here; leave out under torchrun or srun.")
@@ -22,10 +24,23 @@ def train(
     folder: Annotated[
         str | None, typer.Option(help="Run folder; short for folder=... in the recipe.")
     ] = None,
+    branch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM",
+            help="Begin with the weights and the optimizer of another run's checkpoint; short for "
+            "branch.folder=... in the recipe, where branch.optimizer=false leaves the latter.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on from the run folder, or discard what is there.")
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Read what is there, print recipe, placement and every fault, and stop."
+        ),
+    ] = False,
 ) -> None:
     """Train a student, with teachers or without, as a recipe says.
 
@@ -36,17 +51,23 @@ def train(
 
     Example: tide train run.yaml optimizer.learning_rate=1e-4 losses.kl.weight=2 --dry-run
 
+    Example: tide train run.yaml teachers.wedlm=null losses.kl=null
+
+    Example: tide train second.yaml --branch runs/first
+
     Example: torchrun --nproc-per-node 8 -m tide_megatron.commands train run.yaml
     """
     words = [*(overrides or [])]
-    words += [f"device={device}"] if device else []
-    words += [f"folder={folder}"] if folder else []
+    words += [f"device={device}"] if device is not None else []
+    words += [f"branch.folder={json.dumps(branch)}"] if branch is not None else []
+    words += [f"folder={json.dumps(folder)}"] if folder is not None else []
     if dry_run:
+        from tide_megatron.base.files import local_path
         from tide_megatron.launch.ranks import num_ranks_for
         from tide_megatron.train.resolve import load_recipe
         from tide_megatron.train.summary import print_summary
 
-        print_summary(*load_recipe(recipe, words), num_ranks_for(ranks))
+        print_summary(*load_recipe(local_path(recipe), words), num_ranks_for(ranks), resume=resume)
     else:
         from tide_megatron import api
         from tide_megatron.launch.signals import stopped_code

@@ -12,9 +12,9 @@ import dataclasses
 import enum
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.base.files import local_path
 from tide_megatron.data.columns import COLUMNS, CUT_COLUMN, SIDE_COLUMNS
 from tide_megatron.data.record import ChatRecord
 from tide_megatron.data.rejects import TooLong
@@ -99,7 +99,7 @@ class SideChoice:
                 f"{place}: max_length {length!r} is no number of tokens; write for example 1024"
             )
         tokenizer = Tokenizer.load(
-            Path(folder),
+            local_path(folder),
             mask=options.get("mask"),
             add_mask=add_mask,
             template=options.get("template"),

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import TideModel, build_model
-from tide_megatron.models.hf.config import read_config
+from tide_megatron.models.hf.config import CONFIG_FILE, read_config
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import load_model, read_architecture
@@ -23,6 +23,24 @@ from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 
 CONTEXT_FILE = "tide_context.json"
+RECIPE, MODEL = "recipe.yaml", "model"
+"""What stands in a run's folder (`train.folder`): its recipe, and the student when it has ended."""
+
+
+def model_of(path: Path) -> Path:
+    """Return the model folder that a user means: this one, or the student's in a run's folder.
+
+    Raises:
+        CheckpointError: the run has no student yet.
+    """
+    if not (path / RECIPE).is_file() or (path / CONFIG_FILE).is_file():
+        return path
+    if not (path / MODEL / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{path}: the run has no {MODEL}/ yet, which is written when it ends; go on with it by "
+            f"tide train {path / RECIPE}, or give a model folder"
+        )
+    return path / MODEL
 
 
 def write_context(folder: Path, context: Context) -> None:

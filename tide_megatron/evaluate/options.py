@@ -19,6 +19,8 @@ class Evaluation:
 
     every: int = Field(default=0, ge=0)
     """Updates between evaluations; 0: only at the end."""
+    at_start: bool = False
+    """Also score the student before its first update: where curves begin."""
     samples: int = Field(default=256, ge=1)
     """Score so many held-out samples: a fixed draw, each source with its share; at most all of them."""
     times: tuple[Time, ...] = Field(default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1)

@@ -13,13 +13,12 @@ import yaml
 from tide_megatron.base.errors import CheckpointError, ConfigError, DataError
 from tide_megatron.data.manifest import Manifest, read_manifest
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.model_folder import CONTEXT_FILE, trained_context
+from tide_megatron.evaluate.model_folder import CONTEXT_FILE, MODEL, RECIPE, model_of, trained_context
 from tide_megatron.export.formats import ExportFormat
 from tide_megatron.models.arch.qwen3 import Qwen3
-from tide_megatron.models.hf.config import CONFIG_FILE
 from tide_megatron.models.weights import read_architecture
 from tide_megatron.text.tokenizer import Tokenizer
-from tide_megatron.train.folder import MODEL, RECIPE, RESULT
+from tide_megatron.train.folder import RESULT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,13 +102,9 @@ def read_student(path: Path, formats: Sequence[ExportFormat]) -> TrainedStudent:
 
 def _places(path: Path) -> tuple[Path | None, Path]:
     """Return the run's folder, if one is known, and the model's."""
-    if (path / RECIPE).is_file() and not (path / CONFIG_FILE).is_file():
-        if not (path / MODEL / CONFIG_FILE).is_file():
-            raise CheckpointError(
-                f"{path}: the run has no {MODEL}/ yet, which is written when it ends; go on with it by "
-                f"tide train {path / RECIPE}, or give a model folder"
-            )
-        return path, path / MODEL
+    folder = model_of(path)
+    if folder != path:
+        return path, folder
     parent = path.resolve().parent
     is_ours = path.resolve().name == MODEL and (parent / RECIPE).is_file()
     return (parent if is_ours else None), path

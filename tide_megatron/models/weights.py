@@ -189,6 +189,16 @@ def _report(model: TideModel, tensors_read: int, bytes_read: int) -> LoadReport:
     return LoadReport(parameters=parameters, tensors_read=tensors_read, bytes_read=bytes_read)
 
 
+def check_folder_names(folder: Path, architecture: Architecture) -> None:
+    """Compare the headers of a folder's weights with a model's table; no weight is read.
+
+    Raises:
+        CheckpointError: with all missing, unknown and misshapen tensors, or the file that is damaged.
+    """
+    with HfFolder(folder) as source:
+        check_names(architecture, source)
+
+
 def check_names(architecture: Architecture, source: HfFolder) -> None:
     """Compare a folder's headers with the whole model's table, experts apart or stacked as it has them.
 

@@ -1,6 +1,7 @@
 """The run folder: whose it is, and what stands in it.
 
 recipe.yaml     the resolved recipe
+run.log         what the log and the console said, over all starts
 metrics.jsonl   what was measured, one record a line
 checkpoints/    step-* and `latest`
 model/          the student in Hugging Face form, written at the end
@@ -25,11 +26,14 @@ from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.base.files import discard, write_text
 from tide_megatron.base.lease import LEASE, Lease, leased
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.train.resolve import Tree, difference, digest, mathematics
+from tide_megatron.checkpoint.retention import listed
+from tide_megatron.evaluate.model_folder import MODEL, RECIPE
+from tide_megatron.models.hf.config import CONFIG_FILE
+from tide_megatron.train.resolve import Tree
+from tide_megatron.train.same_run import moved, refuse_other
 
-RECIPE, CHECKPOINTS, MODEL, RESULT = "recipe.yaml", "checkpoints", "model", "result.json"
-STOPPED = "stopped.json"
-_OURS = (CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", RECIPE)
+CHECKPOINTS, RESULT, STOPPED, LOG = "checkpoints", "result.json", "stopped.json", "run.log"
+_OURS = (CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", LOG, RECIPE)
 _OTHER = "choose another folder="
 
 
@@ -90,6 +94,8 @@ def held_folder(folder: Path, tree: Tree, *, resume: bool, stop: StopFlag) -> It
 def claim_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
     """Make or take a checked run folder (only rank 0 calls it, once everything else is known to work).
 
+    The recipe of a run that is gone on with stays until `write_recipe`.
+
     Args:
         folder: the run folder.
         tree: the resolved recipe.
@@ -104,6 +110,17 @@ def claim_folder(folder: Path, tree: Tree, *, resume: bool) -> None:
             for name in _OURS:  # the recipe last: it marks the rest as ours
                 discard(folder / name)
         discard(folder / STOPPED)
+        if not (folder / RECIPE).is_file():
+            write_recipe(folder, tree)
+
+
+def write_recipe(folder: Path, tree: Tree) -> None:
+    """Write the resolved recipe into a claimed folder (only rank 0 calls it).
+
+    Raises:
+        ConfigError: the disk refuses.
+    """
+    with disk_faults(folder, ConfigError, f", or {_OTHER}"):
         write_text(folder / RECIPE, yaml.safe_dump(tree, sort_keys=False))
 
 
@@ -124,14 +141,36 @@ def write_stopped(folder: Path, clock: Mapping[str, int], reason: str) -> None:
 
 def _check_recipe(written: Path, tree: Tree) -> None:
     """Compare the recipe a folder was claimed for with the one that asks for it now."""
+    folder = written.parent
     try:
         old = yaml.safe_load(written.read_text(encoding="utf-8"))
-        if digest(old) == digest(tree):
-            return
-        changed = "\n  ".join(difference(mathematics(old), mathematics(tree)))
+        # A checkpoint remembers what lay at the old paths; without one nothing does, and nothing is lost.
+        refuse_other(f"folder: {folder} holds the run of", old, tree, paths=not listed(folder / CHECKPOINTS))
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        changed = f"{RECIPE} cannot be read as one"
-    raise CheckpointError(
-        f"folder: {written.parent} holds the run of another recipe:\n  {changed}\n"
-        "use another folder=, the old values, or --fresh to discard the old run"
-    )
+        raise CheckpointError(
+            f"folder: {folder} holds the run of another recipe:\n  {RECIPE} cannot be read as one\n"
+            "use another folder=, or --fresh to discard the old run"
+        ) from None
+
+
+def finished_result(folder: Path, tree: Tree) -> dict[str, Any] | None:
+    """Return the result of a run that has nothing left to do, None of any other.
+
+    Args:
+        folder: the run folder; that its run is this one's is known.
+        tree: the resolved recipe.
+    """
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        is_over = result["finished"] and result["clock"]["step"] >= tree["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(result) if is_over and (folder / MODEL / CONFIG_FILE).is_file() else None
+
+
+def has_same_paths(folder: Path, tree: Tree) -> bool:
+    """Say whether a run folder's recipe names the same folders; of another run's recipe False, too."""
+    try:
+        return not moved(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")), tree)
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        return False

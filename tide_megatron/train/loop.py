@@ -9,38 +9,49 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.lease import Lease
+from tide_megatron.base.log import Journal
 from tide_megatron.base.stop import StopFlag, Stopped
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
-from tide_megatron.evaluate.model_folder import write_context
+from tide_megatron.evaluate.model_folder import MODEL, write_context
 from tide_megatron.models.weights import save_model
 from tide_megatron.parallel.collectives import (
     all_agree,
     barrier,
+    broadcast_object,
     fail_together,
     held_by_first,
     is_first,
-    sum_over,
 )
+from tide_megatron.train.branch import KEY as BRANCH
 from tide_megatron.train.cost import Devices
-from tide_megatron.train.folder import MODEL, claim_folder, held_folder, write_result, write_stopped
+from tide_megatron.train.folder import (
+    LOG,
+    RESULT,
+    claim_folder,
+    finished_result,
+    has_same_paths,
+    held_folder,
+    write_recipe,
+    write_result,
+    write_stopped,
+)
 from tide_megatron.train.metrics import Metrics
+from tide_megatron.train.profile import Profiler
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
 from tide_megatron.train.sanity import check_student, check_teachers
-from tide_megatron.train.saving import make_saver, start_or_resume
+from tide_megatron.train.saving import Costs, make_saver, note_score, start_or_resume
 from tide_megatron.train.setup import Setup, set_up
 from tide_megatron.train.step import StepResult, train_step
 
@@ -70,21 +81,24 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     """
     folder = Path(recipe.folder)
     with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(contextlib.closing(Journal())) if is_first() else None
         with stop.ending():  # nothing is written yet, and nothing of an earlier run discarded
             lease = stack.enter_context(
                 held_by_first(lambda: held_folder(folder, tree, resume=resume, stop=stop))
             )
+            if resume and (done := _finished(folder, tree, before_reading=True)):
+                return done
             log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
             setup = set_up(recipe, device)
             check_student(recipe, setup)
             sanity = check_teachers(recipe, setup)
             clock = start_or_resume(recipe, tree, setup, resume=resume)
+            if resume and (done := _finished(folder, tree, before_reading=False)):
+                return done
             saver = make_saver(recipe, tree, setup, lease)
         with stop.finishing("the run ends after its step under way, and saves it"):
             _begin_together(stop)
-            with fail_together():
-                if is_first():
-                    claim_folder(folder, tree, resume=resume)
+            _claim(folder, tree, resume, journal)
             with _open_metrics(recipe, tree, setup, clock, device) as metrics:
                 result = _step_and_score(recipe, setup, saver, clock, metrics, stop) | {"teachers": sanity}
             if result["finished"]:
@@ -92,6 +106,16 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
             elif is_first():
                 write_stopped(folder, result["clock"], stop.reason or "another rank")
     return result
+
+
+def _claim(folder: Path, tree: Tree, resume: bool, journal: Journal | None) -> None:
+    """Take the run folder, whose checkpoint has been compared, and begin its log. All ranks call it."""
+    with fail_together():
+        if is_first():
+            claim_folder(folder, tree, resume=resume)
+            write_recipe(folder, tree)
+    if journal is not None:
+        journal.open(folder / LOG)
 
 
 def _begin_together(stop: StopFlag) -> None:
@@ -128,16 +152,22 @@ def _step_and_score(
     recipe: Recipe, setup: Setup, saver: Saver, clock: Clock, metrics: Metrics, stop: StopFlag
 ) -> dict[str, Any]:
     """Train and, unless the run was stopped, score the student; return what result.json tells of it."""
-    started, cpu = time.monotonic(), time.process_time()
-    clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop)
-    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu
+    if recipe.evaluation.at_start and not clock.consumed:
+        _evaluate(recipe, setup, clock, metrics)
+    costs = Costs(setup.spent)
+    with Profiler(recipe.metrics.profile, Path(recipe.folder), setup.run.device) as profiler:
+        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop, costs, profiler)
     result = {
         "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
-        "seconds": seconds,
-        "cpu_seconds": float(sum_over(torch.tensor(cpu_seconds, dtype=torch.float64))),
+        **costs.own(),
+        **{f"total_{name}": value for name, value in costs.total().items()},
+        **({"branch": setup.contents[BRANCH]} if BRANCH in setup.contents else {}),
         "finished": not stopped,
     }
-    scores = None if stopped else _evaluate(recipe, setup, clock, metrics)
+    if stopped:
+        return result
+    scores = _evaluate(recipe, setup, clock, metrics)
+    note_score(recipe, clock, scores)
     return result if scores is None else result | scores.summary()
 
 
@@ -163,8 +193,41 @@ def _write_student(recipe: Recipe, setup: Setup, result: dict[str, Any], lease: 
         log.info("the student is in %s", folder / MODEL)
 
 
+def _finished(folder: Path, tree: Tree, *, before_reading: bool) -> dict[str, Any] | None:
+    """Return the result of a run that has ended already, else None. All ranks call it.
+
+    Args:
+        folder: the run folder, checked or claimed.
+        tree: the resolved recipe.
+        before_reading: what lies in the recipe's folders has not been compared yet, so the paths must be the
+            same; a run whose folders were moved is asked again after that.
+    """
+    with fail_together():
+        done = finished_result(folder, tree) if is_first() else None
+        if before_reading and done is not None and not has_same_paths(folder, tree):
+            done = None
+    done = broadcast_object(done)
+    if done is not None:
+        log.info(
+            "%s: already finished at step %d: scores in %s, the student in %s; raise steps= to go on, give "
+            "--fresh to start over, or score it again with tide evaluate",
+            folder,
+            done["clock"]["step"],
+            folder / RESULT,
+            folder / MODEL,
+        )
+    return done
+
+
 def _loop(
-    recipe: Recipe, setup: Setup, saver: Saver, clock: Clock, metrics: Metrics, stop: StopFlag
+    recipe: Recipe,
+    setup: Setup,
+    saver: Saver,
+    clock: Clock,
+    metrics: Metrics,
+    stop: StopFlag,
+    costs: Costs,
+    profiler: Profiler,
 ) -> tuple[Clock, bool]:
     """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
     run, every, skipped = setup.run, recipe.checkpoints.every, 0
@@ -177,10 +240,12 @@ def _loop(
                 saver.wait()  # here and not after the step, so that a kill costs one save at most
             else:
                 saver.poll()
+        profiler.before(clock)
         with run.phases("data"):
             batches = setup.loader.update(clock.consumed)
         result = train_step(run, batches, clock)
         clock = clock.after_step(applied=result.update.applied, samples=setup.loader.update_samples)
+        profiler.after(clock)
         skipped = 0 if result.update.applied else skipped + 1
         _report(metrics, recipe, result, before, clock)
         if skipped >= MOST_SKIPPED:
@@ -191,19 +256,21 @@ def _loop(
                 "the run goes on from its last checkpoint"
             )
         stopped = not all_agree(not stop.requested)
+        is_best = False
         if result.update.applied and not stopped:
             if (
                 recipe.evaluation.every
                 and clock.step % recipe.evaluation.every == 0 < clock.total_steps - clock.step
             ):
-                _evaluate(recipe, setup, clock, metrics)
-            if every and clock.step % every == 0:
+                scores = _evaluate(recipe, setup, clock, metrics)
+                is_best = note_score(recipe, clock, scores)
+            if is_best or (every and clock.step % every == 0):
                 with run.phases("checkpoint"):
-                    saver.begin(clock, result.terms)
+                    saver.begin(clock, result.terms, costs.total())
                 saved = clock.consumed
     with run.phases("checkpoint"):
         if saved != clock.consumed:
-            saver.begin(clock, {})
+            saver.begin(clock, {}, costs.total())
         saver.wait()
     if stopped:
         log.warning(
@@ -267,5 +334,7 @@ def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> L
         student.model.train()
     values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
     assert all(map(math.isfinite, values.values())), "a score is a finite number"
+    for level in scores.by_time():
+        values |= {f"{name}/{level['time']:g}": level[name] for name in tuple(values) if "/" not in name}
     metrics.evaluated(clock, values)
     return scores

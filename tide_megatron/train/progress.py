@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,11 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.log import SHOWN
 from tide_megatron.base.units import in_bytes
 from tide_megatron.train.sinks import Record
+
+journal = logging.getLogger(SHOWN)
 
 REFRESHES_PER_SECOND = 4
 """Of the live bar: enough to look alive, little enough to cost nothing."""
@@ -66,11 +70,14 @@ class Progress:
         self._moved |= _moved(values)
         if record.kind == "evaluate":
             self._print(f"step {record.clock.step}: held out  {describe_scores(values)}")
-        elif self._bar is not None:
-            self._bar.facts = describe_step(values)
         else:
-            clock = record.clock
-            self._print(f"step {clock.step}/{clock.total_steps}  {self._eta(clock)}  {describe_step(values)}")
+            clock, facts = record.clock, describe_step(values)
+            line = f"step {clock.step}/{clock.total_steps}  {self._eta(clock)}  {facts}"
+            if self._bar is None:
+                self._print(line)
+            else:
+                self._bar.facts = facts
+                journal.info(line)
 
     def close(self) -> None:
         """Stop the bar and print the phase shares of the whole run."""
@@ -87,6 +94,7 @@ class Progress:
             self._print(f"what was exchanged a step, over all ranks, at last: {kinds}")
 
     def _print(self, line: str) -> None:
+        journal.info(line)
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _eta(self, clock: Clock) -> str:
@@ -140,8 +148,10 @@ def _costs(values: Mapping[str, float]) -> list[str]:
 
 
 def describe_scores(values: Mapping[str, float]) -> str:
-    """Say held-out scores in one line."""
-    return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+    """Say held-out scores in one line; those by noise level are left to the other sinks."""
+    return "  ".join(
+        f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items() if "/" not in name
+    )
 
 
 def _phases(values: Mapping[str, float]) -> dict[str, float]:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.base.options import MACHINE, STRICT, Paper, Was
+from tide_megatron.base.files import local_path
+from tide_megatron.base.options import ADDED, MACHINE, PLACE, STRICT, Off, Paper, Was
 from tide_megatron.checkpoint.retention import Checkpoints
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
@@ -26,10 +27,18 @@ from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
 from tide_megatron.parallel.layout import Layout
 
-Folder = Annotated[str, Field(min_length=1)]
-"""A folder; the empty string would silently be the current one."""
-Off = BeforeValidator(lambda value: "off" if value is False else value)
-"""For choices that have an `off`: YAML reads the bare word as False."""
+
+def _local(word: str) -> str:
+    """Return a folder as it is meant (`local_path`), with pydantic's kind of error."""
+    try:
+        path = local_path(word)
+    except ConfigError as fault:
+        raise ValueError(str(fault)) from None
+    return str(path) if word.startswith("~") else word  # as written else: `./~x` must not become `~x`
+
+
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_local)]
+"""A folder; the empty string would silently be the current one, and `~` a folder of that name."""
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -37,7 +46,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Model:
     """A model folder in Hugging Face form (config.json, tokenizer, safetensors) and how it is read."""
 
-    folder: Folder
+    folder: Annotated[Folder, PLACE]
     """Local path. Weights are needed unless `initial` is `random`."""
     context: Context
     """What a token may attend to, with the block size."""
@@ -99,12 +108,22 @@ class StudentModel(Model):
 class Data:
     """Prepared data folders (`tide prepare`)."""
 
-    train: Folder
+    train: Annotated[Folder, PLACE]
     """What is learned from."""
-    held_out: Folder | None = None
+    held_out: Annotated[Folder | None, PLACE] = None
     """What scores are made on; None: there are none."""
     fixed_length: int | None = Field(default=None, ge=1)
     """Pad every sample to this many tokens (spec section 1 item 10); None: to the microbatch's longest."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Branch:
+    """Begin where another run stood, under this recipe; its clock, data and schedules start anew."""
+
+    folder: Annotated[Folder, PLACE]
+    """The other run's folder (its newest checkpoint counts), or one of its `step-*` folders."""
+    optimizer: bool = True
+    """Take the optimizer's moments along with the weights; `false`: begin without."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -177,9 +196,19 @@ class MetricsOptions:
     """Weights & Biases; its failures are logged once and never end a run."""
     project: str = "tide-megatron"
     """wandb project."""
+    profile: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """First and last update that torch's profiler watches on rank 0 (and slows down), such as [10, 12]; the
+    trace goes into the run folder (profile-steps-10-12.json.gz)."""
     peak_tflops: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """What one device could do at most, in TFLOP/s of dense products in the student's dtype, which `mfu` is
     held against; None: from a table of GPUs (`base.peak`), and on others no `mfu`."""
+
+    def __post_init__(self) -> None:
+        """Refuse a range that ends before it begins."""
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ConfigError(
+                f"metrics.profile: {list(self.profile)} ends before it begins; give first and last update"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -193,11 +222,15 @@ class Recipe:
     losses: dict[str, Any]
     """Name of each term -> its `kind` and that kind's options; after validation, the loss objects."""
     steps: int = Field(ge=1)
-    """Updates to apply; schedules reach over all of them."""
+    """Updates to apply; schedules reach over all of them. Given by `epochs` instead, or here."""
+    epochs: Annotated[float | None, MACHINE] = Field(default=None, gt=0.0)
+    """In place of `steps`: how often the training data is read. It becomes `steps`, which is what counts."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Of noise, sample order, views and drawn weights."""
     teachers: dict[str, TeacherModel] = Field(default_factory=dict)
     """Name of each teacher -> how it is read; losses name the one they listen to."""
+    branch: Annotated[Branch | None, ADDED] = None
+    """Begin where another run stood (`tide train --branch`); null: with the student as its folder has it."""
     batch: BatchOptions = Field(default_factory=BatchOptions)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     noise: NoiseOptions = Field(default_factory=NoiseOptions)

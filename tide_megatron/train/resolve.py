@@ -1,9 +1,13 @@
 """From YAML to a `Recipe`: fragments, overrides, validation, digest.
 
 Precedence: dataclass default < included fragments in their order < run file < `key=value` of the command
-line. Fragments are named under `include:` relative to the file that names them, and include nothing
-themselves. OmegaConf merges; pydantic validates; this module turns both libraries' complaints into one
-`ConfigError` that names the key, the value and the nearest legal choice.
+line, from left to right. Fragments are named under `include:` relative to the file that names them,
+and include nothing themselves. At each of these steps a value replaces what was there, a section is merged
+key by key, an empty one (`teachers={}`) empties, and null takes a teacher or a term away
+(`losses.kl=null`); elsewhere null is a value like others.
+
+OmegaConf merges; pydantic validates; this module turns both libraries' complaints into one `ConfigError` that
+names the key, the value and the nearest legal choice.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -20,12 +25,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from tide_megatron.base.errors import ConfigError, nearest
-from tide_megatron.base.options import without_machine
+from tide_megatron.base.errors import ConfigError, DataError, nearest
+from tide_megatron.base.files import local_path
+from tide_megatron.base.options import options_of, without_machine
+from tide_megatron.data.manifest import read_manifest
 from tide_megatron.losses import LOSSES
 from tide_megatron.train.recipe import Recipe
 
 Tree = dict[str, Any]
+_NAMED = frozenset(option.name for option in options_of(Recipe) if option.is_named)
+"""Sections whose entries have names that the recipe gives."""
 
 
 def load_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree]:
@@ -33,7 +42,7 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree
 
     Args:
         file: YAML run file.
-        overrides: `key=value` strings, dotted keys.
+        overrides: `key=value` strings, dotted keys; each goes over what is left of it.
 
     Returns:
         The recipe and its resolved tree of plain values (what is printed, hashed and saved).
@@ -41,9 +50,12 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree
     Raises:
         ConfigError: naming file, key, value and remedy.
     """
-    fragments = [*_fragments(file), _overrides(overrides)]
+    tree = OmegaConf.create({})
     try:
-        plain = OmegaConf.to_container(OmegaConf.merge(*fragments), resolve=True, throw_on_missing=True)
+        for fragment in (*_fragments(file), *_overrides(overrides)):
+            _clear(tree, fragment)
+            tree = OmegaConf.merge(tree, fragment)
+        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, TypeError) as fault:  # TypeError: a list merged with a mapping
         raise ConfigError(f"{file}: {_told(fault)}; fix it there, or in the overrides") from None
     assert isinstance(plain, dict), "a merge of mappings is a mapping"
@@ -52,7 +64,11 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree
 
 def build_recipe(tree: Tree) -> tuple[Recipe, Tree]:
     """Validate a tree of plain values; return the recipe and the tree with every default filled in."""
-    recipe: Recipe = _validate(Recipe, tree, prefix="")
+    is_by_epochs = tree.get("epochs") is not None
+    is_open = is_by_epochs and tree.get("steps") is None
+    recipe: Recipe = _validate(Recipe, {**tree, "steps": 1} if is_open else tree, prefix="")
+    if is_by_epochs:
+        recipe = _with_steps(recipe, is_open=is_open)
     if not recipe.losses:
         raise ConfigError("losses: name at least one term, for example {ce: {kind: cross_entropy}}")
     built = {name: _build_loss(name, options) for name, options in recipe.losses.items()}
@@ -94,6 +110,35 @@ def difference(old: Tree, new: Tree, prefix: str = "") -> list[str]:
     return lines
 
 
+def _clear(below: Any, above: Any, prefix: str = "") -> None:
+    """Take out of one tree what the tree to be merged over it empties or removes.
+
+    Args:
+        below: what was merged so far; changed.
+        above: what comes over it; what it removes goes from it, too.
+        prefix: dotted key of both, with a dot behind.
+
+    Raises:
+        ConfigError: there is nothing of that name to remove.
+    """
+    for key in list(above):
+        if OmegaConf.is_interpolation(above, key) or OmegaConf.is_missing(above, key):
+            continue
+        value = above[key]
+        if value is None and f"{prefix}{key}" in _NAMED:
+            above[key] = value = OmegaConf.create({})
+        if value is None and prefix.rstrip(".") in _NAMED:
+            if key not in below:
+                known = nearest(str(key), map(str, below)) if below else "there are none"
+                raise ConfigError(f"{prefix}{key}: null removes it, but it is not there; {known}")
+            del below[key], above[key]
+        elif isinstance(value, DictConfig) and key in below:
+            if not value:
+                below[key] = {}
+            elif not OmegaConf.is_interpolation(below, key) and isinstance(below[key], DictConfig):
+                _clear(below[key], value, f"{prefix}{key}.")
+
+
 def _fragments(file: Path) -> list[Any]:
     """Return the included fragments' trees and then the file's own, ready to merge."""
     own = _read(file)
@@ -102,11 +147,10 @@ def _fragments(file: Path) -> list[Any]:
         raise ConfigError(f"{file}: include must be a list of YAML files, not {names!r}")
     trees = []
     for name in names:
-        fragment = _read(file.parent / str(name))
+        place = file.parent / local_path(str(name))
+        fragment = _read(place)
         if "include" in fragment:
-            raise ConfigError(
-                f"{file.parent / str(name)}: a fragment cannot include another; list both in {file}"
-            )
+            raise ConfigError(f"{place}: a fragment cannot include another; list both in {file}")
         trees.append(fragment)
     return [*trees, own]
 
@@ -128,15 +172,27 @@ def _read(file: Path) -> DictConfig:
     return tree
 
 
-def _overrides(pairs: Sequence[str]) -> Any:
-    """Turn `key=value` strings into a tree."""
+def _overrides(pairs: Sequence[str]) -> Iterator[Any]:
+    """Turn `key=value` strings into trees, one after the other."""
     for pair in pairs:
-        if "=" not in pair or not pair.split("=", 1)[0].strip():
-            raise ConfigError(f"override {pair!r}: write key=value, for example optimizer.learning_rate=1e-4")
-    try:
-        return OmegaConf.from_dotlist(list(pairs))
-    except (OmegaConfBaseException, yaml.YAMLError) as fault:
-        raise ConfigError(f"overrides {' '.join(pairs)!r}: {_told(fault)}; fix or quote the value") from None
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"override {pair!r}: write key=value, for example optimizer.learning_rate=1e-4, or "
+                "losses.NAME=null to remove a term"
+            )
+        if key.strip() == "include":
+            raise ConfigError(f"override {pair!r}: fragments are listed in a run file; write include: there")
+        try:
+            tree = OmegaConf.from_dotlist([pair])
+            is_cut = " #" in value and "#" not in str(OmegaConf.to_container(tree))
+        except (OmegaConfBaseException, yaml.YAMLError) as fault:
+            raise ConfigError(f"override {pair!r}: {_told(fault)}; fix or quote the value") from None
+        if is_cut:
+            raise ConfigError(
+                f"override {pair!r}: ' #' begins a comment, what follows would be lost; quote the value"
+            )
+        yield tree
 
 
 def _told(fault: Exception) -> str:
@@ -145,6 +201,30 @@ def _told(fault: Exception) -> str:
         return f"line {fault.problem_mark.line + 1}: {fault.problem}"
     key = getattr(fault, "full_key", None)
     return f"{key}: " * bool(key) + str(fault).partition("\n")[0]
+
+
+def _with_steps(recipe: Recipe, *, is_open: bool) -> Recipe:
+    """Return the recipe with as many steps as its epochs take, rounded up.
+
+    Args:
+        recipe: with `epochs`.
+        is_open: it has no `steps`; else they must be the same.
+
+    Raises:
+        ConfigError: they are others.
+        DataError: the training data cannot be read.
+    """
+    try:
+        samples = read_manifest(Path(recipe.data.train)).samples
+    except DataError as fault:
+        raise DataError(f"epochs: {recipe.epochs} need the training data, or give steps: {fault}") from None
+    steps = math.ceil(round((recipe.epochs or 0) * samples / recipe.batch.samples, 6))
+    if not is_open and recipe.steps != steps:
+        raise ConfigError(
+            f"steps: {recipe.steps}, but epochs: {recipe.epochs} of {samples} samples are {steps} steps; "
+            "give one of the two (steps=null or epochs=null takes the other away)"
+        )
+    return dataclasses.replace(recipe, steps=steps)
 
 
 def _build_loss(name: str, options: Any) -> Any:
@@ -197,7 +277,7 @@ def _complaint(kind: type[Any], error: Any, prefix: str) -> str:
         return f"{key}: unknown key; {nearest(path[-1], _fields_at(kind, path[:-1]))}"
     if _is_missing(error):
         return f"{key}: is required; set it in the recipe"
-    return f"{key}: {error['input']!r} is not valid: {error['msg']}"
+    return f"{key}: {error['input']!r} is not valid: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:

@@ -6,19 +6,26 @@ The format is `tide_megatron.checkpoint`'s, which knows no recipes; this file co
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.lease import Lease
 from tide_megatron.checkpoint.load import load_checkpoint
 from tide_megatron.checkpoint.metadata import RunIdentity, read_metadata
-from tide_megatron.checkpoint.retention import find_checkpoint
+from tide_megatron.checkpoint.retention import add_score, find_checkpoint, name_of, remove_expired
 from tide_megatron.checkpoint.save import Saver
-from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.evaluate.likelihood import Likelihood
+from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, sum_over
+from tide_megatron.train.branch import KEY, begin_from
 from tide_megatron.train.folder import CHECKPOINTS
 from tide_megatron.train.recipe import Recipe
-from tide_megatron.train.resolve import Tree, difference, digest, mathematics
+from tide_megatron.train.resolve import Tree, digest
+from tide_megatron.train.same_run import check_contents, refuse_other, with_steps
 from tide_megatron.train.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -26,7 +33,12 @@ log = logging.getLogger(__name__)
 
 def identity_of(tree: Tree, setup: Setup) -> RunIdentity:
     """Say what this run's checkpoints belong to."""
-    return RunIdentity(recipe=tree, recipe_digest=digest(tree), data=setup.loader.columns.manifest.digest)
+    return RunIdentity(
+        recipe=tree,
+        recipe_digest=digest(tree),
+        data=setup.loader.columns.manifest.digest,
+        contents=setup.contents,
+    )
 
 
 def make_saver(recipe: Recipe, tree: Tree, setup: Setup, lease: Lease | None = None) -> Saver:
@@ -57,8 +69,15 @@ def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup, *, resume: bool = 
     found = find_checkpoint(Path(recipe.folder) / CHECKPOINTS) if resume else None
     with fail_together():
         clock = checked_clock(found, identity_of(tree, setup)) if found else Clock(total_steps=recipe.steps)
+    if not found and recipe.branch is not None:
+        setup.contents[KEY] = begin_from(recipe, recipe.branch, setup.run.student)
     if found:
+        old = read_metadata(found)
+        setup.spent.update(old.spent)
+        if KEY in old.contents:
+            setup.contents[KEY] = old.contents[KEY]
         load_checkpoint(found, setup.run.student.model, setup.run.student.optimizer)
+        clock = with_steps(clock, recipe)
         log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)
     return clock
 
@@ -76,15 +95,10 @@ def checked_clock(found: Path, run: RunIdentity) -> Clock:
     """
     old = read_metadata(found)
     try:
-        is_same = digest(old.recipe) == digest(run.recipe)
+        refuse_other(f"{found} belongs to", old.recipe, run.recipe, paths=False)
+        check_contents(str(found), old.recipe, run.recipe, old.contents, run.contents)
     except (KeyError, TypeError, AttributeError) as fault:
         raise CheckpointError(f"{found}: its recipe is not readable ({fault}); remove it") from None
-    if not is_same:
-        changed = "\n  ".join(difference(mathematics(old.recipe), mathematics(run.recipe)))
-        raise CheckpointError(
-            f"{found} belongs to another recipe:\n  {changed}\n"
-            "use another folder=, the old values, or --fresh to discard the old run"
-        )
     if old.data != run.data:
         where = run.recipe["data"]["train"]
         raise CheckpointError(
@@ -98,3 +112,40 @@ def checked_clock(found: Path, run: RunIdentity) -> Clock:
             f"go on with optimizer.distributed={was}"
         )
     return old.clock
+
+
+def note_score(recipe: Recipe, clock: Clock, scores: Likelihood | None) -> bool:
+    """Note held-out scores if the best checkpoint is kept; say whether they are it. All ranks call it."""
+    by = recipe.checkpoints.keep_best
+    if by == "off" or scores is None:
+        return False
+    values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
+    folder, is_best = Path(recipe.folder) / CHECKPOINTS, False
+    with fail_together():
+        if is_first():
+            is_best = add_score(folder, clock, values, by)
+            if (folder / name_of(clock)).is_dir():  # the last one was saved before it was scored
+                remove_expired(folder, recipe.checkpoints)
+    return broadcast_object(is_best)
+
+
+class Costs:
+    """What a run costs, over all of its starts: `seconds`, `cpu_seconds` (of all ranks) and `starts`.
+
+    What an earlier start did after its last checkpoint is not in it, as it is not in the run.
+    """
+
+    def __init__(self, earlier: Mapping[str, float]) -> None:
+        """Begin to count, on top of what earlier starts have cost."""
+        self._earlier = dict(earlier)
+        self._started, self._cpu = time.monotonic(), time.process_time()
+
+    def own(self) -> dict[str, float]:
+        """Return seconds and processor seconds of this start. All ranks call it."""
+        cpu_seconds = torch.tensor(time.process_time() - self._cpu, dtype=torch.float64)
+        return {"seconds": time.monotonic() - self._started, "cpu_seconds": float(sum_over(cpu_seconds))}
+
+    def total(self) -> dict[str, float]:
+        """Return those of all starts. All ranks call it."""
+        parts = {**self.own(), "starts": 1}
+        return {name: value + self._earlier.get(name, 0.0) for name, value in parts.items()}

@@ -1,28 +1,32 @@
 """From a recipe to what a run needs on this rank: data, tokenizers, student, teachers, head.
 
 Files are read inside `fail_together`, so a fault that one rank sees ends all of them with one message.
-What cannot work (layouts, vocabularies, schedules) is refused before any weight is read.
+What cannot work (layouts, vocabularies, schedules) is refused before any weight is read; `tide train
+--dry-run` looks through the same eyes (`examine`) and tells all of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.base.errors import ConfigError, TideError, nearest
 from tide_megatron.base.phases import Phases
 from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
+from tide_megatron.head.budget import HeadShape
 from tide_megatron.head.loss import HeadLoss, check_budget
 from tide_megatron.losses.base import ColumnLoss
-from tide_megatron.parallel.collectives import fail_together
+from tide_megatron.models.weights import check_folder_names, read_architecture
+from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, own_share
 from tide_megatron.parallel.vocab_group import make_vocab_group
 from tide_megatron.text.align import differing_ids, require_shared
 from tide_megatron.text.tokenizer import Tokenizer
@@ -40,6 +44,7 @@ from tide_megatron.train.models import (
 )
 from tide_megatron.train.placement import drawn, placement_table
 from tide_megatron.train.recipe import Recipe
+from tide_megatron.train.same_run import model_contents
 from tide_megatron.train.step import Run
 
 log = logging.getLogger(__name__)
@@ -55,6 +60,104 @@ class Setup:
     tokenizer: Tokenizer
     tokenizers: Mapping[str, Tokenizer]
     """Of the teachers, by name."""
+    contents: dict[str, str]
+    """Key of a folder in the recipe -> digest of what lies there."""
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What earlier starts of the run have cost, as its checkpoint tells (`CheckpointMetadata.spent`)."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Examination:
+    """What a recipe names, read as far as it can be, and every fault of it."""
+
+    faults: list[TideError] = dataclasses.field(default_factory=list)
+    plans: dict[str, ModelPlan] = dataclasses.field(default_factory=dict)
+    """`student` and the teachers by name."""
+    ranks: int = 1
+    """Of a vocabulary group."""
+    data: dict[str, Loader] = dataclasses.field(default_factory=dict)
+    """`train` and `held_out`."""
+    shapes: dict[str, HeadShape] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Keep a fault, so that others are found, too."""
+        try:
+            yield
+        except TideError as fault:
+            self.faults.append(fault)
+
+    def refuse_faults(self) -> None:
+        """Raise the faults together, if there are any.
+
+        Raises:
+            TideError: the only fault, or one that names them all.
+        """
+        told = {str(fault): fault for fault in self.faults}
+        if len(told) == 1:
+            raise next(iter(told.values()))
+        if told:
+            raise ConfigError(f"{len(told)} faults:\n" + "\n".join(f"- {line}" for line in told))
+
+
+def examine(recipe: Recipe, device: Device, place: tuple[int, int], *, headers: bool = False) -> Examination:
+    """Read what a recipe names but no weights, and find all that a start would refuse. Not a collective.
+
+    Args:
+        recipe: validated.
+        device: that it is to run on.
+        place: (this rank, ranks).
+        headers: also compare the names and shapes of all weights, which loading them does anyway.
+    """
+    found, world, fitting = Examination(), place[1], 0
+    for name, model in {"student": recipe.student, **recipe.teachers}.items():
+        key = name if model is recipe.student else f"teachers.{name}"
+        with found.noting():
+            folder = Path(model.folder)
+            architecture = read_architecture(folder)
+            with found.noting():
+                check_layout(model, architecture, world, key)
+                fitting += 1
+            with found.noting():
+                found.plans[name] = plan = read_plan(model, key)
+                check_precision(plan, device)
+                found.shapes[name] = head_shape(plan, device)
+            if headers and model.initial == "folder":
+                check_folder_names(folder, architecture)
+    with found.noting():
+        if fitting == 1 + len(recipe.teachers):
+            found.ranks = head_ranks(recipe, world)
+    with found.noting():
+        recipe.batch.accumulation(world)
+    _examine_data(recipe, place, found)
+    if len(found.plans) > len(recipe.teachers) and "train" in found.data:
+        _check_terms(recipe, found)
+        with found.noting():
+            if len(found.shapes) == len(found.plans):
+                check_budget(recipe.head, recipe.terms, found.shapes, found.ranks, device)
+    return found
+
+
+def _examine_data(recipe: Recipe, place: tuple[int, int], found: Examination) -> None:
+    """Open the data for its readers, or by itself where they or the batch cannot be."""
+    is_fine = "student" in found.plans and _can_be_cut(recipe, place[1])
+    readers = {name: plan for name, plan in found.plans.items() if name != "student"}
+    for part, folder in (("train", recipe.data.train), ("held_out", recipe.data.held_out)):
+        with found.noting():
+            if folder and is_fine:
+                tokenizer, is_trained_on = found.plans["student"].tokenizer, part == "train"
+                loader = open_loader(recipe, folder, tokenizer, readers, place, is_trained_on=is_trained_on)
+                found.data[part] = _with_vocabularies(loader, found.plans)
+            elif folder:
+                PreparedData(Path(folder))
+
+
+def _can_be_cut(recipe: Recipe, world: int) -> bool:
+    try:
+        recipe.batch.accumulation(world)
+    except ConfigError:
+        return False
+    return True
 
 
 def set_up(recipe: Recipe, device: Device) -> Setup:
@@ -63,25 +166,17 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
     Raises:
         TideError: on every rank alike, naming the key or file and what to do.
     """
-    world = dist.get_world_size()
     with fail_together():
-        plans = {"student": read_plan(recipe.student, "student")}
-        plans |= {name: read_plan(model, f"teachers.{name}") for name, model in recipe.teachers.items()}
-        for plan in plans.values():
-            check_layout(plan.choice, plan.architecture, world, plan.key)
-            check_precision(plan, device)
-        ranks = head_ranks(recipe, world)
-        tokenizer = plans["student"].tokenizer
-        readers = {name: plan for name, plan in plans.items() if name != "student"}
-        loader = open_loader(recipe, recipe.data.train, tokenizer, readers, is_trained_on=True)
-        held_out = None
-        if recipe.data.held_out:
-            held_out = open_loader(recipe, recipe.data.held_out, tokenizer, readers, is_trained_on=False)
-        loader = _with_vocabularies(loader, plans)
-        held_out = held_out and _with_vocabularies(held_out, plans)
-        _check_terms(recipe, plans, loader)
-        shapes = {name: head_shape(plan, device) for name, plan in plans.items()}
-        check_budget(recipe.head, recipe.terms, shapes, ranks, device)
+        found = examine(recipe, device, own_share())
+        if found.faults:
+            raise found.faults[0]  # a dry run tells them all
+        contents = model_contents(found.plans) if is_first() else None
+    contents = broadcast_object(contents)
+    plans, ranks, world = found.plans, found.ranks, dist.get_world_size()
+    readers = {name: plan for name, plan in plans.items() if name != "student"}
+    loader, held_out, shapes = found.data["train"], found.data.get("held_out"), found.shapes
+    if held_out:
+        contents["data.held_out"] = held_out.columns.manifest.digest
     phases = Phases(device.torch_device)
     group = make_vocab_group([plan.architecture.vocabulary for plan in plans.values()], ranks)
     picture = {name: placed(plan.choice, plan.architecture, device) for name, plan in plans.items()}
@@ -111,8 +206,14 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
         phases=phases,
         device=device.torch_device,
     )
-    others = {name: plan.tokenizer for name, plan in readers.items()}
-    return Setup(run=run, loader=loader, held_out=held_out, tokenizer=tokenizer, tokenizers=others)
+    return Setup(
+        run=run,
+        loader=loader,
+        held_out=held_out,
+        tokenizer=plans["student"].tokenizer,
+        tokenizers={name: plan.tokenizer for name, plan in readers.items()},
+        contents=contents,
+    )
 
 
 def open_loader(
@@ -120,6 +221,7 @@ def open_loader(
     folder: str,
     tokenizer: Tokenizer,
     readers: Mapping[str, ModelPlan],
+    place: tuple[int, int],
     *,
     is_trained_on: bool,
 ) -> Loader:
@@ -131,9 +233,10 @@ def open_loader(
         tokenizer: the student's.
         readers: the teachers; each reads the side that was prepared for its tokenizer and template, if there
             is one, else the student's tokens.
+        place: (this rank, ranks).
         is_trained_on: whether chunks are kept whole in it; held-out tokens are masked as drawn.
     """
-    samples, accumulate = recipe.batch.accumulation(dist.get_world_size())
+    samples, accumulate = recipe.batch.accumulation(place[1])
     with under("data"):
         columns = PreparedData(Path(folder), tokenizer=tokenizer)
         sides = {}
@@ -154,7 +257,7 @@ def open_loader(
             columns=columns,
             samples=samples,
             accumulate=accumulate,
-            shard=recipe.student.layout.data_shard(dist.get_rank(), dist.get_world_size()),
+            shard=recipe.student.layout.data_shard(*place),
             seed=recipe.seed,
             block_size=_filled_blocks(recipe.student.context),
             fixed_length=recipe.data.fixed_length,
@@ -204,23 +307,24 @@ def _kept_whole(recipe: Recipe, loader: Loader) -> tuple[str, ...]:
     return tuple(f"{side} chunks" for side in chosen)
 
 
-def _check_terms(recipe: Recipe, plans: Mapping[str, ModelPlan], loader: Loader) -> None:
-    """Refuse losses that do not fit the noise schedule or the vocabularies."""
-    student = plans["student"]
+def _check_terms(recipe: Recipe, found: Examination) -> None:
+    """Note losses that do not fit the noise schedule or the vocabularies."""
+    student = found.plans["student"]
     ours = student.architecture.vocabulary
     for name, loss in recipe.terms.items():
-        teacher = None if loss.teacher is None else plans[loss.teacher]
+        teacher = None if loss.teacher is None else found.plans[loss.teacher]
         theirs = None if teacher is None else teacher.architecture.vocabulary
-        with under(f"losses.{name}"):
-            loss.check(recipe.noise.schedule, ours, theirs)
-        if teacher is None or theirs is None:
-            continue
-        known = max(student.tokenizer.vocabulary_size, teacher.tokenizer.vocabulary_size)
-        if isinstance(loss, ColumnLoss):
-            limit = min(loss.columns(ours, theirs), known)
-            require_shared(student.tokenizer, teacher.tokenizer, limit, f"losses.{name}")
-        elif loss.teacher not in loader.sides:
-            _check_own_tokens(name, str(loss.teacher), student, teacher, min(ours, theirs, known))
+        with found.noting():
+            with under(f"losses.{name}"):
+                loss.check(recipe.noise.schedule, ours, theirs)
+            if teacher is None or theirs is None:
+                continue
+            known = max(student.tokenizer.vocabulary_size, teacher.tokenizer.vocabulary_size)
+            if isinstance(loss, ColumnLoss):
+                limit = min(loss.columns(ours, theirs), known)
+                require_shared(student.tokenizer, teacher.tokenizer, limit, f"losses.{name}")
+            elif loss.teacher not in found.data["train"].sides:
+                _check_own_tokens(name, str(loss.teacher), student, teacher, min(ours, theirs, known))
 
 
 def _check_own_tokens(term: str, name: str, student: ModelPlan, teacher: ModelPlan, limit: int) -> None:

@@ -8,6 +8,7 @@ fail aloud.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import logging
 import math
@@ -62,6 +63,7 @@ class JsonLines:
             "step": clock.step,
             "consumed": clock.consumed,
             "skipped": clock.skipped,
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
         values = {name: value if math.isfinite(value) else None for name, value in record.values.items()}
         self._file.write(json.dumps({**facts, **values}) + "\n")

@@ -1,8 +1,8 @@
-"""What `tide train --dry-run` prints: the resolved recipe, its digest, and how it lands on the ranks."""
+"""What `tide train --dry-run` prints: the resolved recipe, how it lands on the ranks, and all its faults."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
 from pathlib import Path
 
 import rich
@@ -12,54 +12,94 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from tide_megatron.base.device import Device, choose_device
-from tide_megatron.models.weights import read_architecture
-from tide_megatron.train.models import check_layout, head_ranks, placed, under
-from tide_megatron.train.placement import Placed, placement_table
+from tide_megatron.base.errors import ConfigError, TideError
+from tide_megatron.checkpoint.metadata import RunIdentity
+from tide_megatron.checkpoint.retention import listed
+from tide_megatron.train.branch import branch_source
+from tide_megatron.train.folder import CHECKPOINTS, check_folder, finished_result
+from tide_megatron.train.models import placed
+from tide_megatron.train.placement import placement_table
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, digest
+from tide_megatron.train.same_run import model_contents, with_steps
+from tide_megatron.train.saving import checked_clock
+from tide_megatron.train.setup import Examination, examine
 
 
-def print_summary(recipe: Recipe, tree: Tree, world: int) -> None:
+def print_summary(recipe: Recipe, tree: Tree, world: int, *, resume: bool = True) -> None:
     """Print the recipe as YAML on stdout (plain when piped: it can be run again) and the rest on stderr.
+
+    Everything that a start would look at before it reads weights is looked at, and their headers.
 
     Args:
         recipe: validated.
         tree: its resolved values.
         world: ranks it is to run on.
+        resume: go on from what stands in the run folder.
 
     Raises:
-        ConfigError: the batch or a layout does not fit the ranks; CheckpointError: a model folder is missing.
+        TideError: with every fault that was found, after what could be said was printed.
     """
     text = OmegaConf.to_yaml(tree)
     if rich.get_console().is_terminal:
         rich.print(Syntax(text, "yaml", background_color="default"))
     else:
         print(text, end="")
-    samples, microbatches = recipe.batch.accumulation(world)
-    models, ranks = place(recipe, world)
-    console = Console(stderr=True)
+    device = _device(recipe)
+    found = examine(recipe, device, (0, world), headers=True)
+    console = Console(stderr=True, soft_wrap=True)
     console.print(f"\ndigest {digest(tree)}, {world} rank(s)", highlight=False)
-    split = f"{world} rank(s) x {microbatches} microbatch(es) x {samples}"
-    console.print(f"{recipe.batch.samples} samples an update = {split}", highlight=False)
-    console.print(_models(recipe, models, world))
+    with contextlib.suppress(ConfigError):  # it is among the faults
+        samples, microbatches = recipe.batch.accumulation(world)
+        split = f"{world} rank(s) x {microbatches} microbatch(es) x {samples}"
+        console.print(f"{recipe.batch.samples} samples an update = {split}", highlight=False)
+    if "train" in found.data:
+        console.print(_reach(recipe, found.data["train"].num_samples), highlight=False)
+    console.print(_models(recipe, found, world))
     console.print()
-    console.print(placement_table(models, world, ranks))
+    if len(found.plans) > len(recipe.teachers):
+        with contextlib.suppress(TideError):  # a layout that cannot be is among the faults
+            picture = {
+                name: placed(plan.choice, plan.architecture, device) for name, plan in found.plans.items()
+            }
+            console.print(placement_table(picture, world, found.ranks))
+    with found.noting():
+        console.print(_standing(recipe, tree, found, resume=resume), highlight=False)
+    found.refuse_faults()
+    console.print("no fault was found; weights and what teachers know are looked at when the run starts")
 
 
-def place(recipe: Recipe, world: int) -> tuple[dict[str, Placed], int]:
-    """Read what a recipe's models are, check their layouts, and say how many ranks share their heads.
+def _reach(recipe: Recipe, samples: int) -> str:
+    """Say how often a run reads its data."""
+    read = recipe.steps * recipe.batch.samples
+    return f"{recipe.steps} steps read {read} samples: {read / samples:.3g} epochs of {samples}"
+
+
+def _standing(recipe: Recipe, tree: Tree, found: Examination, *, resume: bool) -> str:
+    """Say what a start would do with the run folder.
 
     Raises:
-        ConfigError: a layout or `head.ranks` does not fit; CheckpointError: a model folder is missing.
+        TideError: refuse it.
     """
-    device, found = _device(recipe), {}
-    for name, model in {"student": recipe.student, **recipe.teachers}.items():
-        architecture = read_architecture(Path(model.folder))
-        where = "student" if model is recipe.student else f"teachers.{name}"
-        check_layout(model, architecture, world, where)
-        with under(where):
-            found[name] = placed(model, architecture, device)
-    return found, head_ranks(recipe, world)
+    folder = Path(recipe.folder)
+    check_folder(folder, tree, resume=resume)
+    checkpoints = listed(folder / CHECKPOINTS)
+    if (not checkpoints or not resume) and recipe.branch is not None:
+        source, told = branch_source(recipe, recipe.branch)
+        return f"{folder}: the run branches from {source} ({told})"
+    if not checkpoints or not resume:
+        return f"{folder}: " + ("the run starts" if resume else "the run starts anew; what is there goes")
+    if found.faults:
+        return f"{folder}: {len(checkpoints)} checkpoint(s), not compared because of the faults"
+    contents = model_contents(found.plans)
+    if "held_out" in found.data:
+        contents["data.held_out"] = found.data["held_out"].columns.manifest.digest
+    data = found.data["train"].columns.manifest.digest
+    run = RunIdentity(recipe=tree, recipe_digest=digest(tree), data=data, contents=contents)
+    clock = with_steps(checked_clock(checkpoints[-1], run), recipe)
+    if finished_result(folder, tree) is not None:
+        return f"{folder}: already finished at step {clock.step}"
+    return f"{folder}: the run goes on from step {clock.step} of {recipe.steps} ({checkpoints[-1].name})"
 
 
 def _device(recipe: Recipe) -> Device:
@@ -69,7 +109,7 @@ def _device(recipe: Recipe) -> Device:
     return choose_device(recipe.device)
 
 
-def _models(recipe: Recipe, models: Mapping[str, Placed], world: int) -> Table:
+def _models(recipe: Recipe, found: Examination, world: int) -> Table:
     """List the models with their layouts."""
     table = Table("model", "architecture", "context", "layout", box=None)
     for name, model in {"student": recipe.student, **recipe.teachers}.items():
@@ -78,7 +118,9 @@ def _models(recipe: Recipe, models: Mapping[str, Placed], world: int) -> Table:
             f"{axis} {getattr(layout, axis)}" for axis in ("tensor", "pipeline", "expert", "expert_tensor")
         ]
         cuts = [cut for cut in cuts if not cut.endswith(" 1")] or ["whole"]
-        where = f"{', '.join(cuts)}; {layout.num_replicas(world)} replica(s)"
+        replicas = layout.num_replicas(world)
+        where = f"{', '.join(cuts)}; {replicas} replica(s)"
         context = f"{model.context.kind} {model.context.block_size}"
-        table.add_row(name, models[name].architecture.model_type, context, where)
+        kind = found.plans[name].architecture.model_type if name in found.plans else "?"
+        table.add_row(name, kind, context, where)
     return table

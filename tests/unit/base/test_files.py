@@ -13,6 +13,7 @@ from tide_megatron.base.files import (
     DigestingFile,
     damage,
     digest_of,
+    local_path,
     remove_folder,
     replaced_folder,
     write_digests,
@@ -256,3 +257,43 @@ def test_a_stream_that_takes_a_part_is_given_the_rest():
     assert file.write(b"0123456789") == 10
     assert stream.content == b"0123456789"
     assert file.facts() == (10, hashlib.sha256(b"0123456789").hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("~", "{home}"),
+        ("~/runs/x", "{home}/runs/x"),
+        (Path("~/runs/x"), "{home}/runs/x"),
+        ("runs/x", "runs/x"),
+        ("/runs/x", "/runs/x"),
+        ("./~x", "~x"),
+        ("a/~/b", "a/~/b"),
+        ("a~", "a~"),
+        ("price$", "price$"),
+        ("a$b/c", "a$b/c"),
+        ("t=0.5:x/y", "t=0.5:x/y"),
+    ],
+)
+def test_a_path_is_what_its_user_means(tmp_path, monkeypatch, word, meant):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_path(word) == Path(meant.format(home=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("~nobody-here/x", "'~nobody-here' is nobody's home here; write the path out, or ./~nobody-here/x"),
+        ("~~/x", "is nobody's home"),
+        ("$HOME/x", r"variables of the shell are not expanded here; .* \$\{oc.env:HOME\} in a recipe"),
+        ("runs/${USER}/x", r"not expanded here; .*\{oc.env:USER\}"),
+        ("runs/$USER", "not expanded here"),
+        ("s3://bucket/x", "is a URL; download"),
+        ("file:///runs/x", "is a URL"),
+        (Path("hf://org/model"), "is a URL"),
+        ("a\0b", "zero byte"),
+    ],
+)
+def test_a_path_that_would_mean_something_else_is_refused(word, said):
+    with pytest.raises(ConfigError, match=said):
+        local_path(word)

@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from tide_megatron.base.log import ROOT, start_log
+from tide_megatron.base.log import ROOT, SHOWN, Journal, start_log
 
 
 @pytest.fixture(autouse=True)
@@ -41,4 +41,44 @@ def test_other_ranks_only_warn_and_say_who_they_are():
 def test_a_second_start_replaces_the_first():
     spoken(0)
     spoken(1)
+    assert len(logging.getLogger(ROOT).handlers) == 1
+
+
+def test_a_terminal_gets_lines_that_wrap_and_everything_else_one_line_a_message():
+    for is_terminal, lines in ((True, 4), (False, 1)):
+        text = io.StringIO()
+        start_log(console=Console(file=text, width=40, force_terminal=is_terminal, color_system=None))
+        logging.getLogger(f"{ROOT}.x").info("word " * 25 + "[bold] :smile:")
+        found = text.getvalue().splitlines()
+        assert len(found) >= lines
+        assert is_terminal or (len(found) == 1 and found[0].endswith("word [bold] :smile:"))
+
+
+def test_a_journal_has_everything_also_what_was_said_before_it_was_open(tmp_path):
+    start_log(console=Console(file=io.StringIO()))
+    log, shown = logging.getLogger(f"{ROOT}.x"), logging.getLogger(SHOWN)
+    shown.info("nobody listens")
+    journal = Journal()
+    log.info("before")
+    journal.open(tmp_path / "run.log")
+    log.warning("after %d", 1)
+    shown.info("step 1")
+    journal.close()
+    log.warning("nobody listens")
+    lines = [line.split(maxsplit=2)[2] for line in (tmp_path / "run.log").read_text().splitlines()]
+    assert lines == ["INFO     before", "WARNING  after 1", "INFO     step 1"]
+    again = Journal()
+    again.open(tmp_path / "run.log")
+    log.info("second")
+    again.close()
+    assert (tmp_path / "run.log").read_text().count("\n") == 4
+
+
+def test_a_journal_that_cannot_be_written_is_told_and_ends_nothing(tmp_path):
+    text = io.StringIO()
+    start_log(console=Console(file=text))
+    journal = Journal()
+    journal.open(tmp_path / "gone/run.log")
+    journal.close()
+    assert "run.log: not written" in text.getvalue()
     assert len(logging.getLogger(ROOT).handlers) == 1

@@ -5,9 +5,20 @@ import shutil
 
 import pytest
 
+from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import write_digests
-from tide_megatron.checkpoint.retention import Mark, expired, find_checkpoint, listed, point_latest
+from tide_megatron.checkpoint.retention import (
+    Checkpoints,
+    Mark,
+    add_score,
+    expired,
+    find_checkpoint,
+    listed,
+    name_of,
+    point_latest,
+    remove_expired,
+)
 
 NAMES = [f"step-{step:08d}-{8 * step:012d}" for step in (2, 4, 6)]
 
@@ -112,3 +123,59 @@ def test_names_say_where_a_checkpoint_stands_and_sort_by_it(folder):
 )
 def test_the_newest_few_and_every_so_many_stay(folder, keep, every, gone):
     assert [path.name for path in expired(listed(folder), keep, every)] == gone
+
+
+SCORES = {1: (3.0, 0.1), 2: (2.0, 0.4), 3: (2.5, 0.5), 4: (2.0, 0.2), 5: (2.2, 0.3)}
+"""Step -> nats a byte and accuracy."""
+
+
+@pytest.mark.parametrize(
+    ("by", "keep", "steps", "left"),
+    [
+        ("off", 1, (1, 2, 3, 4, 5), [5]),
+        ("nll_per_byte", 1, (1, 2, 3, 4, 5), [4, 5]),  # the later of equals
+        ("masked_accuracy", 1, (1, 2, 3, 4, 5), [3, 5]),
+        ("nll_per_byte", 2, (1, 2, 3), [2, 3]),
+        ("nll_per_byte", 1, (1,), [1]),
+        ("masked_accuracy", 1, (1, 2, 4, 5), [2, 5]),  # 3 was scored and never saved
+    ],
+)
+def test_the_best_checkpoint_stays(tmp_path, by, keep, steps, left):
+    options = Checkpoints(keep=keep, keep_best=by)
+    best = 0
+    for step, (nll, accuracy) in SCORES.items():
+        clock = Clock(step=step, consumed=8 * step)
+        values = {"nll_per_byte": nll, "masked_accuracy": accuracy}
+        if by != "off" and step <= max(steps):
+            sign = -1 if by == "nll_per_byte" else 1
+            best = max(best or -99, sign * values[by])
+            assert add_score(tmp_path, clock, values, by) == (sign * values[by] == best)
+        if step in steps:
+            (tmp_path / name_of(clock)).mkdir()
+            remove_expired(tmp_path, options)
+    assert [Mark.of(path).step for path in listed(tmp_path)] == left
+    if by != "off":
+        kept = (tmp_path / "best").read_text().strip()
+        assert kept in [path.name for path in listed(tmp_path)]
+        assert Mark.of(tmp_path / kept).step == left[0]
+
+
+def test_the_old_best_stays_until_the_new_one_is_whole(tmp_path):
+    clocks = [Clock(step=step, consumed=8 * step) for step in (1, 2, 3)]
+    add_score(tmp_path, clocks[0], {"nll_per_byte": 3.0}, "nll_per_byte")
+    for clock in clocks[:2]:
+        (tmp_path / name_of(clock)).mkdir()
+    add_score(tmp_path, clocks[2], {"nll_per_byte": 2.0}, "nll_per_byte")  # its save has only begun
+    remove_expired(tmp_path, Checkpoints(keep=1, keep_best="nll_per_byte"))
+    assert [Mark.of(path).step for path in listed(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step-00000001-000000000008": 3}'])
+def test_scores_that_cannot_be_read_count_for_nothing(tmp_path, text):
+    (tmp_path / "scores.json").write_text(text)
+    assert add_score(tmp_path, Clock(step=1, consumed=8), {"nll_per_byte": 3.0}, "nll_per_byte")
+
+
+def test_steps_that_are_done_again_are_scored_again(tmp_path):
+    for step, nll in ((1, 3.0), (2, 1.0), (1, 2.5), (2, 2.0)):
+        assert add_score(tmp_path, Clock(step=step, consumed=8 * step), {"nll_per_byte": nll}, "nll_per_byte")

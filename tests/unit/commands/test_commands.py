@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tests.small_tokenizer import write_chats, write_tokenizer
 from tide_megatron import __version__, commands
-from tide_megatron.base.errors import ConfigError, RanksFailed
+from tide_megatron.base.errors import ConfigError, RanksFailed, TideError
 from tide_megatron.commands import VERBS, app, main
 from tide_megatron.export.checks import Check
 from tide_megatron.export.export import ExportOptions
@@ -24,16 +24,17 @@ from tide_megatron.launch.doctor import Finding
 SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --on-bad --normalize --teacher --add-mask "
     "--replace",
-    "train": "recipe overrides --ranks --device --folder --resume/--fresh --dry-run",
+    "train": "recipe overrides --ranks --device --folder --branch --resume/--fresh --dry-run",
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --mask --new-tokens --steps --device",
+    "evaluate": "model --data --samples --times --context --block-size --ranks --device --json",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --force",
     "convert megatron-to-hf": "source target --config --ranks --dtype --shard-size --shard-gb --force",
-    "checkpoint inspect": "path --tensors",
+    "checkpoint inspect": "path --tensors --json",
     "checkpoint verify": "path --record",
-    "checkpoint diff": "first second",
+    "checkpoint diff": "first second --json",
     "model add-mask": "folder target --token --noise --seed",
 }
 """What users type. Changing it is a decision: change it here too, and say so in the changelog."""
@@ -100,6 +101,40 @@ def test_words_that_are_not_known(words, said):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train ~/x.yaml",
+        "train ~/x.yaml --dry-run",
+        "sample ~/x hello",
+        "evaluate ~/x --data ~/y",
+        "export ~/x ~/out",
+        "convert hf-to-megatron ~/x ~/out",
+        "convert megatron-to-hf ~/x ~/out",
+        "prepare ~/out ~/x.jsonl --tokenizer ~/x --max-length 8",
+        "checkpoint inspect ~/x",
+        "checkpoint verify ~/x",
+        "checkpoint diff ~/x ~/y",
+    ],
+)
+def test_no_verb_takes_the_home_for_a_folder_of_that_name(monkeypatch, tmp_path, words):
+    """A shell leaves `~` alone behind `=` and in quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words.split())
+    assert isinstance(result.exception, TideError), result.exception
+    assert f"{tmp_path}/me/x" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["", "~nobody-here/x"])
+def test_a_run_folder_that_cannot_be_is_not_ignored(tmp_path, folder):
+    (tmp_path / "run.yaml").write_text("folder: runs/x\n")
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--folder", folder])
+    assert isinstance(result.exception, ConfigError)
+    assert f"folder: {folder!r} is not valid" in str(result.exception)
 
 
 @pytest.mark.parametrize(

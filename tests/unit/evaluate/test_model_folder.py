@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import (
     CONTEXT_FILE,
     context_differences,
+    model_of,
     trained_context,
     write_context,
 )
@@ -73,3 +74,17 @@ def test_a_context_is_held_against_what_the_folder_says(tmp_path, trained, confi
     if trained:
         write_context(tmp_path, trained)
     assert context_differences(tmp_path, asked) == said
+
+
+def test_a_run_means_its_student_and_a_run_without_one_is_told(tmp_path):
+    assert model_of(tmp_path) == tmp_path, "no run"
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"no model/ yet, .*; go on with it by tide train .*recipe.yaml"
+    ):
+        model_of(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    assert model_of(tmp_path) == tmp_path / "model"
+    (tmp_path / "config.json").write_text("{}")
+    assert model_of(tmp_path) == tmp_path, "a model folder with a recipe in it"

@@ -11,7 +11,16 @@ import yaml
 from tests.tiny_run import recipe_tree
 from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.train.folder import check_folder, claim_folder, held_folder, write_result, write_stopped
+from tide_megatron.train.folder import (
+    check_folder,
+    claim_folder,
+    finished_result,
+    has_same_paths,
+    held_folder,
+    write_recipe,
+    write_result,
+    write_stopped,
+)
 from tide_megatron.train.resolve import build_recipe
 
 
@@ -27,6 +36,13 @@ def everything(folder):
 def take(folder, tree, *, resume=True):
     check_folder(folder, tree, resume=resume)
     claim_folder(folder, tree, resume=resume)
+    write_recipe(folder, tree)
+
+
+def elsewhere(tree, **more):
+    """Return the recipe of a run whose folders were moved."""
+    student = {**tree["student"], "folder": "moved/student"}
+    return {**tree, "student": student, "data": {"train": "moved/data", "held_out": None}, **more}
 
 
 def test_looking_at_a_new_folder_makes_nothing_and_taking_it_writes_the_recipe(tmp_path, tree):
@@ -71,6 +87,67 @@ def test_the_run_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_path
         "use another folder=, the old values, or --fresh to discard the old run",
     ]
     assert everything(tmp_path) == before
+
+
+def test_a_folder_that_was_claimed_keeps_its_recipe_until_the_checkpoint_was_compared(tmp_path, tree):
+    take(tmp_path / "run", tree)
+    claim_folder(tmp_path / "run", {**tree, "device": "auto"}, resume=True)
+    assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text()) == tree
+    claim_folder(tmp_path / "run", {**tree, "device": "auto"}, resume=False)
+    assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["device"] == "auto"
+
+
+def test_other_paths_are_left_to_the_checkpoint_which_knows_what_lay_there(tmp_path, tree):
+    take(tmp_path / "run", tree)
+    with pytest.raises(
+        CheckpointError, match=r"another recipe:\n  data.held_out: .* -> None\n  data.train: "
+    ):
+        check_folder(tmp_path / "run", elsewhere(tree), resume=True)
+    (tmp_path / "run/checkpoints/step-00000001-000000000008").mkdir(parents=True)
+    check_folder(tmp_path / "run", elsewhere(tree), resume=True)
+    assert has_same_paths(tmp_path / "run", tree)
+    assert not has_same_paths(tmp_path / "run", elsewhere(tree))
+    with pytest.raises(CheckpointError) as caught:
+        check_folder(tmp_path / "run", elsewhere(tree, seed=5), resume=True)
+    keys = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]]
+    assert keys == ["data.held_out", "data.train", "seed", "student.folder"]
+
+
+@pytest.mark.parametrize(("steps", "is_fine"), [(4, True), (5, True), (400, True), (3, False), (1, False)])
+def test_steps_may_be_raised_and_not_lowered(tmp_path, tree, steps, is_fine):
+    take(tmp_path / "run", tree)
+    if is_fine:
+        check_folder(tmp_path / "run", {**tree, "steps": steps}, resume=True)
+    else:
+        with pytest.raises(CheckpointError, match=rf"another recipe:\n  steps: 4 -> {steps}\n"):
+            check_folder(tmp_path / "run", {**tree, "steps": steps}, resume=True)
+
+
+DONE = {"finished": True, "clock": {"step": 4}, "nll_per_byte": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("result", "steps", "is_over"),
+    [
+        (DONE, 4, True),
+        (DONE, 5, False),  # raised
+        (DONE | {"finished": False}, 4, False),
+        ({"seconds": 1.0}, 4, False),
+        ([], 4, False),
+        (None, 4, False),
+    ],
+)
+def test_a_run_is_over_when_its_result_says_so_and_its_student_is_there(
+    tmp_path, tree, result, steps, is_over
+):
+    if result is not None:
+        write_result(tmp_path, result)
+    assert finished_result(tmp_path, {**tree, "steps": steps}) is None, "no student"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    assert finished_result(tmp_path, {**tree, "steps": steps}) == (result if is_over else None)
+    (tmp_path / "result.json").write_text("{")
+    assert finished_result(tmp_path, tree) is None
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "seed: 3", "a: [", "student: 3\nteachers: 4\nbatch: 5"])

@@ -44,7 +44,7 @@ def test_a_key_is_explained(key, parts):
 
 
 def test_the_beginning_of_keys_explains_all_under_it():
-    assert explain("checkpoints").count("\n\n") == 4
+    assert explain("checkpoints").count("\n\n") == 5
     assert "jensen_shannon" in explain("losses.term.temperature")
     assert len(explain("")) > 5000
 

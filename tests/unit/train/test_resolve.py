@@ -132,6 +132,8 @@ WRONG = [
     *({"evaluation__times": value} for value in ([0.3, 2], [0.3, 0], [], 0.3)),
     *({"metrics__wandb": value} for value in (3, True)),
     *({"folder": value} for value in (3, "")),
+    *({"metrics__profile": value} for value in ([1], [0, 2], "all", [1, 2, 3])),
+    {"checkpoints__keep_best": "loss"},
     {"device": "gpu"},
 ]
 
@@ -195,7 +197,7 @@ def test_the_bare_word_off_is_a_choice_although_yaml_reads_it_as_false(file):
     [
         (["steps"], "override 'steps': write key=value, for example optimizer.learning_rate=1e-4"),
         (["=3"], "override '=3': write key=value"),
-        (["steps=[1"], r"overrides 'steps=\[1': line 2: .*; fix or quote the value"),
+        (["steps=[1"], r"override 'steps=\[1': line 2: .*; fix or quote the value"),
         (
             ["steps=${x}"],
             ".*run.yaml: steps: Interpolation key 'x' not found; fix it there, or in the overrides",
@@ -203,11 +205,93 @@ def test_the_bare_word_off_is_a_choice_although_yaml_reads_it_as_false(file):
         (["evaluation.times.0=0.2"], ".*run.yaml: .*merge.*; fix it there, or in the overrides"),
         (["steps=4", "steps=four"], "steps: 'four' is not valid: .*integer"),
         (["steps="], "steps: None is not valid: .*integer"),
+        (["teachers={}"], "losses.kl.teacher: 'moe' is not under teachers; the recipe has no teachers"),
+        (["teachers=null"], "losses.kl.teacher: 'moe' is not under teachers"),
+        (["losses.kl=null"], "teachers.moe: no loss listens to it"),
+        (["losses={}"], "losses: name at least one term"),
+        (["teachers.mo=null"], "teachers.mo: null removes it, but it is not there; did you mean 'moe'"),
+        (["teachers={}", "teachers.moe=null"], "teachers.moe: null removes it, .*; there are none"),
+        (["losses.ce={}"], "losses.ce: needs a kind"),
+        (["student.context=null"], "student.context: None is not valid"),
+        (["optimizer.learning_rate=null"], "optimizer.learning_rate: None is not valid"),
+        (["include=[a.yaml]"], "override 'include=.*': fragments are listed in a run file"),
+        (["metrics.profile=[3,2]"], r"metrics.profile: \[3, 2\] ends before it begins"),
+        (["folder=runs/x #1"], "override 'folder=runs/x #1': ' #' begins a comment"),
+        (["~losses.kl"], "override '~losses.kl': write key=value, .* losses.NAME=null to remove"),
+        (["folder=~nobody-here/x"], "folder: '~nobody-here/x' is not valid: .*nobody's home"),
+        (["data.train=$HOME/x"], "data.train: .* variables of the shell are not expanded"),
+        (["teachers.moe.folder=s3://b/x"], "teachers.moe.folder: .* is a URL"),
     ],
 )
 def test_overrides_that_cannot_be(file, words, said):
     with pytest.raises(ConfigError, match=f"^{said}"):
         load_recipe(file, words)
+
+
+OTHER = "teachers.b={folder: x, context: {kind: bidirectional}}"
+
+
+@pytest.mark.parametrize(
+    ("words", "teachers", "losses"),
+    [
+        ([], ["moe"], ["ce", "kl"]),
+        (["teachers={}", "losses.kl=null"], [], ["ce"]),
+        (["losses.kl=null", "teachers.moe=null"], [], ["ce"]),
+        (["losses.kl=", "teachers="], [], ["ce"]),
+        (["losses={}", "losses.x.kind=kl", "losses.x.teacher=moe"], ["moe"], ["x"]),
+        (["losses=null", "losses.x={kind: kl, teacher: moe}"], ["moe"], ["x"]),
+        (["losses.x={kind: kl, teacher: moe}"], ["moe"], ["ce", "kl", "x"]),  # a section is merged
+        (["teachers.moe=null", OTHER, "losses.kl.teacher=b"], ["b"], ["ce", "kl"]),
+        ([OTHER, "losses.kl.teacher=b", "teachers={moe: null}"], ["b"], ["ce", "kl"]),
+    ],
+    ids=str,
+)
+def test_an_empty_section_empties_and_null_removes_teachers_and_terms(file, words, teachers, losses):
+    recipe, resolved = load_recipe(file, words)
+    assert (list(recipe.teachers), list(recipe.losses)) == (teachers, losses)
+    assert build_recipe(resolved) == (recipe, resolved)
+
+
+def test_files_empty_and_remove_what_their_fragments_say_too(file, tree, tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**tree, "optimizer": {"clip_norm": 3.0}}))
+    own = {"include": ["base.yaml"], "teachers": {}, "losses": {"kl": None}, "optimizer": {}}
+    file.write_text(yaml.safe_dump(own))
+    recipe, _ = load_recipe(file)
+    assert (recipe.teachers, list(recipe.losses), recipe.optimizer.clip_norm) == ({}, ["ce"], 1.0)
+    assert load_recipe(file, ["optimizer.clip_norm=null"])[0].optimizer.clip_norm is None
+    file.write_text(yaml.safe_dump(own | {"losses": {"k": None}}))
+    with pytest.raises(ConfigError, match=r"^losses\.k: null removes it, but it is not there; did you mean"):
+        load_recipe(file)
+
+
+def test_a_new_entry_has_nothing_of_the_one_that_was_removed(file):
+    words = ["teachers.moe=null", "teachers.moe.folder=x", "teachers.moe.context.kind=bidirectional"]
+    teacher = load_recipe(file, words)[0].teachers["moe"]
+    assert (teacher.folder, teacher.precision, teacher.sanity) == ("x", "auto", "refuse")
+    assert load_recipe(file, ["teachers.moe.context={}", *words[1:]])[0].teachers["moe"].precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    "key", ["folder", "student.folder", "teachers.moe.folder", "data.train", "data.held_out"]
+)
+def test_every_path_of_a_recipe_knows_the_home(file, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    for word, meant in {"~/x": f"{tmp_path}/me/x", "./~x": "./~x", "runs/x/": "runs/x/"}.items():
+        _, resolved = load_recipe(file, [f"{key}={word}"])
+        *path, last = key.split(".")
+        node = resolved
+        for part in path:
+            node = node[part]
+        assert node[last] == meant
+        assert build_recipe(resolved)[1] == resolved, "what is written is read as the same"
+
+
+def test_fragments_may_lie_at_home(file, tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me/part.yaml").write_text("attention: dense\n")
+    file.write_text(yaml.safe_dump({"include": ["~/part.yaml"], **tree}))
+    assert load_recipe(file)[0].attention == "dense"
 
 
 @pytest.mark.parametrize(
@@ -278,6 +362,7 @@ MATHEMATICS = [
     {"optimizer__learning_rate": 0.02},
     {"noise__time_epsilon": 0.01},
     {"data__train": "elsewhere"},
+    {"branch": {"folder": "x", "optimizer": False}},
 ]
 
 

@@ -1,7 +1,10 @@
 """What is said of a checkpoint that does not fit the run that wants to go on from it; no tensors here."""
 
+import copy
 import dataclasses
+import functools
 import json
+import logging
 
 import pytest
 
@@ -10,6 +13,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.checkpoint.metadata import CheckpointMetadata, RunIdentity
 from tide_megatron.train.resolve import build_recipe
+from tide_megatron.train.same_run import with_steps
 from tide_megatron.train.saving import checked_clock
 
 CLOCK = Clock(step=3, total_steps=4, consumed=32, skipped=1)
@@ -29,8 +33,25 @@ def checkpoint(tmp_path, tree):
     return folder
 
 
-def identity(tree, data="same"):
-    return RunIdentity(recipe=tree, recipe_digest="", data=data)
+THERE = {"student.folder": "s", "teachers.moe.folder": "t", "data.held_out": "h"}
+
+
+def identity(tree, data="same", **contents):
+    names = {"student": "student.folder", "teacher": "teachers.moe.folder", "held_out": "data.held_out"}
+    changed = {names[name]: value for name, value in contents.items()}
+    return RunIdentity(recipe=tree, recipe_digest="", data=data, contents=THERE | changed)
+
+
+def moved(tree, *keys):
+    """Return a recipe with other paths."""
+    tree = copy.deepcopy(tree)
+    for key in keys:
+        *path, last = key.split(".")
+        functools.reduce(dict.__getitem__, path, tree)[last] = "elsewhere"
+    return tree
+
+
+PATHS = ("student.folder", "teachers.moe.folder", "data.train", "data.held_out")
 
 
 def write(folder, tree, **changes):
@@ -74,6 +95,78 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(checkpoint, tree):
     other = {**tree, "seed": 5, "device": "auto"}
     with pytest.raises(CheckpointError, match=r"another recipe:\n  seed: 3 -> 5\nuse another folder="):
         checked_clock(checkpoint, identity(other))
+
+
+@pytest.mark.parametrize("keys", [(), *((key,) for key in PATHS), PATHS])
+def test_folders_that_were_moved_are_known_by_what_lies_in_them(checkpoint, tree, keys):
+    assert checked_clock(checkpoint, identity(moved(tree, *keys))) == CLOCK
+
+
+@pytest.mark.parametrize(
+    ("keys", "now", "said"),
+    [
+        (PATHS, {"teacher": "u"}, r"teachers\.moe\.folder was .*teacher, and elsewhere holds another model"),
+        (PATHS, {"student": "u"}, r"student\.folder was .*student, and elsewhere holds another model"),
+        (PATHS, {"data": "other"}, r"data\.train elsewhere was prepared anew since"),
+        (("teachers.moe.folder",), {"teacher": "u"}, r"and elsewhere holds another model or tokenizer\n"),
+    ],
+)
+def test_folders_that_were_exchanged_are_refused(checkpoint, tree, keys, now, said):
+    with pytest.raises(CheckpointError, match=said):
+        checked_clock(checkpoint, identity(moved(tree, *keys), **now))
+
+
+@pytest.mark.parametrize(
+    ("keys", "now", "said"),
+    [
+        ((), {"teacher": "u"}, "teachers.moe.folder: holds another model or tokenizer than when"),
+        ((), {"held_out": "u"}, "data.held_out: is other data than before"),
+        (("data.held_out",), {"held_out": "u"}, "data.held_out: is other data than before"),
+    ],
+)
+def test_what_changed_in_its_place_is_said(checkpoint, tree, caplog, monkeypatch, keys, now, said):
+    monkeypatch.setattr(logging.getLogger("tide_megatron"), "propagate", True)
+    assert checked_clock(checkpoint, identity(moved(tree, *keys), **now)) == CLOCK
+    assert said in caplog.text
+
+
+def test_checkpoints_of_old_releases_go_on_where_their_models_were(checkpoint, tree):
+    """They do not say what lay there; of data they do."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["contents"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    for keys in ((), ("data.train",), ("data.held_out",)):
+        assert checked_clock(checkpoint, identity(moved(tree, *keys))) == CLOCK
+    with pytest.raises(CheckpointError, match=r"cannot be compared .* put a link at .*teacher, go on"):
+        checked_clock(checkpoint, identity(moved(tree, "teachers.moe.folder")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "learning rate 0.00146 -> 0.008, losses.mix lambda 0.783 -> 0.111"),
+        ({"schedule": "constant"}, "losses.mix lambda"),
+        ({"schedule": "constant", "warmup": 0.0}, "losses.mix lambda"),
+    ],
+)
+def test_raised_steps_are_told_with_what_they_change(tree, caplog, monkeypatch, changes, said):
+    monkeypatch.setattr(logging.getLogger("tide_megatron"), "propagate", True)
+    tree["losses"]["mix"] = {"kind": "tidal", "teacher": "moe"}
+    tree["optimizer"] |= changes
+    recipe, _ = build_recipe({**tree, "steps": 40})
+    assert with_steps(CLOCK, recipe) == dataclasses.replace(CLOCK, total_steps=40)
+    assert "steps: raised from 4 to 40; from step 3 on the schedules are those of a run of 40" in caplog.text
+    assert said in caplog.text
+    caplog.clear()
+    assert with_steps(CLOCK, build_recipe(tree)[0]) == CLOCK
+    assert not caplog.text
+
+
+def test_nothing_depends_on_raised_steps_under_constant_schedules(tree, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("tide_megatron"), "propagate", True)
+    tree["optimizer"] |= {"schedule": "constant", "warmup": 0.0}
+    with_steps(CLOCK, build_recipe({**tree, "steps": 40})[0])
+    assert "nothing depends on them" in caplog.text
 
 
 @pytest.mark.parametrize(("wrote", "is_read"), [("0.1.0", True), ("999.0.0", False), ("999.1.0rc0", False)])
