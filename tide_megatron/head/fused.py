@@ -29,7 +29,7 @@ from tide_megatron.head.budget import HeadShape, row_bytes
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
-from tide_megatron.head.softmax import Likelihood, OnlineLikelihood, gold_here, merge
+from tide_megatron.head.softmax import GoldLikelihood, OnlineLikelihood, gold_here, merge
 from tide_megatron.head.tiles import (
     TiledHead,
     Workspace,
@@ -261,7 +261,7 @@ class _SlabWork:
         self,
         heads: Mapping[str | None, TiledHead],
         dloss_dlogp: Tensor | None,
-        likelihood: Likelihood | None,
+        likelihood: GoldLikelihood | None,
     ) -> None:
         """Read the logits again for the terms over columns and for all gradients."""
         work, slab = self.work, self.slab
@@ -300,7 +300,7 @@ class _SlabWork:
 
 
 def _through_likelihoods(
-    columns: Columns, gold: Tensor, dloss_dlogp: Tensor, likelihood: Likelihood
+    columns: Columns, gold: Tensor, dloss_dlogp: Tensor, likelihood: GoldLikelihood
 ) -> Tensor:
     """Return dloss_dlogp (onehot - p), the derivative through gold log-likelihoods, [rows, columns].
 

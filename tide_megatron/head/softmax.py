@@ -135,7 +135,7 @@ class OnlineLikelihood:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Likelihood:
+class GoldLikelihood:
     """How likely a model finds its rows' gold ids, over all columns of all ranks; digits wherever p is."""
 
     others: LogSumExp
@@ -166,7 +166,7 @@ class Likelihood:
 class RowStatistics:
     """What one exchange told all ranks about the columns of all of them."""
 
-    likelihoods: list[Likelihood]
+    likelihoods: list[GoldLikelihood]
     """In the order given."""
     softmaxes: list[LogSumExp]
     """In the order given."""
@@ -206,7 +206,7 @@ def merge(
         found.append(None if softmax.difference is None else (next(pieces) * scale).sum(0) / log_sum.exp())
     return RowStatistics(
         likelihoods=[
-            Likelihood(others=others, logits=_like(next(pieces).sum(0), gold))
+            GoldLikelihood(others=others, logits=_like(next(pieces).sum(0), gold))
             for others, gold in zip(merged, golds, strict=False)
         ],
         softmaxes=merged[len(golds) :],
