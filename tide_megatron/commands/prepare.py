@@ -31,13 +31,9 @@ def prepare(
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens a sample may have.")],
     on_long: Annotated[str, typer.Option(help="Longer samples: error, skip or truncate.")] = "error",
     on_bad: Annotated[
-        str,
-        typer.Option(help="Records that cannot be used: stop, or skip (listed in rejects.jsonl)."),
+        str, typer.Option(help="Bad records: stop, or skip (rejects.jsonl lists them).")
     ] = "stop",
-    normalize: Annotated[
-        bool,
-        typer.Option("--normalize", help="Put all text into NFC, for tokenizers that do so themselves."),
-    ] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Put all text into NFC.")] = False,
     teacher: Annotated[
         list[str] | None,
         typer.Option(

@@ -28,8 +28,7 @@ def train(
         str | None,
         typer.Option(
             metavar="FROM",
-            help="Begin with the weights and the optimizer of another run's checkpoint; short for "
-            "branch.folder=... in the recipe, where branch.optimizer=false leaves the latter.",
+            help="Begin with weights and optimizer of another run's checkpoint; short for branch.folder=...",
         ),
     ] = None,
     resume: Annotated[
@@ -37,9 +36,7 @@ def train(
     ] = True,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Read what is there, print recipe, placement and every fault, and stop."
-        ),
+        typer.Option("--dry-run", help="Print recipe, placement and every fault of what is there, and stop."),
     ] = False,
 ) -> None:
     """Train a student, with teachers or without, as a recipe says.
@@ -47,9 +44,7 @@ def train(
     The first Ctrl-C saves and ends the run with exit code 75, and the same command goes on with it; a second
     one ends it at once.
 
-    Example: tide train run.yaml --ranks 4
-
-    Example: tide train run.yaml optimizer.learning_rate=1e-4 losses.kl.weight=2 --dry-run
+    Example: tide train run.yaml --ranks 4 optimizer.learning_rate=1e-4 losses.kl.weight=2 --dry-run
 
     Example: tide train run.yaml teachers.wedlm=null losses.kl=null
 

@@ -107,12 +107,7 @@ class Tokenizer:
             name: _find(backend, token, name, file)
             for name, token in (("mask", mask), ("eos", eos), ("pad", pad))
         }
-        if ids["mask"] in (ids["eos"], ids["pad"]):
-            raise DataError(
-                f"{file}: the mask token {mask!r} is also the end or padding token: choose another mask"
-            )
-        if ids["mask"] not in backend.special:
-            raise DataError(f"{file}: the mask token {mask!r} is ordinary text: choose another mask")
+        _check_mask(backend, mask, ids, file)
         found = packaged_template(template) if template else find_template(file.parent, config)
         named = seen_by(found, every, config) | {"mask_token": mask, "eos_token": eos, "pad_token": pad}
         return cls(
@@ -213,6 +208,16 @@ class _Pieces(dict[int, bytes]):
             )
         self[token_id] = piece
         return piece
+
+
+def _check_mask(backend: Backend, mask: str, ids: Mapping[str, int], file: Path) -> None:
+    """Refuse a mask token that text or padding may hold."""
+    if ids["mask"] in (ids["eos"], ids["pad"]):
+        raise DataError(
+            f"{file}: the mask token {mask!r} is also the end or padding token: choose another mask"
+        )
+    if ids["mask"] not in backend.special:
+        raise DataError(f"{file}: the mask token {mask!r} is ordinary text: choose another mask")
 
 
 def _find(backend: Backend, token: str, name: str, file: Path) -> int:
