@@ -249,11 +249,20 @@ def test_the_command_says_one_line_on_four_ranks_and_fails(tide, tiny, tmp_path,
 
 
 def test_another_number_of_ranks_than_torchrun_started_is_refused(tide, tiny, monkeypatch):
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+    told = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29555",
+    }
+    for name, value in told.items():
         monkeypatch.setenv(name, value)
     code, complaint = tide("train", tiny, "--ranks", 4)
     assert code == 2
-    assert complaint.startswith("error: ranks: 4 were asked for, but torchrun or srun started 2; ")
+    assert complaint.startswith(
+        "error: ranks: this command is to run on 4 ranks, but torchrun or srun started 2 processes of it; "
+    )
 
 
 def test_the_run_folder_of_another_recipe_is_refused_and_stays_as_it_is(tide, tiny, tmp_path):

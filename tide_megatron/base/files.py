@@ -12,6 +12,7 @@ SHA-256 because processors have instructions for it (2 GB/s a core), and disks a
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from tide_megatron.base.disk import disk_words, place_of
 from tide_megatron.base.errors import CheckpointError, ConfigError, TideError
+from tide_megatron.base.read import json_of
 
 PARTIAL = ".partial"
 """How the name of what is not whole yet ends."""
@@ -254,9 +256,11 @@ def digest_of(path: Path) -> tuple[int, str]:
     """Read a file and return (bytes, SHA-256).
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no file.
     """
     found, size = hashlib.sha256(), 0
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     with path.open("rb") as stream:
         while data := stream.read(_CHUNK_BYTES):
             found.update(data)
@@ -303,7 +307,7 @@ def read_digests(folder: Path) -> Digests:
     """
     path = folder / DIGESTS
     try:
-        lines = json.loads(path.read_text(encoding="utf-8"))
+        lines = json_of(path)
         return {str(name): (int(line["bytes"]), str(line["sha256"])) for name, line in lines.items()}
     except FileNotFoundError:
         raise ValueError(f"{DIGESTS} is missing") from None

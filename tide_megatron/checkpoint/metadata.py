@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.read import text_of
 
 STATE = "state.json"
 
@@ -84,8 +85,8 @@ def read_metadata(found: Path) -> CheckpointMetadata:
         CheckpointError: it cannot be read, or a newer megatron-core wrote the checkpoint.
     """
     try:
-        metadata = TypeAdapter(CheckpointMetadata).validate_json((found / STATE).read_bytes())
-    except (OSError, ValidationError) as fault:
+        metadata = TypeAdapter(CheckpointMetadata).validate_json(text_of(found / STATE))
+    except (OSError, ValueError) as fault:
         words = fault.errors()[0] if isinstance(fault, ValidationError) else None
         told = f"{'.'.join(map(str, words['loc']))}: {words['msg']}" if words else fault
         raise CheckpointError(f"{found / STATE}: not readable ({told}); choose another checkpoint") from None

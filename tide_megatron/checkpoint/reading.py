@@ -10,7 +10,6 @@ nothing: on a resume, a conversion, an inspection or a comparison alike, which a
 from __future__ import annotations
 
 import contextlib
-import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.read import json_of
 from tide_megatron.checkpoint.writer import COMMON, FORMAT, TABLE
 
 _CHECKPOINT, _SHARD = "torch.distributed.checkpoint", "torch.distributed._shard"
@@ -87,13 +87,16 @@ def read_table(folder: Path) -> Metadata:
         CheckpointError: it cannot be read, names something that belongs into no table, or names files outside
             of the checkpoint.
     """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not (path.is_file() or path.is_dir()):  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path}: is no file; put the right one back, or choose another checkpoint")
     try:
         with (folder / TABLE).open("rb") as stream:
             table = _Unpickler(stream).load()
         if not isinstance(table, Metadata):
             raise TypeError(f"it holds a {type(table).__name__}")
         for place in (table.storage_data or {}).values():
-            if Path(place.relative_path).name != place.relative_path:
+            if not place.relative_path or Path(place.relative_path).name != place.relative_path:
                 raise ValueError(f"it names {place.relative_path!r}, which is no file of the checkpoint")
     except UNREADABLE as fault:
         raise CheckpointError(
@@ -170,7 +173,7 @@ def restricted(folder: Path) -> Iterator[None]:
 def _check_format(file: Path) -> None:
     """Refuse a format that another library would be asked to read."""
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = json_of(file)
         formats = said.get("sharded_backend"), said.get("common_backend") or "torch"
     except UNREADABLE as fault:
         raise CheckpointError(f"{file}: cannot be read ({fault}); choose another checkpoint") from None

@@ -27,6 +27,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import DIGESTS, PARTIAL, damage, read_digests, remove_folder, write_text
 from tide_megatron.base.options import Off
+from tide_megatron.base.read import json_of
 from tide_megatron.checkpoint.metadata import STATE
 from tide_megatron.parallel.collectives import (
     broadcast_object,
@@ -172,7 +173,7 @@ def _scores(folder: Path) -> dict[str, dict[str, float]]:
     """Read what `add_score` wrote; a file that is damaged is told and counts for nothing."""
     path = folder / SCORES
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
+        noted = json_of(path)
         return {
             name: {key: float(value) for key, value in scores.items() if math.isfinite(value)}
             for name, scores in noted.items()

@@ -120,6 +120,8 @@ class StoredTensors:
             self._reader.read_data(LoadPlan(items), _Into(places)).wait()
         except (RuntimeError, AssertionError, *UNREADABLE) as fault:
             told, names = str(fault).partition("\n")[0], list(dict.fromkeys(name for name, _ in places))
+            if "weights_only" in told:  # torch's advice is to let the file run what it names
+                told = "what stands in its place is no tensor"
             what = names[0] if len(names) == 1 else f"{len(names)} tensors"
             raise CheckpointError(
                 f"{self.found}: {what} cannot be read ({told}); see tide checkpoint verify"

@@ -36,6 +36,7 @@ from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import PARTIAL, commit_folder, discard, replaced_folder
 from tide_megatron.base.lease import Lease, lease_beside, leased
+from tide_megatron.base.read import text_of
 from tide_megatron.checkpoint.retention import LATEST
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel
@@ -229,8 +230,13 @@ def find_files(folder: Path) -> Path:
         return folder
     for pointer in (TRACKER, LATEST):
         if (folder / pointer).is_file():
-            word = (folder / pointer).read_text(encoding="utf-8").strip()
-            found = folder / (f"iter_{int(word):07d}" if word.isdigit() else word)
+            try:
+                word = text_of(folder / pointer).strip()
+            except ValueError as fault:
+                raise CheckpointError(
+                    f"{folder / pointer}: cannot be read ({fault}); write it anew"
+                ) from None
+            found = folder / (f"iter_{int(word):07d}" if word.isdecimal() else word)
             if (found / _FORMAT).is_file():
                 return found
             raise CheckpointError(f"{folder / pointer} names {word}, but {found / _FORMAT} is missing")

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import DataError
+from tide_megatron.base.read import json_of
 from tide_megatron.text.tokenizer import Tokenizer
 
 MANIFEST_FILE = "manifest.json"
@@ -164,12 +165,12 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json_of(file)
     except FileNotFoundError:
         raise DataError(
             f"{folder}: no prepared data ({MANIFEST_FILE} is missing): run `tide prepare`"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{file}: cannot be read as JSON ({error}): prepare the data again") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise DataError(f"{file}: not a manifest of prepared data: prepare the data again")

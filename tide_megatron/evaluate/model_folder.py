@@ -13,6 +13,7 @@ from typing import Any
 
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import CheckpointError, ConfigError
+from tide_megatron.base.read import json_of
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import TideModel, build_model
 from tide_megatron.models.hf.config import CONFIG_FILE, read_config
@@ -95,12 +96,22 @@ def context_differences(folder: Path, context: Context) -> list[str]:
 def _stored_context(folder: Path) -> dict[str, Any]:
     """Return what `write_context` wrote into a folder; empty: nothing."""
     file = folder / CONTEXT_FILE
-    if not file.is_file():
-        return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise ConfigError(f"{file}: not readable; remove it, and give --context and --block-size") from None
+        said = json_of(file)
+        if not isinstance(said, dict):
+            raise ValueError(f"it holds a {type(said).__name__}")
+        kind, size = said.get("kind"), said.get("block_size")
+        if not isinstance(kind, str | None):
+            raise ValueError(f"kind is {kind!r}")
+        if isinstance(size, bool) or not isinstance(size, int | None):
+            raise ValueError(f"block_size is {size!r}")
+    except FileNotFoundError:
+        return {}
+    except ValueError as fault:
+        raise ConfigError(
+            f"{file}: not readable ({fault}); remove it, and give --context and --block-size"
+        ) from None
+    return said
 
 
 def open_model(folder: Path, device: Device) -> TideModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from tide_megatron.base.errors import CheckpointError, ConfigError, DataError
+from tide_megatron.base.read import json_of, text_of
 from tide_megatron.data.manifest import Manifest, read_manifest
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import CONTEXT_FILE, MODEL, RECIPE, model_of, trained_context
@@ -132,8 +132,8 @@ def _read_context(folder: Path, recipe: dict[str, Any] | None) -> Context | None
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as fault:
+        tree = yaml.safe_load(text_of(file))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as fault:
         raise CheckpointError(f"{file}: not readable ({fault}); give the run's model/ instead") from None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file}: is no recipe; give the run's model/ instead")
@@ -145,12 +145,14 @@ def _read_result(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+        result = json_of(file)
+        if not isinstance(result, dict):
+            raise ValueError(f"it holds a {type(result).__name__}")
+    except ValueError as fault:
         raise CheckpointError(
             f"{file}: not readable as JSON ({fault}); remove it to export without"
         ) from None
-    return dict(result)
+    return result
 
 
 def _read_data(recipe: dict[str, Any] | None) -> dict[str, Manifest]:

@@ -25,6 +25,7 @@ from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.base.files import discard, write_text
 from tide_megatron.base.lease import LEASE, Lease, leased
+from tide_megatron.base.read import json_of, text_of
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.retention import listed
 from tide_megatron.evaluate.model_folder import MODEL, RECIPE
@@ -143,10 +144,10 @@ def _check_recipe(written: Path, tree: Tree) -> None:
     """Compare the recipe a folder was claimed for with the one that asks for it now."""
     folder = written.parent
     try:
-        old = yaml.safe_load(written.read_text(encoding="utf-8"))
+        old = yaml.safe_load(text_of(written))
         # A checkpoint remembers what lay at the old paths; without one nothing does, and nothing is lost.
         refuse_other(f"folder: {folder} holds the run of", old, tree, paths=not listed(folder / CHECKPOINTS))
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"folder: {folder} holds the run of another recipe:\n  {RECIPE} cannot be read as one\n"
             "use another folder=, or --fresh to discard the old run"
@@ -161,7 +162,7 @@ def finished_result(folder: Path, tree: Tree) -> dict[str, Any] | None:
         tree: the resolved recipe.
     """
     try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        result = json_of(folder / RESULT)
         is_over = result["finished"] and result["clock"]["step"] >= tree["steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -171,6 +172,6 @@ def finished_result(folder: Path, tree: Tree) -> dict[str, Any] | None:
 def has_same_paths(folder: Path, tree: Tree) -> bool:
     """Say whether a run folder's recipe names the same folders; of another run's recipe False, too."""
     try:
-        return not moved(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")), tree)
-    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        return not moved(yaml.safe_load(text_of(folder / RECIPE)), tree)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, AttributeError):
         return False

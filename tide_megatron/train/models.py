@@ -11,7 +11,7 @@ from pathlib import Path
 import tide_megatron.platform
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.views import Complementary
 from tide_megatron.evaluate.model_folder import context_differences
@@ -56,14 +56,17 @@ def read_plan(choice: Model, key: str) -> ModelPlan:
     """
     folder = Path(choice.folder)
     architecture = read_architecture(folder)
-    with under(key):
-        tokenizer = Tokenizer.load(
-            folder,
-            mask=choice.mask,
-            add_mask=isinstance(choice, StudentModel) and choice.add_mask,
-            template=choice.template,
-            chat_template_kwargs=choice.chat_template_kwargs,
-        )
+    try:
+        with under(key):
+            tokenizer = Tokenizer.load(
+                folder,
+                mask=choice.mask,
+                add_mask=isinstance(choice, StudentModel) and choice.add_mask,
+                template=choice.template,
+                chat_template_kwargs=choice.chat_template_kwargs,
+            )
+    except DataError as fault:
+        raise DataError(f"{key}: {fault}") from None
     if tokenizer.vocabulary_size > architecture.vocabulary:
         remedy = f"set {key}.mask to a token the model knows"
         if tokenizer.mask_was_added:

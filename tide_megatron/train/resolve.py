@@ -165,7 +165,7 @@ def _read(file: Path) -> DictConfig:
         ) from None
     except AssertionError:  # OmegaConf's answer to a lone number
         tree = None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as fault:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as fault:
         raise ConfigError(f"{file}: not readable as YAML: {_told(fault)}; fix the file") from None
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{file}: a recipe is a mapping; write one `key: value` a line")

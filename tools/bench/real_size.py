@@ -176,7 +176,7 @@ def _drawn(plan: dict[str, TensorSpec]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer.json as long as Qwen3's: a token for each byte, and names that no text has."""
+    """Write a tokenizer as long as Qwen3's, and a mask token: a token for each byte, names no text has."""
     letters = list(byte_of_character())
     names = [*letters, *(f"unused{number}" for number in range(WORDS - len(letters)))]
     words = {name: number for number, name in enumerate(names)}
@@ -184,7 +184,8 @@ def _write_tokenizer(folder: Path) -> None:
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
     ends = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    library.add_special_tokens([*ends, *(f"<|special{number}|>" for number in range(SPECIAL - len(ends)))])
+    rest = [f"<|special{number}|>" for number in range(SPECIAL - len(ends))]
+    library.add_special_tokens([*ends, *rest, "<|mask|>"])
     library.save(str(folder / "tokenizer.json"))
     told = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")

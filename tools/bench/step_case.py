@@ -99,11 +99,13 @@ class Setting:
             "hidden_size": self.hidden,
             "head_dim": self.hidden // 4,
             "intermediate_size": 3 * self.hidden,
-            "moe_intermediate_size": self.hidden * 5 // 4,
             "vocab_size": vocabulary,
             "initializer_range": self.initial_deviation,
         }
-        return {**body, **width, **self.shapes.get(name, {})}
+        config = {**body, **width, **self.shapes.get(name, {})}
+        if "num_experts" in config:
+            config.setdefault("moe_intermediate_size", self.hidden * 5 // 4)
+        return config
 
     @property
     def first_maskable(self) -> int:

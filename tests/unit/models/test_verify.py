@@ -131,7 +131,7 @@ def test_shards_are_read_as_transformers_reads_them(folder_of, groups, tmp_path,
     folder = folder_of(size="20KB")
     assert len({*places(folder).values()}) > 2
     assert same(folder, groups, tmp_path)
-    assert not caplog.records
+    assert not warnings_in(caplog)
 
 
 @pytest.mark.parametrize("wins", ["first", "last"])
@@ -244,7 +244,7 @@ def test_rotary_buffers_are_harmless_as_for_transformers(folder_of, groups, tmp_
     right = 1e4 ** -(torch.arange(0, 16, 2) / 16)
     edit(folder, lambda tensors: tensors.update({name: right.clone() for name in buffers}))
     assert same(folder, groups, tmp_path)
-    assert not caplog.records
+    assert not warnings_in(caplog)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_tensors_of_zeros_are_a_warning(folder_of, groups, tmp_path, caplog, zer
     folder = folder_of()
     edit(folder, lambda tensors: [tensors[name].zero_() for name in zero])
     assert same(folder, groups, tmp_path)
-    assert (told in caplog.text) if told else not caplog.records
+    assert (told in caplog.text) if told else not warnings_in(caplog)
 
 
 def test_a_shard_of_zeros_is_a_warning_that_names_its_tensors(folder_of, groups, tmp_path, caplog):
@@ -299,7 +299,7 @@ def test_biases_of_zeros_are_nothing_odd(groups, tmp_path, caplog):
     load_model(
         build_model(read_architecture(tmp_path / "m"), groups, ModelOptions(device=CPU)), tmp_path / "m"
     )
-    assert not caplog.records
+    assert not warnings_in(caplog)
 
 
 @pytest.mark.parametrize(
@@ -353,3 +353,7 @@ def test_weights_of_whole_numbers_are_refused(folder_of, groups):
     edit(folder, lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=f"1 of whole numbers: {UP} torch.int8"):
         load_model(build_model(read_architecture(folder), groups, ModelOptions(device=CPU)), folder)
+
+
+def warnings_in(caplog):
+    return [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -52,7 +52,13 @@ def test_ends(pieces, special, text, found):
         ([b"  ab"], (), "ab", 0, "b'  ab'"),
         ([b"<s>", b" x", b"<s>"], {0, 2}, "<s>a<s>", 3, "(byte 3)"),
         ([b"a ", b"b"], (), "ab", 1, "b' b' where the text has b'b'"),
-        (["é".encode()], (), "e\u0301", 0, "normalises text to NFC: write the record in NFC, or advice"),
+        (
+            ["é".encode()],
+            (),
+            "e\u0301",
+            0,
+            "normalises text to NFC: write the record in NFC, prepare with --n",
+        ),
         ([b" fi"], (), "ﬁ", 0, "normalises text to NFKC"),
         (["e\u0301".encode()], (), "é", 0, "normalises text to NFD"),
         ([b"abc"], (), "Abc", 0, "it changes text, so nothing can be aligned: advice"),
@@ -87,7 +93,7 @@ def test_the_message_that_normalisation_changes_is_named(tmp_path, number):
         encode_chat(tokenizer, chat(*contents))
     role = ("assistant", "user")[number % 2]
     assert str(caught.value).startswith(f"message {number} ({role}): {tmp_path}: its tokens spell ")
-    assert "write the record in NFC, or take the normalizer out of tokenizer.json" in str(caught.value)
+    assert "in NFC, prepare with --normalize, or take the normalizer out" in str(caught.value)
 
 
 def test_a_normaliser_that_is_no_unicode_form_is_told_too(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tide_megatron.base.errors import CheckpointError, ConfigError
+from tide_megatron.base.read import json_of
 from tide_megatron.models.hf.known import Kinds, refuse_unknown
 from tide_megatron.models.hf.rotary import ROTARY_KEYS, SHARE, Rotary, read_rotary
 from tide_megatron.models.hf.values import WORDS, Value, checked, fits, shown
@@ -46,15 +47,11 @@ def read_json(path: Path, purpose: str) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is missing or not a JSON object.
     """
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise CheckpointError(f"{path}: no file; {purpose}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        value = json_of(path, _once)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {purpose}") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: not readable as JSON (nested too deep); {purpose}") from None
-    except (OSError, ValueError) as fault:
+    except ValueError as fault:
         raise CheckpointError(f"{path}: not readable as JSON ({fault}); {purpose}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__}, not a JSON object; {purpose}")

@@ -148,6 +148,8 @@ def _find_weights(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
             f"{folder}: no such model folder; give a local folder with {WEIGHTS_FILE} in it"
         )
     whole, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    if whole.exists() and not whole.is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(f"{whole}: is no file; put the weights there")
     if whole.exists():
         odd = (
             f"{folder}: {WEIGHTS_FILE} is read, not the files that {INDEX_FILE} beside it names "

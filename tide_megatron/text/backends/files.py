@@ -6,12 +6,12 @@ Special tokens of all kinds but Hugging Face's stand in `tokenizer_config.json` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tide_megatron.base.errors import DataError
+from tide_megatron.base.read import json_of, text_of
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -26,8 +26,8 @@ def read_text(file: Path) -> str:
         DataError: it cannot be read, or is no UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return text_of(file)
+    except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as UTF-8 text ({error}); copy the tokenizer again") from None
 
 
@@ -38,8 +38,8 @@ def read_json(file: Path) -> dict[str, Any]:
         DataError: it cannot be read, is no JSON (too deep counts), or no object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json_of(file)
+    except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({error}); copy the tokenizer again") from None
     if not isinstance(content, dict):
         raise DataError(f"{file}: must hold a JSON object")

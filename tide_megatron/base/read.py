@@ -1,0 +1,48 @@
+"""Read small files of users: text and JSON, whatever stands under their names.
+
+A file may be a folder, a pipe whose writer never comes, text of another encoding, or brackets without end.
+Each is one short reason here, so that every caller can say which file it is and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def text_of(path: Path) -> str:
+    """Return the content of a UTF-8 file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read; the message is the reason alone.
+    """
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise ValueError("it is no file")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError as fault:
+        raise ValueError(f"no UTF-8 text, from byte {fault.start} on") from None
+    except OSError as fault:
+        raise ValueError(fault.strerror or str(fault)) from None
+
+
+def json_of(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return the value in a JSON file.
+
+    Args:
+        path: of the file.
+        pairs_hook: makes an object of its entries; None: the last of equal keys counts.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON, or cannot be read; the message is the reason alone.
+    """
+    try:
+        return json.loads(text_of(path), object_pairs_hook=pairs_hook)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
