@@ -1,7 +1,13 @@
 """What README and docs/ say of the tree is so: packages of the map in the contract's order, pages, links."""
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tide_megatron"
@@ -33,3 +39,16 @@ def test_every_page_is_in_the_index_and_links_to_pages_lead_somewhere():
     links |= set(re.findall(r"\]\((docs/[\w./]+)\)", text("README.md")))
     assert "docs/step.svg" in links
     assert [link for link in sorted(links) if not (ROOT / link).is_file()] == []
+
+
+@pytest.mark.slow
+def test_the_way_from_chats_to_an_export_is_as_its_page_says():
+    commands = re.findall(r"^(tide .*)$", text("docs/first_student.md"), re.MULTILINE)
+    assert len(commands) == 7
+    shutil.rmtree(ROOT / "runs/page", ignore_errors=True)
+    tool = str(Path(sys.executable).with_name("tide"))
+    for command in commands:
+        words = [tool, *shlex.split(command)[1:]]
+        done = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert (ROOT / "runs/page/exported").is_dir()
