@@ -193,7 +193,8 @@ def evaluate(
             values[1].index_add_(0, sample, scores.is_right.double())
             values[2] += noised.masked.sum(dim=1)
             sums[:3, mine, column] = values
-            if calibration is not None and scores.tempered is not None:
+            if calibration is not None:
+                assert scores.tempered is not None, "the scorer was not asked for calibration"
                 share = scores.tempered.nll / (time * len(options.times))
                 calibration.add(sample + first, share, scores.tempered.confidence, scores.is_right)
         if mine:

@@ -327,7 +327,12 @@ def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> L
     if setup.held_out is None:
         return None
     student = setup.run.student
-    scorer = ModelScorer(model=student.model, context=student.context, mask_id=student.mask_id)
+    scorer = ModelScorer(
+        model=student.model,
+        context=student.context,
+        mask_id=student.mask_id,
+        calibration=recipe.evaluation.calibration,
+    )
     with setup.run.phases("evaluate"):
         student.model.eval()
         scores = evaluate(scorer, student.context, setup.held_out, recipe.evaluation, setup.run.device)

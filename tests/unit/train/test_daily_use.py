@@ -18,6 +18,7 @@ from tide_megatron.train import loop
 WORDS = [
     "evaluation.at_start=true",
     "evaluation.every=1",
+    "evaluation.calibration=true",
     "checkpoints.keep=1",
     "checkpoints.keep_best=nll_per_byte",
     "metrics.profile=[2,2]",
@@ -46,6 +47,9 @@ def test_it_is_scored_before_its_first_update_with_every_level_and_the_time(life
     assert [line["step"] for line in rest if line["kind"] == "evaluate"] == [1, 2]
     levels = {row["time"]: row["nll_per_byte"] for row in result["by_time"]}
     assert {level: rest[-1][f"nll_per_byte/{level}"] for level in (0.3, 0.7)} == levels
+    assert 0 < result["expected_calibration_error"] < 1
+    assert 0 < abs(result["tempered_nll_per_byte"] - result["nll_per_byte"]) < 0.5 * result["nll_per_byte"]
+    assert [part["samples"] for part in result["by_source"]] == [result["samples"]]
     times = [line["time"] for line in records(folder)]
     assert times == sorted(times)
     assert all(time.endswith("+00:00") for time in times)
