@@ -36,7 +36,7 @@ MOE = Teacher(
 KL_WEIGHT, TIDAL_WEIGHT = 8.0, 16.0
 """Chosen on the dev split, as in the quickstart (docs/log.md); the hard twin has KL's."""
 DEMO = MOE.demonstrate()
-KL = MOE.listen("kl", KL_WEIGHT)
+KL = MOE.listen("kl", KL_WEIGHT, "temperature=1")
 BOTH, TRAINING, TIMESTEP = (
     MOE.listen("tidal", TIDAL_WEIGHT, f"axes={axes}") for axes in ("both", "training_only", "timestep_only")
 )
