@@ -2,8 +2,8 @@
 # pyproject.toml or constraints.txt has changed, and then does its job.
 #
 #   make quickstart          two teachers in two layouts teach a small student on 4 CPU ranks (about 12 minutes)
-#   make cross-tokenizer     learn from a teacher with another tokenizer, alone and in a pair (about 20 minutes)
-#   make shared-tokenizer    TIDAL along each of its axes, with and without CompDemo (about 15 minutes)
+#   make cross-tokenizer     learn from a teacher with another tokenizer, alone and in a pair (longer than the quickstart)
+#   make shared-tokenizer    TIDAL along each of its axes, with and without CompDemo (longer than the quickstart)
 #   make test                all tests but the slow ones
 #   make check               format, lint, strict types, layer contract, house rules
 #   make kill-test           kill a run 100 times: is anything lost? (about 25 minutes)

@@ -1,6 +1,6 @@
 """Learn from a teacher with another tokenizer on 4 CPU ranks, alone and beside one with the student's own.
 
-    make cross-tokenizer         the most telling variants, one seed (about 7 minutes)
+    make cross-tokenizer         the most telling variants, one seed
     make cross-tokenizer-full    all variants, three seeds
 
 The quickstart's base student (512 entries) listens to a LLaDA2-type mixture of experts with 1,024 entries of

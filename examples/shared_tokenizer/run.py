@@ -1,6 +1,6 @@
 """Learn from a teacher with the same tokenizer, on 4 CPU ranks: TIDAL along each axis, with CompDemo or not.
 
-    make shared-tokenizer         the most telling variants, one seed (about 7 minutes)
+    make shared-tokenizer         the most telling variants, one seed
     make shared-tokenizer-full    all variants, three seeds
 
 The quickstart's mixture, base student, data and settings; see examples/quickstart/run.py. TIDAL's target
