@@ -7,7 +7,7 @@ Each is one short reason here, so that every caller can say which file it is and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +46,9 @@ def json_of(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | Non
         return json.loads(text_of(path), object_pairs_hook=pairs_hook)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def doubled_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """Return the first key that stands twice among a JSON object's entries: it has no one value."""
+    keys = [key for key, _ in pairs]
+    return next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tide_megatron.commands.options import ContextKind, DeviceOption
+from tide_megatron.commands.options import BlockSizeOption, ContextOption, DeviceOption, RanksOption
 
 
 def evaluate(
@@ -18,16 +18,9 @@ def evaluate(
     times: Annotated[
         str, typer.Option(metavar="T,...", help="Noise levels that each is masked at.")
     ] = "0.1,0.3,0.5,0.7,0.9",
-    context: Annotated[
-        ContextKind | None,
-        typer.Option(help="The context kind that it was trained in; default: its folder's."),
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(min=1, help="The block size it was trained with; default: its folder's.")
-    ] = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to start here; leave out under torchrun or srun.")
-    ] = None,
+    context: ContextOption = None,
+    block_size: BlockSizeOption = None,
+    ranks: RanksOption = None,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print all scores as JSON, by sample too.")] = False,
 ) -> None:

@@ -17,6 +17,17 @@ ContextKind = Literal["bidirectional", "block_causal", "block_diffusion"]
 
 DeviceOption = Annotated[Wanted, typer.Option(help="Where to compute; auto takes CUDA where it works.")]
 
+ContextOption = Annotated[
+    ContextKind | None,
+    typer.Option(help="The context kind that it was trained in; default: its folder's."),
+]
+BlockSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="The block size it was trained with; default: its folder's.")
+]
+RanksOption = Annotated[
+    int | None, typer.Option(min=1, help="Ranks to start here; leave out under torchrun or srun.")
+]
+
 
 def print_whole(table: Table) -> None:
     """Print a table without cutting a name: a terminal folds them, a pipe has no edge."""

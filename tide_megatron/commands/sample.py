@@ -8,19 +8,14 @@ from typing import Annotated
 
 import typer
 
-from tide_megatron.commands.options import ContextKind, DeviceOption
+from tide_megatron.commands.options import BlockSizeOption, ContextOption, DeviceOption
 
 
 def sample(
     model: Annotated[Path, typer.Argument(help="A run's folder, or a model folder.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: one a line from stdin.")] = None,
-    context: Annotated[
-        ContextKind | None,
-        typer.Option(help="The context kind that it was trained in; default: its folder's."),
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(min=1, help="The block size it was trained with; default: its folder's.")
-    ] = None,
+    context: ContextOption = None,
+    block_size: BlockSizeOption = None,
     mask: Annotated[
         str | None, typer.Option(help="The mask token it was trained with; default: its folder's.")
     ] = None,

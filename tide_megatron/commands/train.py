@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tide_megatron.commands.options import Wanted
+from tide_megatron.commands.options import RanksOption, Wanted
 
 
 def train(
@@ -17,9 +17,7 @@ def train(
         list[str] | None,
         typer.Argument(help="key=value, dotted keys; the last word. {} empties, null removes."),
     ] = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to start here; leave out under torchrun or srun.")
-    ] = None,
+    ranks: RanksOption = None,
     device: Annotated[Wanted | None, typer.Option(help="Short for device=... in the recipe.")] = None,
     folder: Annotated[
         str | None, typer.Option(help="Run folder; short for folder=... in the recipe.")

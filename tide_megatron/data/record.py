@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from tide_megatron.base.errors import RecordError, nearest
+from tide_megatron.base.read import doubled_key
 from tide_megatron.text.templates import REASONING, Inputs
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -106,12 +107,9 @@ def _load(line: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
+    if (double := doubled_key(pairs)) is not None:
         _refuse(f"the key {double!r} stands twice in one object: remove one", "a doubled key")
-    return found
+    return dict(pairs)
 
 
 def _no_number(word: str) -> NoReturn:

@@ -244,7 +244,7 @@ def open_loader(
             side = columns.manifest.side_of(plan.tokenizer.digest)
             if side is None:
                 _check_mask_of_side(columns, name, plan)
-            if side is not None:
+            else:
                 sides[name] = SideReading(side=side, block_size=_filled_blocks(plan.choice.context))
         for side in (recipe.noise.chunks_of or ()) if is_trained_on else ():
             if side not in columns.manifest.sides:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tide_megatron.base.errors import CheckpointError, ConfigError
-from tide_megatron.base.read import json_of
+from tide_megatron.base.read import doubled_key, json_of
 from tide_megatron.models.hf.known import Kinds, refuse_unknown
 from tide_megatron.models.hf.rotary import ROTARY_KEYS, SHARE, Rotary, read_rotary
 from tide_megatron.models.hf.values import WORDS, Value, checked, fits, shown
@@ -60,12 +60,9 @@ def read_json(path: Path, purpose: str) -> dict[str, Any]:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its entries; a key that stands twice has no one value."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in entries if keys.count(key) > 1)
+    if (twice := doubled_key(pairs)) is not None:
         raise ValueError(f"{twice} stands twice in one object; remove one of them")
-    return entries
+    return dict(pairs)
 
 
 def with_dtype(config: HfConfig, dtype: str) -> dict[str, Any]:
