@@ -154,10 +154,10 @@ def leased(
         TideError: (of that kind) another process holds it; host and pid are named.
         OSError: the disk refuses.
     """
-    made = _make_parents(path.parent)
+    made: set[Path] = set()
     try:
         holder = Holder.here(read_job())
-        _Taking(path, what, kind, holder, stop, renew_seconds, stale_seconds).take()
+        _Taking(path, what, kind, holder, stop, renew_seconds, stale_seconds, made).take()
         _tidy(path, stale_seconds)
         lease = Lease(path, holder, kind, renew_seconds)
         lease.start()
@@ -177,9 +177,9 @@ def leased(
         _remove_empty(made)
 
 
-def _remove_empty(made: list[Path]) -> None:
-    """Remove the folders that were made for a lease, where nothing came into them."""
-    for folder in reversed(made):
+def _remove_empty(made: set[Path]) -> None:
+    """Remove the folders that were made for a lease, where nothing came into them, the innermost first."""
+    for folder in sorted(made, reverse=True):
         with contextlib.suppress(OSError):
             folder.rmdir()
 
@@ -195,24 +195,32 @@ class _Taking:
     stop: StopFlag | None
     renew_seconds: float
     stale_seconds: float
+    made: set[Path]
+    """Folders that were missing and that we made."""
 
     def take(self) -> None:
         """Write our lease where there is none, or over one that is stale."""
         own = _beside(self.path, self.holder.token)
+        gone = None
         try:
             for attempt in range(_TRIES):
                 time.sleep(bool(attempt) * (0.01 + 0.0004 * secrets.randbelow(100)))
-                if self._is_taken(own):
-                    break
+                try:
+                    if self._is_taken(own):
+                        break
+                except FileNotFoundError as fault:  # another start removed the folder it had made
+                    gone = fault
             else:
-                raise self.kind(f"{self.path}: cannot be had, others take it all the time; try again")
+                raise self.kind(
+                    f"{self.path}: cannot be had, others take it all the time; try again"
+                ) from gone
         finally:
             with contextlib.suppress(OSError):
                 own.unlink(missing_ok=True)
 
     def _is_taken(self, own: Path) -> bool:
         """Try once, with a file of our own beside the lease; say whether the lease is ours."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_parents()
         own.write_text(json.dumps(dataclasses.asdict(self.holder)) + "\n", encoding="utf-8")
         seen = _sight(self.path)
         if seen is None:
@@ -228,6 +236,21 @@ class _Taking:
         if not is_ours:
             self._remove_old_claim(_beside(self.path, f"{seen.holder.token}.claim"), own)
         return False
+
+    def _make_parents(self) -> None:
+        """Make the folder and those above it, and note which were missing.
+
+        Raises:
+            FileNotFoundError: one was removed by another start while we looked.
+        """
+        folder = self.path.parent
+        self.made.update(one for one in (folder, *folder.parents) if not one.exists())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as fault:
+            if os.path.lexists(fault.filename):  # a file is where a folder should be
+                raise
+            raise FileNotFoundError(*fault.args, fault.filename) from fault
 
     def _remove_old_claim(self, claim: Path, own: Path) -> None:
         """Remove what one left that died in the moment between two calls of a takeover."""
@@ -363,14 +386,3 @@ def _claim(path: Path, token: str) -> Iterator[bool]:
     finally:
         with contextlib.suppress(OSError):
             claim.unlink()
-
-
-def _make_parents(folder: Path) -> list[Path]:
-    """Make a folder and those above it; return the ones that were missing, the outermost first."""
-    missing = []
-    for path in (folder, *folder.parents):
-        if path.exists():
-            break
-        missing.append(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing[::-1]

@@ -262,6 +262,21 @@ def test_of_starts_at_random_moments_one_at_a_time_proceeds(tmp_path, left):
         assert not room.exists() or list(room.iterdir()) == []
 
 
+def test_folders_that_other_starts_remove_meanwhile_are_made_again(tmp_path):
+    path = tmp_path / "a/b" / LEASE
+
+    def remove():
+        while True:
+            time.sleep(0.0003)
+            for folder in (path.parent, path.parent.parent):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    with ending(child(remove)):
+        for _ in range(200):
+            take(path)
+
+
 def test_a_file_system_without_links_does(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EPERM, "Operation not permitted")
