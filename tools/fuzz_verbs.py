@@ -4,9 +4,10 @@
     python tools/fuzz_verbs.py --cases 10            (what `make test` does)
     python tools/fuzz_verbs.py --verbs export --cases 40 --seed 7
 
-One file that a verb reads is spoilt: taken away, replaced by a folder, a link or a pipe, cut, emptied,
-written in another encoding, filled with zeros or noise, made enormous; or, where it is JSON or YAML, one of
-its values becomes another type. Where digests stand beside it, half of the time they are written anew.
+A word of its command line is odd, or one file that it reads is spoilt: taken away, replaced by a folder, a
+link or a pipe, cut, emptied, written in another encoding, filled with zeros or noise, made enormous; or,
+where it is JSON or YAML, one of its values becomes another type. Where digests stand beside it, half of the
+time they are written anew.
 The verb then runs in a process forked from this one, which has imported
 everything. It may succeed, where what was spoilt does not matter; else it must end with exit code 2, one
 message that begins with `error:` (or the usage of the command line), and no traceback; and nothing
@@ -38,7 +39,7 @@ from tide_megatron.platform import prepare_platform
 import torch
 import yaml
 
-from spoil import digest_anew, spoil_bytes, spoil_value
+from spoil import digest_anew, spoil_bytes, spoil_value, spoil_words
 from tide_megatron import commands
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,8 +55,10 @@ class Verb:
 
     words: Callable[[Path], Sequence[str]]
     """Command line in a copy of the fixtures; what it writes is called `out`."""
-    files: Sequence[str]
+    files: Sequence[str] = ()
     """What it reads, below the fixtures: the files that are spoilt."""
+    takes_keys: bool = False
+    """Does it take `KEY=VALUE`, and do nothing long with it?"""
 
 
 MODEL_FILES = [
@@ -94,6 +97,7 @@ VERBS = {
     "train --dry-run": Verb(
         words=lambda at: ["train", f"{at}/run.yaml", f"folder={at}/out", "--dry-run"],
         files=["run.yaml", *MODEL_FILES, *DATA_FILES],
+        takes_keys=True,
     ),
     "train (resume)": Verb(
         words=lambda at: ["train", f"{at}/run.yaml", f"folder={at}/run", "steps=3"],
@@ -156,6 +160,8 @@ VERBS = {
             for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
         ],
     ),
+    "recipe": Verb(words=lambda at: ["recipe", "optimizer"]),
+    "doctor": Verb(words=lambda at: ["doctor", "--device", "cpu"]),
 }
 
 
@@ -212,6 +218,7 @@ def forked(words: Sequence[str], log: Path, seconds: float) -> tuple[int, str, f
             os.dup2(handle, 1)
             os.dup2(handle, 2)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            os.chdir(log.parent)  # where words that name no whole path lead
             sys.argv = ["tide", *words]
             commands.main()
             code = 0
@@ -270,17 +277,24 @@ def run_case(
     shutil.copytree(fixtures, at, symlinks=True, ignore=shutil.ignore_patterns("log"))
     for file in ("run.yaml", "run/recipe.yaml"):
         (at / file).write_text((at / file).read_text().replace(str(fixtures), str(at)))
-    file = at / chance.choice([name for name in verb.files if (at / name).is_file()])
-    told = spoil_value(file, chance) if chance.random() < 0.5 else None
-    told = told or spoil_bytes(file, chance)
-    if chance.random() < 0.5 and digest_anew(file):
-        told += ", its digest written anew"
     words = verb.words(at)
+    if not verb.files or chance.random() < 0.2:
+        words, told = spoil_words(words, verb.takes_keys, at, chance)
+    else:
+        told = _spoil_file(at / chance.choice([name for name in verb.files if (at / name).is_file()]), chance)
     code, text, seconds = forked(words, at.with_name("log"), SECONDS)
     wrong = findings(words, at, code, text, seconds)
     if wrong:
         wrong.append("\n".join(text.splitlines()[-12:]))
-    return f"{file.relative_to(at)}: {told}", code, seconds, wrong
+    return told, code, seconds, wrong
+
+
+def _spoil_file(file: Path, chance: random.Random) -> str:
+    told = spoil_value(file, chance) if chance.random() < 0.5 else None
+    told = told or spoil_bytes(file, chance)
+    if chance.random() < 0.5 and digest_anew(file):
+        told += ", its digest written anew"
+    return f"{file.name}: {told}"
 
 
 def main() -> None:

@@ -6,13 +6,14 @@ import copy
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tide_megatron.base.files import digest_of
+from tide_megatron.train.reference import sections
 
 ENORMOUS_BYTES = 32 * 2**20
 MAY_BE_PIPES = ("chats.jsonl", "run.yaml")
@@ -35,6 +36,63 @@ ODD_VALUES: tuple[Any, ...] = (
     {"a": None},
     ["x", 1],
 )
+
+ODD_WORDS: tuple[str, ...] = (
+    "",
+    " ",
+    "-1",
+    "0",
+    "1e309",
+    "nan",
+    "null",
+    "[",
+    "{a: 1}",
+    "a=b=c",
+    "ü\udcff",
+    "x" * 5000,
+    "no/such/place",
+)
+ODD_WORDS += (
+    "9" * 40,
+    "--unknown",
+    "-",
+    "--",
+    "true",
+    "é=1",
+    "steps",
+    "steps=",
+    "=1",
+    "losses={}",
+    "teachers.x=null",
+)
+
+
+def spoil_words(
+    words: Sequence[str], takes_keys: bool, at: Path, chance: random.Random
+) -> tuple[list[str], str]:
+    """Put an odd word in the place of one of a command line, or beside it; return it and what was done.
+
+    Args:
+        words: behind `tide`, the verb first.
+        takes_keys: a key of the recipe may get an odd value.
+        at: folder of the files; some of them are odd words as well.
+        chance: chooses.
+    """
+    words = list(words)
+    if takes_keys and chance.random() < 0.6:
+        keys = [
+            f"{section.key.partition(' ')[0]}.{option.name}".lstrip(".")
+            for section in sections()
+            for option in section.options
+        ]
+        key = chance.choice(keys).replace("TERM", "ce").replace("NAME", "t")
+        words.append(f"{key}={json.dumps(chance.choice(ODD_VALUES))}")
+        return words, words[-1]
+    odd = chance.choice([*ODD_WORDS, f"{at}/model", f"{at}/chats.jsonl", f"{at}/run", f"{at}/data"])
+    place = chance.randrange(1, len(words) + 1)
+    told = f"{' '.join(words[:place])} {odd[:60]!r}"
+    words[place : place + (chance.random() < 0.7)] = [odd]
+    return words, told
 
 
 def spoil_bytes(file: Path, chance: random.Random) -> str:
