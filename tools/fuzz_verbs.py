@@ -217,7 +217,8 @@ def forked(words: Sequence[str], log: Path, seconds: float) -> tuple[int, str, f
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115 - as Python's own
             os.chdir(log.parent)  # where words that name no whole path lead
             sys.argv = ["tide", *words]
             commands.main()
