@@ -147,7 +147,7 @@ def command(recipe: Path, run: Path, num_ranks: int = RANKS) -> None:
 
 def under_tide(recipe: Path, run: Path, port: int) -> None:
     """Be our launcher; its ranks are forks of it and not of a fresh server."""
-    supervisor._start_method = lambda _: multiprocessing.get_context("fork")  # type: ignore[assignment, return-value]
+    supervisor.start_method = lambda _: multiprocessing.get_context("fork")  # type: ignore[assignment, return-value]
     command(recipe, run)
 
 

@@ -106,8 +106,8 @@ def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[st
     """Start every rank; stop signals wait until they can be passed on to all of them."""
     log.info("starting %d ranks on this node with %s thread(s) each", num_ranks, environment[_THREADS])
     resource_tracker.ensure_running()  # else the first start of a process would end the hold on signals
-    with signals_held(), _start_environment(job.wanted):
-        context = _start_method(job.wanted)
+    with signals_held(), start_environment(job.wanted):
+        context = start_method(job.wanted)
         for number in range(num_ranks):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
@@ -118,7 +118,7 @@ def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[st
             ranks.append(_Rank(number=number, process=process, report=mine))
 
 
-def _start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
+def start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
     """Choose how processes start: fresh ones for CUDA, which survives no fork; else forks of a server.
 
     The server has imported torch and megatron-core once: a rank starts in 0.1 s instead of 4 s of CPU, and
@@ -133,7 +133,7 @@ def _start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
 
 
 @contextlib.contextmanager
-def _start_environment(wanted: Wanted) -> Iterator[None]:
+def start_environment(wanted: Wanted) -> Iterator[None]:
     """Set what must stand before Python and torch are loaded; ranks get their own number of threads later.
 
     This process asks CUDA nothing meanwhile: its answer would stay as it is for good.
