@@ -30,6 +30,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tide_megatron.launch.signals import release_signals, signals_held
 from tide_megatron.launch.supervisor import start_environment, start_method
 
 START_SECONDS, GRACE_SECONDS = 180.0, 2.0
@@ -73,7 +74,8 @@ class Pool:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pool_")
         store_file = f"{self._folder.name}/store"
-        with start_environment("cpu"):
+        # As the launcher starts it, whose ranks come from the same server later.
+        with signals_held(), start_environment("cpu"):
             context = start_method("cpu")
             for rank in range(self.world_size):
                 here, there = context.Pipe()
@@ -147,6 +149,7 @@ def _work(pipe: Connection, rank: int, world_size: int, store_file: str) -> None
     """Run what the parent sends until it closes the pipe: the body of a worker process."""
     os.setsid()  # Ctrl-C stays the parent's, and one kill ends the rank with all that it started
     faulthandler.register(signal.SIGUSR1)
+    release_signals()
     try:
         _join_world(rank, world_size, store_file)
         pipe.send((True, None))

@@ -60,7 +60,7 @@ def test_ranks_on_the_cpu_are_forked_where_this_process_has_cuda(monkeypatch):
     # A server started here would hold no signals for the ranks of later tests.
     monkeypatch.setattr(supervisor.forkserver, "ensure_running", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert supervisor.start_method("cuda").getstart_method() == "spawn"
-    assert supervisor.start_method("auto").getstart_method() == "spawn"
+    assert supervisor.start_method("cuda").get_start_method() == "spawn"
+    assert supervisor.start_method("auto").get_start_method() == "spawn"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("nothing is asked of CUDA"))
-    assert supervisor.start_method("cpu").getstart_method() == "forkserver"
+    assert supervisor.start_method("cpu").get_start_method() == "forkserver"
