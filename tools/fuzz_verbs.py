@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from tide_megatron.platform import prepare_platform
 
 import torch
+import torch._dynamo  # torch's optimizers import it: here once, else in every fork
 import yaml
 
 from spoil import digest_anew, spoil_bytes, spoil_value, spoil_words

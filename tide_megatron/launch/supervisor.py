@@ -46,8 +46,8 @@ SETTLE_SECONDS = 2.0
 """After a failure: how long the other ranks may take to fail too, clean up and report."""
 EXIT_SECONDS = 10.0
 """After a rank's last word: how long its process may take to end."""
-PRELOADED = ("tide_megatron.platform", "tide_megatron.train.loop")
-"""What ranks on CPU find imported already."""
+PRELOADED = ("tide_megatron.platform", "tide_megatron.train.loop", "torch._dynamo")
+"""What ranks on CPU find imported already; torch's optimizers bring in the last one, at 2 s a rank."""
 _THREADS = "OMP_NUM_THREADS"
 _COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
 """Else every rank starts a process per core, at most 32, to compile in."""
