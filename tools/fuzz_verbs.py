@@ -21,8 +21,10 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
+import pkgutil
 import random
 import shutil
 import signal
@@ -37,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from tide_megatron.platform import prepare_platform
 
 import torch
-import torch._dynamo  # torch's optimizers import it: here once, else in every fork
 import yaml
 
+import tide_megatron
 from spoil import digest_anew, spoil_bytes, spoil_value, spoil_words
 from tide_megatron import commands
 
@@ -299,6 +301,21 @@ def _spoil_file(file: Path, chance: random.Random) -> str:
     return f"{file.name}: {told}"
 
 
+def import_everything() -> None:
+    """Import here, once, what verbs import when they are called; in every fork it takes longer than they."""
+    for module in pkgutil.walk_packages(tide_megatron.__path__, "tide_megatron."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in (
+        "torch._dynamo",
+        "transformers.models.qwen3",
+        "transformers.models.auto",
+        "tokenizers",
+        "numpy.ma",
+    ):
+        importlib.import_module(name)
+
+
 def main() -> None:
     """Parse, try, print a table, and end with exit code 1 if anything was wrong."""
     parser = argparse.ArgumentParser(
@@ -311,6 +328,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
     prepare_platform()
+    import_everything()
     is_bad = False
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
