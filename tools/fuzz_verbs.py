@@ -268,7 +268,10 @@ def findings(words: Sequence[str], at: Path, code: int, text: str, seconds: floa
     left = [name for name in hidden if not name.endswith(".converting")]  # these go on where they stopped
     if left:
         found.append(f"left behind: {', '.join(left)}")
-    if code and (at / "out").exists() and any((at / "out").iterdir()):
+    has_begun = (
+        words[0] == "train" and (at / "out/metrics.jsonl").is_file()
+    )  # what failed later stays to be seen
+    if code and not has_begun and (at / "out").exists() and any((at / "out").iterdir()):
         found.append("a target that failed and is there")
     return found
 
