@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
 
 import torch
@@ -43,6 +44,11 @@ class TransformerEngine:
     def is_usable(self) -> bool:
         """Whether megatron-core builds layers of it here."""
         return not self.fault
+
+    def is_older_than(self, release: tuple[int, int]) -> bool:
+        """Say whether its version is before a release; one that does not say its version counts as new."""
+        found = re.match(r"(\d+)\.(\d+)", self.version)
+        return found is not None and (int(found[1]), int(found[2])) < release
 
     def __str__(self) -> str:
         """Name it with its version, and what is wrong with it."""

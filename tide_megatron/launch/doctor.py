@@ -34,6 +34,8 @@ from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.arch.llada2_moe import Llada2Moe
 from tide_megatron.models.attention import KERNELS, choose_kernel
 from tide_megatron.models.build import build_model
+from tide_megatron.models.engine import Engine
+from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.collectives import Traffic, gather_objects
@@ -128,7 +130,7 @@ def _engines(device: Device) -> Iterator[Finding]:
     maker = choose_kernel("auto", device.type, trainable=True)
     kernel = next(name for name, known in KERNELS.items() if known is maker)
     yield Finding(topic="attention", value=f"{kernel} (of {', '.join(KERNELS)})")
-    yield Finding(topic="layers", value="megatron-core's local spec")
+    yield Finding(topic="layers", value=str(Engine.on("auto", Precision.on("auto", device), device)))
     yield _transformer_engine()
     yield _apex()
 

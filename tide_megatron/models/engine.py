@@ -27,6 +27,8 @@ from tide_megatron.models.precision import Precision
 EngineName = Literal["te", "scaled", "local", "emulated"]
 EngineChoice = Literal["auto", "te", "scaled", "local", "emulated"]
 _NAMES = ("te", "scaled", "local", "emulated")
+_OLDEST = (2, 2)
+"""Of Transformer Engine; experts need its fused permutation of tokens by a mask."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ def _against_te(precision: Precision, device: Device, library: TransformerEngine
     is_planned = device.capability is None  # a GPU elsewhere: what is installed beside it is not known here
     if not library.is_usable and not is_planned:
         return str(library)
+    if library.is_older_than(_OLDEST):
+        return f"{library} is older than {'.'.join(map(str, _OLDEST))}"
     if precision.dtype is torch.float32:
         return "Transformer Engine multiplies fp32 in TF32, which is not fp32"
     return ""

@@ -12,6 +12,7 @@ from tide_megatron.models.precision import Precision
 H100 = Device(type="cuda", index=0, backend="nccl", threads=1, name="H100", capability=(9, 0))
 PLANNED = Device(type="cuda", index=0, backend="nccl", threads=1)
 HERE = TransformerEngine(version="2.17.1")
+OLD = TransformerEngine(version="1.13.0")
 ABSENT = TransformerEngine(fault="is not installed")
 BROKEN = TransformerEngine(
     version="2.17.1", fault="is installed, but does not import (OSError: libcuda.so.1: cannot open)"
@@ -25,9 +26,10 @@ BF16, FP32 = Precision("bf16"), Precision("fp32")
         (CPU, BF16, HERE, "needs a CUDA device, and this model is on the CPU"),
         (H100, BF16, ABSENT, "Transformer Engine is not installed"),
         (H100, BF16, BROKEN, "Transformer Engine 2.17.1 is installed, but does not import (OSError: libcuda"),
+        (H100, BF16, OLD, "Transformer Engine 1.13.0 is older than 2.2"),
         (H100, FP32, HERE, "multiplies fp32 in TF32"),
     ],
-    ids=["cpu", "absent", "broken", "fp32"],
+    ids=["cpu", "absent", "broken", "old", "fp32"],
 )
 def test_where_transformer_engine_cannot_run_auto_says_why_and_te_is_refused(device, precision, library, why):
     engine = Engine.on("auto", precision, device, library)
