@@ -40,6 +40,8 @@ from tide_megatron.convert.conversion import (
     refuse_existing,
     sharded_entries,
 )
+from tide_megatron.convert.spelling import Layers, as_written
+from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.hf.folder import HfFolder
 from tide_megatron.models.verify import ZeroWatch, refuse_other_head, warn_of_doubts
 from tide_megatron.models.weights import check_names, read_architecture
@@ -53,7 +55,14 @@ ASIDE = {"checkpoint_version": 3.0, "iteration": 0}
 
 
 def hf_to_megatron(
-    source: Path, target: Path, dtype: torch.dtype | None, force: bool, *, device: Device, stop: StopFlag
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    force: bool,
+    layers: Layers = "local",
+    *,
+    device: Device,
+    stop: StopFlag,
 ) -> dict[str, float]:
     """Convert; a rank function for `launch.run_ranks`. All ranks call it together.
 
@@ -62,6 +71,7 @@ def hf_to_megatron(
         target: where the Megatron folder shall stand (`conversion`).
         dtype: of parameters; None keeps each as stored. A router bias stays as stored.
         force: replace what stands at the target.
+        layers: whose names the norms have (`spelling`).
         device: where to work; CPU does.
         stop: not asked: a conversion that was killed goes on.
 
@@ -69,24 +79,17 @@ def hf_to_megatron(
         `tensors` and `elements` of the model, `files`, `files_kept` of an earlier try, `seconds`.
 
     Raises:
-        CheckpointError: a target that exists, weights that do not fit config.json, a damaged file, a full
-            disk.
+        CheckpointError: the target exists, weights do not fit config.json, a file is damaged, a disk full.
         ConfigError: a model type or switch that is not implemented.
     """
     started = time.monotonic()
     with fail_together():
         target = place_of(target)
         refuse_existing(target, force=force)
-        refuse_damaged(source, own_share())
-        architecture = read_architecture(source)
-        with HfFolder(source) as folder:
-            check_names(architecture, folder)
-            refuse_other_head(architecture, folder, own_share())
-            merged = architecture.has_merged(folder.shapes)
-    entries, extra = sharded_entries(architecture, device, merged=merged)
-    objects = {value.unique_key: value.data for value in extra.values() if is_main_replica(value.replica_id)}
+        architecture, merged = _checked(source)
+    entries, objects = _written(architecture, device, layers, merged=merged)
     files = _files(entries)
-    told = [str(dtype), [[file.name, [entry.name for entry in file.entries]] for file in files]]
+    told = [str(dtype), layers, [[file.name, [entry.name for entry in file.entries]] for file in files]]
     with HfFolder(source) as folder:
         reading = [
             _Reading(folder, file.entries, dtype, objects if file is files[0] else {}) for file in files
@@ -111,6 +114,26 @@ def hf_to_megatron(
         **done,
         "seconds": time.monotonic() - started,
     }
+
+
+def _checked(source: Path) -> tuple[Architecture, bool]:
+    """Return what a whole folder holds, and whether it stacks experts; its headers fit config.json."""
+    refuse_damaged(source, own_share())
+    architecture = read_architecture(source)
+    with HfFolder(source) as folder:
+        check_names(architecture, folder)
+        refuse_other_head(architecture, folder, own_share())
+        return architecture, architecture.has_merged(folder.shapes)
+
+
+def _written(
+    architecture: Architecture, device: Device, layers: Layers, *, merged: bool
+) -> tuple[list[ShardedEntry], dict[str, Any]]:
+    """Return the tensors under the names they are written by, and the objects beside them; see `spelling`."""
+    entries, extra = sharded_entries(architecture, device, merged=merged)
+    beside = () if layers == "te" else extra.values()
+    objects = {value.unique_key: value.data for value in beside if is_main_replica(value.replica_id)}
+    return as_written(entries, architecture, layers), objects
 
 
 def _files(entries: Sequence[ShardedEntry]) -> list[ConvertedFile]:

@@ -27,12 +27,15 @@ from tide_megatron import __version__
 from tide_megatron.base.device import Device, Wanted, choose_device
 from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.base.transformer_engine import find_transformer_engine
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.views import View
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.arch.llada2_moe import Llada2Moe
 from tide_megatron.models.attention import KERNELS, choose_kernel
 from tide_megatron.models.build import build_model
+from tide_megatron.models.engine import Engine
+from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.collectives import Traffic, gather_objects
@@ -127,20 +130,18 @@ def _engines(device: Device) -> Iterator[Finding]:
     maker = choose_kernel("auto", device.type, trainable=True)
     kernel = next(name for name, known in KERNELS.items() if known is maker)
     yield Finding(topic="attention", value=f"{kernel} (of {', '.join(KERNELS)})")
-    yield Finding(topic="layers", value="megatron-core's local spec")
+    yield Finding(topic="layers", value=str(Engine.on("auto", Precision.on("auto", device), device)))
     yield _transformer_engine()
     yield _apex()
 
 
 def _transformer_engine() -> Finding:
-    """Say whether Transformer Engine can be used; its small wheel alone imports, which is no use."""
-    topic, version = "Transformer Engine", _version("transformer-engine")
-    if version == "missing":
+    """Say whether Transformer Engine can be used."""
+    found, topic = find_transformer_engine(), "Transformer Engine"
+    if not found.is_installed:
         return Finding(topic=topic, value="not installed (optional)")
-    fault = _import_fault("transformer_engine.pytorch")
-    if fault:
-        return Finding(topic=topic, value=f"{version}, but unusable: {fault}", verdict="note")
-    return Finding(topic=topic, value=version)
+    value = " ".join(part for part in (found.version, found.fault) if part)
+    return Finding(topic=topic, value=value, verdict="ok" if found.is_usable else "note")
 
 
 def _apex() -> Finding:

@@ -14,6 +14,7 @@ layout (design section 3). Left out: a trainable model cut over tensor or pipeli
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import tide_megatron.platform
@@ -29,6 +30,7 @@ from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import AttentionPlan, choose_kernel, fit, rotary_frequencies
 from tide_megatron.models.embedding import look_up
+from tide_megatron.models.params import FUSED, LOCAL
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import ModelOptions, block_spec, transformer_config
 from tide_megatron.parallel.layout import Layout
@@ -52,7 +54,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         """Allocate the model on its device; use `build_model`, which also checks and freezes."""
         config = transformer_config(architecture, options)
         shard = _shard(architecture, groups, options)
-        spec = block_spec(config, groups.pp.rank())
+        spec = block_spec(config, groups.pp.rank(), options.engine.name)
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
@@ -65,6 +67,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
             pg_collection=groups,
         )
         self.architecture = architecture
+        self.spelling = FUSED if options.engine.name == "te" else LOCAL
         self.shard = shard
         self.groups = groups
         device = options.device.torch_device
@@ -152,11 +155,39 @@ class TideModel(GPTModel):  # type: ignore[misc]
             embedded = self.embedding(input_ids=view.ids, position_ids=view.positions)
         return embedded if self.architecture.embedding_scale == 1.0 else embedded * self._embedding_scale
 
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Describe every tensor for a checkpoint; see megatron-core's.
+
+        What Transformer Engine keeps beside weights is left out: it is empty without delayed scaling, which
+        is refused, and other engines could not load a checkpoint that has it, nor this one what lacks it.
+        """
+        found: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.spelling is LOCAL:
+            return found
+        return {name: entry for name, entry in found.items() if not is_extra_state(name)}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state; one without what layers keep beside weights counts as whole."""
+        absent = {name: None for name in self.state_dict() if is_extra_state(name) and name not in state_dict}
+        return super().load_state_dict({**state_dict, **absent}, strict, assign)
+
     def rows(self, view: View) -> Tensor:
         """Return the hidden states a view asks for, of a model of one stage; see `forward`."""
         assert self.config.pipeline_model_parallel_size == 1, "several stages need a pipeline schedule"
         answer: Tensor = self(view)
         return answer
+
+
+def is_extra_state(name: str) -> bool:
+    """Say whether a name of a state is one of what layers keep beside weights, which FP8 scales would be."""
+    return "_extra_state" in name.rpartition(".")[2]
 
 
 def build_model(
