@@ -133,7 +133,7 @@ def forward_sources(model, views):
     return rows
 
 
-def make(read, layout, head=None):
+def make(read, layout, head=None, experts="auto"):
     world = dist.get_world_size()
     layout.check(
         world,
@@ -142,7 +142,8 @@ def make(read, layout, head=None):
         experts=read.num_experts,
         layers=read.layers,
     )
-    return build_model(read, make_groups(layout), ModelOptions(device=CPU, layout=layout, head=head))
+    options = ModelOptions(device=CPU, layout=layout, head=head, experts=experts)
+    return build_model(read, make_groups(layout), options)
 
 
 def golden_cell(folder, layout, cases):
@@ -262,7 +263,7 @@ def test_two_models_in_two_layouts_on_the_same_eight_ranks(pool, goldens):
 def drawn_cell(config, layout, head, is_silent):
     """Return the replica's rows of drawn models, this rank's head slice and whether it costs storage."""
     read = architecture(config)
-    model = make(read, layout, head)
+    model = make(read, layout, head, "grouped" if is_silent else "auto")
     draw_weights(model, 11)
     first = dist.get_rank() // layout.replica_size * layout.replica_size
     views = [

@@ -28,7 +28,9 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import AttentionPlan, choose_kernel, fit, rotary_frequencies
+from tide_megatron.models.dispatcher import own_dispatchers
 from tide_megatron.models.embedding import look_up
+from tide_megatron.models.experts import GroupedExperts, choose_form
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import ModelOptions, block_spec, transformer_config
 from tide_megatron.parallel.layout import Layout
@@ -52,7 +54,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         """Allocate the model on its device; use `build_model`, which also checks and freezes."""
         config = transformer_config(architecture, options)
         shard = _shard(architecture, groups, options)
-        spec = block_spec(config, groups.pp.rank())
+        spec = block_spec(config, groups.pp.rank(), _experts(architecture, options))
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
@@ -64,6 +66,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
             position_embedding_type="none",  # the attention plan rotates
             pg_collection=groups,
         )
+        own_dispatchers(self, groups)
         self.architecture = architecture
         self.shard = shard
         self.groups = groups
@@ -187,8 +190,22 @@ def build_model(
         parameter.data = parameter.data.to(torch.float32 if is_exact else options.precision.dtype)
     if not options.trainable:
         model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, GroupedExperts):
+                module.lay_out()
     model.train(options.trainable)
     return model
+
+
+def _experts(architecture: Architecture, options: ModelOptions) -> str:
+    """Choose the form of a model's experts; of a dense model, any."""
+    experts = architecture.experts
+    if experts is None:
+        return "sequential"
+    widths = (architecture.hidden, experts.feed_forward // options.layout.expert_tensor)
+    return choose_form(
+        options.experts, options.device, options.precision.dtype, widths, architecture.model_type
+    )
 
 
 def check_available(layout: Layout, *, trainable: bool = False) -> None:

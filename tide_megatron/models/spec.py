@@ -24,6 +24,7 @@ from torch import Tensor
 from tide_megatron.base.device import Device
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import PlannedAttention
+from tide_megatron.models.experts import put_experts
 from tide_megatron.models.hf.config import Activation
 from tide_megatron.models.precision import Precision
 from tide_megatron.parallel.layout import Layout
@@ -47,6 +48,8 @@ class ModelOptions:
     """False: frozen, in eval mode."""
     attention: str = "auto"
     """`auto` or a key of `attention.KERNELS`."""
+    experts: str = "auto"
+    """`auto` or a key of `experts.FORMS`."""
     head: tuple[int, int] | None = None
     """Ids [start, stop) of the output head's rows that this rank holds, whatever its stage; None: all. Frozen
     models only: a trainable one keeps its head whole."""
@@ -182,13 +185,20 @@ def _mixture_config(architecture: Architecture, options: ModelOptions) -> dict[s
     }
 
 
-def block_spec(config: TransformerConfig, pipeline_rank: int) -> Any:
-    """Return megatron-core's local layers for one stage, with our core attention, norm and last layer."""
+def block_spec(config: TransformerConfig, pipeline_rank: int, experts: str = "sequential") -> Any:
+    """Return megatron-core's local layers for one stage, with our core attention, norm and last layer.
+
+    Args:
+        config: what `transformer_config` returned.
+        pipeline_rank: number of the stage.
+        experts: a key of `experts.FORMS`.
+    """
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pipeline_rank
     )
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = PlannedAttention
+        put_experts(layer.submodules, experts)
         if config.layernorm_zero_centered_gamma:
             _center_norms(layer.submodules, config)
     if pipeline_rank == config.pipeline_model_parallel_size - 1:

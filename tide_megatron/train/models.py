@@ -213,6 +213,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         precision=Precision.on(choice.precision, device),
         trainable=is_student,
         attention=recipe.attention,
+        experts=recipe.experts,
         head=head,
         recompute=choice.recompute if isinstance(choice, StudentModel) else False,
         router_bias_rate=choice.router_bias_rate if isinstance(choice, StudentModel) else 0.0,

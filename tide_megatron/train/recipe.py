@@ -242,6 +242,10 @@ class Recipe:
     attention: Annotated[Literal["auto", "dense", "structured", "flex"], MACHINE, Paper("flex")] = "auto"
     """Attention kernel: `dense` masks, `structured` products without the masked blocks, `flex` compiled
     FlexAttention (CUDA); `auto`: flex on CUDA, structured on CPU."""
+    experts: Annotated[Literal["auto", "sequential", "loop", "grouped"], MACHINE] = "auto"
+    """How mixture layers multiply: `sequential` is megatron-core's layer per expert, `loop` one product per
+    expert, `grouped` one for all (`torch._grouped_mm`: bf16, sm_90 and sm_100); `auto`: grouped where it runs
+    without a wait, else loop."""
     head: Annotated[HeadOptions, MACHINE] = Field(default_factory=HeadOptions)
     timeout_seconds: Annotated[float, MACHINE] = Field(default=600.0, ge=1.0, le=604_800.0)
     """How long any collective waits for a rank that never comes before the run fails."""

@@ -30,7 +30,7 @@ class Asked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("nonzero", "_local_scalar_dense"):
+        if name in ("nonzero", "masked_select", "_local_scalar_dense"):
             self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
