@@ -27,6 +27,7 @@ from tide_megatron import __version__
 from tide_megatron.base.device import Device, Wanted, choose_device
 from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.base.transformer_engine import find_transformer_engine
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.views import View
 from tide_megatron.launch.ranks import run_ranks
@@ -133,14 +134,12 @@ def _engines(device: Device) -> Iterator[Finding]:
 
 
 def _transformer_engine() -> Finding:
-    """Say whether Transformer Engine can be used; its small wheel alone imports, which is no use."""
-    topic, version = "Transformer Engine", _version("transformer-engine")
-    if version == "missing":
+    """Say whether Transformer Engine can be used."""
+    found, topic = find_transformer_engine(), "Transformer Engine"
+    if not found.is_installed:
         return Finding(topic=topic, value="not installed (optional)")
-    fault = _import_fault("transformer_engine.pytorch")
-    if fault:
-        return Finding(topic=topic, value=f"{version}, but unusable: {fault}", verdict="note")
-    return Finding(topic=topic, value=version)
+    value = " ".join(part for part in (found.version, found.fault) if part)
+    return Finding(topic=topic, value=value, verdict="ok" if found.is_usable else "note")
 
 
 def _apex() -> Finding:

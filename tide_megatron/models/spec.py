@@ -24,6 +24,7 @@ from torch import Tensor
 from tide_megatron.base.device import Device
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import PlannedAttention
+from tide_megatron.models.engine import Engine
 from tide_megatron.models.experts import put_experts
 from tide_megatron.models.hf.config import Activation
 from tide_megatron.models.precision import Precision
@@ -44,6 +45,8 @@ class ModelOptions:
     layout: Layout = dataclasses.field(default_factory=Layout)
     """How it is cut; already checked (`Layout.check`)."""
     precision: Precision = dataclasses.field(default_factory=Precision)
+    engine: Engine = dataclasses.field(default_factory=Engine)
+    """What computes the layers; already known to run here (`Engine.on`)."""
     trainable: bool = False
     """False: frozen, in eval mode."""
     attention: str = "auto"

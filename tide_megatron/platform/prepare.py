@@ -11,6 +11,8 @@ from tide_megatron.platform.adam import repair_torch_adam
 from tide_megatron.platform.cpu import redirect_cuda
 from tide_megatron.platform.gloo import allow_uneven_shares, share_one_device
 
+from tide_megatron.base.transformer_engine import find_transformer_engine
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Platform:
@@ -35,6 +37,7 @@ def prepare_platform() -> Platform:
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each other missing accelerator warns at import as well
+        find_transformer_engine()  # before megatron-core looks for it
         redirected = redirect_cuda()
         allow_uneven_shares()
         share_one_device()

@@ -18,6 +18,7 @@ from tide_megatron.evaluate.model_folder import context_differences
 from tide_megatron.head.budget import HeadShape
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel, build_model, check_available, check_widths
+from tide_megatron.models.engine import Engine
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights, load_model, read_architecture
@@ -106,9 +107,14 @@ def head_ranks(recipe: Recipe, world: int) -> int:
 
 
 def check_precision(plan: ModelPlan, device: Device) -> None:
-    """Refuse a number format that the device does not have, naming the key of the model it belongs to."""
+    """Refuse a number format or engine that the device does not have, naming the key of its model."""
     with under(plan.key):
-        Precision.on(plan.choice.precision, device)
+        _engine(plan.choice, device)
+
+
+def _engine(choice: Model, device: Device) -> Engine:
+    """Say what computes a model's layers."""
+    return Engine.on(choice.engine, Precision.on(choice.precision, device), device)
 
 
 def head_shape(plan: ModelPlan, device: Device) -> HeadShape:
@@ -211,6 +217,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         device=device,
         layout=choice.layout,
         precision=Precision.on(choice.precision, device),
+        engine=_engine(choice, device),
         trainable=is_student,
         attention=recipe.attention,
         experts=recipe.experts,
@@ -227,10 +234,11 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
                 model, Path(choice.folder), verify=choice.verify, mask_id=plan.tokenizer.mask_id
             )
     log.info(
-        "%s: %s, %s, layout %s, context %s, %d parameters on this rank, %d bytes read",
+        "%s: %s, %s, %s, layout %s, context %s, %d parameters on this rank, %d bytes read",
         plan.key,
         plan.architecture.model_type,
         options.precision.name,
+        options.engine,
         choice.layout,
         choice.context.kind,
         report.parameters,

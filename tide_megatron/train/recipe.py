@@ -25,6 +25,7 @@ from tide_megatron.diffusion.noise import NoiseOptions
 from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
+from tide_megatron.models.engine import EngineChoice
 from tide_megatron.parallel.layout import Layout
 
 
@@ -64,6 +65,10 @@ class Model:
     takes one out. The data must be prepared with the same."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], Paper("bf16")] = "auto"
     """`auto`: bf16 on CUDA, fp32 on CPU and on GPUs older than sm_80, which have no bf16."""
+    engine: Annotated[EngineChoice, MACHINE] = "auto"
+    """What computes the layers: `te` (Transformer Engine, on CUDA in bf16) or `local` (megatron-core's own,
+    in torch); `auto`: te where it imports and a GPU computes, else local. One that is named runs or is
+    refused; the log says which runs, and why. In one precision they differ in rounding alone."""
     verify: Annotated[bool, MACHINE] = True
     """Compare the weights with digests.json before they are used, where the folder has one."""
     layout: Annotated[Layout, MACHINE] = Field(default_factory=Layout)

@@ -9,6 +9,7 @@ import torch
 
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import ConfigError, RanksFailed
+from tide_megatron.base.transformer_engine import TransformerEngine
 from tide_megatron.launch import doctor
 from tide_megatron.launch.doctor import check_ranks, examine, judge
 from tide_megatron.parallel.layout import Layout
@@ -83,9 +84,8 @@ def test_the_apex_of_pypi_is_not_nvidias(monkeypatch):
 
 
 def test_a_transformer_engine_that_does_not_import_is_a_note(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: "2.20")
+    broken = TransformerEngine(version="2.17.1", fault="is installed, but does not import (OSError: libcuda)")
+    monkeypatch.setattr(doctor, "find_transformer_engine", lambda: broken)
     finding = doctor._transformer_engine()
     assert finding.verdict == "note"
-    assert finding.value.startswith(
-        "2.20, but unusable: ModuleNotFoundError: No module named 'transformer_engine"
-    )
+    assert finding.value == "2.17.1 is installed, but does not import (OSError: libcuda)"
