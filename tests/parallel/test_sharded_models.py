@@ -27,7 +27,7 @@ from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture, view
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model
-from tide_megatron.models.params import num_local_params
+from tide_megatron.models.params import num_local_bytes
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights, load_model, read_architecture
@@ -162,7 +162,7 @@ def golden_cell(folder, layout, cases):
         views = [source_view(source, *case)[1] for source in range(first, first + size)]
         columns.append([rows @ model.head_weight.T for rows in forward_sources(model, views)])
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    planned = num_local_params(read, Shard.of(layout, rank, world, read.layers, head))
+    planned = num_local_bytes(read, Shard.of(layout, rank, world, read.layers, head), torch.uint8)
     arrays = {name: value.numpy() for name, value in tensors.items()}
     return columns, arrays, report, planned, model.head_start
 

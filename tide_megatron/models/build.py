@@ -31,6 +31,7 @@ from tide_megatron.models.attention import AttentionPlan, choose_kernel, fit, ro
 from tide_megatron.models.dispatcher import own_dispatchers
 from tide_megatron.models.embedding import look_up
 from tide_megatron.models.experts import GroupedExperts, choose_form
+from tide_megatron.models.quantized import quantize_layers
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import ModelOptions, block_spec, transformer_config
 from tide_megatron.parallel.layout import Layout
@@ -55,6 +56,8 @@ class TideModel(GPTModel):  # type: ignore[misc]
         config = transformer_config(architecture, options)
         shard = _shard(architecture, groups, options)
         spec = block_spec(config, groups.pp.rank(), _experts(architecture, options))
+        if options.fp8 is not None:
+            quantize_layers(spec, shard.first_layer, options, architecture.layers)
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
@@ -179,9 +182,12 @@ def build_model(
     check_available(options.layout, trainable=options.trainable)
     check_widths(architecture, options.layout)
     assert options.head is None or not options.trainable, "a trainable model keeps its head whole"
+    assert options.fp8 is None or not options.trainable, "only frozen models are quantised"
     model = TideModel(architecture, groups, options)
     model.to(options.device.torch_device)
     for name, parameter in model.named_parameters():
+        if parameter.dtype.itemsize == 1:  # quantised: its format is the layer's matter
+            continue
         # Router scores decide which experts run: bf16 weights would send tokens elsewhere (spec section 6.5).
         # A trained one has its fp32 form in the optimizer instead: megatron-core's sharded optimizer mixes up
         # the states of fp32 and bf16 parameters of one group when it saves them.

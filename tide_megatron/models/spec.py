@@ -27,7 +27,7 @@ from tide_megatron.models.attention import PlannedAttention
 from tide_megatron.models.engine import Engine
 from tide_megatron.models.experts import put_experts
 from tide_megatron.models.hf.config import Activation
-from tide_megatron.models.precision import Precision
+from tide_megatron.models.precision import Fp8Options, Precision
 from tide_megatron.parallel.layout import Layout
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -47,6 +47,8 @@ class ModelOptions:
     precision: Precision = dataclasses.field(default_factory=Precision)
     engine: Engine = dataclasses.field(default_factory=Engine)
     """What computes the layers; already known to run here (`Engine.on`)."""
+    fp8: Fp8Options | None = None
+    """Hold and multiply the layers' matrices in FP8, for an engine that does; frozen models only."""
     trainable: bool = False
     """False: frozen, in eval mode."""
     attention: str = "auto"
