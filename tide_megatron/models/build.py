@@ -20,6 +20,7 @@ import tide_megatron.platform
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -56,7 +57,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         config = transformer_config(architecture, options)
         shard = _shard(architecture, groups, options)
         spec = block_spec(config, groups.pp.rank(), _experts(architecture, options))
-        if options.fp8 is not None:
+        if options.fp8 is not None and options.engine.name != "te":
             quantize_layers(spec, shard.first_layer, options, architecture.layers)
         super().__init__(
             config=config,
@@ -183,10 +184,13 @@ def build_model(
     check_widths(architecture, options.layout)
     assert options.head is None or not options.trainable, "a trainable model keeps its head whole"
     assert options.fp8 is None or not options.trainable, "only frozen models are quantised"
-    model = TideModel(architecture, groups, options)
+    # With gradients on, Transformer Engine keeps a transposed copy of a quantised weight for the way back.
+    with torch.set_grad_enabled(options.trainable):
+        model = TideModel(architecture, groups, options)
     model.to(options.device.torch_device)
     for name, parameter in model.named_parameters():
-        if parameter.dtype.itemsize == 1:  # quantised: its format is the layer's matter
+        # What is quantised has its format from its layer; Transformer Engine's kind says it were bf16.
+        if parameter.dtype.itemsize == 1 or is_float8tensor(parameter):
             continue
         # Router scores decide which experts run: bf16 weights would send tokens elsewhere (spec section 6.5).
         # A trained one has its fp32 form in the optimizer instead: megatron-core's sharded optimizer mixes up

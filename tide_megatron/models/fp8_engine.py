@@ -95,6 +95,12 @@ def check_fp8(
             f"fp8.first_layers: {fp8.first_layers} and fp8.last_layers: {fp8.last_layers} leave none of "
             f"{layers} layers to quantise; use less, or leave fp8 out"
         )
+    most = layers // layout.pipeline
+    if engine.name == "te" and max(fp8.first_layers, fp8.last_layers) > most:
+        raise ConfigError(
+            f"fp8.first_layers: {fp8.first_layers}, fp8.last_layers: {fp8.last_layers}: engine 'te' leaves "
+            f"out the {most} layers of one pipeline stage at most, at either end; use less"
+        )
     if device.type != "cuda" or engine.name == "emulated":  # blocks at an edge are smaller there
         return
     unit = 128 if fp8.recipe == "blockwise" else 16

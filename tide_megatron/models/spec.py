@@ -34,6 +34,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu_pytorch_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
 }
+_FP8_ROWS = 16
 _FUSED = ("silu",)  # activations with a fused kernel in megatron-core that means the same
 
 
@@ -89,7 +90,18 @@ class LastLayer(TransformerLayer):  # type: ignore[misc]
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return ([rows, 1, hidden], None); the plan of the pass comes as `attention_bias`."""
         hidden, context = self._forward_attention(*args, **kwargs)
-        return self._forward_mlp(kwargs["attention_bias"].pick(hidden)), context
+        return self._forward_mlp(filled(kwargs["attention_bias"].pick(hidden), self.config)), context
+
+
+def filled(rows: Tensor, config: TransformerConfig) -> Tensor:
+    """Add rows of zeros up to the multiple of 16 that Transformer Engine's FP8 products ask for.
+
+    Args:
+        rows: [rows, 1, hidden]; whoever reads the answers takes as many as were asked for.
+        config: of the model.
+    """
+    missing = -len(rows) % _FP8_ROWS if config.fp8 else 0
+    return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
 
 def transformer_config(architecture: Architecture, options: ModelOptions) -> TransformerConfig:
@@ -134,6 +146,7 @@ def transformer_config(architecture: Architecture, options: ModelOptions) -> Tra
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         **_recompute_config(options),
+        **_fp8_config(options),
         **_stage_config(architecture, layout),
         **_mixture_config(architecture, options),
     )
@@ -144,6 +157,21 @@ def _recompute_config(options: ModelOptions) -> dict[str, Any]:
     if not (options.recompute and options.trainable):
         return {}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _fp8_config(options: ModelOptions) -> dict[str, Any]:
+    """Return what makes Transformer Engine hold and multiply a frozen model's matrices in FP8."""
+    if options.fp8 is None or options.engine.name != "te":
+        return {}
+    first, last = options.fp8.first_layers, options.fp8.last_layers
+    return {
+        "fp8": "e4m3",
+        "fp8_recipe": options.fp8.recipe,
+        "fp8_param": True,  # weights at rest as well; else each product would quantise them again
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
 
 
 def _stage_config(architecture: Architecture, layout: Layout) -> dict[str, int]:

@@ -242,7 +242,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         router_bias_rate=choice.router_bias_rate if isinstance(choice, StudentModel) else 0.0,
     )
     if options.fp8 is not None:
-        _tell_fp8(plan.key, options.fp8, choice.layout)
+        tell_fp8(plan.key, options.fp8, choice.layout)
     model = build_model(plan.architecture, make_groups(choice.layout), options)
     with fail_together():
         if choice.initial == "random":
@@ -265,7 +265,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
     return model
 
 
-def _tell_fp8(key: str, fp8: Fp8Options, layout: Layout) -> None:
+def tell_fp8(key: str, fp8: Fp8Options, layout: Layout) -> None:
     """Say on the first rank what an FP8 recipe makes a teacher's answers depend on, beside its own tokens."""
     if not is_first():
         return

@@ -1,6 +1,10 @@
 """Which engine computes a model in FP8; what devices, recipes and widths do not allow is refused by key."""
 
+import tide_megatron.platform
+
 import pytest
+import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 
 from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture
 from tests.unit.models.test_engine import ABSENT, H100, PLANNED
@@ -9,6 +13,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.engine import Engine
 from tide_megatron.models.fp8_engine import check_fp8, fp8_engine
 from tide_megatron.models.precision import Fp8Options, Precision
+from tide_megatron.models.spec import ModelOptions, filled, transformer_config
 from tide_megatron.parallel.layout import Layout
 
 BF16, FP32 = Precision("bf16"), Precision("fp32")
@@ -92,3 +97,23 @@ def test_leaving_out_every_layer_is_refused():
         fp8 = Fp8Options(first_layers=layers[0], last_layers=layers[1])
         with pytest.raises(ConfigError, match=r"leave none of 2 layers to quantise"):
             check_fp8(fp8, Engine(name="emulated"), CPU, architecture(DENSE), Layout())
+
+
+def test_transformer_engine_is_asked_for_weights_at_rest_without_the_layers_that_are_left_out():
+    """megatron-core takes the words, whether Transformer Engine is there or not; nothing of it runs here."""
+    fp8 = Fp8Options(recipe="blockwise", first_layers=1)
+    for name, wanted in (("te", "e4m3"), ("scaled", None)):
+        options = ModelOptions(device=CPU, precision=BF16, engine=Engine(name=name), fp8=fp8)
+        config = transformer_config(architecture(DENSE), options)
+        assert config.fp8 == wanted
+    options = ModelOptions(device=CPU, precision=BF16, engine=Engine(name="te"), fp8=fp8)
+    config = transformer_config(architecture(DENSE), options)
+    assert (config.fp8_recipe, config.fp8_param) == ("blockwise", True)
+    assert [is_first_last_bf16_layer(config, layer) for layer in range(2)] == [True, False]
+    rows = torch.ones(5, 1, 32)
+    assert filled(rows, config).shape == (16, 1, 32)
+    assert torch.equal(filled(rows, config)[:5], rows)
+    with pytest.raises(ConfigError, match=r"leaves out the 1 layers of one pipeline stage at most"):
+        check_fp8(
+            Fp8Options(first_layers=2), Engine(name="te"), H100, architecture(MIXTURE), Layout(pipeline=3)
+        )

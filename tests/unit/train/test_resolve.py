@@ -384,33 +384,3 @@ def test_what_changes_the_mathematics_changes_the_digest_and_is_named(tree, chan
     (line,) = difference(mathematics(before), mathematics(after))
     assert line.startswith(f"{key.replace('__', '.')}: ")
     assert line.endswith(f" -> {value!r}")
-
-
-FP8 = [
-    ({"student__fp8": {}}, r"^student\.fp8: .*only frozen teachers are held in FP8 \(teachers\.NAME\.fp8\)"),
-    ({"student__precision": "fp8"}, r"^student\.precision: .*teachers\.NAME\.fp8"),
-    (
-        {"teachers__moe__fp8": {"recipe": "delayed"}},
-        r"^teachers\.moe\.fp8\.recipe: .*gradients.*use rowwise",
-    ),
-    (
-        {"teachers__moe__fp8": {"recipe": "mxfp8"}},
-        r"^teachers\.moe\.fp8\.recipe: .*Blackwell.*use rowwise",
-    ),
-    ({"teachers__moe__fp8": {"recipe": "rows"}}, r"^teachers\.moe\.fp8\.recipe: 'rows'.*'rowwise'"),
-    ({"teachers__moe__fp8": {"first_layers": -1}}, r"^teachers\.moe\.fp8\.first_layers: -1 "),
-]
-
-
-@pytest.mark.parametrize(("changes", "told"), FP8, ids=[str(changes) for changes, _ in FP8])
-def test_fp8_where_it_does_not_belong_is_refused_with_its_reason(tree, changes, told):
-    with pytest.raises(ConfigError, match=told) as refusal:
-        build_recipe(changed(tree, **changes))
-    assert len(str(refusal.value).splitlines()) == 1
-
-
-def test_fp8_is_mathematics_and_its_absence_is_not_told(tree):
-    plain, quantised = (build_recipe(changed(tree, **one))[1] for one in ({}, {"teachers__moe__fp8": {}}))
-    assert quantised["teachers"]["moe"]["fp8"]["recipe"] == "rowwise"
-    assert digest(plain) != digest(quantised)
-    assert "fp8" not in mathematics(plain)["teachers"]["moe"]
