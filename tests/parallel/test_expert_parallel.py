@@ -8,13 +8,15 @@ import hashlib
 import math
 from pathlib import Path
 
+from tide_megatron.platform.cpu import InertEvent
+
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from goldens.row import error_of
-from tests.unit.diffusion.test_host_waits import Asked
+from tests.operations import Asked
 from tests.unit.models.shapes import CPU, MIXTURE, architecture, view
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model
@@ -25,7 +27,6 @@ from tide_megatron.models.weights import draw_weights, hf_tensors, load_model, r
 from tide_megatron.parallel.collectives import Traffic, barrier
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.platform.cpu import InertEvent
 
 SAMPLES = 4  # in all; each rank reads its share
 LAYOUTS = [(1, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # (ranks, expert)

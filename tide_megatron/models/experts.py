@@ -17,7 +17,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import tide_megatron.platform
@@ -82,23 +83,21 @@ class GroupedExperts(LoopedExperts):
     """megatron-core's experts with one grouped product for all."""
 
     asks_host = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Build megatron-core's experts."""
-        super().__init__(*args, **kwargs)
-        self._stacks: dict[str, Tensor] = {}
+    _stacks: Mapping[str, Tensor] = MappingProxyType({})
+    """Name -> the weights [experts, out, in] of a frozen model in one tensor."""
 
     def lay_out(self) -> None:
         """Move the weights of a name into one tensor, of which they stay views. For frozen models.
 
         Nothing may move the parameters afterwards.
         """
+        stacks = {}
         for name in ("linear_fc1", "linear_fc2"):
             weights = self._weights(name)
-            stack = torch.stack([weight.detach() for weight in weights])
-            for weight, part in zip(weights, stack, strict=True):
+            stacks[name] = torch.stack([weight.detach() for weight in weights])
+            for weight, part in zip(weights, stacks[name], strict=True):
                 weight.data = part
-            self._stacks[name] = stack
+        self._stacks = stacks
 
     def _product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
         """Multiply each expert's rows by the transpose of its weight of a name."""

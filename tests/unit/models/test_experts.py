@@ -1,4 +1,4 @@
-"""The forms of the experts against megatron-core's own layer: values, gradients, order of sums, host waits."""
+"""The experts' forms against megatron-core's own layer: values, gradients, order of sums, host waits."""
 
 import logging
 import re
@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from tests.adding import Repeated
+from tests.operations import Repeated
 from tests.unit.models.shapes import CPU, LLADA_MOE, MIXTURE, architecture, view
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError
