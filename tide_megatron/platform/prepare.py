@@ -33,6 +33,8 @@ def prepare_platform() -> Platform:
     )
     # Said of megatron-core's own default; nothing of ours can heed it.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
+    # Said whenever core attention is made again, also of other layers than Transformer Engine's.
+    warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each other missing accelerator warns at import as well
         redirected = redirect_cuda()
