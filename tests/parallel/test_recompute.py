@@ -1,4 +1,4 @@
-"""Activations made again in the backward pass: every number equal, every attention of the student run twice."""
+"""Activations made again in the backward pass: every number equal, every attention run twice."""
 
 import pytest
 import torch

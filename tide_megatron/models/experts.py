@@ -2,8 +2,9 @@
 
 `sequential` is megatron-core's: a whole feed-forward layer per expert, one after the other. `loop` multiplies
 expert by expert too, but writes all products into one tensor, and everything between the two products is one
-call for all tokens; on CPU it is the fastest (tools/bench/experts.py). `grouped` hands both products to
-`torch._grouped_mm`, which reads from the device where each expert's tokens end: nobody waits for a number.
+call for all tokens. `grouped` hands both products to `torch._grouped_mm`, which reads from the device where
+each expert's tokens end: nobody waits for a number. On CPU it makes the same products one by one; there the
+two are about as fast (tools/bench/experts.py), and `loop` needs no trained weights stacked.
 
 Both of ours keep each expert's weights as parameters of their own, so checkpoints, mappings and optimizer
 states know no difference. `torch._grouped_mm` wants them in one tensor: a frozen model's lie in one from the
@@ -220,7 +221,7 @@ def choose_form(wanted: str, device: Device, dtype: torch.dtype, widths: Sequenc
 def _lack(device: Device, dtype: torch.dtype, widths: Sequence[int]) -> str:
     """Say why torch's grouped product does not run on a device without waiting for it; empty: it does."""
     if device.type == "cpu":
-        return "on CPU the loop is faster"
+        return "on CPU the loop is as fast"
     if not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has none"
     if dtype is not torch.bfloat16:

@@ -1,12 +1,12 @@
 """What a mixture layer costs by the form of its experts: one layer, router and combination with it, in turns.
 
-    python tools/bench/experts.py                     (quickstart's teacher and a 32-expert layer, about a minute)
-    python tools/bench/experts.py --shape mini --precision bf16 --tokens 4096        (LLaDA2-mini's, on a GPU)
+    python tools/bench/experts.py              (quickstart's teacher and a 32-expert layer, about a minute)
+    python tools/bench/experts.py --shape mini --precision bf16 --tokens 4096     (LLaDA2-mini's, on a GPU)
 
-`before` is megatron-core's layer as it is: its dispatcher, a feed-forward layer per expert. The others have our
-dispatcher and a form of `tide_megatron/models/experts.py`; `padded` is a batched product over experts filled up
-to the longest, which is measured here only. All take turns in one process; the figure is the median of the
-ratios of neighbours, on a CPU in CPU-seconds, so that a busy machine changes it little.
+`before` is megatron-core's layer as it is: its dispatcher, a feed-forward layer per expert. The others have
+our dispatcher and a form of `tide_megatron/models/experts.py`; `padded` is a batched product over experts
+filled up to the longest, which is measured here only. All take turns in one process; the figure is the median
+of the ratios of neighbours, on a CPU in CPU-seconds. With OMP_NUM_THREADS=1 a busy machine changes it least.
 """
 
 from __future__ import annotations
