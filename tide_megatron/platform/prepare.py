@@ -10,6 +10,7 @@ import warnings
 from tide_megatron.platform.adam import repair_torch_adam
 from tide_megatron.platform.cpu import redirect_cuda
 from tide_megatron.platform.gloo import allow_uneven_shares, share_one_device
+from tide_megatron.platform.grad_norm import use_foreach_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ def prepare_platform() -> Platform:
         share_one_device()
         use_torch_for_routers()
         repaired = repair_torch_adam()
+        use_foreach_norm()
     version = importlib.metadata.version("megatron-core")
     return Platform(megatron_version=version, redirected_to_cpu=redirected, torch_adam_repaired=repaired)
 
