@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from goldens.row import error_of
-from tests.unit.diffusion.test_host_waits import Asked
+from tests.operations import Asked
 from tests.unit.models.shapes import CPU, MIXTURE, architecture, view
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model

@@ -133,7 +133,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
     def dispatch_postprocess(self, tokens: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return this rank's experts' tokens in their order, how many each has [experts], their weights."""
         if self._is_local:
-            assert self._counts is not None
+            assert self._counts is not None, "tokens were never dispatched"
             return tokens, self._counts, probs
         tokens, counts, probs = super().dispatch_postprocess(tokens, probs)
         return tokens, counts if self._asks_host else self._counts, probs
@@ -144,7 +144,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
 
     def combine_postprocess(self, rows: Tensor) -> Tensor:
         """Return each token's sum in the shape that the layer was given."""
-        assert self._order is not None
+        assert self._order is not None, "tokens were never dispatched"
         return add_copies(rows, self._order).view(self.hidden_shape)
 
     def _maybe_dtoh_and_synchronize(self, point: str, counts: Tensor | None = None) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 `sequential` is megatron-core's: a whole feed-forward layer per expert, one after the other. `loop` multiplies
 expert by expert too, but writes all products into one tensor, and everything between the two products is one
-call for all tokens; on CPU it is the fastest (tools/bench/experts.py). `grouped` hands both products to
-`torch._grouped_mm`, which reads from the device where each expert's tokens end: nobody waits for a number.
+call for all tokens. `grouped` hands both products to `torch._grouped_mm`, which reads from the device where
+each expert's tokens end: nobody waits for a number. On CPU it makes the same products one by one; there the
+two are about as fast (tools/bench/experts.py), and `loop` needs no trained weights stacked.
 
 Both of ours keep each expert's weights as parameters of their own, so checkpoints, mappings and optimizer
 states know no difference. `torch._grouped_mm` wants them in one tensor: a frozen model's lie in one from the
@@ -17,7 +18,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import tide_megatron.platform
@@ -82,23 +84,21 @@ class GroupedExperts(LoopedExperts):
     """megatron-core's experts with one grouped product for all."""
 
     asks_host = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Build megatron-core's experts."""
-        super().__init__(*args, **kwargs)
-        self._stacks: dict[str, Tensor] = {}
+    _stacks: Mapping[str, Tensor] = MappingProxyType({})
+    """Name -> the weights [experts, out, in] of a frozen model in one tensor."""
 
     def lay_out(self) -> None:
         """Move the weights of a name into one tensor, of which they stay views. For frozen models.
 
         Nothing may move the parameters afterwards.
         """
+        stacks = {}
         for name in ("linear_fc1", "linear_fc2"):
             weights = self._weights(name)
-            stack = torch.stack([weight.detach() for weight in weights])
-            for weight, part in zip(weights, stack, strict=True):
+            stacks[name] = torch.stack([weight.detach() for weight in weights])
+            for weight, part in zip(weights, stacks[name], strict=True):
                 weight.data = part
-            self._stacks[name] = stack
+        self._stacks = stacks
 
     def _product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
         """Multiply each expert's rows by the transpose of its weight of a name."""
@@ -221,7 +221,7 @@ def choose_form(wanted: str, device: Device, dtype: torch.dtype, widths: Sequenc
 def _lack(device: Device, dtype: torch.dtype, widths: Sequence[int]) -> str:
     """Say why torch's grouped product does not run on a device without waiting for it; empty: it does."""
     if device.type == "cpu":
-        return "on CPU the loop is faster"
+        return "on CPU the loop is as fast"
     if not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has none"
     if dtype is not torch.bfloat16:

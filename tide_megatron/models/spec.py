@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import tide_megatron.platform
 
@@ -34,6 +34,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu_pytorch_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
 }
+Recompute = bool | Literal["selective"]
 _FP8_ROWS = 16
 _FUSED = ("silu",)  # activations with a fused kernel in megatron-core that means the same
 
@@ -59,8 +60,9 @@ class ModelOptions:
     head: tuple[int, int] | None = None
     """Ids [start, stop) of the output head's rows that this rank holds, whatever its stage; None: all. Frozen
     models only: a trainable one keeps its head whole."""
-    recompute: bool = False
-    """Keep only each layer's input and run it again in the backward pass; trainable models only."""
+    recompute: Recompute = False
+    """What of each layer runs again in the backward pass; trainable models only. True: all of it, only its
+    input is kept; `selective`: core attention and feed-forward, whose inputs are kept."""
     router_bias_rate: float = 0.0
     """Step of the load-balancing router bias after each update; 0 leaves the bias as it is."""
 
@@ -153,9 +155,15 @@ def transformer_config(architecture: Architecture, options: ModelOptions) -> Tra
 
 
 def _recompute_config(options: ModelOptions) -> dict[str, Any]:
-    """Return what makes megatron-core run every layer of a trained model again in the backward pass."""
+    """Return what makes megatron-core run layers of a trained model again in the backward pass.
+
+    Its own `selective` is core attention alone, from which fused kernels have little to free. Norms, which it
+    could make again too, fail in 0.16 without Transformer Engine (NameError).
+    """
     if not (options.recompute and options.trainable):
         return {}
+    if options.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "moe"]}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 

@@ -123,9 +123,10 @@ class StudentModel(Model):
     """Always null: a student in FP8 is refused, only frozen teachers are quantised."""
     sanity: Annotated[Literal["refuse", "warn", "off"], Off, MACHINE] = "refuse"
     """What to do when its folder names no mask token and it predicts better with another one than `mask`."""
-    recompute: Annotated[bool, MACHINE] = False
-    """Keep only each layer's input for the backward pass and run the layer again there: a fraction of the
-    activations' memory for one more forward pass of the body, and equal numbers."""
+    recompute: Annotated[bool | Literal["selective"], MACHINE] = False
+    """Run again in the backward pass, with equal numbers, what was not kept for it. `true`: whole layers, of
+    which only the input is kept: a fraction of the activations' memory for one more forward pass of the body;
+    `selective`: core attention and feed-forward layers, about half of it for less than that."""
     add_mask: Annotated[bool, MACHINE] = False
     """Add the mask token to the tokenizer where it has none, for a model that has a spare row to learn it in;
     `tide model add-mask` does so for good."""

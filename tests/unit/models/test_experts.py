@@ -1,4 +1,4 @@
-"""The forms of the experts against megatron-core's own layer: values, gradients, order of sums, host waits."""
+"""The experts' forms against megatron-core's own layer: values, gradients, order of sums, host waits."""
 
 import logging
 import re
@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from tests.adding import Repeated
+from tests.operations import Repeated
 from tests.unit.models.shapes import CPU, LLADA_MOE, MIXTURE, architecture, view
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError
@@ -152,8 +152,8 @@ def gpu(major, minor=0):
 @pytest.mark.parametrize(
     ("wanted", "device", "dtype", "widths", "form", "said"),
     [
-        ("auto", CPU, torch.float32, (32, 24), "loop", "on CPU the loop is faster"),
-        ("auto", CPU, torch.bfloat16, (32, 24), "loop", "on CPU the loop is faster"),
+        ("auto", CPU, torch.float32, (32, 24), "loop", "on CPU the loop is as fast"),
+        ("auto", CPU, torch.bfloat16, (32, 24), "loop", "on CPU the loop is as fast"),
         ("auto", gpu(9), torch.bfloat16, (2048, 512), "grouped", "torch._grouped_mm"),
         ("auto", gpu(10), torch.bfloat16, (2048, 512), "grouped", "torch._grouped_mm"),
         ("auto", gpu(9), torch.float32, (2048, 512), "loop", "bf16, not float32"),

@@ -1,4 +1,6 @@
-"""Which operations add several numbers to one place in an order that CUDA does not keep."""
+"""Dispatch modes that look for operations: what makes the host wait for a GPU, what adds in any order."""
+
+from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,8 +17,25 @@ INDEX = {
 """Operation -> which argument says where. What takes a maximum or a minimum has no order."""
 
 
+class Asked(TorchDispatchMode):
+    """Counts the operations for which a GPU would make the host wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("nonzero", "masked_select", "_local_scalar_dense"):
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Repeated(TorchDispatchMode):
-    """Collects the operations on floating point numbers that add to a place twice; for CPU tensors."""
+    """Collects the operations on floating point numbers that add to a place twice, so that the order counts.
+
+    For CPU tensors; CUDA adds by atomics in these.
+    """
 
     def __init__(self):
         super().__init__()
