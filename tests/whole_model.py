@@ -2,7 +2,7 @@
 
 import torch
 
-from tide_megatron.models.params import hf_shapes, local_params
+from tide_megatron.models.params import LOCAL, hf_shapes, local_params
 from tide_megatron.models.shard import Part
 
 
@@ -10,18 +10,19 @@ def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
-def whole_tensors(architecture, shards, ranks):
+def whole_tensors(architecture, shards, ranks, spelling=LOCAL):
     """Return Hugging Face name -> whole tensor; copies on several ranks must agree bit for bit.
 
     Args:
         architecture: of the model.
         shards: the place of each rank; together they hold the model at least once.
         ranks: what each of them holds, by local name.
+        spelling: of these names.
     """
     whole = dict.fromkeys(hf_shapes(architecture))
     known = {}
     for rank, (shard, own) in enumerate(zip(shards, ranks, strict=True)):
-        for name, mapping in local_params(architecture, shard):
+        for name, mapping in local_params(architecture, shard, spelling=spelling):
             assert tuple(own[name].shape) == mapping.joined_shape, f"rank {rank}: {name}"
             for source, values in zip(mapping.sources, mapping.split(own[name]), strict=True):
                 shape = mapping.sources[source]

@@ -26,6 +26,7 @@ from tests.tiny_run import write_folder
 from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.checkpoint.stored import StoredTensors
 from tide_megatron.convert import hf_to_megatron as inward_module
 from tide_megatron.convert.hf_to_megatron import hf_to_megatron
 from tide_megatron.convert.megatron_to_hf import Written, megatron_to_hf
@@ -51,8 +52,8 @@ def write_source(folder, name, dtype=torch.bfloat16, seed=0):
     return tensors
 
 
-def inward(source, target, force=False, dtype=None):
-    return hf_to_megatron(source, target, dtype, force, device=CPU, stop=StopFlag())
+def inward(source, target, force=False, dtype=None, layers="local"):
+    return hf_to_megatron(source, target, dtype, force, layers, device=CPU, stop=StopFlag())
 
 
 def outward(source, target, **written):
@@ -156,9 +157,12 @@ def test_stock_models_read_ours_and_we_read_theirs(pool, tmp_path, name, ranks, 
     assert_equal(read(tmp_path / "again"), tensors)
 
 
-def test_dtype_on_the_way(pool, tmp_path):
+def test_dtype_and_names_of_other_layers_on_the_way(pool, tmp_path):
     tensors = write_source(tmp_path / "hf", "mixture", torch.float32)
-    pool(1).run(inward, tmp_path / "hf", tmp_path / "megatron", False, torch.bfloat16)
+    pool(1).run(inward, tmp_path / "hf", tmp_path / "megatron", False, torch.bfloat16, "te")
+    names = set(StoredTensors(tmp_path / "megatron" / "release").entries)
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in names
+    assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" not in names
     pool(1).run(outward, tmp_path / "megatron", tmp_path / "again")
     biases = {name for name in tensors if name.endswith("expert_bias")}
     assert biases

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from torch import Tensor
 
 from tide_megatron.checkpoint.planner import LocalShard, chunks_of
+from tide_megatron.models.build import is_extra_state
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The one optimizer format both supported megatron-core lines can load into any layout."""
@@ -81,18 +82,20 @@ class ShardedState:
 def loading_state(model: Any, optimizer: Any | None) -> dict[str, Any]:
     """Return what megatron-core loads into a model and its optimizer, if that is wanted. Collective.
 
-    All but the tensors of `shards_to_load`.
+    All but the tensors of `shards_to_load`, and what layers keep beside weights: it says nothing (no engine
+    scales with a history), and each engine has its own.
     """
     metadata = _metadata(model)
     weights = model.sharded_state_dict(metadata=metadata)
+    asked = {name: entry for name, entry in weights.items() if not is_extra_state(name)}
     if optimizer is None:
-        return {"model": weights}
+        return {"model": asked}
     with contextlib.ExitStack() as stack:
         for part in _parts(optimizer):
             if _is_sharded(part):
                 stack.enter_context(_not_gathered(part, metadata, with_tensors=False))
         state = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
-    return {"model": weights, "optimizer": state}
+    return {"model": asked, "optimizer": state}
 
 
 def shards_to_load(model: Any, optimizer: Any) -> list[LocalShard]:

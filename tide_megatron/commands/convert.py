@@ -29,9 +29,16 @@ def hf_to_megatron(
     target: Annotated[Path, typer.Argument(help="Megatron checkpoint folder to make.")],
     ranks: Ranks = None,
     dtype: Dtype = "stored",
+    layers: Annotated[
+        Literal["local", "te"],
+        typer.Option(help="Whose names norms have: megatron-core's own layers', or Transformer Engine's."),
+    ] = "local",
     force: Force = False,
 ) -> None:
     """Write a Megatron checkpoint (torch_dist), which any layout of any Megatron tool can load.
+
+    Transformer Engine's layers name the norm before a mixture of experts in their own way; of dense models
+    both find every weight. Back again both spellings are read.
 
     Nothing appears at TARGET before it is whole. A conversion that was cut off goes on when the same command
     is given again.
@@ -44,7 +51,9 @@ def hf_to_megatron(
     from tide_megatron.convert.hf_to_megatron import hf_to_megatron as convert
     from tide_megatron.launch.ranks import run_ranks
 
-    found = run_ranks(convert, (local_path(source), local_path(target), _torch(dtype), force), ranks, "cpu")
+    found = run_ranks(
+        convert, (local_path(source), local_path(target), _torch(dtype), force, layers), ranks, "cpu"
+    )
     rich.print(
         f"{target}: {found['tensors']} tensors, {found['elements']:,} numbers, {found['seconds']:.1f} s"
     )

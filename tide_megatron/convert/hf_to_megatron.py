@@ -40,6 +40,7 @@ from tide_megatron.convert.conversion import (
     refuse_existing,
     sharded_entries,
 )
+from tide_megatron.convert.spelling import Layers, as_written
 from tide_megatron.models.hf.folder import HfFolder
 from tide_megatron.models.verify import ZeroWatch, refuse_other_head, warn_of_doubts
 from tide_megatron.models.weights import check_names, read_architecture
@@ -53,7 +54,14 @@ ASIDE = {"checkpoint_version": 3.0, "iteration": 0}
 
 
 def hf_to_megatron(
-    source: Path, target: Path, dtype: torch.dtype | None, force: bool, *, device: Device, stop: StopFlag
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    force: bool,
+    layers: Layers = "local",
+    *,
+    device: Device,
+    stop: StopFlag,
 ) -> dict[str, float]:
     """Convert; a rank function for `launch.run_ranks`. All ranks call it together.
 
@@ -62,6 +70,7 @@ def hf_to_megatron(
         target: where the Megatron folder shall stand (`conversion`).
         dtype: of parameters; None keeps each as stored. A router bias stays as stored.
         force: replace what stands at the target.
+        layers: whose names the norms have (`spelling`).
         device: where to work; CPU does.
         stop: not asked: a conversion that was killed goes on.
 
@@ -84,9 +93,12 @@ def hf_to_megatron(
             refuse_other_head(architecture, folder, own_share())
             merged = architecture.has_merged(folder.shapes)
     entries, extra = sharded_entries(architecture, device, merged=merged)
+    entries = as_written(entries, architecture, layers)
+    if layers == "te":
+        extra = {}
     objects = {value.unique_key: value.data for value in extra.values() if is_main_replica(value.replica_id)}
     files = _files(entries)
-    told = [str(dtype), [[file.name, [entry.name for entry in file.entries]] for file in files]]
+    told = [str(dtype), layers, [[file.name, [entry.name for entry in file.entries]] for file in files]]
     with HfFolder(source) as folder:
         reading = [
             _Reading(folder, file.entries, dtype, objects if file is files[0] else {}) for file in files

@@ -32,6 +32,7 @@ from tide_megatron.convert.conversion import (
     refuse_existing,
     sharded_entries,
 )
+from tide_megatron.convert.spelling import as_stored
 from tide_megatron.models.hf.config import CONFIG_FILE, with_dtype, write_config
 from tide_megatron.models.hf.safetensors import (
     SHARD_BYTES,
@@ -76,7 +77,7 @@ def megatron_to_hf(
 
     Raises:
         CheckpointError: a target that exists, no checkpoint, tensors that are missing or misshapen (all of
-            them named), a damaged file, a full disk.
+            them named), spellings that are mixed, a damaged file, a full disk.
     """
     started = time.monotonic()
     with fail_together():
@@ -88,6 +89,7 @@ def megatron_to_hf(
     with fail_together():
         refuse_damaged(files, own_share())
         stored = StoredTensors(files)
+        entries = as_stored(entries, architecture, stored.entries, files)
         planned, plans = _files(entries, _stored_dtypes(stored, entries), written)
     told = {
         file: {name: [str(tensor.dtype), tensor.shape] for name, tensor in plan.items()}

@@ -13,7 +13,9 @@ layout (design section 3). Left out: a trainable model cut over tensor or pipeli
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import tide_megatron.platform
@@ -32,6 +34,7 @@ from tide_megatron.models.attention import AttentionPlan, choose_kernel, fit, ro
 from tide_megatron.models.dispatcher import own_dispatchers
 from tide_megatron.models.embedding import look_up
 from tide_megatron.models.experts import GroupedExperts, choose_form
+from tide_megatron.models.params import FUSED, LOCAL
 from tide_megatron.models.quantized import quantize_layers
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import ModelOptions, block_spec, transformer_config
@@ -56,7 +59,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         """Allocate the model on its device; use `build_model`, which also checks and freezes."""
         config = transformer_config(architecture, options)
         shard = _shard(architecture, groups, options)
-        spec = block_spec(config, groups.pp.rank(), _experts(architecture, options))
+        spec = block_spec(config, groups.pp.rank(), options.engine.name, _experts(architecture, options))
         if options.fp8 is not None and options.engine.name != "te":
             quantize_layers(spec, shard.first_layer, options, architecture.layers)
         super().__init__(
@@ -70,8 +73,10 @@ class TideModel(GPTModel):  # type: ignore[misc]
             position_embedding_type="none",  # the attention plan rotates
             pg_collection=groups,
         )
-        own_dispatchers(self, groups)
+        if options.engine.name != "te":
+            own_dispatchers(self, groups)
         self.architecture = architecture
+        self.spelling = FUSED if options.engine.name == "te" else LOCAL
         self.shard = shard
         self.groups = groups
         device = options.device.torch_device
@@ -159,11 +164,39 @@ class TideModel(GPTModel):  # type: ignore[misc]
             embedded = self.embedding(input_ids=view.ids, position_ids=view.positions)
         return embedded if self.architecture.embedding_scale == 1.0 else embedded * self._embedding_scale
 
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Describe every tensor for a checkpoint; see megatron-core's.
+
+        What Transformer Engine keeps beside weights is left out: it is empty without delayed scaling, which
+        is refused, and other engines could not load a checkpoint that has it, nor this one what lacks it.
+        """
+        found: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.spelling is LOCAL:
+            return found
+        return {name: entry for name, entry in found.items() if not is_extra_state(name)}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state; one without what layers keep beside weights counts as whole."""
+        absent = {name: None for name in self.state_dict() if is_extra_state(name) and name not in state_dict}
+        return super().load_state_dict({**state_dict, **absent}, strict, assign)
+
     def rows(self, view: View) -> Tensor:
         """Return the hidden states a view asks for, of a model of one stage; see `forward`."""
         assert self.config.pipeline_model_parallel_size == 1, "several stages need a pipeline schedule"
         answer: Tensor = self(view)
         return answer
+
+
+def is_extra_state(name: str) -> bool:
+    """Say whether a name of a state is one of what layers keep beside weights, which FP8 scales would be."""
+    return "_extra_state" in name.rpartition(".")[2]
 
 
 def build_model(
@@ -185,7 +218,7 @@ def build_model(
     assert options.head is None or not options.trainable, "a trainable model keeps its head whole"
     assert options.fp8 is None or not options.trainable, "only frozen models are quantised"
     # With gradients on, Transformer Engine keeps a transposed copy of a quantised weight for the way back.
-    with torch.set_grad_enabled(options.trainable):
+    with contextlib.nullcontext() if options.trainable else torch.no_grad():
         model = TideModel(architecture, groups, options)
     model.to(options.device.torch_device)
     for name, parameter in model.named_parameters():
@@ -208,9 +241,9 @@ def build_model(
 
 
 def _experts(architecture: Architecture, options: ModelOptions) -> str:
-    """Choose the form of a model's experts; of a dense model, any."""
+    """Choose the form of a model's experts; of a dense model, and where the engine brings its own, any."""
     experts = architecture.experts
-    if experts is None:
+    if experts is None or options.engine.name == "te":
         return "sequential"
     widths = (architecture.hidden, experts.feed_forward // options.layout.expert_tensor)
     return choose_form(

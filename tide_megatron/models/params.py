@@ -33,12 +33,43 @@ from tide_megatron.models.shard import Shape, Shard
 _MATRIX = re.compile(r"\.linear_(qkv|proj|fc1|fc2)\.weight\d*$")
 
 
-def param_mappings(architecture: Architecture, *, merged: bool = False) -> list[ParamMapping]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """What megatron-core calls the weights that its layers and Transformer Engine's name differently."""
+
+    attention_norm: str
+    """Of a layer, before attention."""
+    dense_norm: str
+    """Of a layer, before a dense feed-forward block; a mixture's has one name everywhere."""
+    expert: str
+    """Of a mixture's experts: a weight, with `{part}` for `linear_fc1` or `linear_fc2`."""
+
+
+LOCAL = Spelling(
+    attention_norm="input_layernorm.weight",
+    dense_norm="pre_mlp_layernorm.weight",
+    expert=f"local_experts.{EXPERT}.{{part}}.weight",
+)
+"""megatron-core's own layers: a module per norm and per expert."""
+FUSED = Spelling(
+    attention_norm="self_attention.linear_qkv.layer_norm_weight",
+    dense_norm="mlp.linear_fc1.layer_norm_weight",
+    expert=f"{{part}}.weight{EXPERT}",
+)
+"""Transformer Engine's: a norm is part of the linear behind it, experts are parameters of one module."""
+
+_PART = "{part}.weight"
+
+
+def param_mappings(
+    architecture: Architecture, *, merged: bool = False, spelling: Spelling = LOCAL
+) -> list[ParamMapping]:
     """List every weight of the whole model, in a fixed order.
 
     Args:
         architecture: of the model.
         merged: as a file has them that stacks all experts of a layer in one tensor.
+        spelling: of our names.
     """
     names, table = architecture.names, (architecture.vocabulary, architecture.hidden)
     mappings: list[ParamMapping] = [
@@ -49,14 +80,18 @@ def param_mappings(architecture: Architecture, *, merged: bool = False) -> list[
     for layer in range(architecture.layers):
         ours, theirs = f"decoder.layers.{LAYER}.", names.layer.format(layer=layer)
         inside: list[ParamMapping] = [
-            _norm(architecture, f"{ours}input_layernorm", f"{theirs}{names.attention_norm}"),
+            _norm(architecture, f"{ours}{spelling.attention_norm}", f"{theirs}{names.attention_norm}"),
             *_attention(architecture, ours, theirs),
-            _norm(architecture, f"{ours}pre_mlp_layernorm", f"{theirs}{names.feed_forward_norm}"),
+            _norm(
+                architecture,
+                f"{ours}{LOCAL.dense_norm if architecture.is_mixture(layer) else spelling.dense_norm}",
+                f"{theirs}{names.feed_forward_norm}",
+            ),
             *(
-                _mixture(architecture, f"{ours}mlp.", theirs, merged=merged)
+                _mixture(architecture, f"{ours}mlp.", theirs, merged=merged, spelling=spelling)
                 if architecture.is_mixture(layer)
                 else _gated(
-                    f"{ours}mlp.",
+                    f"{ours}mlp.{_PART}",
                     theirs,
                     names.feed_forward,
                     (architecture.feed_forward, architecture.hidden),
@@ -64,7 +99,7 @@ def param_mappings(architecture: Architecture, *, merged: bool = False) -> list[
             ),
         ]
         mappings += [dataclasses.replace(mapping, layer=layer) for mapping in inside]
-    final = _norm(architecture, "decoder.final_layernorm", names.final_norm)
+    final = _norm(architecture, "decoder.final_layernorm.weight", names.final_norm)
     mappings.append(dataclasses.replace(final, place="last"))
     if not architecture.tied:
         mappings.append(HeadRows.of("output_layer.weight", f"{names.head}.weight", table))
@@ -78,7 +113,7 @@ def hf_shapes(architecture: Architecture, *, merged: bool = False) -> dict[str, 
 
 
 def local_params(
-    architecture: Architecture, shard: Shard, *, merged: bool = False
+    architecture: Architecture, shard: Shard, *, merged: bool = False, spelling: Spelling = LOCAL
 ) -> Iterator[tuple[str, ParamMapping]]:
     """Yield (local name, mapping of this rank's part) of every tensor that a rank holds, in a fixed order.
 
@@ -86,8 +121,9 @@ def local_params(
         architecture: of the model.
         shard: the rank's place in it.
         merged: see `param_mappings`.
+        spelling: of our names.
     """
-    for mapping in param_mappings(architecture, merged=merged):
+    for mapping in param_mappings(architecture, merged=merged, spelling=spelling):
         name = mapping.local_name(shard, architecture.num_experts)
         if name is not None:
             yield name, mapping.share(shard)
@@ -140,7 +176,7 @@ def num_local_bytes(
 def _norm(architecture: Architecture, ours: str, theirs: str, width: int | None = None) -> Copy:
     """Map the weight of a norm over the hidden states, or over `width` elements."""
     fresh = 0.0 if architecture.zero_centered_norms else 1.0
-    return Copy.of(f"{ours}.weight", f"{theirs}.weight", (width or architecture.hidden,), fill=fresh)
+    return Copy.of(ours, f"{theirs}.weight", (width or architecture.hidden,), fill=fresh)
 
 
 def _attention(architecture: Architecture, ours: str, theirs: str) -> list[ParamMapping]:
@@ -165,13 +201,15 @@ def _attention(architecture: Architecture, ours: str, theirs: str) -> list[Param
     if architecture.qk_norm:
         for part, norm in (("q", names.query_norm), ("k", names.key_norm)):
             of_head = _norm(
-                architecture, f"{target}{part}_layernorm", f"{theirs}{norm}", architecture.head_dim
+                architecture, f"{target}{part}_layernorm.weight", f"{theirs}{norm}", architecture.head_dim
             )
             mappings.append(of_head)
     return mappings
 
 
-def _mixture(architecture: Architecture, ours: str, theirs: str, *, merged: bool) -> list[ParamMapping]:
+def _mixture(
+    architecture: Architecture, ours: str, theirs: str, *, merged: bool, spelling: Spelling
+) -> list[ParamMapping]:
     """List the weights of one mixture layer: router, experts, shared expert; see `param_mappings`."""
     names, experts, width = architecture.names, architecture.experts, architecture.hidden
     assert experts is not None, "the layer is a mixture"
@@ -180,7 +218,7 @@ def _mixture(architecture: Architecture, ours: str, theirs: str, *, merged: bool
     if experts.has_bias:
         target, source = f"{ours}router.expert_bias", f"{theirs}{names.router_bias}"
         mappings.append(Copy.of(target, source, router[:1], fill=0.0, is_parameter=False))
-    inner = f"{ours}experts.local_experts.{EXPERT}."
+    inner = f"{ours}experts.{spelling.expert}"
     shape = (experts.feed_forward, width)
     for expert in range(experts.number):
         if merged:
@@ -192,7 +230,7 @@ def _mixture(architecture: Architecture, ours: str, theirs: str, *, merged: bool
         mappings += [dataclasses.replace(mapping, expert=expert, stack=stack) for mapping in own]
     if experts.shared_feed_forward:
         shape = (experts.shared_feed_forward, width)
-        mappings += _gated(f"{ours}shared_experts.", theirs, names.shared_expert, shape)
+        mappings += _gated(f"{ours}shared_experts.{_PART}", theirs, names.shared_expert, shape)
     return mappings
 
 
@@ -202,7 +240,7 @@ def _gated(
     """List the two weights of a gated feed-forward block; `linear_fc1` holds the gate, then the up rows.
 
     Args:
-        ours: our prefix of the block.
+        ours: our name of the block's weights, with `{part}` for which.
         theirs: Hugging Face prefix of the layer.
         names: of gate, up and down behind it.
         shape: (width of the block, hidden size).
@@ -210,6 +248,6 @@ def _gated(
     """
     gate, up, down = (f"{theirs}{name}{suffix}" for name in names)
     return [
-        GatedPair(target=f"{ours}linear_fc1.weight", sources={gate: shape, up: shape}),
-        Copy(target=f"{ours}linear_fc2.weight", sources={down: shape[::-1]}, axis=1),
+        GatedPair(target=ours.replace("{part}", "linear_fc1"), sources={gate: shape, up: shape}),
+        Copy(target=ours.replace("{part}", "linear_fc2"), sources={down: shape[::-1]}, axis=1),
     ]

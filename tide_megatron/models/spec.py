@@ -1,8 +1,8 @@
 """From an `Architecture` to megatron-core's words: a TransformerConfig and a layer spec.
 
-One backend choice, `local`, stands here; Transformer Engine's layers will be the other. Only names that both
-supported megatron-core lines know are passed (0.16 and 0.19), and every own module in a slot takes
-`**kwargs`. Fusions that need a compiler or a CUDA extension are off on CPU.
+Two sets of layers stand here, megatron-core's own and those it makes of Transformer Engine's (`engine`). Only
+names that both supported megatron-core lines know are passed (0.16 and 0.19), and every own module in a slot
+takes `**kwargs`. Fusions that need a compiler or a CUDA extension are off on CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tide_megatron.platform
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from tide_megatron.base.device import Device
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import PlannedAttention
-from tide_megatron.models.engine import Engine
+from tide_megatron.models.engine import Engine, EngineName
 from tide_megatron.models.experts import put_experts
 from tide_megatron.models.hf.config import Activation
 from tide_megatron.models.precision import Fp8Options, Precision
@@ -222,23 +223,31 @@ def _mixture_config(architecture: Architecture, options: ModelOptions) -> dict[s
         # The default, allgather, needs equal token counts on all ranks.
         "moe_token_dispatcher_type": "alltoall",
         # Without Transformer Engine megatron-core would fall back from grouped GEMM silently.
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": options.engine.name == "te",
+        "moe_permute_fusion": options.engine.name == "te",
     }
 
 
-def block_spec(config: TransformerConfig, pipeline_rank: int, experts: str = "sequential") -> Any:
-    """Return megatron-core's local layers for one stage, with our core attention, norm and last layer.
+def block_spec(
+    config: TransformerConfig, pipeline_rank: int, engine: EngineName = "local", experts: str = "sequential"
+) -> Any:
+    """Return an engine's layers for one stage, with our core attention, norm and last layer.
 
     Args:
-        config: what `transformer_config` returned.
+        config: made by `transformer_config` for the same engine.
         pipeline_rank: number of the stage.
-        experts: a key of `experts.FORMS`.
+        engine: `te` for Transformer Engine's layers.
+        experts: a key of `experts.FORMS`; Transformer Engine's layers have experts of their own.
     """
+    is_te = engine == "te"
     spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pipeline_rank
+        config, use_transformer_engine=is_te, normalization="RMSNorm", pp_rank=pipeline_rank
     )
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = PlannedAttention
+        if is_te:
+            _name_as_local(layer.submodules)
+            continue
         put_experts(layer.submodules, experts)
         if config.layernorm_zero_centered_gamma:
             _center_norms(layer.submodules, config)
@@ -246,9 +255,21 @@ def block_spec(config: TransformerConfig, pipeline_rank: int, experts: str = "se
         last = copy.copy(spec.layer_specs[-1])  # megatron-core lists one object several times
         last.module = LastLayer
         spec.layer_specs[-1] = last
-    # With Apex present the final norm would be Apex's, which has no RMS form; the layers' own norm does.
-    spec.layer_norm = spec.layer_specs[0].submodules.input_layernorm
+    if not is_te:
+        # With Apex present the final norm would be Apex's, which has no RMS form; the layers' own norm does.
+        # Transformer Engine's layers have none of their own (it is inside the linear behind it): the block's.
+        spec.layer_norm = spec.layer_specs[0].submodules.input_layernorm
+    assert spec.layer_norm is not IdentityOp, "the final norm would silently vanish"
     return spec
+
+
+def _name_as_local(layer: Any) -> None:
+    """Let a mixture's norm have the name in checkpoints that megatron-core's own layers give it."""
+    if layer.pre_mlp_layernorm is not IdentityOp:
+        layer.sharded_state_dict_keys_map = {
+            **layer.sharded_state_dict_keys_map,
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        }
 
 
 def _center_norms(layer: Any, config: TransformerConfig) -> None:

@@ -24,7 +24,7 @@ from tide_megatron.base.errors import CheckpointError, ConfigError, nearest, som
 from tide_megatron.base.files import refuse_damaged
 from tide_megatron.models.arch import ARCHITECTURES
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.build import TideModel
+from tide_megatron.models.build import TideModel, is_extra_state
 from tide_megatron.models.hf.config import read_config, with_dtype
 from tide_megatron.models.hf.folder import HfFolder, stream_folder
 from tide_megatron.models.hf.safetensors import TensorSpec
@@ -155,7 +155,7 @@ def save_model(
 def hf_tensors(model: TideModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give this rank's tensors (weights or gradients, by our names) Hugging Face's names and shapes."""
     renamed: dict[str, Tensor] = {}
-    for name, mapping in local_params(model.architecture, model.shard):
+    for name, mapping in local_params(model.architecture, model.shard, spelling=model.spelling):
         if name in tensors:
             assert not mapping.parts, f"{name} is a part of {list(mapping.sources)}, which has no name there"
             renamed |= zip(mapping.sources, mapping.split(tensors[name]), strict=True)
@@ -164,7 +164,11 @@ def hf_tensors(model: TideModel, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 def _own_tensors(model: TideModel) -> dict[str, Tensor]:
     """Return every tensor of a model that a checkpoint must hold, by name."""
-    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor) and not is_extra_state(name)
+    }
 
 
 @torch.no_grad()
@@ -177,7 +181,9 @@ def _fill(model: TideModel, parts: Callable[[ParamMapping], list[Tensor]], *, me
         merged: see `param_mappings`.
     """
     own, num_tensors = _own_tensors(model), 0
-    for name, mapping in local_params(model.architecture, model.shard, merged=merged):
+    for name, mapping in local_params(
+        model.architecture, model.shard, merged=merged, spelling=model.spelling
+    ):
         given = parts(mapping)
         num_tensors += len(given)
         _place(model, name, own.pop(name), mapping.join(given))
@@ -258,7 +264,7 @@ def _plan(model: TideModel, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
     """Return what `_gather` will yield."""
     own = _own_tensors(model)
     plan: dict[str, TensorSpec] = {}
-    for mapping in param_mappings(model.architecture):
+    for mapping in param_mappings(model.architecture, spelling=model.spelling):
         name = mapping.local_name(model.shard, model.architecture.num_experts)
         here = model.head_weight.dtype if name is None else own[name].dtype
         plan |= {
@@ -274,7 +280,7 @@ def _gather(model: TideModel, dtype: torch.dtype | None) -> Iterator[tuple[str, 
     Every rank of the expert group must exhaust it: owners send their experts in the table's order.
     """
     own, shard, group = _own_tensors(model), model.shard, model.groups.ep
-    for mapping in param_mappings(model.architecture):
+    for mapping in param_mappings(model.architecture, spelling=model.spelling):
         name = mapping.local_name(shard, model.architecture.num_experts)
         if shard.expert_rank == 0:
             if name is None:

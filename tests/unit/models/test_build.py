@@ -134,7 +134,7 @@ def test_wedlm_switches_build(groups, changes):
 def test_a_table_that_forgets_a_weight_is_our_bug(groups, monkeypatch):
     model = build(DENSE, groups)
     mappings = list(local_params(model.architecture, model.shard))
-    monkeypatch.setattr(weights, "local_params", lambda *_, merged: mappings[:-1])
+    monkeypatch.setattr(weights, "local_params", lambda *_, **__: mappings[:-1])
     with pytest.raises(AssertionError, match=r"forgets \['decoder\.final_layernorm\.weight'\]"):
         draw_weights(model, 0)
 

@@ -7,6 +7,7 @@ in a layout; the last test prints it (`-s`) and fails when one did not run.
 import dataclasses
 import itertools
 import math
+import re
 import zlib
 
 import pytest
@@ -19,7 +20,7 @@ from tests.whole_model import bits, whole_tensors
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import check_widths
-from tide_megatron.models.params import hf_shapes, local_params
+from tide_megatron.models.params import FUSED, LOCAL, hf_shapes, local_params
 from tide_megatron.models.shard import Shard
 from tide_megatron.parallel.layout import Layout
 
@@ -77,12 +78,12 @@ def places(read, layout, world=None):
     ]
 
 
-def shared_out(read, shards, tensors, *, merged=False):
+def shared_out(read, shards, tensors, *, merged=False, spelling=LOCAL):
     """Return what every rank holds of the stored tensors."""
     return [
         {
             name: piece.join([take(piece, source, tensors) for source in piece.sources]).clone()
-            for name, piece in local_params(read, shard, merged=merged)
+            for name, piece in local_params(read, shard, merged=merged, spelling=spelling)
         }
         for shard in shards
     ]
@@ -124,10 +125,30 @@ def test_there_and_back_in_every_layout(name):
             continue
         legal(read, layout)
         shards = places(read, layout)
-        assert same(whole_tensors(read, shards, shared_out(read, shards, tensors)), tensors), (
-            f"{name} {layout}"
-        )
+        for spelling in (LOCAL, FUSED):
+            ranks = shared_out(read, shards, tensors, spelling=spelling)
+            assert same(whole_tensors(read, shards, ranks, spelling), tensors), f"{name} {layout} {spelling}"
         MATRIX[name, layout] = "="
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(expert=2), Layout(tensor=2, expert=2)], ids=short)
+def test_both_spellings_name_the_same_tensors(layout):
+    """Only the norms before dense products and the experts have other names; nothing else moves."""
+    read = architecture(CONFIGS["llada2_moe"])
+    for shard in places(read, layout):
+        local = dict(local_params(read, shard))
+        fused = dict(local_params(read, shard, spelling=FUSED))
+        renamed = {
+            re.sub(
+                r"\.local_experts\.(\d+)\.(linear_fc[12])\.weight$",
+                r".\2.weight\1",
+                name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
+            ).replace(".0.pre_mlp_layernorm.weight", ".0.mlp.linear_fc1.layer_norm_weight"): mapping
+            for name, mapping in local.items()
+        }
+        assert list(fused) == list(renamed)
+        assert [dict(one.sources) for one in fused.values()] == [dict(one.sources) for one in local.values()]
+        assert len(fused) == len(set(fused)) > 60 // layout.expert
 
 
 def test_replicas_and_router_biases_of_another_dtype():
