@@ -139,6 +139,7 @@ def save_model(
         CheckpointError: on rank 0, when the disk refuses.
     """
     assert model.shard.is_uncut, "only models cut over expert ranks alone are written"
+    assert not any(isinstance(part, QuantizedLinear) for part in model.modules()), "8 bits lack their scales"
     if 0 not in dist.get_process_group_ranks(model.groups.ep):
         return
     tensors = _gather(model, dtype)
