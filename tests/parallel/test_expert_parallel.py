@@ -8,12 +8,15 @@ import hashlib
 import math
 from pathlib import Path
 
+from tide_megatron.platform.cpu import InertEvent
+
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from goldens.row import error_of
+from tests.operations import Asked
 from tests.unit.models.shapes import CPU, MIXTURE, architecture, view
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model
@@ -100,6 +103,7 @@ def gradients_of(expert, bias_rate, whole):
         lambda model: draw_weights(model, 5),
         trainable=True,
         router_bias_rate=bias_rate,
+        experts="grouped" if bias_rate else "auto",
     )
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     wrapped = DistributedDataParallel(model.config, config, model, pg_collection=model.groups)
@@ -139,9 +143,39 @@ def test_training_equals_one_rank(pool, ranks, expert, bias_rate):
     assert seen == dense_gradients.keys()
 
 
+def waits(expert):
+    """Return how often the host waits for the device in a mixture layer's forward and backward pass."""
+    model, _ = make(
+        expert,
+        architecture(MIXTURE),
+        lambda model: draw_weights(model, 5),
+        trainable=True,
+        experts="grouped",
+    )
+    hidden = torch.randn(5, 2, MIXTURE["hidden_size"], requires_grad=True)
+    calls, synchronize = [], InertEvent.synchronize
+    InertEvent.synchronize = lambda event: calls.append("event")
+    try:
+        with Asked() as asked:
+            model.decoder.layers[1].mlp(hidden)[0].sum().backward()
+    finally:
+        InertEvent.synchronize = synchronize
+    return len(calls), dict(asked.calls)
+
+
+@pytest.mark.parametrize(("expert", "events"), [(1, 0), (2, 1)])
+def test_the_host_waits_once_a_mixture_layer_for_an_exchange_and_never_without(pool, expert, events):
+    """megatron-core's own dispatcher also asks twice how much it selected."""
+    for found, asked in pool(expert).run(waits, expert):
+        assert (found, asked) == (events, {})
+
+
 def drawn_and_saved(expert, folder):
-    """Draw fresh weights, write the model, read it back into this rank and write it once more."""
-    model, _ = make(expert, architecture(MIXTURE), lambda model: draw_weights(model, 11))
+    """Draw fresh weights, write the model, read it back into this rank and write it once more.
+
+    Experts of a frozen model may lie in one tensor.
+    """
+    model, _ = make(expert, architecture(MIXTURE), lambda model: draw_weights(model, 11), experts="grouped")
     before = {name: t.clone() for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     save_model(model, Path(folder) / "first")
     barrier()

@@ -27,7 +27,7 @@ from tests.unit.models.shapes import CPU, DENSE, MIXTURE, architecture, view
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import build_model
-from tide_megatron.models.params import num_local_params
+from tide_megatron.models.params import num_local_bytes
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights, load_model, read_architecture
@@ -133,7 +133,7 @@ def forward_sources(model, views):
     return rows
 
 
-def make(read, layout, head=None):
+def make(read, layout, head=None, experts="auto"):
     world = dist.get_world_size()
     layout.check(
         world,
@@ -142,7 +142,8 @@ def make(read, layout, head=None):
         experts=read.num_experts,
         layers=read.layers,
     )
-    return build_model(read, make_groups(layout), ModelOptions(device=CPU, layout=layout, head=head))
+    options = ModelOptions(device=CPU, layout=layout, head=head, experts=experts)
+    return build_model(read, make_groups(layout), options)
 
 
 def golden_cell(folder, layout, cases):
@@ -161,7 +162,7 @@ def golden_cell(folder, layout, cases):
         views = [source_view(source, *case)[1] for source in range(first, first + size)]
         columns.append([rows @ model.head_weight.T for rows in forward_sources(model, views)])
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    planned = num_local_params(read, Shard.of(layout, rank, world, read.layers, head))
+    planned = num_local_bytes(read, Shard.of(layout, rank, world, read.layers, head), torch.uint8)
     arrays = {name: value.numpy() for name, value in tensors.items()}
     return columns, arrays, report, planned, model.head_start
 
@@ -262,7 +263,7 @@ def test_two_models_in_two_layouts_on_the_same_eight_ranks(pool, goldens):
 def drawn_cell(config, layout, head, is_silent):
     """Return the replica's rows of drawn models, this rank's head slice and whether it costs storage."""
     read = architecture(config)
-    model = make(read, layout, head)
+    model = make(read, layout, head, "grouped" if is_silent else "auto")
     draw_weights(model, 11)
     first = dist.get_rank() // layout.replica_size * layout.replica_size
     views = [

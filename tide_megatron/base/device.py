@@ -32,6 +32,7 @@ _LOCAL_SIZE = "LOCAL_WORLD_SIZE"
 # Set by who puts several ranks on one GPU on purpose: NCCL then takes them for ranks of several machines.
 _HOST_ID = "NCCL_HOSTID"
 _BF16_SINCE = (8, 0)
+_FP8_SINCE = (8, 9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,11 @@ class Device:
     def has_bf16(self) -> bool:
         """Whether bf16 runs here: on every CPU, and on GPUs from sm_80 on."""
         return self.capability is None or self.capability >= _BF16_SINCE
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether FP8 products run here: on every CPU, and on GPUs from sm_89 on."""
+        return self.capability is None or self.capability >= _FP8_SINCE
 
     @property
     def described(self) -> str:

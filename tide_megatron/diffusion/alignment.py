@@ -142,9 +142,9 @@ class RowAlignment:
     chunk_sample: Tensor
     """[chunks] int64: sample of each chunk that enters a loss."""
     student_rows: tuple[Tensor, Tensor]
-    """([members] row, [members] chunk) int64: the student rows of those chunks."""
+    """([members] row, [members] chunk) int64: the student rows of those chunks; chunks ascend."""
     teacher_rows: tuple[Tensor, Tensor]
-    """([members] row, [members] chunk) int64: the teacher rows of those chunks."""
+    """([members] row, [members] chunk) int64: the teacher rows of those chunks; chunks ascend."""
     pairs: tuple[Tensor, Tensor] | None
     """([pairs] student row, [pairs] teacher row) int64 where both predict the same single id; None: row i is
     row i, for all rows."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tide_megatron.base.segments import segment_sums
+
 TEMPERATURES: tuple[float, ...] = tuple(2.0 ** (step / 8) for step in range(-8, 9))
 """What is tried: 1/2 to 2 in steps of 9 %, with 1 among them."""
 BINS = 15
@@ -46,10 +48,11 @@ class Calibration:
             confidence: [rows] probability of the most likely token.
             is_right: [rows] bool.
         """
-        self.nll.index_add_(1, samples, nll.double())
-        place = (confidence * BINS).long().clamp(0, BINS - 1)
-        counted = torch.stack([torch.ones_like(confidence), confidence, is_right.to(confidence.dtype)])
-        self.bins.index_add_(1, place, counted.double())
+        sample, order = samples.sort(stable=True)
+        self.nll.add_(segment_sums(nll.T[order].double(), sample, self.nll.shape[1]).T)
+        place, order = (confidence * BINS).long().clamp(0, BINS - 1).sort(stable=True)
+        counted = torch.stack([torch.ones_like(confidence), confidence, is_right.to(confidence.dtype)], dim=1)
+        self.bins.add_(segment_sums(counted[order].double(), place, BINS).T)
 
     @property
     def expected_error(self) -> float:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_megatron.base.device import Device
+from tide_megatron.base.segments import segment_sums
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader
@@ -189,8 +190,8 @@ def evaluate(
                 continue
             sample, _ = noised.row_index
             values = torch.zeros(3, len(mine), dtype=torch.float64, device=device)
-            values[0].index_add_(0, sample, scores.nll.double())
-            values[1].index_add_(0, sample, scores.is_right.double())
+            scored = torch.stack([scores.nll.double(), scores.is_right.double()], dim=1)
+            values[:2] = segment_sums(scored, sample, len(mine)).T
             values[2] += noised.masked.sum(dim=1)
             sums[:3, mine, column] = values
             if calibration is not None:

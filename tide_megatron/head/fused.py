@@ -321,4 +321,4 @@ def _add_rows(dlogits: Tensor, part: Tensor, rows: Rows, teacher: str) -> None:
     if pairs is None:
         target += part
     else:
-        target.index_add_(0, pairs[0], part)
+        target.index_add_(0, pairs[0], part)  # a row has one pair at most, so there is no order

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tide_megatron.platform import prepare_platform
+from tide_megatron.platform.grad_norm import has_foreign_apex
 
 import psutil
 import torch
@@ -148,7 +149,7 @@ def _apex() -> Finding:
     """Say whether NVIDIA's Apex is here; the package that PyPI calls apex is something else."""
     if importlib.util.find_spec("amp_C") and not _import_fault("apex.multi_tensor_apply"):
         return Finding(topic="Apex", value="NVIDIA's")
-    if _version("apex") != "missing":
+    if has_foreign_apex():
         return Finding(
             topic="Apex", value="PyPI's apex is not NVIDIA's: not used; pip uninstall apex", verdict="note"
         )

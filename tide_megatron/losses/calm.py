@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.options import STRICT, Paper
+from tide_megatron.base.segments import segment_sums
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.losses.base import LikelihoodLoss, Temperature
 from tide_megatron.losses.rows import Rows
@@ -69,13 +70,13 @@ def chunk_log_likelihoods(tokens: Tensor, member: Tensor, chunk: Tensor, num_chu
     Args:
         tokens: [tokens] fp32 log-likelihoods.
         member: [members] int64: a token that belongs to ...
-        chunk: [members] int64: ... this chunk; a token may be in several chunks or in none.
+        chunk: [members] int64, ascending: ... this chunk; a token may be in several chunks or in none.
         num_chunks: how many chunks there are; one without members has log-likelihood 0.
 
     Returns:
         [num_chunks] fp32.
     """
-    return tokens.new_zeros(num_chunks).index_add(0, chunk, tokens[member])
+    return segment_sums(tokens[member], chunk, num_chunks)
 
 
 def likelihood(log_likelihood: Tensor, temperature: float) -> Bernoulli:

@@ -13,6 +13,7 @@ layout (design section 3). Left out: a trainable model cut over tensor or pipeli
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ import tide_megatron.platform
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -29,8 +31,11 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import AttentionPlan, choose_kernel, fit, rotary_frequencies
+from tide_megatron.models.dispatcher import own_dispatchers
 from tide_megatron.models.embedding import look_up
+from tide_megatron.models.experts import GroupedExperts, choose_form
 from tide_megatron.models.params import FUSED, LOCAL
+from tide_megatron.models.quantized import quantize_layers
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import ModelOptions, block_spec, transformer_config
 from tide_megatron.parallel.layout import Layout
@@ -54,7 +59,9 @@ class TideModel(GPTModel):  # type: ignore[misc]
         """Allocate the model on its device; use `build_model`, which also checks and freezes."""
         config = transformer_config(architecture, options)
         shard = _shard(architecture, groups, options)
-        spec = block_spec(config, groups.pp.rank(), options.engine.name)
+        spec = block_spec(config, groups.pp.rank(), options.engine.name, _experts(architecture, options))
+        if options.fp8 is not None and options.engine.name != "te":
+            quantize_layers(spec, shard.first_layer, options, architecture.layers)
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
@@ -66,6 +73,8 @@ class TideModel(GPTModel):  # type: ignore[misc]
             position_embedding_type="none",  # the attention plan rotates
             pg_collection=groups,
         )
+        if options.engine.name != "te":
+            own_dispatchers(self, groups)
         self.architecture = architecture
         self.spelling = FUSED if options.engine.name == "te" else LOCAL
         self.shard = shard
@@ -207,9 +216,15 @@ def build_model(
     check_available(options.layout, trainable=options.trainable)
     check_widths(architecture, options.layout)
     assert options.head is None or not options.trainable, "a trainable model keeps its head whole"
-    model = TideModel(architecture, groups, options)
+    assert options.fp8 is None or not options.trainable, "only frozen models are quantised"
+    # With gradients on, Transformer Engine keeps a transposed copy of a quantised weight for the way back.
+    with contextlib.nullcontext() if options.trainable else torch.no_grad():
+        model = TideModel(architecture, groups, options)
     model.to(options.device.torch_device)
     for name, parameter in model.named_parameters():
+        # What is quantised has its format from its layer; Transformer Engine's kind says it were bf16.
+        if parameter.dtype.itemsize == 1 or is_float8tensor(parameter):
+            continue
         # Router scores decide which experts run: bf16 weights would send tokens elsewhere (spec section 6.5).
         # A trained one has its fp32 form in the optimizer instead: megatron-core's sharded optimizer mixes up
         # the states of fp32 and bf16 parameters of one group when it saves them.
@@ -218,8 +233,22 @@ def build_model(
         parameter.data = parameter.data.to(torch.float32 if is_exact else options.precision.dtype)
     if not options.trainable:
         model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, GroupedExperts):
+                module.lay_out()
     model.train(options.trainable)
     return model
+
+
+def _experts(architecture: Architecture, options: ModelOptions) -> str:
+    """Choose the form of a model's experts; of a dense model, and where the engine brings its own, any."""
+    experts = architecture.experts
+    if experts is None or options.engine.name == "te":
+        return "sequential"
+    widths = (architecture.hidden, experts.feed_forward // options.layout.expert_tensor)
+    return choose_form(
+        options.experts, options.device, options.precision.dtype, widths, architecture.model_type
+    )
 
 
 def check_available(layout: Layout, *, trainable: bool = False) -> None:

@@ -4,8 +4,8 @@
 |---|---|---|
 | `te` | Transformer Engine's: norm and linear in one, all experts of a layer in one grouped product | CUDA |
 | `local` | megatron-core's own, in torch | anything |
-| `scaled` | frozen FP8 layers by torch's scaled products, without Transformer Engine | not there yet |
-| `emulated` | the same FP8 arithmetic by casts, to test on a CPU | not there yet |
+| `scaled` | frozen FP8 layers by torch's scaled products (`fp8_engine`) | CPU, CUDA from sm_89 on |
+| `emulated` | frozen FP8 layers by casts and fp32 products, to test (`fp8_engine`) | anything |
 
 An engine that a recipe names runs or is refused. `auto` takes the best one that is there, and `why` says what
 spoke against a better one: nothing is replaced silently. In one precision the engines mean the same
@@ -57,7 +57,10 @@ class Engine:
         if wanted not in ("auto", *_NAMES):
             raise ConfigError(f"engine: {wanted!r} is unknown; {nearest(wanted, ('auto', *_NAMES))}")
         if wanted in ("scaled", "emulated"):
-            raise ConfigError(f"engine: {wanted!r} is not there yet; use auto, te or local")
+            raise ConfigError(
+                f"engine: {wanted!r} computes frozen teachers in FP8 alone, and fp8 is not set; use auto, "
+                "te or local"
+            )
         if wanted == "local":
             return cls(name="local", why="as asked")
         library = library or find_transformer_engine()

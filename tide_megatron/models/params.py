@@ -7,9 +7,14 @@ Hugging Face names and the memory picture follow for a new architecture.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Iterator
 
+import torch
+
 from tide_megatron.models.architecture import Architecture, Gated
+from tide_megatron.models.fp8 import SCALINGS, scale_shape
 from tide_megatron.models.mapping import (
     EXPERT,
     LAYER,
@@ -22,7 +27,10 @@ from tide_megatron.models.mapping import (
     ParamMapping,
     Qkv,
 )
+from tide_megatron.models.precision import Fp8Options
 from tide_megatron.models.shard import Shape, Shard
+
+_MATRIX = re.compile(r"\.linear_(qkv|proj|fc1|fc2)\.weight\d*$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,9 +143,34 @@ def second_head(architecture: Architecture, shard: Shard) -> ParamMapping | None
     return HeadRows.of("output_layer.weight", architecture.embedding_name, table).share(shard)
 
 
-def num_local_params(architecture: Architecture, shard: Shard) -> int:
-    """Return the elements of all parameters that `build_model` allocates on a rank; buffers do not count."""
-    return sum(mapping.elements for _, mapping in local_params(architecture, shard) if mapping.is_parameter)
+def is_quantized(mapping: ParamMapping, architecture: Architecture, fp8: Fp8Options | None) -> bool:
+    """Say whether a tensor is a matrix of attention or feed-forward that is held in FP8."""
+    if fp8 is None or mapping.layer is None or not _MATRIX.search(mapping.target):
+        return False
+    return fp8.quantizes(mapping.layer, architecture.layers)
+
+
+def num_local_bytes(
+    architecture: Architecture, shard: Shard, dtype: torch.dtype, fp8: Fp8Options | None = None
+) -> int:
+    """Return the bytes of all parameters that `build_model` allocates on a rank, with their FP8 scales.
+
+    Args:
+        architecture: of the model.
+        shard: the rank's place in it.
+        dtype: of what is not quantised.
+        fp8: how its matrices are held; None: in `dtype`.
+    """
+    found = 0
+    for _, mapping in local_params(architecture, shard):
+        if not mapping.is_parameter:
+            continue
+        if fp8 is not None and is_quantized(mapping, architecture, fp8):
+            scales = scale_shape(mapping.joined_shape, SCALINGS[fp8.recipe].weights)
+            found += mapping.elements + 4 * math.prod(scales)
+        else:
+            found += mapping.elements * dtype.itemsize
+    return found
 
 
 def _norm(architecture: Architecture, ours: str, theirs: str, width: int | None = None) -> Copy:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import tide_megatron.platform
 
@@ -26,14 +26,17 @@ from tide_megatron.base.device import Device
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import PlannedAttention
 from tide_megatron.models.engine import Engine, EngineName
+from tide_megatron.models.experts import put_experts
 from tide_megatron.models.hf.config import Activation
-from tide_megatron.models.precision import Precision
+from tide_megatron.models.precision import Fp8Options, Precision
 from tide_megatron.parallel.layout import Layout
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu_pytorch_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
 }
+Recompute = bool | Literal["selective"]
+_FP8_ROWS = 16
 _FUSED = ("silu",)  # activations with a fused kernel in megatron-core that means the same
 
 
@@ -47,15 +50,20 @@ class ModelOptions:
     precision: Precision = dataclasses.field(default_factory=Precision)
     engine: Engine = dataclasses.field(default_factory=Engine)
     """What computes the layers; already known to run here (`Engine.on`)."""
+    fp8: Fp8Options | None = None
+    """Hold and multiply the layers' matrices in FP8, for an engine that does; frozen models only."""
     trainable: bool = False
     """False: frozen, in eval mode."""
     attention: str = "auto"
     """`auto` or a key of `attention.KERNELS`."""
+    experts: str = "auto"
+    """`auto` or a key of `experts.FORMS`."""
     head: tuple[int, int] | None = None
     """Ids [start, stop) of the output head's rows that this rank holds, whatever its stage; None: all. Frozen
     models only: a trainable one keeps its head whole."""
-    recompute: bool = False
-    """Keep only each layer's input and run it again in the backward pass; trainable models only."""
+    recompute: Recompute = False
+    """What of each layer runs again in the backward pass; trainable models only. True: all of it, only its
+    input is kept; `selective`: core attention and feed-forward, whose inputs are kept."""
     router_bias_rate: float = 0.0
     """Step of the load-balancing router bias after each update; 0 leaves the bias as it is."""
 
@@ -85,7 +93,18 @@ class LastLayer(TransformerLayer):  # type: ignore[misc]
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return ([rows, 1, hidden], None); the plan of the pass comes as `attention_bias`."""
         hidden, context = self._forward_attention(*args, **kwargs)
-        return self._forward_mlp(kwargs["attention_bias"].pick(hidden)), context
+        return self._forward_mlp(filled(kwargs["attention_bias"].pick(hidden), self.config)), context
+
+
+def filled(rows: Tensor, config: TransformerConfig) -> Tensor:
+    """Add rows of zeros up to the multiple of 16 that Transformer Engine's FP8 products ask for.
+
+    Args:
+        rows: [rows, 1, hidden]; whoever reads the answers takes as many as were asked for.
+        config: of the model.
+    """
+    missing = -len(rows) % _FP8_ROWS if config.fp8 else 0
+    return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
 
 def transformer_config(architecture: Architecture, options: ModelOptions) -> TransformerConfig:
@@ -130,16 +149,38 @@ def transformer_config(architecture: Architecture, options: ModelOptions) -> Tra
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         **_recompute_config(options),
+        **_fp8_config(options),
         **_stage_config(architecture, layout),
         **_mixture_config(architecture, options),
     )
 
 
 def _recompute_config(options: ModelOptions) -> dict[str, Any]:
-    """Return what makes megatron-core run every layer of a trained model again in the backward pass."""
+    """Return what makes megatron-core run layers of a trained model again in the backward pass.
+
+    Its own `selective` is core attention alone, from which fused kernels have little to free. Norms, which it
+    could make again too, fail in 0.16 without Transformer Engine (NameError).
+    """
     if not (options.recompute and options.trainable):
         return {}
+    if options.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "moe"]}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _fp8_config(options: ModelOptions) -> dict[str, Any]:
+    """Return what makes Transformer Engine hold and multiply a frozen model's matrices in FP8."""
+    if options.fp8 is None or options.engine.name != "te":
+        return {}
+    first, last = options.fp8.first_layers, options.fp8.last_layers
+    return {
+        "fp8": "e4m3",
+        "fp8_recipe": options.fp8.recipe,
+        "fp8_param": True,  # weights at rest as well; else each product would quantise them again
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
 
 
 def _stage_config(architecture: Architecture, layout: Layout) -> dict[str, int]:
@@ -187,13 +228,16 @@ def _mixture_config(architecture: Architecture, options: ModelOptions) -> dict[s
     }
 
 
-def block_spec(config: TransformerConfig, pipeline_rank: int, engine: EngineName = "local") -> Any:
+def block_spec(
+    config: TransformerConfig, pipeline_rank: int, engine: EngineName = "local", experts: str = "sequential"
+) -> Any:
     """Return an engine's layers for one stage, with our core attention, norm and last layer.
 
     Args:
         config: made by `transformer_config` for the same engine.
         pipeline_rank: number of the stage.
         engine: `te` for Transformer Engine's layers.
+        experts: a key of `experts.FORMS`; Transformer Engine's layers have experts of their own.
     """
     is_te = engine == "te"
     spec = get_gpt_decoder_block_spec(
@@ -203,7 +247,9 @@ def block_spec(config: TransformerConfig, pipeline_rank: int, engine: EngineName
         layer.submodules.self_attention.submodules.core_attention = PlannedAttention
         if is_te:
             _name_as_local(layer.submodules)
-        elif config.layernorm_zero_centered_gamma:
+            continue
+        put_experts(layer.submodules, experts)
+        if config.layernorm_zero_centered_gamma:
             _center_norms(layer.submodules, config)
     if pipeline_rank == config.pipeline_model_parallel_size - 1:
         last = copy.copy(spec.layer_specs[-1])  # megatron-core lists one object several times

@@ -31,6 +31,7 @@ from tide_megatron.models.hf.safetensors import TensorSpec
 from tide_megatron.models.hf.values import shown
 from tide_megatron.models.mapping import ParamMapping
 from tide_megatron.models.params import hf_shapes, local_params, param_mappings
+from tide_megatron.models.quantized import QuantizedLinear
 from tide_megatron.models.verify import ZeroWatch, refuse_other_head, warn_of_doubts
 from tide_megatron.parallel.collectives import own_share
 
@@ -138,6 +139,7 @@ def save_model(
         CheckpointError: on rank 0, when the disk refuses.
     """
     assert model.shard.is_uncut, "only models cut over expert ranks alone are written"
+    assert not any(isinstance(part, QuantizedLinear) for part in model.modules()), "8 bits lack their scales"
     if 0 not in dist.get_process_group_ranks(model.groups.ep):
         return
     tensors = _gather(model, dtype)
@@ -185,9 +187,18 @@ def _fill(model: TideModel, parts: Callable[[ParamMapping], list[Tensor]], *, me
     ):
         given = parts(mapping)
         num_tensors += len(given)
-        own.pop(name).copy_(mapping.join(given))
+        _place(model, name, own.pop(name), mapping.join(given))
     assert not own, f"the weight table of {type(model.architecture).__name__} forgets {sorted(own)}"
     return num_tensors
+
+
+def _place(model: TideModel, name: str, room: Tensor, values: Tensor) -> None:
+    """Copy a tensor into its place, in the dtype that is kept there; a quantised layer makes 8 bits of it."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(layer, QuantizedLinear) and name.endswith(".weight"):
+        layer.store(values)
+    else:
+        room.copy_(values)
 
 
 def _report(model: TideModel, tensors_read: int, bytes_read: int) -> LoadReport:

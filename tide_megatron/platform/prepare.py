@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from tide_megatron.platform.adam import repair_torch_adam
 from tide_megatron.platform.cpu import redirect_cuda
 from tide_megatron.platform.gloo import allow_uneven_shares, share_one_device
+from tide_megatron.platform.grad_norm import use_foreach_norm
 
 from tide_megatron.base.transformer_engine import find_transformer_engine
 
@@ -38,6 +39,8 @@ def prepare_platform() -> Platform:
     )
     # Said of megatron-core's own default; nothing of ours can heed it.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
+    # Said whenever core attention is made again, also of other layers than Transformer Engine's.
+    warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer")
     with _without("wandb"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each other missing accelerator warns at import as well
         find_transformer_engine()  # before megatron-core looks for it
@@ -46,6 +49,7 @@ def prepare_platform() -> Platform:
         share_one_device()
         use_torch_for_routers()
         repaired = repair_torch_adam()
+        use_foreach_norm()
     version = importlib.metadata.version("megatron-core")
     return Platform(megatron_version=version, redirected_to_cpu=redirected, torch_adam_repaired=repaired)
 

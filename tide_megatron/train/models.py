@@ -19,17 +19,20 @@ from tide_megatron.head.budget import HeadShape
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel, build_model, check_available, check_widths
 from tide_megatron.models.engine import Engine
-from tide_megatron.models.precision import Precision
+from tide_megatron.models.fp8 import SCALINGS
+from tide_megatron.models.fp8_engine import check_fp8, fp8_engine
+from tide_megatron.models.precision import Fp8Options, Precision
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights, load_model, read_architecture
 from tide_megatron.parallel.collectives import fail_together, is_first
 from tide_megatron.parallel.groups import make_groups
+from tide_megatron.parallel.layout import Layout
 from tide_megatron.parallel.vocab_group import VocabGroup, make_across, vocab_group_size
 from tide_megatron.teachers.exchange import Route
 from tide_megatron.teachers.teacher import Teacher, ViewBuilder
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.placement import Placed
-from tide_megatron.train.recipe import Model, Recipe, StudentModel
+from tide_megatron.train.recipe import Model, Recipe, StudentModel, TeacherModel
 from tide_megatron.train.student import Student
 
 log = logging.getLogger(__name__)
@@ -108,13 +111,24 @@ def head_ranks(recipe: Recipe, world: int) -> int:
 
 def check_precision(plan: ModelPlan, device: Device) -> None:
     """Refuse a number format or engine that the device does not have, naming the key of its model."""
+    choice = plan.choice
     with under(plan.key):
-        _engine(plan.choice, device)
+        engine, fp8 = _engine(choice, device), _fp8(choice)
+        if fp8 is not None:
+            check_fp8(fp8, engine, device, plan.architecture, choice.layout)
 
 
 def _engine(choice: Model, device: Device) -> Engine:
     """Say what computes a model's layers."""
-    return Engine.on(choice.engine, Precision.on(choice.precision, device), device)
+    precision, fp8 = Precision.on(choice.precision, device), _fp8(choice)
+    if fp8 is not None:
+        return fp8_engine(choice.engine, fp8, precision, device)
+    return Engine.on(choice.engine, precision, device)
+
+
+def _fp8(choice: Model) -> Fp8Options | None:
+    """Say how a model's matrices are held; None: in its precision."""
+    return choice.fp8 if isinstance(choice, TeacherModel) else None
 
 
 def head_shape(plan: ModelPlan, device: Device) -> HeadShape:
@@ -127,7 +141,8 @@ def placed(choice: Model, architecture: Architecture, device: Device) -> Placed:
     return Placed(
         architecture=architecture,
         layout=choice.layout,
-        bytes_per_parameter=Precision.on(choice.precision, device).dtype.itemsize,
+        dtype=Precision.on(choice.precision, device).dtype,
+        fp8=_fp8(choice),
         is_student=isinstance(choice, StudentModel),
     )
 
@@ -218,12 +233,16 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         layout=choice.layout,
         precision=Precision.on(choice.precision, device),
         engine=_engine(choice, device),
+        fp8=_fp8(choice),
         trainable=is_student,
         attention=recipe.attention,
+        experts=recipe.experts,
         head=head,
         recompute=choice.recompute if isinstance(choice, StudentModel) else False,
         router_bias_rate=choice.router_bias_rate if isinstance(choice, StudentModel) else 0.0,
     )
+    if options.fp8 is not None:
+        tell_fp8(plan.key, options.fp8, choice.layout)
     model = build_model(plan.architecture, make_groups(choice.layout), options)
     with fail_together():
         if choice.initial == "random":
@@ -236,7 +255,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         "%s: %s, %s, %s, layout %s, context %s, %d parameters on this rank, %d bytes read",
         plan.key,
         plan.architecture.model_type,
-        options.precision.name,
+        options.precision.name if options.fp8 is None else f"{options.precision.name} and {options.fp8}",
         options.engine,
         choice.layout,
         choice.context.kind,
@@ -244,3 +263,22 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         report.bytes_read,
     )
     return model
+
+
+def tell_fp8(key: str, fp8: Fp8Options, layout: Layout) -> None:
+    """Say on the first rank what an FP8 recipe makes a teacher's answers depend on, beside its own tokens."""
+    if not is_first():
+        return
+    if SCALINGS[fp8.recipe].spans_rows:
+        log.warning(
+            "%s.fp8.recipe: %s: one scale spans all tokens of a microbatch, so an answer depends on its "
+            "batchmates, about as much as FP8 moves it at all; rowwise and blockwise do not",
+            key,
+            fp8.recipe,
+        )
+    if layout.tensor > 1 or layout.expert_tensor > 1:
+        log.info(
+            "%s: each tensor rank finds FP8 scales of its own part, so answers differ from those of one rank "
+            "within what FP8 moves them (docs/precision.md); pipeline and expert ranks change nothing",
+            key,
+        )

@@ -9,10 +9,12 @@ all ranks agree, and only then is anything changed (design section 9).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
 import tide_megatron.platform
+from tide_megatron.platform.grad_norm import optimizer_kernels
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -23,6 +25,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from tide_megatron.base.clock import Clock
 from tide_megatron.parallel.collectives import all_agree
 from tide_megatron.train.recipe import Optimizer
+
+log = logging.getLogger(__name__)
 
 
 def learning_rate(options: Optimizer, clock: Clock) -> float:
@@ -64,7 +68,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=is_sharded(options),
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         config,
         [model],
         # Named, because the default differs between versions: norms and biases are not decayed.
@@ -72,6 +76,8 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
+    log.info("optimizer: %s", optimizer_kernels(optimizer))
+    return optimizer
 
 
 def is_sharded(options: Optimizer) -> bool:

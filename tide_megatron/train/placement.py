@@ -11,12 +11,14 @@ import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from tide_megatron.base.units import in_bytes
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.params import num_local_params
+from tide_megatron.models.params import num_local_bytes
+from tide_megatron.models.precision import Fp8Options
 from tide_megatron.models.shard import Shard
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.parallel.vocab_group import VocabGroup
@@ -31,7 +33,10 @@ class Placed:
 
     architecture: Architecture
     layout: Layout
-    bytes_per_parameter: int
+    dtype: torch.dtype
+    """Of its parameters."""
+    fp8: Fp8Options | None = None
+    """How its matrices are held; None: in `dtype`."""
     is_student: bool = False
 
 
@@ -90,7 +95,7 @@ def _cell(model: Placed, rank: int, world: int, group: VocabGroup) -> str:
         words.append(f"experts {first}-{first + share - 1}" if share > 1 else f"expert {first}")
     if layout.expert_tensor > 1:
         words.append(f"expert shard {shard.expert_tensor_rank + 1}/{shard.expert_tensor_size}")
-    size = num_local_params(architecture, shard) * model.bytes_per_parameter
+    size = num_local_bytes(architecture, shard, model.dtype, model.fp8)
     return f"{', '.join(words) or 'whole'}: {in_bytes(size)}"
 
 

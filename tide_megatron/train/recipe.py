@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
@@ -26,6 +26,7 @@ from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
 from tide_megatron.models.engine import EngineChoice
+from tide_megatron.models.precision import NO_PRECISION, Fp8Options
 from tide_megatron.parallel.layout import Layout
 
 
@@ -40,6 +41,22 @@ def _local(word: str) -> str:
 
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_local)]
 """A folder; the empty string would silently be the current one, and `~` a folder of that name."""
+
+
+def _no_fp8(word: object) -> object:
+    """Refuse FP8 as a precision by name."""
+    if isinstance(word, str) and word.startswith("fp8"):
+        raise ValueError(NO_PRECISION)
+    return word
+
+
+def _no_fp8_student(value: object) -> object:
+    """Refuse an FP8 student by name."""
+    if value is not None:
+        raise ValueError("only frozen teachers are held in FP8 (teachers.NAME.fp8); leave it out")
+    return value
+
+
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -63,12 +80,14 @@ class Model:
     chat_template_kwargs: Annotated[dict[str, Any], MACHINE] = Field(default_factory=dict)
     """Options of the chat template, such as `enable_thinking: true`, over those that the folder keeps; null
     takes one out. The data must be prepared with the same."""
-    precision: Annotated[Literal["auto", "fp32", "bf16"], Paper("bf16")] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(_no_fp8), Paper("bf16")] = "auto"
     """`auto`: bf16 on CUDA, fp32 on CPU and on GPUs older than sm_80, which have no bf16."""
     engine: Annotated[EngineChoice, MACHINE] = "auto"
     """What computes the layers: `te` (Transformer Engine, on CUDA in bf16) or `local` (megatron-core's own,
-    in torch); `auto`: te where it imports and a GPU computes, else local. One that is named runs or is
-    refused; the log says which runs, and why. In one precision they differ in rounding alone."""
+    in torch); `auto`: te where it imports and a GPU computes, else local. Teachers with `fp8`: `scaled`
+    (torch's FP8 products), `te` or `emulated` (casts and fp32 products, on a CPU or to test); `auto`: on CUDA
+    the one that has the recipe, else emulated. One that is named runs or is refused; the log says which runs,
+    and why. In one precision they differ in rounding alone."""
     verify: Annotated[bool, MACHINE] = True
     """Compare the weights with digests.json before they are used, where the folder has one."""
     layout: Annotated[Layout, MACHINE] = Field(default_factory=Layout)
@@ -79,6 +98,9 @@ class Model:
 class TeacherModel(Model):
     """A frozen model the student listens to."""
 
+    fp8: Annotated[Fp8Options | None, ADDED] = None
+    """Hold and multiply the matrices of its layers in FP8: about half of bf16's bytes; null: in `precision`.
+    docs/precision.md says how far answers move."""
     sanity: Annotated[Literal["refuse", "warn", "off"], Off, MACHINE] = "refuse"
     """What to do when the teacher predicts held-out tokens no better than their frequencies would, or worse
     than the student does before its first step, or better with another mask token."""
@@ -97,11 +119,14 @@ class TeacherModel(Model):
 class StudentModel(Model):
     """The model that is trained."""
 
+    fp8: Annotated[None, BeforeValidator(_no_fp8_student), ADDED] = None
+    """Always null: a student in FP8 is refused, only frozen teachers are quantised."""
     sanity: Annotated[Literal["refuse", "warn", "off"], Off, MACHINE] = "refuse"
     """What to do when its folder names no mask token and it predicts better with another one than `mask`."""
-    recompute: Annotated[bool, MACHINE] = False
-    """Keep only each layer's input for the backward pass and run the layer again there: a fraction of the
-    activations' memory for one more forward pass of the body, and equal numbers."""
+    recompute: Annotated[bool | Literal["selective"], MACHINE] = False
+    """Run again in the backward pass, with equal numbers, what was not kept for it. `true`: whole layers, of
+    which only the input is kept: a fraction of the activations' memory for one more forward pass of the body;
+    `selective`: core attention and feed-forward layers, about half of it for less than that."""
     add_mask: Annotated[bool, MACHINE] = False
     """Add the mask token to the tokenizer where it has none, for a model that has a spare row to learn it in;
     `tide model add-mask` does so for good."""
@@ -247,6 +272,10 @@ class Recipe:
     attention: Annotated[Literal["auto", "dense", "structured", "flex"], MACHINE, Paper("flex")] = "auto"
     """Attention kernel: `dense` masks, `structured` products without the masked blocks, `flex` compiled
     FlexAttention (CUDA); `auto`: flex on CUDA, structured on CPU."""
+    experts: Annotated[Literal["auto", "sequential", "loop", "grouped"], MACHINE] = "auto"
+    """How mixture layers multiply: `sequential` is megatron-core's layer per expert, `loop` one product per
+    expert, `grouped` one for all (`torch._grouped_mm`: bf16, sm_90 and sm_100); `auto`: grouped where it runs
+    without a wait, else loop."""
     head: Annotated[HeadOptions, MACHINE] = Field(default_factory=HeadOptions)
     timeout_seconds: Annotated[float, MACHINE] = Field(default=600.0, ge=1.0, le=604_800.0)
     """How long any collective waits for a rank that never comes before the run fails."""

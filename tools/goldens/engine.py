@@ -275,7 +275,8 @@ def chunk_likelihoods(logits: Tensor, ids: Tensor, align: Tensor, temperature: f
     tokens = gold_log_likelihood(logits, ids).flatten()
     sample, position, chunk = align.nonzero(as_tuple=True)
     number = samples * chunks
-    logs = chunk_log_likelihoods(tokens, sample * length + position, sample * chunks + chunk, number)
+    member, (place, order) = sample * length + position, (sample * chunks + chunk).sort(stable=True)
+    logs = chunk_log_likelihoods(tokens, member[order], place, number)
     return recorded_likelihood(logs, temperature)
 
 

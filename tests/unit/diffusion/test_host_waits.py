@@ -1,12 +1,11 @@
 """What the host asks of a device in a step: how many tokens are masked, once a microbatch, and no length."""
 
 import dataclasses
-from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.operations import Asked
 from tests.unit.diffusion.sides import random_batch
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
@@ -19,20 +18,6 @@ from tide_megatron.teachers.teacher import ViewBuilder
 NOWHERE = torch.device("meta")
 """A device that has shapes only: whoever asks it for a number fails."""
 BLOCKS, WHOLE = Context(kind="block_diffusion", block_size=4), Context(kind="bidirectional")
-
-
-class Asked(TorchDispatchMode):
-    """Counts the operations for which a GPU would make the host wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ("nonzero", "_local_scalar_dense"):
-            self.calls[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def read_by_all(noised, names):

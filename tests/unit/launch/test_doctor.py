@@ -77,7 +77,7 @@ def test_packages_and_engines_are_found_or_not(monkeypatch):
 
 def test_the_apex_of_pypi_is_not_nvidias(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor, "_version", lambda package: "0.9.10" if package == "apex" else "missing")
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.9.10")
     finding = doctor._apex()
     assert finding.verdict == "note"
     assert "not NVIDIA's" in finding.value

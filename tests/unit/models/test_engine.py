@@ -51,7 +51,7 @@ def test_the_local_engine_runs_everywhere():
         assert str(Engine.on("local", BF16, device, HERE)) == "local engine (as asked)"
 
 
-@pytest.mark.parametrize(("wanted", "told"), [("scaled", "not there yet"), ("locl", "did you mean 'local'?")])
+@pytest.mark.parametrize(("wanted", "told"), [("scaled", "fp8 is not set"), ("locl", "mean .local.")])
 def test_other_words_are_refused(wanted, told):
     with pytest.raises(ConfigError, match=told):
         Engine.on(wanted, BF16, H100, HERE)

@@ -7,10 +7,12 @@ from tests.unit.models.shapes import DENSE, MIXTURE, architecture
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.build import check_widths
 from tide_megatron.models.mapping import Copy, FusedQkv, GatedPair, Heads, Qkv
-from tide_megatron.models.params import local_params, num_local_params
+from tide_megatron.models.params import local_params, num_local_bytes
 from tide_megatron.models.shard import Part, Shard
 from tide_megatron.parallel.layout import Layout
 
+BYTE = torch.uint8
+"""So that bytes are elements."""
 LOWER = Shard(tensor_rank=1, tensor_size=2, num_layers=3)
 
 
@@ -144,24 +146,24 @@ def test_what_a_rank_holds_by_hand():
     ]
     for layout, rank, head, expected in sizes:
         shard = Shard.of(layout, rank, 2, 2, head)
-        assert num_local_params(architecture(DENSE), shard) == expected, f"{layout} {rank} {head}"
+        assert num_local_bytes(architecture(DENSE), shard, BYTE) == expected, f"{layout} {rank} {head}"
 
 
 def test_shares_add_up_to_the_model():
     read = architecture(MIXTURE)
-    whole = num_local_params(read, Shard(num_layers=3))
+    whole = num_local_bytes(read, Shard(num_layers=3), BYTE)
     for layout in (Layout(pipeline=2), Layout(pipeline=3)):
         size = layout.pipeline
         heads = [(67 * rank // size, 67 * (rank + 1) // size) for rank in range(size)]
         shards = [Shard.of(layout, rank, size, 3, head) for rank, head in enumerate(heads)]
-        assert sum(num_local_params(read, shard) for shard in shards) == whole
+        assert sum(num_local_bytes(read, shard, BYTE) for shard in shards) == whole
 
 
 @pytest.mark.parametrize("head", [(-1, 3), (3, 2), (0, 62)])
 def test_head_slices_outside_the_vocabulary_are_refused(head):
     shard = Shard(num_layers=2, head=head)
     with pytest.raises(ConfigError, match="are not a range of the 61 ids"):
-        num_local_params(architecture(DENSE), shard)
+        num_local_bytes(architecture(DENSE), shard, BYTE)
 
 
 @pytest.mark.parametrize(

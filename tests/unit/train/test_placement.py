@@ -1,16 +1,18 @@
 """The placement picture: who holds what, counted from the weights that `build_model` would allocate."""
 
 import pytest
+import torch
 
 from tests.tiny_run import student_config, teacher_config
 from tide_megatron.models import ARCHITECTURES
+from tide_megatron.models.precision import Fp8Options
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.placement import MOST_RANKS, Placed, drawn, placement_table
 
 
-def placed(config, layout=Layout(), size=4, **facts):  # noqa: B008 - frozen
+def placed(config, layout=Layout(), dtype=torch.float32, **facts):  # noqa: B008 - frozen
     architecture = ARCHITECTURES[config["model_type"]].from_hf(config)
-    return Placed(architecture=architecture, layout=layout, bytes_per_parameter=size, **facts)
+    return Placed(architecture=architecture, layout=layout, dtype=dtype, **facts)
 
 
 def picture(world, head_ranks, **teachers):
@@ -19,7 +21,9 @@ def picture(world, head_ranks, **teachers):
 
 
 def test_every_rank_has_its_stage_shard_experts_and_ids():
-    dense = placed(student_config(333) | {"num_hidden_layers": 3}, Layout(tensor=2, pipeline=2), 2)
+    dense = placed(
+        student_config(333) | {"num_hidden_layers": 3}, Layout(tensor=2, pipeline=2), torch.bfloat16
+    )
     moe = placed(teacher_config(320, 8), Layout(expert=4))
     title, header, *lines = picture(4, 4, dense=dense, moe=moe)
     assert title.strip() == "placement"
@@ -34,7 +38,7 @@ def test_every_rank_has_its_stage_shard_experts_and_ids():
 
 
 def test_bytes_are_those_of_the_weights():
-    table = picture(2, 2, dense=placed(student_config(320), Layout(tensor=2), 2))
+    table = picture(2, 2, dense=placed(student_config(320), Layout(tensor=2), torch.bfloat16))
     # A layer: norms 2 x 32 and 2 x 16, attention 2 x (64 + 32) x 32, feed-forward 3 x 48 x 32.
     norms, matrices = 2 * 32 + 2 * 16, 2 * (64 + 32) * 32 + 3 * 48 * 32
     whole = 4 * (2 * (norms + matrices) + 32 + 320 * 32)
@@ -43,6 +47,14 @@ def test_bytes_are_those_of_the_weights():
     for rank, line in enumerate(table[2:]):
         assert f"whole: {whole / 1000:.3g} kB" in line
         assert f"shard {rank + 1}/2: {half / 1000:.3g} kB" in line
+
+
+def test_bytes_of_a_quantised_teacher_are_those_that_its_model_holds():
+    fp8, layers = Fp8Options(first_layers=1), [48 * 32 * 3 + 2 * (64 + 32) * 32] * 2
+    table = picture(1, 1, dense=placed(student_config(320), dtype=torch.bfloat16, fp8=fp8))
+    rest = 2 * (2 * (2 * 32 + 2 * 16) + 32 + 320 * 32 + layers[0])
+    scales = 4 * ((64 + 2 * 32) + 32 + 2 * 48 + 32)  # a scale a row
+    assert table[2].split("whole: ")[2].startswith(f"{(rest + layers[1] + scales) / 1000:.3g} kB")
 
 
 @pytest.mark.parametrize(("world", "shown"), [(64, 4), (1024, 4)])
