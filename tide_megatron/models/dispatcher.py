@@ -132,8 +132,8 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
 
     def dispatch_postprocess(self, tokens: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return this rank's experts' tokens in their order, how many each has [experts], their weights."""
+        assert self._counts is not None, "tokens were never dispatched"
         if self._is_local:
-            assert self._counts is not None, "tokens were never dispatched"
             return tokens, self._counts, probs
         tokens, counts, probs = super().dispatch_postprocess(tokens, probs)
         return tokens, counts if self._asks_host else self._counts, probs

@@ -75,11 +75,20 @@ def test_every_form_gives_megatron_cores_numbers_bit_for_bit_in_fp32(groups, con
         assert torch.equal(frozen, wanted)
 
 
+def fused(model):
+    """Let experts use megatron-core's fused activation, as on CUDA."""
+    for layer in mixtures(model):
+        for module in layer.experts.modules():
+            if hasattr(module, "config"):
+                module.config.bias_activation_fusion = True
+    return model
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_in_bf16_sums_are_made_in_fp32_and_rounded_once(groups, form):
+def test_in_bf16_and_with_the_fused_activation_every_form_is_the_same(groups, form):
     chosen = view(MIXTURE["vocab_size"])
-    wanted, slopes = answers(build(groups, MIXTURE, "sequential", precision="bf16"), chosen)
-    rows, gradients = answers(build(groups, MIXTURE, form, precision="bf16"), chosen)
+    wanted, slopes = answers(fused(build(groups, MIXTURE, "sequential", precision="bf16")), chosen)
+    rows, gradients = answers(fused(build(groups, MIXTURE, form, precision="bf16")), chosen)
     assert torch.equal(rows, wanted)
     assert all(torch.equal(gradients[name], slope) for name, slope in slopes.items())
 
@@ -109,7 +118,7 @@ def test_nothing_is_added_to_one_place_twice(groups, form):
     assert not repeated.names
     with Repeated() as before:
         mixtures(as_before(model))[0](hidden)[0].square().sum().backward()
-    assert before.names == {"scatter_add_", "index_add"}
+    assert before.names >= {"scatter_add_", "index_add"}
 
 
 @pytest.mark.parametrize("trainable", [False, True])
