@@ -4,6 +4,7 @@ import logging
 import re
 
 import tide_megatron.platform
+from tide_megatron.platform.cpu import InertEvent
 
 import pytest
 import torch
@@ -122,8 +123,9 @@ def test_nothing_is_added_to_one_place_twice(groups, form):
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_grouped_experts_ask_the_device_for_no_number(groups, trainable):
-    """On a device that has shapes only, whoever asks for a number fails."""
+def test_grouped_experts_ask_the_device_for_no_number(groups, trainable, monkeypatch):
+    """On a device that has shapes only, whoever asks for a number fails; so does waiting for an event."""
+    monkeypatch.setattr(InertEvent, "synchronize", lambda event: pytest.fail("the host waits"))
     for form in ("grouped", "loop"):
         model = build(groups, MIXTURE, form, precision="bf16", trainable=trainable)
         layer = mixtures(model)[0].to("meta")
