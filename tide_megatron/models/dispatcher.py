@@ -125,7 +125,9 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
         """Return a copy of each token for each of its experts [rows, hidden], with its weight [rows]."""
         self.hidden_shape, self.probs = hidden_states.shape, probs
         self._counts = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self._counts)
+        self.tokens_per_expert = self._counts
+        if not self._is_local:  # an exchange needs numbers on the host; megatron-core waits before it
+            self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self._counts)
         self._order = Order.of(routing_map, self.config.moe_router_topk)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         return gather_copies(tokens, self._order), self._order.arrange(probs)
@@ -146,13 +148,6 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
         """Return each token's sum in the shape that the layer was given."""
         assert self._order is not None, "tokens were never dispatched"
         return add_copies(rows, self._order).view(self.hidden_shape)
-
-    def _maybe_dtoh_and_synchronize(self, point: str, counts: Tensor | None = None) -> Tensor | None:
-        """Bring numbers to the host and wait for them where an exchange needs them."""
-        if self._is_local:
-            return counts
-        moved: Tensor | None = super()._maybe_dtoh_and_synchronize(point, counts)
-        return moved
 
 
 def own_dispatchers(model: torch.nn.Module, groups: ProcessGroupCollection) -> None:
