@@ -12,10 +12,12 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+from bench.experts import Setting, measure
 from tests.operations import Repeated
 from tests.unit.models.shapes import CPU, LLADA_MOE, MIXTURE, architecture, view
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.stop import StopFlag
 from tide_megatron.models.build import build_model
 from tide_megatron.models.dispatcher import Order, add_copies, gather_copies
 from tide_megatron.models.experts import FORMS, choose_form
@@ -154,6 +156,21 @@ def test_frozen_grouped_experts_lie_in_one_tensor_each_and_are_no_second_copy(gr
     layer.experts.local_experts[0].linear_fc1.weight.data = torch.zeros(48, 32)
     with pytest.raises(AssertionError, match="moved"):
         model.rows(FEW)
+
+
+def test_the_bench_compares_every_form_and_a_padded_batch_that_gives_the_same(groups, monkeypatch):
+    setting = Setting(shapes=("quickstart",), tokens=7, rounds=1, precision="fp32", trained=True)
+    answers = []
+
+    def seconds(layer, hidden, device):
+        answers.append(layer(hidden)[0])
+        return 1.0
+
+    monkeypatch.setattr("bench.experts._seconds", seconds)
+    found = measure(setting, device=CPU, stop=StopFlag())["quickstart"]
+    assert {f"before / {form}" for form in (*FORMS, "padded")} < found.keys()
+    for answer in answers:
+        torch.testing.assert_close(answer, answers[0], rtol=1e-6, atol=1e-7)
 
 
 def gpu(major, minor=0):
