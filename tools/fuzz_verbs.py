@@ -21,8 +21,10 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
+import pkgutil
 import random
 import shutil
 import signal
@@ -39,6 +41,7 @@ from tide_megatron.platform import prepare_platform
 import torch
 import yaml
 
+import tide_megatron
 from spoil import digest_anew, spoil_bytes, spoil_value, spoil_words
 from tide_megatron import commands
 
@@ -217,7 +220,8 @@ def forked(words: Sequence[str], log: Path, seconds: float) -> tuple[int, str, f
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115 - as Python's own
             os.chdir(log.parent)  # where words that name no whole path lead
             sys.argv = ["tide", *words]
             commands.main()
@@ -264,7 +268,10 @@ def findings(words: Sequence[str], at: Path, code: int, text: str, seconds: floa
     left = [name for name in hidden if not name.endswith(".converting")]  # these go on where they stopped
     if left:
         found.append(f"left behind: {', '.join(left)}")
-    if code and (at / "out").exists() and any((at / "out").iterdir()):
+    has_begun = (
+        words[0] == "train" and (at / "out/metrics.jsonl").is_file()
+    )  # what failed later stays to be seen
+    if code and not has_begun and (at / "out").exists() and any((at / "out").iterdir()):
         found.append("a target that failed and is there")
     return found
 
@@ -297,6 +304,21 @@ def _spoil_file(file: Path, chance: random.Random) -> str:
     return f"{file.name}: {told}"
 
 
+def import_everything() -> None:
+    """Import here, once, what verbs import when they are called; in every fork it takes longer than they."""
+    for module in pkgutil.walk_packages(tide_megatron.__path__, "tide_megatron."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in (
+        "torch._dynamo",
+        "transformers.models.qwen3",
+        "transformers.models.auto",
+        "tokenizers",
+        "numpy.ma",
+    ):
+        importlib.import_module(name)
+
+
 def main() -> None:
     """Parse, try, print a table, and end with exit code 1 if anything was wrong."""
     parser = argparse.ArgumentParser(
@@ -309,6 +331,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
     prepare_platform()
+    import_everything()
     is_bad = False
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)

@@ -76,7 +76,8 @@ MOMENTS = {
     "rank 1 never comes": Moment(where="tide_megatron.launch.worker:meet", **WAITS),
     "rank 0 never comes": Moment(where="tide_megatron.launch.worker:meet", **WAITS | {"ranks": (0,)}),
     "groups wait for rank 1": Moment(where="tide_megatron.launch.worker:start_distributed", **WAITS),
-    "folder is looked at": Moment(where="tide_megatron.train.loop:check_folder", ranks=(0,)),
+    "folder is looked at": Moment(where="tide_megatron.train.folder:check_folder", ranks=(0,)),
+    "folder is leased": Moment(where="tide_megatron.train.folder:leased", ranks=(0,)),
     "data is opened": Moment(where="tide_megatron.train.setup:open_loader"),
     "student is loaded": Moment(where="tide_megatron.train.setup:build_student"),
     "teacher is loaded": Moment(where="tide_megatron.train.setup:build_teacher"),
@@ -147,7 +148,7 @@ def command(recipe: Path, run: Path, num_ranks: int = RANKS) -> None:
 
 def under_tide(recipe: Path, run: Path, port: int) -> None:
     """Be our launcher; its ranks are forks of it and not of a fresh server."""
-    supervisor._start_method = lambda _: multiprocessing.get_context("fork")  # type: ignore[assignment, return-value]
+    supervisor.start_method = lambda _: multiprocessing.get_context("fork")  # type: ignore[assignment, return-value]
     command(recipe, run)
 
 

@@ -56,7 +56,6 @@ ODD_WORDS += (
     "9" * 40,
     "--unknown",
     "-",
-    "--",
     "true",
     "é=1",
     "steps",

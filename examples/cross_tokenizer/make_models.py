@@ -2,6 +2,7 @@
 
     make cross-models                                        (about 15 core-minutes)
     python examples/cross_tokenizer/make_models.py --check   score the shipped weights, compare with card.json
+    python examples/cross_tokenizer/make_models.py --score   score the shipped weights and write the card
 
 The teacher has its own tokenizer and template (teacher_tokenizer.py) and reads one sequence in both
 directions. Its bound is in nats per byte like the base student's, but of another kind: a bidirectional model
@@ -20,7 +21,7 @@ import typer
 from pairs import TEACHER, TEXT, ensure_teacher_data
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from shipping import Makers, Shipped, agrees_with_card, card_score, write_card
+from shipping import Makers, Shipped, agrees_with_card, card_score, score_anew, write_card
 
 from tide_megatron.base.log import start_log
 from tide_megatron.diffusion.mask import Context
@@ -31,6 +32,9 @@ STUDENT_CARD = Path("examples/quickstart/models/card.json")
 
 def main(
     check_only: Annotated[bool, typer.Option("--check", help="Only compare the shipped weights.")] = False,
+    anew: Annotated[
+        bool, typer.Option("--score", help="Only score the shipped weights for the card, after new data.")
+    ] = False,
     runs: Annotated[Path | None, typer.Option(help="Take the finished run `teacher` from here.")] = None,
 ) -> None:
     """Train the teacher and write weights and card, or check it."""
@@ -42,7 +46,9 @@ def main(
         data=ensure_teacher_data() / "test",
     )
     models = {"teacher": teacher}
-    if not check_only:
+    if anew:
+        score_anew(CARD, models)
+    elif not check_only:
         what = "docstring -> function teacher with a tokenizer and template of its own; a toy"
         write_card(CARD, what, TEXT, models, Makers(runs=runs))
     agrees = agrees_with_card(CARD, models)

@@ -2,6 +2,7 @@
 
     make quickstart-models                               (about 35 core-minutes)
     python examples/quickstart/make_models.py --check    score the shipped weights and compare with card.json
+    python examples/quickstart/make_models.py --score    score the shipped weights and write the card
     python examples/quickstart/make_models.py --only dense    make one, keep the others and their figures
 
 `teacher` is a LLaDA2-type mixture of experts, `dense` a Qwen3-type model. All are trained by the committed
@@ -17,7 +18,7 @@ from typing import Annotated
 import rich
 import typer
 from data import ensure_data
-from shipping import Makers, Shipped, agrees_with_card, card_score, write_card
+from shipping import Makers, Shipped, agrees_with_card, card_score, score_anew, write_card
 
 from tide_megatron.base.log import start_log
 from tide_megatron.diffusion.mask import Context
@@ -38,6 +39,9 @@ MODELS = {
 
 def main(
     check_only: Annotated[bool, typer.Option("--check", help="Only compare the shipped weights.")] = False,
+    anew: Annotated[
+        bool, typer.Option("--score", help="Only score the shipped weights for the card, after new data.")
+    ] = False,
     runs: Annotated[
         Path | None, typer.Option(help="Take finished runs of the models' names from here.")
     ] = None,
@@ -49,7 +53,9 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: choose from {', '.join(MODELS)}")
     ensure_data(DATA)
-    if not check_only:
+    if anew:
+        score_anew(CARD, MODELS)
+    elif not check_only:
         what = "docstring -> function models of the quickstart; toys, for showing the engine"
         write_card(CARD, what, DATA / "text", MODELS, Makers(runs=runs, only=only or ()))
     good = agrees_with_card(CARD, MODELS)

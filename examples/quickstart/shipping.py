@@ -129,6 +129,15 @@ def write_card(file: Path, what: str, text: Path, models: Mapping[str, Shipped],
     rich.print(f"card: {file}")
 
 
+def score_anew(file: Path, models: Mapping[str, Shipped]) -> None:
+    """Write what the shipped weights score on the held-out data of today into their card."""
+    card = json.loads(file.read_text(encoding="utf-8"))
+    card["data"] |= {"test_digest": _data_digest(models), "scored_samples": SAMPLES}
+    for name, model in models.items():
+        card["models"][name] |= model.score()
+    file.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
 def _entries(file: Path, models: Mapping[str, Shipped]) -> dict[str, Any]:
     """Return a written card's entries, which hold for the held-out data of today only."""
     card = json.loads(file.read_text(encoding="utf-8"))

@@ -129,6 +129,7 @@ def ignore_the_flag(folder, *, device, stop):
     (Path(folder) / f"pid-{dist.get_rank()}").write_text(str(os.getpid()))
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (Path(folder) / f"child-{dist.get_rank()}").write_text(str(child.pid))
+    stop.farewells.append((Path(folder) / f"farewell-{dist.get_rank()}").touch)
     with stop.finishing("it does not"):
         (Path(folder) / f"running-{dist.get_rank()}").touch()
         time.sleep(60)

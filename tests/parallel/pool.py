@@ -1,4 +1,4 @@
-"""Persistent pools of gloo ranks: spawned once per pytest session and world size, because a spawn costs ~5 s.
+"""Persistent pools of gloo ranks: started once per pytest session and world size, by a fork server.
 
 A test sends a module-level function and its arguments; each rank runs it and sends its result back:
 
@@ -9,7 +9,7 @@ A test sends a module-level function and its arguments; each rank runs it and se
 The function travels as (module, file, name), arguments and results are pickled. A worker starts with one
 thread, the platform prepared and torch.distributed running. When a rank fails, the test fails with the rank
 and its traceback; the pool is then thrown away, since its ranks may stand in different collectives, and the
-next use spawns a new one. What a function leaves behind (groups, models in globals) stays until the pool
+next use starts a new one. What a function leaves behind (groups, models in globals) stays until the pool
 ends: leave nothing.
 """
 
@@ -20,7 +20,6 @@ import faulthandler
 import importlib
 import importlib.util
 import inspect
-import multiprocessing
 import os
 import signal
 import sys
@@ -30,6 +29,9 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tide_megatron.launch.signals import release_signals, signals_held
+from tide_megatron.launch.supervisor import start_environment, start_method
 
 START_SECONDS, GRACE_SECONDS = 180.0, 2.0
 
@@ -70,17 +72,19 @@ class Pool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="pool_")
         store_file = f"{self._folder.name}/store"
-        for rank in range(self.world_size):
-            here, there = context.Pipe()
-            # Not daemonic: megatron-core's checkpoint writer starts a process of its own.
-            process = context.Process(target=_work, args=(there, rank, self.world_size, store_file))
-            process.start()
-            there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
+        # As the launcher starts it, whose ranks come from the same server later.
+        with signals_held(), start_environment("cpu"):
+            context = start_method("cpu")
+            for rank in range(self.world_size):
+                here, there = context.Pipe()
+                # Not daemonic: megatron-core's checkpoint writer starts a process of its own.
+                process = context.Process(target=_work, args=(there, rank, self.world_size, store_file))
+                process.start()
+                there.close()
+                self._pipes.append(here)
+                self._processes.append(process)
         self._collect(START_SECONDS)
 
     def _collect(self, timeout_seconds: float) -> list[Any]:
@@ -145,6 +149,7 @@ def _work(pipe: Connection, rank: int, world_size: int, store_file: str) -> None
     """Run what the parent sends until it closes the pipe: the body of a worker process."""
     os.setsid()  # Ctrl-C stays the parent's, and one kill ends the rank with all that it started
     faulthandler.register(signal.SIGUSR1)
+    release_signals()
     try:
         _join_world(rank, world_size, store_file)
         pipe.send((True, None))

@@ -162,6 +162,7 @@ def test_a_second_signal_ends_at_once_with_all_that_ranks_started(tmp_path):
     assert time.monotonic() - start < 30  # it would be 60
     files = [tmp_path / f"{kind}-{rank}" for kind in ("pid", "child") for rank in (0, 1)]
     within(5, lambda: not any(map(is_alive, files)), "everything has ended")
+    assert {path.name for path in tmp_path.glob("farewell-*")} == {"farewell-0", "farewell-1"}
 
 
 def test_ranks_that_do_not_stop_are_killed_after_the_grace(tmp_path):
@@ -169,6 +170,7 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace(tmp_path):
     with pytest.raises(RanksFailed, match=r"SIGTERM: ranks \[0, 1\] did not finish within 1 seconds"):
         run(cases.ignore_the_flag, tmp_path, grace_seconds=1.0)
     thread.join()
+    assert {path.name for path in tmp_path.glob("farewell-*")} == {"farewell-0", "farewell-1"}
 
 
 def test_ranks_end_when_their_parent_is_killed(tmp_path):

@@ -15,7 +15,7 @@ from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.stop import StopFlag, Stopped
 from tide_megatron.checkpoint.metadata import read_metadata
-from tide_megatron.checkpoint.retention import listed
+from tide_megatron.checkpoint.retention import Mark, listed
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import load_recipe
 
@@ -198,3 +198,20 @@ def test_a_disk_that_refuses_ends_all_ranks_with_one_message(pool, tmp_path):
         Exception, match=r"rank 0(.|\n)*cannot be written \((.|\n)*rank 1(.|\n)*cannot be written \("
     ):
         pool(2).run(run, tiny, folder, 2, 1, 1)
+
+
+def test_ranks_keep_the_best_are_profiled_and_branch_together(pool, tmp_path):
+    tiny, own = write_tiny_run(tmp_path / "tiny"), tmp_path / "own"
+    words = ["evaluation.every=1", "checkpoints.keep=1", "checkpoints.keep_best=nll_per_byte"]
+    words += ["metrics.profile=[2,2]", "optimizer.learning_rate=1.0", "optimizer.warmup=0.0", "steps=3"]
+    first = pool(2).run(run, tiny, own, 2, 1000, 1, words)
+    kept, best = listed(own / "checkpoints"), (own / "checkpoints/best").read_text().strip()
+    assert [Mark.of(path).step for path in kept] == [1, 3], "so large steps make it worse"
+    assert kept[0].name == best
+    assert len(list(own.glob("profile*"))) == 1
+    branch = ["optimizer.learning_rate=1e-9", "steps=1", f"branch.folder={own}"]
+    for name, more in (("with", []), ("without", ["branch.optimizer=false"])):
+        found = pool(2).run(run, tiny, tmp_path / name, 2, 1000, 1, [*branch, *more])
+        assert found[0]["branch"].startswith("step 3 of recipe ")
+        assert found[0]["nll_per_byte"] == pytest.approx(first[0]["nll_per_byte"], rel=1e-4)
+        assert {each["clock"]["step"] for each in found} == {1}

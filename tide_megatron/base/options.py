@@ -19,7 +19,7 @@ import dataclasses
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict
@@ -58,19 +58,25 @@ class Was:
 class Option:
     """One field of an options class."""
 
+    owner: type[Any]
     name: str
     kind: Any
     """Its type without annotations."""
     default: Any
     """`dataclasses.MISSING` where there is none; a factory's value is made."""
-    meaning: str
-    """The docstring under it, on one line."""
     paper: str | None
     is_machine: bool
     is_place: bool
     is_added: bool
     was: str | None = None
     """What null stands for in the digest."""
+
+    @property
+    def meaning(self) -> str:
+        """The docstring under it, on one line; found in the source only when asked, for that takes long."""
+        if self.owner not in _MEANINGS:
+            _MEANINGS[self.owner] = _meanings(self.owner)
+        return _MEANINGS[self.owner].get(self.name, "")
 
     @property
     def is_required(self) -> bool:
@@ -91,16 +97,25 @@ class Option:
         return get_origin(self.kind) is dict
 
 
-def options_of(kind: type[Any]) -> Iterator[Option]:
-    """Yield the fields of an options class, inherited ones first, in order of declaration."""
-    hints, meanings = get_type_hints(kind, include_extras=True), _meanings(kind)
+def options_of(kind: type[Any]) -> Sequence[Option]:
+    """Return the fields of an options class, inherited ones first, in order of declaration."""
+    if kind not in _KNOWN:
+        _KNOWN[kind] = tuple(_options_of(kind))
+    return _KNOWN[kind]
+
+
+_KNOWN: dict[type[Any], Sequence[Option]] = {}
+
+
+def _options_of(kind: type[Any]) -> Iterator[Option]:
+    hints = get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint, marks = _unwrapped(hints[field.name])
         yield Option(
+            owner=kind,
             name=field.name,
             kind=hint,
             default=_default(field),
-            meaning=meanings.get(field.name, ""),
             paper=next((mark.value for mark in marks if isinstance(mark, Paper)), None),
             is_machine=MACHINE in marks,
             is_place=PLACE in marks,
@@ -218,6 +233,9 @@ def _unwrapped(hint: Any) -> tuple[Any, list[Any]]:
         hint, *more = get_args(hint)
         marks += more
     return hint, marks
+
+
+_MEANINGS: dict[type[Any], dict[str, str]] = {}
 
 
 def _meanings(kind: type[Any]) -> dict[str, str]:

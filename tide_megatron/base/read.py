@@ -7,9 +7,12 @@ Each is one short reason here, so that every caller can say which file it is and
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def text_of(path: Path) -> str:
@@ -42,10 +45,16 @@ def json_of(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | Non
         FileNotFoundError: there is none.
         ValueError: it is no JSON, or cannot be read; the message is the reason alone.
     """
+    text = text_of(path)
     try:
-        return json.loads(text_of(path), object_pairs_hook=pairs_hook)
+        value = json.loads(text, object_pairs_hook=pairs_hook)
+        if _HALF_A_PAIR.search(text):  # only an escape can bring one in
+            json.dumps(value, ensure_ascii=False, default=str).encode()
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    return value
 
 
 def doubled_key(pairs: Sequence[tuple[str, Any]]) -> str | None:

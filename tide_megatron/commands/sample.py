@@ -31,8 +31,12 @@ def sample(
     from rich.markup import escape
 
     from tide_megatron import api
+    from tide_megatron.base.errors import DataError
 
-    asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    try:
+        asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as fault:
+        raise DataError(f"prompts: stdin is no UTF-8 text ({fault.reason}); convert it first") from None
     replies = api.sample(
         model,
         asked,

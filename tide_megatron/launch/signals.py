@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """What asks a run to save and finish."""
+LEAVE_SIGNAL = signal.SIGUSR2
+"""What our launcher sends a rank before it kills it: give up what keeps others out, and end."""
 STOPPED_CODE = 75
 """Exit code of a run that was asked to stop and did so in order (EX_TEMPFAIL: the same command goes on)."""
 
@@ -128,6 +130,10 @@ class _Watch:
         for number in STOP_SIGNALS:
             if not (number == signal.SIGHUP and handlers[number] == signal.SIG_IGN):
                 signal.signal(number, self._unwind)
+        if self.is_supervised:
+            handlers[LEAVE_SIGNAL] = signal.signal(
+                LEAVE_SIGNAL, lambda number, frame: None
+            )  # the thread hears it
         try:
             yield
         finally:
@@ -153,6 +159,9 @@ class _Watch:
                 continue
             numbers = os.read(reader, 64)
             for number in numbers:
+                if number == LEAVE_SIGNAL:
+                    self._take_leave()
+                    os._exit(128 + number)
                 if number in STOP_SIGNALS:
                     self._hear(signal.Signals(number))
             if not numbers:

@@ -37,17 +37,19 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tide_megatron.base.device import Wanted, check_gpus, choose_kind
 from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.base.stop import Stopped
-from tide_megatron.launch.signals import STOPPED_CODE, relayed_to, signals_held
+from tide_megatron.launch.signals import LEAVE_SIGNAL, STOPPED_CODE, relayed_to, signals_held
 from tide_megatron.launch.worker import Done, Failure, Halted, Job, work
 
 log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 2.0
 """After a failure: how long the other ranks may take to fail too, clean up and report."""
+LEAVE_SECONDS = 1.0
+"""Before a rank is killed: how long it may take to say farewell."""
 EXIT_SECONDS = 10.0
 """After a rank's last word: how long its process may take to end."""
-PRELOADED = ("tide_megatron.platform", "tide_megatron.train.loop")
-"""What ranks on CPU find imported already."""
+PRELOADED = ("tide_megatron.platform", "tide_megatron.train.loop", "torch._dynamo")
+"""What ranks on CPU find imported already; torch's optimizers bring in the last one, at 2 s a rank."""
 _THREADS = "OMP_NUM_THREADS"
 _COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
 """Else every rank starts a process per core, at most 32, to compile in."""
@@ -80,9 +82,7 @@ def supervise(job: Job, num_ranks: int, grace_seconds: float) -> Any:
             relay.pass_on()  # what was heard before there were ranks
             _wait(ranks, relay, grace_seconds)
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.process.join()
+        _end(ranks)
     if relay.is_aborted:
         raise KeyboardInterrupt
     halted = [rank.outcome for rank in ranks if isinstance(rank.outcome, Halted)]
@@ -106,8 +106,8 @@ def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[st
     """Start every rank; stop signals wait until they can be passed on to all of them."""
     log.info("starting %d ranks on this node with %s thread(s) each", num_ranks, environment[_THREADS])
     resource_tracker.ensure_running()  # else the first start of a process would end the hold on signals
-    with signals_held(), _start_environment(job.wanted):
-        context = _start_method(job.wanted)
+    with signals_held(), start_environment(job.wanted):
+        context = start_method(job.wanted)
         for number in range(num_ranks):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
@@ -118,7 +118,7 @@ def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[st
             ranks.append(_Rank(number=number, process=process, report=mine))
 
 
-def _start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
+def start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
     """Choose how processes start: fresh ones for CUDA, which survives no fork; else forks of a server.
 
     The server has imported torch and megatron-core once: a rank starts in 0.1 s instead of 4 s of CPU, and
@@ -133,7 +133,7 @@ def _start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:
 
 
 @contextlib.contextmanager
-def _start_environment(wanted: Wanted) -> Iterator[None]:
+def start_environment(wanted: Wanted) -> Iterator[None]:
     """Set what must stand before Python and torch are loaded; ranks get their own number of threads later.
 
     This process asks CUDA nothing meanwhile: its answer would stay as it is for good.
@@ -198,16 +198,21 @@ class _Rank:
             text = f"it {_end_in_words(self.process.exitcode)}"
             self.outcome = Failure(rank=self.number, at_seconds=time.time(), text=text)
 
+    @property
+    def pid(self) -> int:
+        """Its number, and that of the session that it leads."""
+        assert self.process.pid is not None, "only started ranks are kept"
+        return self.process.pid
+
     def kill(self) -> None:
         """End the rank and everything it started, at once."""
-        assert self.process.pid is not None, "only started ranks are kept"
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.kill()  # it may not lead its session yet
 
 
 class _Relay:
-    """Passes stop signals of this process on to the ranks; the second one kills them.
+    """Passes stop signals of this process on to the ranks; the second one ends them.
 
     `hear` and `abort` are called from the thread that listens (`launch/signals.py`).
     """
@@ -224,17 +229,15 @@ class _Relay:
         self.pass_on()
 
     def abort(self) -> None:
-        """Take the second one."""
+        """Take the second one: `supervise` ends the ranks, at once."""
         self.is_aborted = True
-        for rank in self.ranks:
-            rank.kill()
 
     def pass_on(self) -> None:
         """Tell the ranks that there are; telling them twice is harmless."""
         for rank in list(self.ranks):
-            if self.heard is not None and rank.process.pid is not None:
+            if self.heard is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank.process.pid, self.heard)
+                    os.kill(rank.pid, self.heard)
 
 
 def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float) -> None:
@@ -258,6 +261,20 @@ def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float) -> None:
         end = time.monotonic() + EXIT_SECONDS
         for rank in ranks:
             rank.process.join(max(0.0, end - time.monotonic()))
+
+
+def _end(ranks: Sequence[_Rank]) -> None:
+    """End all ranks with all that they started; those that stand somewhere may say farewell for a moment."""
+    standing = [rank for rank in ranks if rank.process.exitcode is None]
+    for rank in standing:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank.pid, LEAVE_SIGNAL)
+    end = time.monotonic() + LEAVE_SECONDS
+    for rank in standing:
+        rank.process.join(max(0.0, end - time.monotonic()))
+    for rank in ranks:
+        rank.kill()
+        rank.process.join()
 
 
 def _end_in_words(code: int | None) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import sys
 import warnings
+from collections.abc import Iterator
 
 from tide_megatron.platform.adam import repair_torch_adam
 from tide_megatron.platform.cpu import redirect_cuda
@@ -36,7 +39,7 @@ def prepare_platform() -> Platform:
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     # Said whenever core attention is made again, also of other layers than Transformer Engine's.
     warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer")
-    with warnings.catch_warnings():
+    with _without("wandb"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each other missing accelerator warns at import as well
         redirected = redirect_cuda()
         allow_uneven_shares()
@@ -46,6 +49,24 @@ def prepare_platform() -> Platform:
         use_foreach_norm()
     version = importlib.metadata.version("megatron-core")
     return Platform(megatron_version=version, redirected_to_cpu=redirected, torch_adam_repaired=repaired)
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Keep a package from being imported meanwhile; those that would like to have it do without it.
+
+    megatron-core's inference server, which every import of it brings along, reports to wandb. Nothing here
+    runs that server, and wandb is a tenth of what a process takes to start; a run that reports to it imports
+    it then.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # what Python takes for "there is none"
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def use_torch_for_routers() -> None:

@@ -250,10 +250,11 @@ def _loop(
         _report(metrics, recipe, result, before, clock)
         if skipped >= MOST_SKIPPED:
             saver.wait()
+            left = "nothing was saved" if saved < 0 else "the run goes on from its last checkpoint"
             raise TideError(
                 f"{skipped} updates in a row were not finite (step {clock.step}); lower "
-                "optimizer.learning_rate or a loss weight, or look for a teacher that answers NaN; "
-                "the run goes on from its last checkpoint"
+                "optimizer.learning_rate or a loss weight, or look for a model whose weights are damaged or "
+                f"that answers NaN; {left}"
             )
         stopped = not all_agree(not stop.requested)
         is_best = False

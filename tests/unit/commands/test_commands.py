@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tests.small_tokenizer import write_chats, write_tokenizer
 from tide_megatron import __version__, commands
-from tide_megatron.base.errors import ConfigError, RanksFailed, TideError
+from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, TideError
 from tide_megatron.commands import VERBS, app, main
 from tide_megatron.export.checks import Check
 from tide_megatron.export.export import ExportOptions
@@ -272,6 +272,14 @@ def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
     assert (sampler.new_tokens, sampler.steps, mask) == (12, 12, None)
     CliRunner().invoke(app, ["sample", "models/x", *words[-4:]], input="three\n\nfour\n")
     assert calls[1][1][1] == ["three", "four"]
+
+
+def test_prompts_that_are_no_text_are_refused_before_a_model_is_read():
+    words = ["sample", "models/x", "--context", "bidirectional"]
+    for more, input_ in ((["fine", "a \udce4"], None), ([], b"a \xe4\n")):
+        result = CliRunner().invoke(app, [*words, *more], input=input_)
+        assert isinstance(result.exception, DataError)
+        assert "no UTF-8 text" in str(result.exception)
 
 
 @pytest.mark.parametrize(

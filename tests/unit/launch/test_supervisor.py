@@ -25,25 +25,25 @@ def test_ranks_on_the_cpu_see_no_gpus_and_others_those_that_were_given(monkeypat
     assert supervisor._environment(2, "cpu")[GPUS] == ""
     assert supervisor._environment(2, "cuda")[GPUS] == "2,3"
     assert supervisor._environment(2, "auto")[GPUS] == "2,3"
-    with supervisor._start_environment("cpu"):
+    with supervisor.start_environment("cpu"):
         assert os.environ[GPUS] == ""
     assert os.environ[GPUS] == "2,3"
-    with supervisor._start_environment("cuda"):
+    with supervisor.start_environment("cuda"):
         assert os.environ[GPUS] == "2,3"
     monkeypatch.delenv(GPUS)
-    with supervisor._start_environment("cpu"):
+    with supervisor.start_environment("cpu"):
         assert os.environ[GPUS] == ""
     assert GPUS not in os.environ
 
 
 def test_a_rank_compiles_in_few_processes_unless_the_user_says_how_many(monkeypatch):
     assert supervisor._environment(8, "auto")[COMPILERS] == "4"
-    with supervisor._start_environment("auto"):
+    with supervisor.start_environment("auto"):
         assert os.environ[COMPILERS] == "4"  # read when torch is imported
     assert COMPILERS not in os.environ
     monkeypatch.setenv(COMPILERS, "9")
     assert supervisor._environment(8, "auto")[COMPILERS] == "9"
-    with supervisor._start_environment("auto"):
+    with supervisor.start_environment("auto"):
         assert os.environ[COMPILERS] == "9"
 
 
@@ -60,7 +60,7 @@ def test_ranks_on_the_cpu_are_forked_where_this_process_has_cuda(monkeypatch):
     # A server started here would hold no signals for the ranks of later tests.
     monkeypatch.setattr(supervisor.forkserver, "ensure_running", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert supervisor._start_method("cuda").get_start_method() == "spawn"
-    assert supervisor._start_method("auto").get_start_method() == "spawn"
+    assert supervisor.start_method("cuda").get_start_method() == "spawn"
+    assert supervisor.start_method("auto").get_start_method() == "spawn"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("nothing is asked of CUDA"))
-    assert supervisor._start_method("cpu").get_start_method() == "forkserver"
+    assert supervisor.start_method("cpu").get_start_method() == "forkserver"
