@@ -5,6 +5,9 @@ innermost there. On CUDA a mark is an event in the current stream. The host neve
 asked whether it has passed, and what has not passed is read at a later mark or a later `take`. So a phase has
 the time that the GPU spent between its marks, and what the host did meanwhile does not show.
 
+On CUDA each phase also has its peak memory: the most that torch's allocator held while the host was in it.
+Memory is given out on the host, so that needs no event. On a CPU there is no such record.
+
 Events are used again as soon as they have been read: as many exist as are under way at once, about those of
 one step, because a step ends with a number that the host waits for.
 """
@@ -18,6 +21,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+
+from tide_megatron.base.memory import take_peak_bytes
 
 
 class TimingEvent(Protocol):
@@ -73,6 +78,10 @@ class Phases:
         """Each with the phase that begins there, oldest first; what lies before the first has been read."""
         self._unused: list[TimingEvent] = []
         self._milliseconds: dict[str, float] = defaultdict(float)
+        self._has_peaks = on_cuda
+        self._peaks: dict[str, int] = {}
+        self._now: str | None = None
+        """The phase of the span that runs."""
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -97,13 +106,29 @@ class Phases:
         self._milliseconds.clear()
         return taken
 
+    def take_peaks(self) -> dict[str, int]:
+        """Return the bytes that the device held at most in each phase since the last call; CPU: none."""
+        if self._has_peaks:
+            self._note_peak()
+        taken, self._peaks = self._peaks, {}
+        return taken
+
     def _mark(self) -> None:
         """End the span that runs; the next one belongs to what is open now."""
+        if self._has_peaks:
+            self._note_peak()
         if not self._unused:
             self._read()
         mark = self._unused.pop() if self._unused else self._make_mark()
         mark.record()
         self._marks.append((mark, self._open[-1] if self._open else None))
+
+    def _note_peak(self) -> None:
+        """Give the span that ends its peak."""
+        peak = take_peak_bytes()  # also between phases, so that the next span begins at what is held now
+        if self._now is not None:
+            self._peaks[self._now] = max(peak, self._peaks.get(self._now, 0))
+        self._now = self._open[-1] if self._open else None
 
     def _read(self) -> None:
         """Add up the spans whose end has passed, oldest first, and free their marks."""

@@ -125,15 +125,17 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
         """Return a copy of each token for each of its experts [rows, hidden], with its weight [rows]."""
         self.hidden_shape, self.probs = hidden_states.shape, probs
         self._counts = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self._counts)
+        self.tokens_per_expert = self._counts
+        if not self._is_local:  # an exchange needs numbers on the host; megatron-core waits before it
+            self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self._counts)
         self._order = Order.of(routing_map, self.config.moe_router_topk)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         return gather_copies(tokens, self._order), self._order.arrange(probs)
 
     def dispatch_postprocess(self, tokens: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return this rank's experts' tokens in their order, how many each has [experts], their weights."""
+        assert self._counts is not None, "tokens were never dispatched"
         if self._is_local:
-            assert self._counts is not None, "tokens were never dispatched"
             return tokens, self._counts, probs
         tokens, counts, probs = super().dispatch_postprocess(tokens, probs)
         return tokens, counts if self._asks_host else self._counts, probs
@@ -146,13 +148,6 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
         """Return each token's sum in the shape that the layer was given."""
         assert self._order is not None, "tokens were never dispatched"
         return add_copies(rows, self._order).view(self.hidden_shape)
-
-    def _maybe_dtoh_and_synchronize(self, point: str, counts: Tensor | None = None) -> Tensor | None:
-        """Bring numbers to the host and wait for them where an exchange needs them."""
-        if self._is_local:
-            return counts
-        moved: Tensor | None = super()._maybe_dtoh_and_synchronize(point, counts)
-        return moved
 
 
 def own_dispatchers(model: torch.nn.Module, groups: ProcessGroupCollection) -> None:

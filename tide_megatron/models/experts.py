@@ -77,7 +77,8 @@ class LoopedExperts(SequentialMLP):  # type: ignore[misc]
             fused: Tensor = weighted_bias_swiglu_impl(hidden, None, probs[:, None])
             return fused
         gate, up = hidden.chunk(2, dim=-1)
-        return (self.config.activation_func(gate) * up * probs[:, None]).to(hidden.dtype)
+        gated: Tensor = self.config.activation_func(gate) * up * probs[:, None]
+        return gated.to(hidden.dtype)
 
 
 class GroupedExperts(LoopedExperts):
@@ -115,7 +116,7 @@ class GroupedExperts(LoopedExperts):
         return product
 
 
-FORMS: dict[str, type[SequentialMLP]] = {
+FORMS: dict[str, Any] = {
     "sequential": SequentialMLP,
     "loop": LoopedExperts,
     "grouped": GroupedExperts,

@@ -71,6 +71,7 @@ class Metrics:
         self.phases = phases
         self.devices = devices
         phases.take()
+        phases.take_peaks()
         self._window = _Window(started_seconds=time.monotonic())
         self._progress: Progress | None = None
         self._sinks: list[Sink] = []
@@ -163,6 +164,7 @@ class Metrics:
             # The other ranks' is as of the last step's beginning: no collective is made for it.
             "peak_memory_bytes": max(window.peak_memory_bytes, peak_memory_bytes()),
             **{f"phase/{name}": spent / seconds for name, spent in phases.items()},
+            **{f"peak_bytes/{name}": float(held) for name, held in self.phases.take_peaks().items()},
         }
 
 

@@ -43,6 +43,7 @@ class Progress:
         self._console = rich.get_console()
         self._start = (time.monotonic(), clock.step)
         self._phases: dict[str, float] = defaultdict(float)
+        self._peaks: dict[str, float] = defaultdict(float)
         self._moved: dict[str, float] = {}
         self._bar: _Bar | None = None
         if self._console.is_terminal:
@@ -67,6 +68,8 @@ class Progress:
         values = record.values
         for name, share in _phases(values).items():
             self._phases[name] += share * values["seconds"]
+        for name, held in _named(values, "peak_bytes/").items():
+            self._peaks[name] = max(held, self._peaks[name])
         self._moved |= _moved(values)
         if record.kind == "evaluate":
             self._print(f"step {record.clock.step}: held out  {describe_scores(values)}")
@@ -80,7 +83,7 @@ class Progress:
                 journal.info(line)
 
     def close(self) -> None:
-        """Stop the bar and print the phase shares of the whole run."""
+        """Stop the bar and print the phase shares and peaks of the whole run."""
         if self._bar is not None:
             self._bar.stop()
         total = sum(self._phases.values())
@@ -89,6 +92,9 @@ class Progress:
             self._print(
                 "where the time went: " + "  ".join(f"{name} {spent / total:.1%}" for name, spent in shares)
             )
+        if self._peaks:
+            peaks = sorted(self._peaks.items(), key=lambda item: -item[1])
+            self._print("most memory held: " + "  ".join(f"{name} {in_bytes(held)}" for name, held in peaks))
         if self._moved:
             kinds = "  ".join(f"{kind} {in_bytes(moved)}" for kind, moved in self._moved.items())
             self._print(f"what was exchanged a step, over all ranks, at last: {kinds}")
@@ -155,12 +161,17 @@ def describe_scores(values: Mapping[str, float]) -> str:
 
 
 def _phases(values: Mapping[str, float]) -> dict[str, float]:
-    return {name.removeprefix("phase/"): share for name, share in values.items() if name.startswith("phase/")}
+    return _named(values, "phase/")
 
 
 def _moved(values: Mapping[str, float]) -> dict[str, float]:
     """Return bytes a step by kind, over all ranks (`parallel.exchange`)."""
-    return {name.removeprefix("bytes/"): moved for name, moved in values.items() if name.startswith("bytes/")}
+    return _named(values, "bytes/")
+
+
+def _named(values: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Return the values whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def _thousands(number: float) -> str:

@@ -29,7 +29,7 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import build_model
-from tide_megatron.models.experts import FORMS, LoopedExperts
+from tide_megatron.models.experts import LoopedExperts
 from tide_megatron.models.precision import Precision
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights
@@ -130,17 +130,18 @@ def _layers(shape: str, setting: Setting, device: Device) -> dict[str, Any]:
     """Return one mixture layer with the same weights in each form."""
     architecture = ARCHITECTURES["llada2_moe"].from_hf({**COMMON, **SHAPES[shape]})
     layers = {}
-    FORMS["padded"] = PaddedExperts
     for name in ("before", "sequential", "loop", "grouped", "padded"):
         options = ModelOptions(
             device=device,
             precision=Precision.on(setting.precision, device),
             trainable=setting.trained,
-            experts="sequential" if name == "before" else name,
+            experts={"before": "sequential", "padded": "loop"}.get(name, name),
         )
         model = build_model(architecture, make_groups(Layout()), options)
         draw_weights(model, 1)
         layers[name] = layer = model.decoder.layers[0].mlp
+        if name == "padded":
+            layer.experts.__class__ = PaddedExperts
         if name == "before":
             layer.token_dispatcher = MoEAlltoAllTokenDispatcher(
                 layer.num_local_experts, layer.local_expert_indices, layer.config, model.groups

@@ -17,6 +17,7 @@ from bench.shapes import QWEN3_06B, WEDLM_8B
 from bench.step_case import CLOCK, Setting, batch_of, make_run
 from gpu_check.rows import Place, Row
 from tide_megatron.base.device import Device
+from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.peak import peak_flops
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.launch.ranks import run_ranks
@@ -87,8 +88,9 @@ def measure(small: bool, *, device: Device, stop: StopFlag) -> dict[str, Any]:
         "tokens_per_second": result.tokens / seconds,
         "tflops": achieved / 1e12,
         "mfu": None if peak is None else achieved / peak,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else 0.0,
+        "peak_gib": peak_memory_bytes() / 2**30 if on_cuda else 0.0,
         "phases": run.phases.take(),
+        "peak_bytes": run.phases.take_peaks(),
     }
     return found | (_profiled(step) if on_cuda else {})
 

@@ -9,7 +9,25 @@ import time
 import pytest
 import torch
 
+from tide_megatron.base import memory
 from tide_megatron.base.phases import Phases
+
+
+class Allocator:
+    """torch's, as far as its record goes: what is held, and the most that was since the record began."""
+
+    def __init__(self):
+        self.held = self.peak = 0
+
+    def take(self, number):
+        self.held += number
+        self.peak = max(self.peak, self.held)
+
+    def stats(self):
+        return {"allocated_bytes": {"all": {"peak": self.peak, "current": self.held}}}
+
+    def reset(self):
+        self.peak = self.held
 
 
 class Stream:
@@ -18,6 +36,7 @@ class Stream:
     def __init__(self):
         self.asked = self.done = 0.0
         self.events = 0
+        self.allocator = Allocator()
 
     def launch(self, milliseconds):
         self.asked += milliseconds
@@ -51,6 +70,9 @@ def stream(monkeypatch):
             raise AssertionError("the host waits for the device")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    allocator = made.allocator
+    monkeypatch.setattr(torch.cuda.memory, "memory_stats_as_nested_dict", allocator.stats)
+    monkeypatch.setattr(torch.cuda.memory, "reset_peak_memory_stats", allocator.reset)
     return made
 
 
@@ -145,3 +167,45 @@ def test_a_timer_that_nobody_reads_does_not_grow(stream):
             step(phases, stream)
             stream.finish()
         assert len(phases._marks) < 20
+
+
+def test_each_phase_has_its_own_peak_whatever_the_device_has_done(stream):
+    phases, allocator = on_cuda(), stream.allocator
+    allocator.take(10)
+    with phases("student"):
+        allocator.take(5)
+        with phases("head"):
+            allocator.take(100)
+            allocator.take(-100)
+        allocator.take(1)
+    allocator.take(1000)
+    allocator.take(-1000)
+    with phases("update"):
+        allocator.take(-16)
+    assert phases.take_peaks() == {"student": 16, "head": 115, "update": 16}
+    with phases("head"):
+        allocator.take(3)
+    assert phases.take_peaks() == {"head": 3}
+    assert phases.take_peaks() == {}
+
+
+def test_the_largest_memory_outlives_the_phases(stream, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: stream.allocator.peak)
+    monkeypatch.setattr(memory, "_RECORD", memory._Record())
+    phases = on_cuda()
+    with phases("head"):
+        stream.allocator.take(70)
+        stream.allocator.take(-70)
+    assert stream.allocator.peak == 0
+    assert memory.peak_memory_bytes() == 70
+    stream.allocator.take(90)
+    assert memory.peak_memory_bytes() == 90
+
+
+def test_on_a_cpu_no_peaks_are_made_up():
+    phases = Phases()
+    with phases("head"):
+        pass
+    assert phases.take_peaks() == {}

@@ -247,9 +247,13 @@ def test_long_records_weigh_more_in_where_the_time_went(tmp_path, screen, monkey
         for step, (seconds, spent) in enumerate([(1.0, {"head": 1.0}), (3.0, {"student": 3.0})], start=1):
             now[0] += seconds
             monkeypatch.setattr(phases, "take", lambda spent=spent: spent)
+            held = {name: int(share * 1e9) for name, share in spent.items()}
+            monkeypatch.setattr(phases, "take_peaks", lambda held=held: held)  # on a CPU there are none
             metrics.step(clock_at(step), averaged={"loss": 1.0}, latest={}, tokens=1, cost=COST)
-    assert "where the time went: student 75.0%  head 25.0%" in console.export_text()
+    assert "where the time went: student 75.0%  head 25.0%" in console.export_text(clear=False)
+    assert "most memory held: student 3 GB  head 1 GB" in console.export_text(clear=False)
     assert [line["seconds"] for line in lines_of(tmp_path)] == [1.0, 3.0]
+    assert lines_of(tmp_path)[1]["peak_bytes/student"] == 3e9
 
 
 def test_a_bar_in_a_terminal(tmp_path, screen):
