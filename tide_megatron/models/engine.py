@@ -7,8 +7,8 @@
 | `scaled` | frozen FP8 layers by torch's scaled products (`fp8_engine`) | CPU, CUDA from sm_89 on |
 | `emulated` | frozen FP8 layers by casts and fp32 products, to test (`fp8_engine`) | anything |
 
-An engine that a recipe names runs or is refused. `auto` takes the best one that is there, and `why` says what
-spoke against a better one: nothing is replaced silently. In one precision the engines mean the same
+An engine that a recipe names runs or is refused. `auto` takes `local` until a GPU has shown that `te` gives
+the same, and `why` says what spoke against a better one: nothing is replaced silently. In one precision the engines mean the same
 arithmetic and differ in rounding and order of sums, as attention kernels do: a run may change its engine.
 """
 
@@ -64,20 +64,28 @@ class Engine:
         if wanted == "local":
             return cls(name="local", why="as asked")
         library = library or find_transformer_engine()
-        fault = _against_te(precision, device, library)
-        if not fault:
-            return cls(name="te", why=str(library))
-        if wanted == "te":
+        fault = against_te(precision, device, library)
+        if wanted == "auto":
+            return cls(
+                name="local", why=fault or f"{library} is here for engine=te, which no GPU has proven yet"
+            )
+        if fault:
             raise ConfigError(f"engine: 'te' cannot run: {fault}; use engine=auto or engine=local")
-        return cls(name="local", why=fault)
+        return cls(name="te", why=str(library))
 
     def __str__(self) -> str:
         """Name it, and say why it is this one."""
         return f"{self.name} engine ({self.why})" if self.why else f"{self.name} engine"
 
 
-def _against_te(precision: Precision, device: Device, library: TransformerEngine) -> str:
-    """Say why Transformer Engine's layers cannot run; empty where they can."""
+def against_te(precision: Precision, device: Device, library: TransformerEngine) -> str:
+    """Say why Transformer Engine's layers cannot run; empty where they can.
+
+    Args:
+        precision: the model's.
+        device: the model's.
+        library: Transformer Engine as this process has it.
+    """
     if device.type != "cuda":
         return "Transformer Engine needs a CUDA device, and this model is on the CPU"
     is_planned = device.capability is None  # a GPU elsewhere: what is installed beside it is not known here

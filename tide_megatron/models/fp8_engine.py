@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError, some_of
-from tide_megatron.base.transformer_engine import TransformerEngine
+from tide_megatron.base.transformer_engine import TransformerEngine, find_transformer_engine
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.engine import Engine
+from tide_megatron.models.engine import Engine, against_te
 from tide_megatron.models.params import is_quantized, local_params
 from tide_megatron.models.precision import Fp8Options, Precision
 from tide_megatron.models.shard import Shard
@@ -72,13 +72,14 @@ def fp8_engine(
         )
     if wanted == "scaled" or (wanted == "auto" and fp8.recipe != "blockwise"):
         return Engine(name="scaled", why=f"torch._scaled_mm, {fp8.recipe}")
-    engine = Engine.on(wanted, precision, device, library)
-    if engine.name != "te":
+    library = library or find_transformer_engine()
+    fault = against_te(precision, device, library)
+    if fault:
         raise ConfigError(
-            f"fp8.recipe: 'blockwise' needs Transformer Engine here, and: {engine.why}; use rowwise, or "
+            f"fp8.recipe: 'blockwise' needs Transformer Engine here, and: {fault}; use rowwise, or "
             "engine=emulated to test"
         )
-    return engine
+    return Engine(name="te", why=str(library))
 
 
 def check_fp8(

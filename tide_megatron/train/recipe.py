@@ -84,10 +84,10 @@ class Model:
     """`auto`: bf16 on CUDA, fp32 on CPU and on GPUs older than sm_80, which have no bf16."""
     engine: Annotated[EngineChoice, MACHINE] = "auto"
     """What computes the layers: `te` (Transformer Engine, on CUDA in bf16) or `local` (megatron-core's own,
-    in torch); `auto`: te where it imports and a GPU computes, else local. Teachers with `fp8`: `scaled`
-    (torch's FP8 products), `te` or `emulated` (casts and fp32 products, on a CPU or to test); `auto`: on CUDA
-    the one that has the recipe, else emulated. One that is named runs or is refused; the log says which runs,
-    and why. In one precision they differ in rounding alone."""
+    in torch); `auto`: local, until a GPU has proven te. Teachers with `fp8`: `scaled` (torch's FP8 products),
+    `te` or `emulated` (casts and fp32 products, on a CPU or to test); `auto`: on CUDA the one that has the
+    recipe, else emulated. One that is named runs or is refused; the log says which runs, and why. In one
+    precision they differ in rounding alone."""
     verify: Annotated[bool, MACHINE] = True
     """Compare the weights with digests.json before they are used, where the folder has one."""
     layout: Annotated[Layout, MACHINE] = Field(default_factory=Layout)

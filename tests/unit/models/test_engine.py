@@ -41,7 +41,10 @@ def test_where_transformer_engine_cannot_run_auto_says_why_and_te_is_refused(dev
 
 
 def test_it_runs_where_it_imports_and_is_believed_of_a_gpu_that_is_only_planned():
-    assert str(Engine.on("auto", BF16, H100, HERE)) == "te engine (Transformer Engine 2.17.1)"
+    assert str(Engine.on("te", BF16, H100, HERE)) == "te engine (Transformer Engine 2.17.1)"
+    assert str(Engine.on("auto", BF16, H100, HERE)).startswith(
+        "local engine (Transformer Engine 2.17.1 is here"
+    )
     for library in (HERE, ABSENT):
         assert Engine.on("te", BF16, PLANNED, library).name == "te"
 
