@@ -8,8 +8,9 @@
 | `emulated` | frozen FP8 layers by casts and fp32 products, to test (`fp8_engine`) | anything |
 
 An engine that a recipe names runs or is refused. `auto` takes `local` until a GPU has shown that `te` gives
-the same, and `why` says what spoke against a better one: nothing is replaced silently. In one precision the engines mean the same
-arithmetic and differ in rounding and order of sums, as attention kernels do: a run may change its engine.
+the same, and `why` says what spoke against a better one: nothing is replaced silently. In one precision the
+engines mean the same arithmetic and differ in rounding and order of sums, as attention kernels do: a run may
+change its engine.
 """
 
 from __future__ import annotations
