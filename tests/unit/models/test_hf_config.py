@@ -183,7 +183,7 @@ LLADA21_MINI = {
     "torch_dtype": "bfloat16",
     "transformers_version": "4.57.1",
 }
-"""As published: 2.0's shape, 32,768 positions, and all the words around it."""
+"""Pieced together from what public engines show of it: 2.0's shape, 32,768 positions, the words around it."""
 
 
 def test_the_model_that_followed_in_the_same_shape_is_read():
