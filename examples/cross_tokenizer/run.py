@@ -29,7 +29,7 @@ from pairs import OUT as DATA
 from pairs import SIDE, TEACHER, ensure_pairs, ensure_teacher_data
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from comparison import SEEDS, Comparison, Results, Teacher, hard_twin, in_words
+from comparison import LONGER, SEEDS, Comparison, Results, Teacher, hard_twin, in_words
 from data import ensure_data
 
 from tide_megatron.base.log import start_log
@@ -64,7 +64,7 @@ CALM, REVERSE, CALM_TIDAL, REVERSE_TIDAL = (
 TIDAL_WEIGHT, PAIR_TWIN_WEIGHT = 16.0, 8.0
 """Of TIDAL and of the hard twin beside it, as in the quickstart."""
 DENSE_TIDAL = DENSE.listen("tidal", TIDAL_WEIGHT, "axes=training_only")
-UNTAUGHT = ("undistilled", "hard_twin", "whole_hiding", "pair_twin")
+UNTAUGHT = ("undistilled", LONGER, "hard_twin", "whole_hiding", "pair_twin")
 QUICK = {
     "undistilled": AS_DRAWN,
     "hard_twin": [*AS_DRAWN, *hard_twin(WEIGHT)],
