@@ -30,8 +30,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from tide_megatron.launch.signals import release_signals, signals_held
-from tide_megatron.launch.supervisor import start_environment, start_method
+from tide_megatron.launch.signals import release_signals
+from tide_megatron.launch.supervisor import starting
 
 START_SECONDS, GRACE_SECONDS = 180.0, 2.0
 
@@ -75,8 +75,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="pool_")
         store_file = f"{self._folder.name}/store"
         # As the launcher starts it, whose ranks come from the same server later.
-        with signals_held(), start_environment("cpu"):
-            context = start_method("cpu")
+        with starting("cpu") as context:
             for rank in range(self.world_size):
                 here, there = context.Pipe()
                 # Not daemonic: megatron-core's checkpoint writer starts a process of its own.

@@ -82,7 +82,9 @@ def run_steps(recipe_file, folder, layouts, microbatch, words, steps):
 
 def compare_losses(seen, wanted):
     for step, (got, expected) in enumerate(zip(seen, wanted, strict=True)):
-        assert got == pytest.approx(expected, rel=1e-5), f"step {step}"
+        # The absolute part is for terms of chunks whose likelihoods are near each other: about 1e-3, from
+        # logits that layouts give to a few 1e-7 (1.6e-7 was seen).
+        assert got == pytest.approx(expected, rel=1e-5, abs=4.8e-7), f"step {step}"
 
 
 def compare_weights(weights, wanted):

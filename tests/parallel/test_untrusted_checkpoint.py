@@ -188,10 +188,13 @@ def test_a_table_that_is_a_program_is_refused_by_every_reader(pool, tmp_path, ma
 
 
 @pytest.mark.parametrize("write", [with_common, with_bytes, with_bytes_for_a_tensor])
-def test_values_that_are_programs_are_refused_on_every_rank(pool, tmp_path, mark, write):
+def test_values_that_are_programs_are_refused_on_every_rank_or_not_read(pool, tmp_path, mark, write):
     programs = [make(mark) for make in PROGRAMS.values()]
     folders = [write(tmp_path / str(number), program) for number, program in enumerate(programs)]
     for said, _ in pool(2).run(resumed, folders):
+        if write is with_bytes:  # what layers keep beside their weights
+            assert said == [None] * len(programs)
+            continue
         for program, line in zip(programs, said, strict=True):
             assert "\n" not in line
             if write is not with_bytes_for_a_tensor:  # that is refused before it is read

@@ -105,9 +105,7 @@ def supervise(job: Job, num_ranks: int, grace_seconds: float) -> Any:
 def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[str, str]) -> None:
     """Start every rank; stop signals wait until they can be passed on to all of them."""
     log.info("starting %d ranks on this node with %s thread(s) each", num_ranks, environment[_THREADS])
-    resource_tracker.ensure_running()  # else the first start of a process would end the hold on signals
-    with signals_held(), start_environment(job.wanted):
-        context = start_method(job.wanted)
+    with starting(job.wanted) as context:
         for number in range(num_ranks):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
@@ -116,6 +114,17 @@ def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[st
             process.start()
             theirs.close()
             ranks.append(_Rank(number=number, process=process, report=mine))
+
+
+@contextlib.contextmanager
+def starting(wanted: Wanted) -> Iterator[ForkServerContext | SpawnContext]:
+    """Hold stop signals and set what must stand early while processes are started; give the way to do it.
+
+    The fork server lives on and gives its hold on signals to all that come of it: it must be started here.
+    """
+    resource_tracker.ensure_running()  # else the first start of a process would end the hold on signals
+    with signals_held(), start_environment(wanted):
+        yield start_method(wanted)
 
 
 def start_method(wanted: Wanted) -> ForkServerContext | SpawnContext:

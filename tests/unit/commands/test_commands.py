@@ -30,7 +30,7 @@ SURFACE = {
     "evaluate": "model --data --samples --times --context --block-size --ranks --device --json",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
-    "convert hf-to-megatron": "source target --ranks --dtype --force",
+    "convert hf-to-megatron": "source target --ranks --dtype --layers --force",
     "convert megatron-to-hf": "source target --config --ranks --dtype --shard-size --shard-gb --force",
     "checkpoint inspect": "path --tensors --json",
     "checkpoint verify": "path --record",
