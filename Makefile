@@ -81,10 +81,10 @@ test: $(BUILT)
 	$(MAKE) --no-print-directory -j2 --output-sync=target test-ranks test-unit
 
 test-ranks: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow and not slurm" $(FLAGS) tests/parallel tests/golden tests/gpu
+	$(BIN)/python -m pytest -m "not slow and not slurm" $(FLAGS) tests/parallel
 
 test-unit: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow and not slurm" $(FLAGS) --ignore=tests/parallel --ignore=tests/golden --ignore=tests/gpu
+	$(BIN)/python -m pytest -m "not slow and not slurm" $(FLAGS) --ignore=tests/parallel
 
 test-all: $(BUILT)
 	$(BIN)/python -m pytest
