@@ -10,7 +10,7 @@
 #   make gpu-rehearse        the GPU check in small, on a CPU (about a minute; `make test` makes it too)
 #   make gpu-assets          what the GPU check needs, made on a CPU machine: .gpu/ (about 5 minutes)
 #   make gpu-check           what CUDA has to prove, on a machine with a GPU and .gpu/ (at most 8 minutes)
-#   make faults              spoil the code on purpose in a copy: do the tests notice? (about 3 minutes)
+#   make faults              spoil the code on purpose in a copy: do the tests notice? (about 6 minutes)
 #
 # Variables: PYTHON (interpreter to build with), VENV, TORCH (what to install as torch), TORCH_INDEX (where the CPU
 # build of torch is looked for when the configured index does not offer it); GPU_PACK (a folder of packages for a GPU

@@ -1,6 +1,6 @@
 """Spoil the code on purpose, one mistake at a time in a copy, and see that the tests notice.
 
-    python tools/planted_faults.py [--only NAME]...          (make faults: about THREE minutes)
+    python tools/planted_faults.py [--only NAME]...          (make faults: about six minutes)
 
 The dozen are mistakes after which a run still goes well and its loss still looks right: a wrong adjoint, a
 lost scale, a divisor of one rank, a mask that leaks, a shard in the wrong order. A fault is a pattern that is
