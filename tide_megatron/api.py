@@ -147,15 +147,14 @@ def sample(
             holds the mask token or is no text.
     """
     from tide_megatron.base.errors import DataError
+    from tide_megatron.base.read import is_text
     from tide_megatron.evaluate.generate import Sampler, answer_prompts
     from tide_megatron.evaluate.model_folder import model_of, trained_context
     from tide_megatron.launch.ranks import run_ranks
 
     for number, prompt in enumerate(prompts, start=1):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"prompts: number {number} is no UTF-8 text: {prompt!a}") from None
+        if not is_text(prompt):
+            raise DataError(f"prompts: number {number} is no UTF-8 text: {prompt!a}")
     folder = model_of(local_path(model))
     reading = trained_context(folder, context, block_size)
     sampler = Sampler(new_tokens=new_tokens, steps=new_tokens if steps is None else steps)

@@ -48,13 +48,21 @@ def json_of(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | Non
     text = text_of(path)
     try:
         value = json.loads(text, object_pairs_hook=pairs_hook)
-        if _HALF_A_PAIR.search(text):  # only an escape can bring one in
-            json.dumps(value, ensure_ascii=False, default=str).encode()
+        is_whole = not _HALF_A_PAIR.search(text) or is_text(value)  # only an escape can bring half a pair in
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    if not is_whole:
+        raise ValueError("it holds half of a surrogate pair, which is no text")
     return value
+
+
+def is_text(value: Any) -> bool:
+    """Say whether all strings in a JSON value are text: half of a surrogate pair is none."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def doubled_key(pairs: Sequence[tuple[str, Any]]) -> str | None:

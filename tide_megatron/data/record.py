@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from tide_megatron.base.errors import RecordError, nearest
-from tide_megatron.base.read import doubled_key
+from tide_megatron.base.read import doubled_key, is_text
 from tide_megatron.text.templates import REASONING, Inputs
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -118,9 +118,7 @@ def _no_number(word: str) -> NoReturn:
 
 def _check_characters(content: Any) -> None:
     """Refuse halves of characters, which no text can hold."""
-    try:
-        json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
+    if not is_text(content):
         _refuse("content holds half of a surrogate pair: write the character whole", "half a character")
 
 

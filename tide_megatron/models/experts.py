@@ -37,10 +37,8 @@ from tide_megatron.base.errors import ConfigError, nearest
 
 logger = logging.getLogger(__name__)
 
-_WITH_KERNEL = (
-    9,
-    10,
-)  # major compute capabilities for which torch builds a grouped product that waits for none
+# Major compute capabilities for which torch builds a grouped product that waits for none.
+_WITH_KERNEL = (9, 10)
 _ALIGNED = 8  # bf16 numbers in the 16 bytes that a row of its operands must be a multiple of
 
 
@@ -145,7 +143,7 @@ class _Looped(Function):
         context.save_for_backward(rows, *weights)
         context.ends = ends
         product = rows.new_empty(len(rows), len(weights[0]))
-        for weight, group in zip(weights, _groups(ends), strict=True):
+        for weight, group in zip(weights, groups_of(ends), strict=True):
             torch.mm(rows[group], weight.T, out=product[group])
         return product
 
@@ -156,7 +154,7 @@ class _Looped(Function):
         (slope,) = incoming
         into_rows = torch.empty_like(rows) if context.needs_input_grad[0] else None
         into_weights: list[Tensor | None] = []
-        for weight, group in zip(weights, _groups(context.ends), strict=True):
+        for weight, group in zip(weights, groups_of(context.ends), strict=True):
             if into_rows is not None:
                 torch.mm(slope[group], weight, out=into_rows[group])
             into_weights.append(slope[group].T @ rows[group] if weight.requires_grad else None)
@@ -189,7 +187,8 @@ class _Grouped(Function):
         return into_rows, None, *into_weights.masked_fill_(is_empty[:, None, None], 0.0)
 
 
-def _groups(ends: Sequence[int]) -> list[slice]:
+def groups_of(ends: Sequence[int]) -> list[slice]:
+    """Return each group's rows, which end where the next one's begin."""
     return [slice(start, end) for start, end in itertools.pairwise((0, *ends))]
 
 

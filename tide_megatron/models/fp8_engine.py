@@ -70,7 +70,9 @@ def fp8_engine(
             f"fp8: FP8 products on CUDA come out in bf16, and precision is {precision.name!r}; use "
             "precision=bf16, or engine=emulated to test"
         )
-    if wanted == "scaled" or (wanted == "auto" and fp8.recipe != "blockwise"):
+    if wanted == "te":
+        return Engine.on("te", precision, device, library)
+    if wanted == "scaled" or fp8.recipe != "blockwise":
         return Engine(name="scaled", why=f"torch._scaled_mm, {fp8.recipe}")
     library = library or find_transformer_engine()
     fault = against_te(precision, device, library)

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from tide_megatron.base.device import Device
-from tide_megatron.models.experts import FORMS, LoopedExperts
+from tide_megatron.models.experts import FORMS, LoopedExperts, groups_of
 from tide_megatron.models.fp8 import (
     DTYPES,
     SCALINGS,
@@ -96,6 +96,8 @@ class QuantizedLinear(torch.nn.Module):
 
     recipe: ClassVar[str]
     engine: ClassVar[str]
+    shared_axis: ClassVar[int]
+    """Which axis of the weight [out, in] tensor ranks share."""
 
     def __init__(
         self,
@@ -119,20 +121,19 @@ class QuantizedLinear(torch.nn.Module):
         # The dispatcher sums what expert-tensor ranks give; see megatron-core's RowParallelLinear.
         self.is_summed = not (is_expert and (tp_group.size() > 1 or config.expert_model_parallel_size > 1))
         self.scaling = SCALINGS[self.recipe]
-        shape = self.local_shape(input_size, output_size)
+        shape = [output_size, input_size]
+        shape[self.shared_axis] //= tp_group.size()
         device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
         data = torch.empty(shape, dtype=DTYPES["e4m3"], device=device)
         self.weight = torch.nn.Parameter(data, requires_grad=False)
         self.weight_scale: Tensor
-        scales = torch.empty(scale_shape(shape, self.scaling.weights), dtype=torch.float32, device=device)
+        scales = torch.empty(
+            scale_shape(data.shape, self.scaling.weights), dtype=torch.float32, device=device
+        )
         self.register_buffer("weight_scale", scales, persistent=False)  # made of the weight, no file has it
         self.bias = None
         if bias:
             self.bias = torch.nn.Parameter(torch.empty(shape[0], dtype=config.params_dtype, device=device))
-
-    def local_shape(self, input_size: int, output_size: int) -> tuple[int, int]:
-        """Return the shape [out, in] of this rank's part."""
-        raise NotImplementedError
 
     @property
     def quantized(self) -> Quantized:
@@ -160,9 +161,7 @@ class QuantizedLinear(torch.nn.Module):
 class QuantizedColumn(QuantizedLinear):
     """Tensor ranks share the outputs."""
 
-    def local_shape(self, input_size: int, output_size: int) -> tuple[int, int]:
-        """Return the shape [out, in] of this rank's part."""
-        return output_size // self.tp_group.size(), input_size
+    shared_axis = 0
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return this rank's outputs of states that all tensor ranks have alike."""
@@ -172,9 +171,7 @@ class QuantizedColumn(QuantizedLinear):
 class QuantizedRow(QuantizedLinear):
     """Tensor ranks share the inputs, and each finds the scales of its own: the sums are no single product."""
 
-    def local_shape(self, input_size: int, output_size: int) -> tuple[int, int]:
-        """Return the shape [out, in] of this rank's part."""
-        return output_size, input_size // self.tp_group.size()
+    shared_axis = 1
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the outputs, summed over tensor ranks. All ranks of the group call it together."""
@@ -189,10 +186,10 @@ class QuantizedExperts(LoopedExperts):
 
     def _product(self, name: str, rows: Tensor, ends: Tensor) -> Tensor:
         """Multiply each expert's rows by the transpose of its weight of a name."""
-        layers, bounds = self._layers(name), ends.tolist()
+        layers = self._layers(name)
         product = rows.new_empty(len(rows), len(layers[0].weight))
-        for layer, start, stop in zip(layers, [0, *bounds], bounds, strict=False):
-            product[start:stop] = layer.product(rows[start:stop])
+        for layer, group in zip(layers, groups_of(ends.tolist()), strict=True):
+            product[group] = layer.product(rows[group])
         return product
 
     def _layers(self, name: str) -> list[QuantizedLinear]:

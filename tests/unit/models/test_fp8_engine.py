@@ -50,6 +50,7 @@ def test_the_engine_has_the_recipe(wanted, recipe, precision, device, name):
         ),
         ("te", "rowwise", BF16, H100, r"^fp8\.recipe: 'rowwise' is not one of engine 'te'; use blockwise or"),
         ("te", "blockwise", BF16, CPU, r"^engine: 'te' cannot run: .* on the CPU; use"),
+        ("te", "tensorwise", BF16, H100, r"^engine: 'te' cannot run: .* is not installed; use"),
         ("auto", "rowwise", BF16, A100, r"^fp8: needs a GPU of sm_89 or newer, .* has A100 \(sm_80\); leave"),
         (
             "auto",
