@@ -21,6 +21,7 @@ from tide_megatron.base.files import local_path
 if TYPE_CHECKING:
     from tide_megatron.base.device import Wanted
     from tide_megatron.data.manifest import Manifest
+    from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
 __all__ = ["evaluate", "export", "prepare", "sample", "train"]
@@ -126,6 +127,9 @@ def sample(
     context: Literal["bidirectional", "block_causal", "block_diffusion"] | None = None,
     block_size: int | None = None,
     device: Wanted = "auto",
+    precision: str = "auto",
+    engine: str = "auto",
+    fp8: str | None = None,
 ) -> list[str]:
     """Answer prompts with a block sampler.
 
@@ -138,6 +142,9 @@ def sample(
         context: the kind of context that the model was trained in; None: its folder's.
         block_size: tokens of a block that it was trained with; None: its folder's.
         device: where to compute; `auto` takes CUDA where it works.
+        precision: `fp32`, `bf16` or `auto` (bf16 on CUDA, fp32 on CPU).
+        engine: what computes the layers, as a teacher's `engine` in a recipe.
+        fp8: hold and multiply the layers' matrices in FP8 by this recipe (docs/precision.md); None: do not.
 
     Returns:
         A reply to each prompt; fewer when a signal stopped it.
@@ -158,7 +165,10 @@ def sample(
     folder = model_of(local_path(model))
     reading = trained_context(folder, context, block_size)
     sampler = Sampler(new_tokens=new_tokens, steps=new_tokens if steps is None else steps)
-    replies: list[str] = run_ranks(answer_prompts, (folder, list(prompts), reading, sampler, mask), 1, device)
+    numbers = _arithmetic(precision, engine, fp8)
+    replies: list[str] = run_ranks(
+        answer_prompts, (folder, list(prompts), reading, sampler, mask, numbers), 1, device
+    )
     return replies
 
 
@@ -173,6 +183,9 @@ def evaluate(
     block_size: int | None = None,
     ranks: int | None = None,
     device: Wanted = "auto",
+    precision: str = "auto",
+    engine: str = "auto",
+    fp8: str | None = None,
 ) -> dict[str, Any]:
     """Score any model on held-out data, with the noise of every run's evaluations, so that scores compare.
 
@@ -186,6 +199,9 @@ def evaluate(
         block_size: tokens of a block that it was trained with; None: its folder's.
         ranks: processes to start here, each with the whole model; None: what torchrun or srun started.
         device: where to compute; `auto` takes CUDA where it works.
+        precision: `fp32`, `bf16` or `auto` (bf16 on CUDA, fp32 on CPU).
+        engine: what computes the layers, as a teacher's `engine` in a recipe.
+        fp8: hold and multiply the layers' matrices in FP8 by this recipe (docs/precision.md); None: do not.
 
     Returns:
         The scores, as result.json has them (docs/metrics.md).
@@ -208,10 +224,30 @@ def evaluate(
         first = fault.errors()[0]
         raise ConfigError(f"--{first['loc'][0]}: {first['input']!r} is not valid: {first['msg']}") from None
     reading = trained_context(folder, context, block_size)
+    numbers = _arithmetic(precision, engine, fp8)
     scores: dict[str, Any] = run_ranks(
-        score_folder, (folder, local_path(data), reading, options), ranks, device
+        score_folder, (folder, local_path(data), reading, options, numbers), ranks, device
     )
     return scores
+
+
+def _arithmetic(precision: str, engine: str, fp8: str | None) -> Arithmetic:
+    """Read how a model's answers are to be computed.
+
+    Raises:
+        ConfigError: a word that is not known, naming its option.
+    """
+    from pydantic import ValidationError
+
+    from tide_megatron.base.errors import ConfigError
+    from tide_megatron.evaluate.options import Arithmetic
+
+    words = {"precision": precision, "engine": engine, "fp8": fp8 and {"recipe": fp8}}
+    try:
+        return Arithmetic(**words)  # type: ignore[arg-type] # pydantic checks the words
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        raise ConfigError(f"--{first['loc'][0]}: {first['input']!r} is not valid: {first['msg']}") from None
 
 
 def export(

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from tide_megatron.commands.options import BlockSizeOption, ContextOption, DeviceOption, RanksOption
+from tide_megatron.commands.options import (
+    BlockSizeOption,
+    ContextOption,
+    DeviceOption,
+    EngineOption,
+    Fp8Option,
+    PrecisionOption,
+    RanksOption,
+)
 
 
 def evaluate(
@@ -22,9 +30,14 @@ def evaluate(
     block_size: BlockSizeOption = None,
     ranks: RanksOption = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    engine: EngineOption = "auto",
+    fp8: Fp8Option = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all scores as JSON, by sample too.")] = False,
 ) -> None:
     """Score a model on held-out data: nats a byte of reply and masked accuracy, by noise level.
+
+    A teacher's --fp8 and --engine show what they cost it before a run listens to it.
 
     Masks and levels are those of every run's evaluations, so the scores compare with result.json's.
 
@@ -50,6 +63,9 @@ def evaluate(
         block_size=block_size,
         ranks=ranks,
         device=device,
+        precision=precision,
+        engine=engine,
+        fp8=fp8,
     )
     if not is_first():
         return

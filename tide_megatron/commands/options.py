@@ -29,6 +29,20 @@ RanksOption = Annotated[
 ]
 
 
+PrecisionOption = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    typer.Option(help="Numbers to compute in; auto: bf16 on CUDA, fp32 on CPU."),
+]
+EngineOption = Annotated[
+    Literal["auto", "te", "scaled", "local", "emulated"],
+    typer.Option(help="What computes the layers; one that is named runs or is refused (docs/precision.md)."),
+]
+Fp8Option = Annotated[
+    Literal["rowwise", "blockwise", "tensorwise"] | None,
+    typer.Option(help="Hold and multiply the layers' matrices in FP8, by this recipe."),
+]
+
+
 def print_whole(table: Table) -> None:
     """Print a table without cutting a name: a terminal folds them, a pipe has no edge."""
     import rich

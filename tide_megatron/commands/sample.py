@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from tide_megatron.commands.options import BlockSizeOption, ContextOption, DeviceOption
+from tide_megatron.commands.options import (
+    BlockSizeOption,
+    ContextOption,
+    DeviceOption,
+    EngineOption,
+    Fp8Option,
+    PrecisionOption,
+)
 
 
 def sample(
@@ -22,6 +29,9 @@ def sample(
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 256,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: one a token.")] = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    engine: EngineOption = "auto",
+    fp8: Fp8Option = None,
 ) -> None:
     """Answer prompts with a block sampler; each prompt is one user message in the model's chat template.
 
@@ -46,6 +56,9 @@ def sample(
         context=context,
         block_size=block_size,
         device=device,
+        precision=precision,
+        engine=engine,
+        fp8=fp8,
     )
     for prompt, text in zip(asked, replies, strict=False):
         rich.print(f"[bold]{escape(prompt)}[/]\n{escape(text)}\n")

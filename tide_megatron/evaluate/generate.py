@@ -25,6 +25,7 @@ from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.schedule import Linear
 from tide_megatron.diffusion.views import View
 from tide_megatron.evaluate.model_folder import open_model
+from tide_megatron.evaluate.options import Arithmetic
 from tide_megatron.models.build import TideModel
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -51,6 +52,7 @@ def answer_prompts(
     context: Context,
     sampler: Sampler,
     mask: str | None = None,
+    arithmetic: Arithmetic | None = None,
     *,
     device: Device,
     stop: StopFlag,
@@ -63,6 +65,7 @@ def answer_prompts(
         context: the model's training context.
         sampler: length and steps.
         mask: the mask token that it was trained with; None: the one its folder names.
+        arithmetic: see `open_model`.
         device: where to compute.
         stop: after a stop signal no further prompt is begun.
 
@@ -71,7 +74,7 @@ def answer_prompts(
     """
     tokenizer = Tokenizer.load(folder, mask=mask)
     asked = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    model = open_model(folder, device)
+    model = open_model(folder, device, arithmetic)
     rows = model.architecture.vocabulary
     if tokenizer.vocabulary_size > rows:
         raise ConfigError(

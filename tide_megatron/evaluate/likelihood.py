@@ -33,7 +33,7 @@ from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.views import trimmed_view
 from tide_megatron.evaluate.calibration import TEMPERATURES, Calibration
 from tide_megatron.evaluate.model_folder import open_model
-from tide_megatron.evaluate.options import Evaluation
+from tide_megatron.evaluate.options import Arithmetic, Evaluation
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.tiles import RowScores, score_rows
 from tide_megatron.models.build import TideModel
@@ -243,7 +243,14 @@ def scored_samples(sources: NDArray[numpy.int64], samples: int) -> list[int]:
 
 
 def score_folder(
-    folder: Path, data: Path, context: Context, options: Evaluation, *, device: Device, stop: StopFlag
+    folder: Path,
+    data: Path,
+    context: Context,
+    options: Evaluation,
+    arithmetic: Arithmetic | None = None,
+    *,
+    device: Device,
+    stop: StopFlag,
 ) -> dict[str, Any]:
     """Score a model folder, a teacher's or a shipped model's; a rank function for `launch.run_ranks`.
 
@@ -254,6 +261,7 @@ def score_folder(
         data: prepared with this tokenizer and template.
         context: what the model's tokens may attend to.
         options: how much, and at which noise levels.
+        arithmetic: see `open_model`.
         device: where to compute.
         stop: not looked at.
 
@@ -271,7 +279,7 @@ def score_folder(
             shard=Layout().data_shard(*own_share()),
             block_size=1 if context.kind == "bidirectional" else context.block_size,
         )
-    model = open_model(folder, device)
+    model = open_model(folder, device, arithmetic)
     scorer = ModelScorer(
         model=model, context=context, mask_id=tokenizer.mask_id, calibration=options.calibration
     )

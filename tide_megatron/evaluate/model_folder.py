@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.base.read import json_of
 from tide_megatron.diffusion.mask import Context
+from tide_megatron.evaluate.options import Arithmetic
 from tide_megatron.models.build import TideModel, build_model
+from tide_megatron.models.fp8_engine import check_fp8, choose_engine
 from tide_megatron.models.hf.config import CONFIG_FILE, read_config
-from tide_megatron.models.precision import Precision
+from tide_megatron.models.precision import Precision, numbers
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import load_model, read_architecture
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
+
+log = logging.getLogger(__name__)
 
 CONTEXT_FILE = "tide_context.json"
 RECIPE, MODEL = "recipe.yaml", "model"
@@ -114,10 +119,24 @@ def _stored_context(folder: Path) -> dict[str, Any]:
     return said
 
 
-def open_model(folder: Path, device: Device) -> TideModel:
-    """Build a frozen model whole on this rank and load it. All ranks of the world call it together."""
-    layout = Layout()
-    options = ModelOptions(device=device, layout=layout, precision=Precision.on("auto", device))
-    model = build_model(read_architecture(folder), make_groups(layout), options)
+def open_model(folder: Path, device: Device, arithmetic: Arithmetic | None = None) -> TideModel:
+    """Build a frozen model whole on this rank and load it. All ranks of the world call it together.
+
+    Args:
+        folder: config.json and safetensors.
+        device: where to.
+        arithmetic: in what numbers, and by whose layers; None: as `auto` has it.
+
+    Raises:
+        TideError: numbers or layers that are not to be had here, or a folder that cannot be read.
+    """
+    wanted, layout, architecture = arithmetic or Arithmetic(), Layout(), read_architecture(folder)
+    precision = Precision.on(wanted.precision, device)
+    engine = choose_engine(wanted.engine, wanted.fp8, precision, device)
+    if wanted.fp8 is not None:
+        check_fp8(wanted.fp8, engine, device, architecture, layout)
+    options = ModelOptions(device=device, layout=layout, precision=precision, engine=engine, fp8=wanted.fp8)
+    model = build_model(architecture, make_groups(layout), options)
     load_model(model, folder)
+    log.info("%s: %s, %s, %s", folder, architecture.model_type, numbers(precision, wanted.fp8), engine)
     return model

@@ -1,13 +1,15 @@
-"""What a held-out evaluation does: the `evaluation` section of a recipe."""
+"""What a held-out evaluation does (a recipe's `evaluation`), and how a model opened for it computes."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.options import STRICT
+from tide_megatron.models.engine import EngineChoice
+from tide_megatron.models.precision import Fp8Options
 
 Time = Annotated[float, Field(gt=0.0, le=1.0)]
 """A noise level; at 0 nothing is masked."""
@@ -30,3 +32,15 @@ class Evaluation:
     calibration: bool = False
     """Also say how far confidence and accuracy are apart, and what one fitted temperature makes of the NLL;
     takes the head's products twice."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Arithmetic:
+    """How a frozen model's answers are computed, in the words of a recipe's teachers."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 on CUDA, fp32 on CPU and on GPUs older than sm_80."""
+    engine: EngineChoice = "auto"
+    """What computes the layers; one that is named runs or is refused."""
+    fp8: Fp8Options | None = None
+    """Hold and multiply the layers' matrices in FP8; null: in `precision`."""

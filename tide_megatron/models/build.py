@@ -14,6 +14,7 @@ layout (design section 3). Left out: a trainable model cut over tensor or pipeli
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -35,10 +36,12 @@ from tide_megatron.models.dispatcher import own_dispatchers
 from tide_megatron.models.embedding import look_up
 from tide_megatron.models.experts import GroupedExperts, choose_form
 from tide_megatron.models.params import FUSED, LOCAL
-from tide_megatron.models.quantized import quantize_layers
+from tide_megatron.models.quantized import groups_experts, quantize_layers
 from tide_megatron.models.shard import Shard
 from tide_megatron.models.spec import ModelOptions, block_spec, transformer_config
 from tide_megatron.parallel.layout import Layout
+
+log = logging.getLogger(__name__)
 
 
 class HeadSlice(torch.nn.Module):
@@ -242,9 +245,15 @@ def build_model(
 
 def _experts(architecture: Architecture, options: ModelOptions) -> str:
     """Choose the form of a model's experts; of a dense model, and where the engine brings its own, any."""
-    experts = architecture.experts
+    experts, fp8 = architecture.experts, options.fp8
     if experts is None or options.engine.name == "te":
         return "sequential"
+    if fp8 is not None:
+        how = "in one grouped product" if groups_experts(options) else "one after the other"
+        log.info("experts of %s: FP8, %s, on %s", architecture.model_type, how, options.device.type)
+        mixtures = [layer for layer in range(architecture.layers) if architecture.is_mixture(layer)]
+        if all(fp8.quantizes(layer, architecture.layers) for layer in mixtures):
+            return "sequential"  # and each of them is replaced
     widths = (architecture.hidden, experts.feed_forward // options.layout.expert_tensor)
     return choose_form(
         options.experts, options.device, options.precision.dtype, widths, architecture.model_type

@@ -26,6 +26,17 @@ _RECIPES = {"scaled": ("rowwise", "tensorwise"), "te": ("blockwise", "tensorwise
 _WANT = {"scaled": "rowwise or tensorwise", "te": "blockwise or tensorwise"}
 
 
+def choose_engine(wanted: str, fp8: Fp8Options | None, precision: Precision, device: Device) -> Engine:
+    """Return what computes a model's layers: `Engine.on` without FP8, else `fp8_engine`.
+
+    Raises:
+        ConfigError: see there.
+    """
+    if fp8 is not None:
+        return fp8_engine(wanted, fp8, precision, device)
+    return Engine.on(wanted, precision, device)
+
+
 def fp8_engine(
     wanted: str,
     fp8: Fp8Options,

@@ -104,3 +104,8 @@ class Fp8Options:
         ends = (("first", self.first_layers), ("last", self.last_layers))
         excepted = [f"{number} {end}" for end, number in ends if number]
         return f"FP8 {self.recipe}" + (f" but for {' and '.join(excepted)} layers" if excepted else "")
+
+
+def numbers(precision: Precision, fp8: Fp8Options | None) -> str:
+    """Name the numbers that a model is held and multiplied in, for logs and tables."""
+    return precision.name if fp8 is None else f"{precision.name} and {fp8}"

@@ -24,7 +24,6 @@ from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_para
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from tide_megatron.base.device import Device
 from tide_megatron.models.experts import FORMS, LoopedExperts, groups_of
 from tide_megatron.models.fp8 import (
     DTYPES,
@@ -248,20 +247,28 @@ def quantize_layers(spec: Any, first: int, options: ModelOptions, layers: int) -
     """
     assert options.fp8 is not None, "the model is not quantised"
     own = {"recipe": options.fp8.recipe, "engine": options.engine.name}
-    is_grouped = own == {"recipe": "rowwise", "engine": "scaled"} and _has_grouped_product(options.device)
     classes: dict[type, type] = {
         ColumnParallelLinear: type("QuantizedColumn", (QuantizedColumn,), own),
         RowParallelLinear: type("QuantizedRow", (QuantizedRow,), own),
-    } | dict.fromkeys(FORMS.values(), QuantizedGroupedExperts if is_grouped else QuantizedExperts)
+    } | dict.fromkeys(
+        FORMS.values(), QuantizedGroupedExperts if groups_experts(options) else QuantizedExperts
+    )
     spec.layer_specs = [
         _replaced(layer, classes) if options.fp8.quantizes(first + number, layers) else layer
         for number, layer in enumerate(spec.layer_specs)
     ]
 
 
-def _has_grouped_product(device: Device) -> bool:
-    """Say whether torch's grouped FP8 product runs here: on sm_90 and sm_100 alone."""
-    return device.type == "cuda" and device.capability in (None, (9, 0), (10, 0))
+def groups_experts(options: ModelOptions) -> bool:
+    """Say whether a layer's quantised experts are one grouped product, not one product each.
+
+    torch's grouped FP8 product is of rows, and runs on sm_90 and sm_100 alone; a GPU that is planned for
+    (`capability` None) is taken for one of them.
+    """
+    assert options.fp8 is not None, "the model is not quantised"
+    if (options.fp8.recipe, options.engine.name) != ("rowwise", "scaled"):
+        return False
+    return options.device.type == "cuda" and options.device.capability in (None, (9, 0), (10, 0))
 
 
 def _replaced(part: Any, classes: Mapping[type, type]) -> Any:

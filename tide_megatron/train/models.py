@@ -20,8 +20,8 @@ from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.build import TideModel, build_model, check_available, check_widths
 from tide_megatron.models.engine import Engine
 from tide_megatron.models.fp8 import SCALINGS
-from tide_megatron.models.fp8_engine import check_fp8, fp8_engine
-from tide_megatron.models.precision import Fp8Options, Precision
+from tide_megatron.models.fp8_engine import check_fp8, choose_engine
+from tide_megatron.models.precision import Fp8Options, Precision, numbers
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights, load_model, read_architecture
 from tide_megatron.parallel.collectives import fail_together, is_first
@@ -120,15 +120,22 @@ def check_precision(plan: ModelPlan, device: Device) -> None:
 
 def _engine(choice: Model, device: Device) -> Engine:
     """Say what computes a model's layers."""
-    precision, fp8 = Precision.on(choice.precision, device), _fp8(choice)
-    if fp8 is not None:
-        return fp8_engine(choice.engine, fp8, precision, device)
-    return Engine.on(choice.engine, precision, device)
+    return choose_engine(choice.engine, _fp8(choice), Precision.on(choice.precision, device), device)
 
 
 def _fp8(choice: Model) -> Fp8Options | None:
     """Say how a model's matrices are held; None: in its precision."""
     return choice.fp8 if isinstance(choice, TeacherModel) else None
+
+
+def computed(choice: Model, device: Device) -> str:
+    """Say in what numbers, and by whose layers, a model is computed.
+
+    Raises:
+        ConfigError: it cannot be; without the model's key.
+    """
+    precision = Precision.on(choice.precision, device)
+    return f"{numbers(precision, _fp8(choice))}, {_engine(choice, device).name}"
 
 
 def head_shape(plan: ModelPlan, device: Device) -> HeadShape:
@@ -255,7 +262,7 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         "%s: %s, %s, %s, layout %s, context %s, %d parameters on this rank, %d bytes read",
         plan.key,
         plan.architecture.model_type,
-        options.precision.name if options.fp8 is None else f"{options.precision.name} and {options.fp8}",
+        numbers(options.precision, options.fp8),
         options.engine,
         choice.layout,
         choice.context.kind,

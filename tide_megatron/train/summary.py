@@ -17,7 +17,7 @@ from tide_megatron.checkpoint.metadata import RunIdentity
 from tide_megatron.checkpoint.retention import listed
 from tide_megatron.train.branch import branch_source
 from tide_megatron.train.folder import CHECKPOINTS, check_folder, finished_result
-from tide_megatron.train.models import placed
+from tide_megatron.train.models import computed, placed
 from tide_megatron.train.placement import placement_table
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, digest
@@ -48,6 +48,8 @@ def print_summary(recipe: Recipe, tree: Tree, world: int, *, resume: bool = True
     device = _device(recipe)
     found = examine(recipe, device, (0, world), headers=True)
     console = Console(stderr=True, soft_wrap=True)
+    if not console.is_terminal:  # a pipe has no edge that rows would have to be folded at
+        console = Console(stderr=True, soft_wrap=True, width=10_000)
     console.print(f"\ndigest {digest(tree)}, {world} rank(s)", highlight=False)
     with contextlib.suppress(ConfigError):  # it is among the faults
         samples, microbatches = recipe.batch.accumulation(world)
@@ -55,7 +57,7 @@ def print_summary(recipe: Recipe, tree: Tree, world: int, *, resume: bool = True
         console.print(f"{recipe.batch.samples} samples an update = {split}", highlight=False)
     if "train" in found.data:
         console.print(_reach(recipe, found.data["train"].num_samples), highlight=False)
-    console.print(_models(recipe, found, world))
+    console.print(_models(recipe, found, device, world))
     console.print()
     if len(found.plans) > len(recipe.teachers):
         with contextlib.suppress(TideError):  # a layout that cannot be is among the faults
@@ -109,9 +111,9 @@ def _device(recipe: Recipe) -> Device:
     return choose_device(recipe.device)
 
 
-def _models(recipe: Recipe, found: Examination, world: int) -> Table:
-    """List the models with their layouts."""
-    table = Table("model", "architecture", "context", "layout", box=None)
+def _models(recipe: Recipe, found: Examination, device: Device, world: int) -> Table:
+    """List the models: what each is, how it is computed, and how it is cut."""
+    table = Table("model", "architecture", "context", "computed in", "layout", box=None)
     for name, model in {"student": recipe.student, **recipe.teachers}.items():
         layout = model.layout
         cuts = [
@@ -122,5 +124,8 @@ def _models(recipe: Recipe, found: Examination, world: int) -> Table:
         where = f"{', '.join(cuts)}; {replicas} replica(s)"
         context = f"{model.context.kind} {model.context.block_size}"
         kind = found.plans[name].architecture.model_type if name in found.plans else "?"
-        table.add_row(name, kind, context, where)
+        numbers = "?"
+        with contextlib.suppress(ConfigError):  # it is among the faults
+            numbers = computed(model, device)
+        table.add_row(name, kind, context, numbers, where)
     return table

@@ -26,8 +26,10 @@ SURFACE = {
     "--replace",
     "train": "recipe overrides --ranks --device --folder --branch --resume/--fresh --dry-run",
     "recipe": "key --markdown",
-    "sample": "model prompts --context --block-size --mask --new-tokens --steps --device",
-    "evaluate": "model --data --samples --times --context --block-size --ranks --device --json",
+    "sample": "model prompts --context --block-size --mask --new-tokens --steps --device --precision "
+    "--engine --fp8",
+    "evaluate": "model --data --samples --times --context --block-size --ranks --device --precision "
+    "--engine --fp8 --json",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --layers --force",
@@ -260,7 +262,7 @@ def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert result.output == "one\na [b] c\n\ntwo\na [b] c\n\n"
-    ((name, (folder, prompts, context, sampler, mask), num_ranks, device),) = calls
+    ((name, (folder, prompts, context, sampler, mask, numbers), num_ranks, device),) = calls
     assert (name, str(folder), prompts, num_ranks, device) == (
         "answer_prompts",
         "models/x",
@@ -270,6 +272,7 @@ def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
     )
     assert (context.kind, context.block_size) == ("block_diffusion", 8)
     assert (sampler.new_tokens, sampler.steps, mask) == (12, 12, None)
+    assert (numbers.precision, numbers.engine, numbers.fp8) == ("auto", "auto", None)
     CliRunner().invoke(app, ["sample", "models/x", *words[-4:]], input="three\n\nfour\n")
     assert calls[1][1][1] == ["three", "four"]
 

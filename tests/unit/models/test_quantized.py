@@ -225,7 +225,7 @@ def test_batchmates_move_an_answer_only_where_tokens_share_a_scale(groups, name,
 
 def test_grouped_products_on_cuda_get_what_torch_asks_for(groups, monkeypatch):
     """On meta tensors: shapes, strides, dtypes and offsets pass torch's own checks of the CUDA operator."""
-    monkeypatch.setattr(quantized, "_has_grouped_product", lambda device: True)
+    monkeypatch.setattr(quantized, "groups_experts", lambda options: True)
     config = {**MIXTURE, "hidden_size": 64, "moe_intermediate_size": 48}
     experts = fp8_model(config, groups, engine="scaled").decoder.layers[1].mlp.experts
     assert isinstance(experts, QuantizedGroupedExperts)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tests.tiny_run import write_tiny_run
 from tide_megatron import api
-from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.errors import CheckpointError, ConfigError
 from tide_megatron.base.log import ROOT
 from tide_megatron.commands import app
 from tide_megatron.train import loop
@@ -101,6 +101,38 @@ def test_tide_evaluate_finds_the_scores_of_the_run(life):
     scores = api.evaluate(folder / "run", folder / "data/held_out", samples=8, times=[0.3, 0.7], device="cpu")
     assert scores["nll_per_byte"] == pytest.approx(result["nll_per_byte"], rel=1e-6)
     assert scores["masked_accuracy"] == result["masked_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "moves"),
+    [
+        ({"precision": "bf16"}, "bf16, local engine", (1e-6, 2e-2)),
+        ({"fp8": "rowwise"}, "fp32 and FP8 rowwise, emulated engine", (1e-6, 5e-2)),
+        ({"fp8": "rowwise", "engine": "scaled"}, "fp32 and FP8 rowwise, scaled engine", (1e-6, 5e-2)),
+    ],
+)
+def test_a_model_is_scored_in_the_numbers_that_are_asked_for(life, caplog, how, said, moves):
+    folder, result = life
+    caplog.set_level("INFO")
+    scores = api.evaluate(
+        folder / "run", folder / "data/held_out", samples=8, times=[0.3, 0.7], device="cpu", **how
+    )
+    least, most = moves
+    assert least < abs(scores["nll_per_byte"] / result["nll_per_byte"] - 1) < most
+    assert said in caplog.text
+
+
+def test_numbers_that_are_not_to_be_had_are_refused_with_their_option(life):
+    folder, _ = life
+    for how, words in (
+        ({"engine": "te"}, "engine: 'te' cannot run"),
+        ({"engine": "scaled"}, "engine: 'scaled' computes frozen teachers in FP8 alone"),
+        ({"engine": "local", "fp8": "rowwise"}, "engine: 'local' has no FP8 layers"),
+        ({"fp8": "delayed"}, "--fp8: .*delayed scales"),
+        ({"precision": "fp16"}, "--precision: 'fp16' is not valid"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            api.evaluate(folder / "run", folder / "data/held_out", samples=8, device="cpu", **how)
 
 
 def test_another_run_branches_from_it_with_and_without_moments(life):

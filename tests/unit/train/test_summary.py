@@ -58,7 +58,7 @@ def faults_of(file, *words, **options):
 
 
 def test_what_is_printed_is_the_same_recipe(run, capsys):
-    words = ["teachers.moe.layout.expert=2", "batch.microbatch=2"]
+    words = ["teachers.moe.layout.expert=2", "batch.microbatch=2", "teachers.moe.fp8.recipe=blockwise"]
     look(run, *words, world=2)
     printed, said = capsys.readouterr()
     _, resolved = load_recipe(run, words)
@@ -69,8 +69,8 @@ def test_what_is_printed_is_the_same_recipe(run, capsys):
     assert f"{run.parent}/run: the run starts" in said
     assert "no fault was found" in said
     rows = [" ".join(line.split()) for line in said.splitlines()]
-    assert "student a2d-qwen3 block_diffusion 8 whole; 2 replica(s)" in rows
-    assert "moe llada2_moe block_diffusion 8 expert 2; 2 replica(s)" in rows
+    assert "student a2d-qwen3 block_diffusion 8 fp32, local whole; 2 replica(s)" in rows
+    assert "moe llada2_moe block_diffusion 8 fp32 and FP8 blockwise, emulated expert 2; 2 replica(s)" in rows
     assert not (run.parent / "run").exists()
 
 
