@@ -1,4 +1,4 @@
-"""Train students of one teacher in bf16 and in FP8: how far do whole runs part, beside their seeds?
+"""Train students of one teacher in bf16 and in FP8, over seeds: how far do whole runs part.
 
     python tools/bench/fp8_students.py --steps 200 --seeds 11 12 13
 
