@@ -222,3 +222,20 @@ def test_measures_see_planted_faults(tmp_path):
     one, two = Module("a.py", "\n".join(lines)), Module("b.py", "\n".join(lines[:6]) + "\ny = 1")
     assert repeated_share((one, two))[0] == pytest.approx(12 / 19)
     assert repeated_share((one,))[0] == 0.0
+
+
+def unmirrored(root):
+    """Return folders of unit tests that stand for no folder of the package, the tools or the examples."""
+    unit = root / "tests/unit"
+    places = {file.parent.relative_to(unit) for file in unit.rglob("test_*.py")}
+    homes = (root / PACKAGE, root / "tools", root)
+    return sorted(str(place) for place in places if not any((home / place).is_dir() for home in homes))
+
+
+def test_unit_tests_mirror_folders(tmp_path):
+    assert unmirrored(ROOT) == []
+    for name in (f"{PACKAGE}/text", "tests/unit/text/old", "examples", "tests/unit/examples"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("text/old/test_a.py", "examples/test_b.py"):
+        (tmp_path / "tests/unit" / name).write_text("")
+    assert unmirrored(tmp_path) == ["text/old"]
