@@ -1,6 +1,6 @@
 """SLURM's short forms as text: lists of nodes, counts of tasks, spans of time.
 
-`scontrol show hostnames` writes lists out too, but a container seldom has it, and 22.05 takes `n[` for a node.
+`scontrol show hostnames` does it too, but containers seldom have it, and that of 22.05 takes `n[` for a node.
 """
 
 from __future__ import annotations
