@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tide_megatron.commands.options import RanksOption, Wanted
+from tide_megatron.commands.options import RanksOption, RanksPerNodeOption, Wanted
 
 
 def train(
@@ -18,12 +18,7 @@ def train(
         typer.Argument(help="key=value, dotted keys; the last word. {} empties, null removes."),
     ] = None,
     ranks: RanksOption = None,
-    ranks_per_node: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Ranks to start on each node, from one task of srun a node (docs/slurm.md)."
-        ),
-    ] = None,
+    ranks_per_node: RanksPerNodeOption = None,
     device: Annotated[Wanted | None, typer.Option(help="Short for device=... in the recipe.")] = None,
     folder: Annotated[
         str | None, typer.Option(help="Run folder; short for folder=... in the recipe.")

@@ -2,8 +2,8 @@
 
 One launcher a node starts that node's ranks. Node 0's holds the store at which all ranks meet, and in it
 words that any launcher may leave for the others: that it was asked to stop, or why its node ended. So a
-request that reached one node reaches the ranks of all, and after a failure the other nodes end in seconds with
-its words, also where ranks would wait for a lost one until a collective's timeout (NCCL).
+request that reached one node reaches the ranks of all, and after a failure the other nodes end in seconds
+with its words, also where ranks would wait for a lost one until the timeout of a collective (NCCL).
 """
 
 from __future__ import annotations
