@@ -112,6 +112,10 @@ def _environment(job: Submission) -> Iterator[str]:
     """Yield the variables, each with its reason."""
     yield f"unset {' '.join(_LEFT_OVER)}  # of the shell that submitted; ranks read the node list"
     yield "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node do not meet"
+    yield (
+        'export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date +%s --date="$(squeue --noheader '
+        '--jobs="$SLURM_JOB_ID" --format=%e)" 2>/dev/null)}  # the run saves before it, also in a container'
+    )
     if job.gpus_per_node:
         yield "export CUDA_DEVICE_MAX_CONNECTIONS=1  # megatron-core asks for it under tensor parallelism"
         yield "export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # says which network failed, and nothing else"

@@ -38,6 +38,7 @@ from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import ConfigError, TideError, causes
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import StopFlag, is_stop
+from tide_megatron.launch.job_end import job_end
 from tide_megatron.launch.rendezvous import meet
 from tide_megatron.launch.signals import STOPPED_CODE, leave, release_signals, watch_signals
 from tide_megatron.parallel.collectives import gather_objects, own_share
@@ -169,6 +170,8 @@ def run_here(job: Job, ranks: Ranks | None, stop: StopFlag) -> Any:
             store = None if ranks is None else meet(ranks, job.timeout_seconds)
             start_distributed(device, ranks, timeout_seconds=job.timeout_seconds, store=store)
             device = agree_on_gpus(device)
+        if ranks is None or ranks.rank == 0:
+            stop.ends_at = job_end()
         with disk_faults(kind=TideError):
             value = job.function(*job.args, device=device, stop=stop)
     except BaseException:
