@@ -84,7 +84,12 @@ def prepare(
 
 
 def train(
-    recipe: Place, overrides: Sequence[str] = (), *, ranks: int | None = None, resume: bool = True
+    recipe: Place,
+    overrides: Sequence[str] = (),
+    *,
+    ranks: int | None = None,
+    ranks_per_node: int | None = None,
+    resume: bool = True,
 ) -> dict[str, Any]:
     """Train a student, with teachers or without, as a recipe says.
 
@@ -94,6 +99,8 @@ def train(
         recipe: YAML run file; `docs/recipe.md` has its keys.
         overrides: `key=value` with dotted keys; they have the last word.
         ranks: processes to start here; None takes what torchrun or srun started, else one, in this process.
+        ranks_per_node: processes to start on this node, where this call is made once on each of several
+            (under srun with a task a node, or with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set).
         resume: go on from the run folder's newest checkpoint; False discards what is there.
 
     Returns:
@@ -112,7 +119,12 @@ def train(
 
     resolved, tree = load_recipe(local_path(recipe), overrides)
     result: dict[str, Any] = run_ranks(
-        run, (resolved, tree, resume), ranks, resolved.device, timeout_seconds=resolved.timeout_seconds
+        run,
+        (resolved, tree, resume),
+        ranks,
+        resolved.device,
+        ranks_per_node=ranks_per_node,
+        timeout_seconds=resolved.timeout_seconds,
     )
     return result
 

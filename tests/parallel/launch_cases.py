@@ -1,6 +1,6 @@
 """Rank functions for test_launch.py, and a command over `run_ranks` for tests that need another process.
 
-python -m tests.parallel.launch_cases FUNCTION RANKS FOLDER
+python -m tests.parallel.launch_cases FUNCTION RANKS FOLDER (with NNODES set: ranks of one of the nodes)
 """
 
 import os
@@ -138,10 +138,14 @@ def ignore_the_flag(folder, *, device, stop):
 def main():
     name, num_ranks, folder = sys.argv[1:4]
     grace_seconds = float(sys.argv[4]) if len(sys.argv) > 4 else 60.0
+    here = (
+        {"ranks_per_node": int(num_ranks)}
+        if os.environ.get("NNODES")
+        else {"num_ranks": int(num_ranks) or None}
+    )
     try:
         print(
-            "value",
-            run_ranks(globals()[name], (folder,), int(num_ranks) or None, "cpu", grace_seconds=grace_seconds),
+            "value", run_ranks(globals()[name], (folder,), device="cpu", grace_seconds=grace_seconds, **here)
         )
     except TideError as error:
         print(error, file=sys.stderr)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
 from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.base.nodes import expand_nodes, tasks_by_node
 
 Wanted = Literal["auto", "cpu", "cuda"]
 Kind = Literal["cpu", "cuda"]
@@ -203,16 +203,11 @@ def _is_one_node(*, is_rank_of_srun: bool) -> bool:
 
 def _first_node() -> str | None:
     """Return the name of the first node of srun's step; None where SLURM does not say which nodes it has."""
-    step = os.environ.get("SLURM_STEP_NODELIST")
-    if not step and os.environ.get("SLURM_STEP_NUM_NODES") in (None, os.environ.get("SLURM_NNODES")):
-        step = os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST")
-    return first_host(step or "")
-
-
-def first_host(text: str) -> str | None:
-    """Return the first name of SLURM's short form, "gpu-07" of "gpu-[07-09,12],login"; None: it has none."""
-    first = re.match(r"((?:[\w.-]|\[[\w,-]+\])+)(?:,|$)", text.strip())
-    return None if first is None else re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[1])
+    names = ["SLURM_STEP_NODELIST"]
+    if os.environ.get("SLURM_STEP_NUM_NODES") in (None, os.environ.get("SLURM_NNODES")):
+        names += ["SLURM_JOB_NODELIST", "SLURM_NODELIST"]
+    name = next((name for name in names if os.environ.get(name)), None)
+    return None if name is None else expand_nodes(os.environ[name], name)[0]
 
 
 def _local_size() -> int | None:
@@ -341,12 +336,6 @@ def _slurm_tasks() -> int | None:
             node = int(os.environ.get("SLURM_NODEID") or 0)
             return counts[node] if node < len(counts) else counts[0]
     return None
-
-
-def tasks_by_node(text: str) -> list[int]:
-    """Read SLURM's short form, "4(x2),3" for [4, 4, 3]; empty for anything else."""
-    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
-    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))] if all(parts) else []
 
 
 def _threads(ranks: Ranks | None) -> int:

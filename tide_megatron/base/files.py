@@ -74,6 +74,11 @@ def local_path(word: str | Path) -> Path:
         ) from None
 
 
+def keep_others_out() -> None:
+    """Make nothing that everybody may write, in this process and those it starts; else the umask stays."""
+    os.umask(os.umask(0o022) | 0o002)
+
+
 def flush(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on the disk.
 

@@ -37,6 +37,8 @@ class StopFlag:
     def __init__(self) -> None:
         """Start with no request."""
         self.reason: str | None = None
+        self.ends_at: float | None = None
+        """When the job ends that this process is a part of, by `time.monotonic`; None: nobody says."""
         self.answer: Answer = "unwind"
         self.promise = "ending here, nothing has to be saved"
         """What the log says will happen."""

@@ -64,6 +64,11 @@ class SaveTimes:
         """How long training stood still."""
         return self.begin + self.wait + self.gather
 
+    @property
+    def seconds(self) -> float:
+        """How long it took from beginning to end."""
+        return self.begin + self.write + self.gather + self.complete
+
 
 class Saver:
     """Writes a run's checkpoints; one save is under way at a time. Every method is collective."""

@@ -19,6 +19,7 @@ import typer
 from tide_megatron import __version__
 from tide_megatron.base.disk import disk_words
 from tide_megatron.base.errors import RanksFailed, TideError
+from tide_megatron.base.files import keep_others_out
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import is_stop
 from tide_megatron.commands.checkpoint import app as checkpoint
@@ -30,12 +31,14 @@ from tide_megatron.commands.model_verbs import app as model
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
 from tide_megatron.commands.sample import sample
+from tide_megatron.commands.submit import submit
 from tide_megatron.commands.train import train
 from tide_megatron.launch.signals import leave, stopped_code, watch_signals
 
 VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "train": train,
+    "submit": submit,
     "recipe": recipe,
     "sample": sample,
     "evaluate": evaluate,
@@ -77,6 +80,7 @@ def main() -> None:
     """Run `tide`; the entry point of the console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries; our own words go through the log
+    keep_others_out()
     with watch_signals():
         start_log()
         if isinstance(sys.stdout, io.TextIOWrapper):  # where ü is unknown it is shown as \xfc, as on stderr

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tide_megatron.commands.options import RanksOption, Wanted
+from tide_megatron.commands.options import RanksOption, RanksPerNodeOption, Wanted
 
 
 def train(
@@ -18,6 +18,7 @@ def train(
         typer.Argument(help="key=value, dotted keys; the last word. {} empties, null removes."),
     ] = None,
     ranks: RanksOption = None,
+    ranks_per_node: RanksPerNodeOption = None,
     device: Annotated[Wanted | None, typer.Option(help="Short for device=... in the recipe.")] = None,
     folder: Annotated[
         str | None, typer.Option(help="Run folder; short for folder=... in the recipe.")
@@ -56,15 +57,17 @@ def train(
     words += [f"folder={json.dumps(folder)}"] if folder is not None else []
     if dry_run:
         from tide_megatron.base.files import local_path
-        from tide_megatron.launch.ranks import num_ranks_for
+        from tide_megatron.launch.ranks import planned_ranks
         from tide_megatron.train.resolve import load_recipe
         from tide_megatron.train.summary import print_summary
 
-        print_summary(*load_recipe(local_path(recipe), words), num_ranks_for(ranks), resume=resume)
+        print_summary(
+            *load_recipe(local_path(recipe), words), planned_ranks(ranks, ranks_per_node), resume=resume
+        )
     else:
         from tide_megatron import api
         from tide_megatron.launch.signals import stopped_code
 
-        result = api.train(recipe, words, ranks=ranks, resume=resume)
+        result = api.train(recipe, words, ranks=ranks, ranks_per_node=ranks_per_node, resume=resume)
         if not result["finished"]:
             raise typer.Exit(stopped_code())

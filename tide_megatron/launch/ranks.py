@@ -3,7 +3,8 @@
 - torchrun or srun started us: this process is one rank already.
 - one rank: run it here, unless it is to run on the CPU and this process sees GPUs: megatron-core has been
   prepared for them (`platform`), so a process that does not see them is started.
-- several ranks on this node: start and supervise them (`launch/supervisor.py`).
+- several ranks on this node, or on each of several whose launchers are this command: start and supervise
+  them (`launch/supervisor.py`, `launch/nodes.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tide_megatron.base.device import Ranks, Wanted, read_ranks
 from tide_megatron.base.errors import ConfigError, RanksFailed, TideError
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import StopFlag, Stopped
+from tide_megatron.launch.nodes import meet_nodes, read_node
 from tide_megatron.launch.signals import watch_signals
 from tide_megatron.launch.supervisor import supervise
 from tide_megatron.launch.worker import Job, RankFunction, is_echo, run_here
@@ -36,6 +38,7 @@ def run_ranks(
     num_ranks: int | None = None,
     device: Wanted = "auto",
     *,
+    ranks_per_node: int | None = None,
     grace_seconds: float = GRACE_SECONDS,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Any:
@@ -50,6 +53,7 @@ def run_ranks(
         args: picklable positional arguments.
         num_ranks: how many ranks; None takes what torchrun or srun started, else one.
         device: `auto`, `cpu` or `cuda`.
+        ranks_per_node: start so many here, as the launcher of one of the nodes (`launch.nodes.read_node`).
         grace_seconds: time for saving after a stop signal.
         timeout_seconds: how long a collective waits for a rank that never comes.
 
@@ -60,6 +64,8 @@ def run_ranks(
         KeyboardInterrupt: (not `Stopped`) a second stop signal.
     """
     job = Job(function=function, args=args, wanted=device, timeout_seconds=timeout_seconds)
+    if ranks_per_node is not None:
+        return _run_nodes(job, num_ranks, ranks_per_node, grace_seconds)
     world_size, given = num_ranks_for(num_ranks), read_ranks()
     with watch_signals() as stop:
         if given is not None:
@@ -67,6 +73,42 @@ def run_ranks(
         if world_size > 1 or _must_hide_gpus(device):
             return supervise(job, world_size, grace_seconds)
         return run_here(job, None, stop)
+
+
+def _run_nodes(job: Job, num_ranks: int | None, ranks_per_node: int, grace_seconds: float) -> Any:
+    """Run as the launcher of one node; see `run_ranks`."""
+    place = read_node()
+    count = _world_of(ranks_per_node, place, num_ranks)
+    with watch_signals() as stop:
+        if place is None:
+            return supervise(job, count, grace_seconds)
+        with stop.ending():
+            nodes = meet_nodes(place, job.timeout_seconds)
+        return supervise(job, ranks_per_node, grace_seconds, nodes)
+
+
+def planned_ranks(num_ranks: int | None, ranks_per_node: int | None) -> int:
+    """Return how many ranks `run_ranks` would have all in all, with the same arguments.
+
+    Raises:
+        ConfigError: as it would.
+    """
+    if ranks_per_node is None:
+        return num_ranks_for(num_ranks)
+    return _world_of(ranks_per_node, read_node(), num_ranks)
+
+
+def _world_of(ranks_per_node: int, place: Ranks | None, wanted: int | None) -> int:
+    if ranks_per_node < 1:
+        raise ConfigError(f"--ranks-per-node: {ranks_per_node} is not a number of ranks; use 1 or more")
+    nodes = 1 if place is None else place.world_size
+    count = nodes * ranks_per_node
+    if wanted not in (None, count):
+        raise ConfigError(
+            f"--ranks {wanted}, but {nodes} node(s) of --ranks-per-node {ranks_per_node} have {count}; give "
+            "one of the two"
+        )
+    return count
 
 
 def _must_hide_gpus(wanted: Wanted) -> bool:

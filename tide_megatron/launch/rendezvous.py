@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+from typing import Literal
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
@@ -28,31 +29,44 @@ _POLLS_SECONDS = (0.02, 0.5)
 """Between two looks: at first, and at most."""
 # Set by torchrun and by `launch/supervisor.py`: who starts the ranks has the store, and rank 0 is one guest.
 _AGENT_HAS_STORE, _RESTARTS = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"
-_JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", _RESTARTS)
+_JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", _RESTARTS)
+Kind = Literal["rank", "node"]
+"""Who meets: ranks, or the launchers of several nodes before they start theirs."""
 
 
-def meet(ranks: Ranks, timeout_seconds: float) -> Store:
+def own_store() -> TCPStore:
+    """Open a store for ranks of this machine alone, which no other machine can reach."""
+    server = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port = server.getsockname()[1]
+    return TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach()
+    )
+
+
+def meet(ranks: Ranks, timeout_seconds: float, kind: Kind = "rank") -> Store:
     """Return the store of all ranks once each has come to it. All ranks call it.
 
     Args:
         ranks: this process's place.
         timeout_seconds: how long to wait for a rank that never comes.
+        kind: what `ranks` counts.
 
     Raises:
         ConfigError: the port is taken, or two processes say that they are the same rank.
         RanksFailed: somebody did not come in time; the message says who and where.
     """
-    wait = _Wait(ranks, timeout_seconds)
+    wait = _Wait(ranks, timeout_seconds, kind)
     store = _open(ranks, wait)
     store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
     # Ranks of another job that come to this port by mistake must not be counted.
-    store = PrefixStore("tide/" + ".".join(os.environ.get(name, "0") for name in _JOB), store)
+    prefix = "tide" if kind == "rank" else "tide-nodes"
+    store = PrefixStore(f"{prefix}/" + ".".join(os.environ.get(name, "0") for name in _JOB), store)
     try:
         _come_together(ranks, store, wait)
     except RuntimeError as error:
         raise RanksFailed(
-            f"rank {ranks.rank} of {ranks.world_size} lost {wait.where} while the ranks met there; why is in "
-            f"the log of rank 0, or of what started it: {last_line(error)}"
+            f"{kind} {ranks.rank} of {ranks.world_size} lost {wait.where} while the {kind}s met there; why "
+            f"is in the log of {kind} 0, or of what started it: {last_line(error)}"
         ) from error
     return store
 
@@ -61,8 +75,8 @@ def _come_together(ranks: Ranks, store: Store, wait: _Wait) -> None:
     """Enter this rank's number, and wait until all numbers are there."""
     if store.add(f"here/{ranks.rank}", 1) > 1:
         raise ConfigError(
-            f"two processes came to {wait.where} as rank {ranks.rank} of {ranks.world_size}; "
-            "each process needs a RANK of its own"
+            f"two processes came to {wait.where} as {wait.kind} {ranks.rank} of {ranks.world_size}; "
+            f"each process needs a {'RANK' if wait.kind == 'rank' else 'NODE_RANK'} of its own"
         )
     if ranks.rank:
         while not store.check(["all"]):
@@ -70,7 +84,7 @@ def _come_together(ranks: Ranks, store: Store, wait: _Wait) -> None:
         return
     missing = list(range(ranks.world_size))
     while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
-        wait.pause(f"{_listed(missing)} not come")
+        wait.pause(f"{_listed(missing, wait.kind)} not come")
     store.set("all", "1")
 
 
@@ -78,7 +92,7 @@ def _open(ranks: Ranks, wait: _Wait) -> Store:
     """Open the store's own end at rank 0, or a guest's elsewhere."""
     is_host = ranks.rank == 0 and os.environ.get(_AGENT_HAS_STORE) != str(True)
     while not is_host and (fault := _refusal(ranks.address, ranks.port)):
-        wait.pause(f"nobody answers there yet ({fault}); is it the machine of rank 0, and is rank 0 up?")
+        wait.pause(f"nobody answers there yet ({fault}); is it {wait.kind} 0's machine, and is that up?")
     try:
         return TCPStore(
             ranks.address,
@@ -116,8 +130,8 @@ def _refusal(address: str, port: int) -> str | None:
 class _Wait:
     """One rank's patience: it pauses, speaks when it lasts, and ends."""
 
-    def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
-        self.ranks, self.timeout_seconds = ranks, timeout_seconds
+    def __init__(self, ranks: Ranks, timeout_seconds: float, kind: Kind) -> None:
+        self.ranks, self.timeout_seconds, self.kind = ranks, timeout_seconds, kind
         self.where = f"{ranks.address}:{ranks.port}"
         self._start = time.monotonic()
         self._told = self._start + PATIENCE_SECONDS - AGAIN_SECONDS
@@ -134,11 +148,11 @@ class _Wait:
             RanksFailed: it has lasted too long.
         """
         now = time.monotonic()
-        words = f"{self.ranks.world_size} ranks at {self.where}: {why}"
+        words = f"{self.ranks.world_size} {self.kind}s at {self.where}: {why}"
         if now - self._start > self.timeout_seconds:
             raise RanksFailed(
-                f"rank {self.ranks.rank} waited {self.timeout_seconds:g} s for {words}; start all of them, "
-                "with one MASTER_ADDR and MASTER_PORT"
+                f"{self.kind} {self.ranks.rank} waited {self.timeout_seconds:g} s for {words}; start all of "
+                "them, with one MASTER_ADDR and MASTER_PORT"
             )
         if is_told and now - self._told > AGAIN_SECONDS:
             self._told = now
@@ -147,9 +161,9 @@ class _Wait:
         self._poll_seconds = min(_POLLS_SECONDS[1], 1.3 * self._poll_seconds)
 
 
-def _listed(ranks: list[int], most: int = 8) -> str:
+def _listed(missing: list[int], kind: Kind, most: int = 8) -> str:
     """Write "rank 3 has", "ranks 1, 2 have", or the first ones of many."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} has"
-    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
-    return f"ranks {', '.join(map(str, ranks[:most]))}{more} have"
+    if len(missing) == 1:
+        return f"{kind} {missing[0]} has"
+    more = f" and {len(missing) - most} more" if len(missing) > most else ""
+    return f"{kind}s {', '.join(map(str, missing[:most]))}{more} have"

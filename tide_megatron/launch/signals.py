@@ -8,6 +8,9 @@ stands in a library's call (a store or a collective that waits for a rank) would
 hears every signal by the interpreter's wake-up descriptor: it raises the flag, speaks, and ends the process
 where the main thread cannot. The handler in the main thread only unwinds what may be unwound.
 
+In a job of SLURM's only a second Ctrl-C ends anything at once: SLURM warns, terminates and preempts with
+several signals, and ends what it means to end with SIGKILL.
+
 Wrappers deliver one request twice (`timeout` signals its child and then the group; torchrun's agent passes on
 what its ranks got already), so signals shortly after the first belong to it. That agent dies of a second
 signal, and of SIGUSR1, and leaves its ranks behind: they take its end for a request.
@@ -117,6 +120,7 @@ class _Watch:
         self._has_said = threading.Event()
         self._is_over = threading.Event()
         self._has_unwound = False
+        self._is_job = "SLURM_JOB_ID" in os.environ
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -184,11 +188,14 @@ class _Watch:
             self.first_number, self.first_seconds = number, time.monotonic()
             self.stop.request(number.name)
             relay, answer = self.relay, self.stop.answer
-            self._say(f"{number.name} heard: {self.stop.promise}; a second one ends at once")
+            ending = "Ctrl-C" if self._is_job else "a second one"
+            self._say(f"{number.name} heard: {self.stop.promise}; {ending} ends at once")
             if relay is not None:
                 relay[0](number)
             elif answer == "end":
                 threading.Thread(target=self._end_if_deaf, name="stop", daemon=True).start()
+        elif self._is_job and number != signal.SIGINT:
+            return
         elif time.monotonic() - self.first_seconds > self._echo_seconds and not self.is_supervised:
             self._say(f"{number.name} heard again: ending at once")
             self._end(number)

@@ -12,9 +12,10 @@ same 30-second shutdown. Ours:
   traceback;
 - stop signals are passed on; ranks that trained nothing yet end, the others get `grace_seconds` to save and
   return; a second signal kills at once;
-- ranks end when this process is gone, even by SIGKILL (`launch/worker.py`).
+- ranks end when this process is gone, even by SIGKILL (`launch/worker.py`);
+- on several nodes each has a supervisor, and they pass on stops and the first failure (`launch/nodes.py`).
 
-Left out: restarts and several nodes (torchrun and SLURM do those).
+Left out: restarts, which SLURM does.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
 from tide_megatron.base.device import Wanted, check_gpus, choose_kind
 from tide_megatron.base.errors import RanksFailed, TideError
 from tide_megatron.base.stop import Stopped
+from tide_megatron.launch.nodes import Nodes, Word
+from tide_megatron.launch.rendezvous import own_store
 from tide_megatron.launch.signals import LEAVE_SIGNAL, STOPPED_CODE, relayed_to, signals_held
 from tide_megatron.launch.worker import Done, Failure, Halted, Job, work
 
@@ -56,13 +57,14 @@ _COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
 _NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def supervise(job: Job, num_ranks: int, grace_seconds: float) -> Any:
-    """Start ranks on this node, wait until they end, and return rank 0's value.
+def supervise(job: Job, num_ranks: int, grace_seconds: float, nodes: Nodes | None = None) -> Any:
+    """Start ranks on this node, wait until they end, and return its first rank's value.
 
     Args:
         job: what each of them does.
-        num_ranks: how many.
+        num_ranks: how many, on this node.
         grace_seconds: after a stop signal: how long the ranks may take to save and return.
+        nodes: the line to the launchers of the other nodes; None: there are none.
 
     Raises:
         TideError: what one of the ranks raised, with the rank named.
@@ -72,25 +74,36 @@ def supervise(job: Job, num_ranks: int, grace_seconds: float) -> Any:
     """
     if choose_kind(job.wanted) == "cuda":
         check_gpus(num_ranks)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = own_store() if nodes is None else None
+    meeting = _meeting_point(num_ranks, store.port) if store else _meeting_points(num_ranks, nodes)
     ranks: list[_Rank] = []
     relay = _Relay(ranks)
     try:
         with relayed_to(relay.hear, relay.abort):
-            environment = _environment(num_ranks, job.wanted) | _meeting_point(num_ranks, store.port)
-            _start(ranks, job, num_ranks, environment)
+            _start(ranks, job, num_ranks, _environment(num_ranks, job.wanted) | meeting)
             relay.pass_on()  # what was heard before there were ranks
-            _wait(ranks, relay, grace_seconds)
+            _wait(ranks, relay, grace_seconds, nodes)
+            first = _first_word(ranks, nodes)
     finally:
         _end(ranks)
+        if nodes is not None:
+            nodes.leave()
     if relay.is_aborted:
         raise KeyboardInterrupt
+    return _value(ranks, relay, grace_seconds, first)
+
+
+def _value(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float, first: Word | None) -> Any:
+    """Return the first rank's value, or raise why there is none."""
+    failures = [rank.outcome for rank in ranks if isinstance(rank.outcome, Failure)]
+    is_undone = failures or any(rank.outcome is None for rank in ranks)
+    if first is not None and is_undone and all(failure.is_echo for failure in failures):
+        raise first.error
     halted = [rank.outcome for rank in ranks if isinstance(rank.outcome, Halted)]
     if halted:
         raise Stopped(f"stopped by {relay.heard.name if relay.heard else halted[0].reason}")
-    failures = [rank.outcome for rank in ranks if isinstance(rank.outcome, Failure)]
     if failures:
-        raise first_failure(failures, num_ranks)
+        raise first_failure(failures, ranks[0].world_size)
     late = [rank.number for rank in ranks if rank.outcome is None]
     if late:
         assert relay.heard is not None, "without a failure only a stop signal sets a deadline"
@@ -106,14 +119,16 @@ def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[st
     """Start every rank; stop signals wait until they can be passed on to all of them."""
     log.info("starting %d ranks on this node with %s thread(s) each", num_ranks, environment[_THREADS])
     with starting(job.wanted) as context:
-        for number in range(num_ranks):
+        first, world_size = int(environment["GROUP_RANK"]) * num_ranks, int(environment["WORLD_SIZE"])
+        for local in range(num_ranks):
             mine, theirs = context.Pipe(duplex=False)
+            number = first + local
             process = context.Process(
-                target=work, args=(number, job, environment, theirs), name=f"rank {number}"
+                target=work, args=(number, local, job, environment, theirs), name=f"rank {number}"
             )
             process.start()
             theirs.close()
-            ranks.append(_Rank(number=number, process=process, report=mine))
+            ranks.append(_Rank(number=number, world_size=world_size, process=process, report=mine))
 
 
 @contextlib.contextmanager
@@ -180,9 +195,20 @@ def _meeting_point(num_ranks: int, port: int) -> dict[str, str]:
     return {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
+        "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _meeting_points(num_ranks: int, nodes: Nodes) -> dict[str, str]:
+    """Return the same for several nodes, whose launchers have met at node 0's store."""
+    place = nodes.place
+    return _meeting_point(num_ranks, place.port) | {
+        "WORLD_SIZE": str(place.world_size * num_ranks),
+        "GROUP_RANK": str(place.rank),
+        "MASTER_ADDR": place.address,
     }
 
 
@@ -191,6 +217,7 @@ class _Rank:
     """A started rank as its parent sees it."""
 
     number: int
+    world_size: int
     process: BaseProcess
     report: connection.Connection
     outcome: Done | Halted | Failure | None = None
@@ -249,20 +276,21 @@ class _Relay:
                     os.kill(rank.pid, self.heard)
 
 
-def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float) -> None:
+def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float, nodes: Nodes | None) -> None:
     """Return when every rank has an outcome and ended, or when the time it may still take is over."""
     deadline = float("inf")
     while waiting := [rank for rank in ranks if rank.outcome is None]:
-        # The poll is for ranks whose children keep the pipes open, and for deadlines.
+        # The poll is for ranks whose children keep the pipes open, for deadlines, and for other nodes.
         connection.wait(
             [each for rank in waiting for each in (rank.report, rank.process.sentinel)], timeout=0.2
         )
         for rank in waiting:
             rank.look()
         now = time.monotonic()
+        has_failed = nodes is not None and _exchange(ranks, relay, nodes)
         if relay.heard is not None:
             deadline = min(deadline, relay.heard_seconds + grace_seconds)
-        if any(isinstance(rank.outcome, Failure | Halted) for rank in ranks):
+        if has_failed or any(isinstance(rank.outcome, Failure | Halted) for rank in ranks):
             deadline = min(deadline, now + SETTLE_SECONDS)
         if now > deadline or relay.is_aborted:
             return
@@ -270,6 +298,38 @@ def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float) -> None:
         end = time.monotonic() + EXIT_SECONDS
         for rank in ranks:
             rank.process.join(max(0.0, end - time.monotonic()))
+
+
+def _exchange(ranks: Sequence[_Rank], relay: _Relay, nodes: Nodes) -> bool:
+    """Tell the other nodes of a request or an end here, and take up theirs; say whether another one ended."""
+    for outcome in (rank.outcome for rank in ranks):
+        if isinstance(outcome, Halted):
+            nodes.tell_end("halted", outcome.reason)
+        if isinstance(outcome, Failure) and not outcome.is_echo:
+            nodes.tell_end("failed" if outcome.error is None else "fault", outcome.told)
+    if relay.heard is not None:
+        nodes.tell_stop(relay.heard.name)
+    nodes.look()
+    word = nodes.stop()
+    if word is not None and relay.heard is None:
+        log.warning("node %d was asked to stop by %s, so this one stops too", word.node, word.text)
+        relay.hear(signal.Signals[word.text])
+    return nodes.end() is not None
+
+
+def _first_word(ranks: Sequence[_Rank], nodes: Nodes | None) -> Word | None:
+    """Return why another node ended first, where it is not known whether ranks here only lost their peers."""
+    if nodes is None:
+        return None
+    failures = [rank.outcome for rank in ranks if isinstance(rank.outcome, Failure)]
+    end = time.monotonic() + SETTLE_SECONDS * bool(failures)
+    nodes.look(at_once=True)
+    while nodes.end() is None and time.monotonic() < end and all(failure.is_echo for failure in failures):
+        time.sleep(0.1)
+        nodes.look(at_once=True)
+    if failures:
+        nodes.tell_end("failed", failures[0].told)
+    return nodes.end()
 
 
 def _end(ranks: Sequence[_Rank]) -> None:

@@ -38,6 +38,7 @@ from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import ConfigError, TideError, causes
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import StopFlag, is_stop
+from tide_megatron.launch.job_end import job_end
 from tide_megatron.launch.rendezvous import meet
 from tide_megatron.launch.signals import STOPPED_CODE, leave, release_signals, watch_signals
 from tide_megatron.parallel.collectives import gather_objects, own_share
@@ -68,7 +69,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Done:
-    """A rank's regular end, with the function's value (rank 0 only, it may be large)."""
+    """A rank's regular end, with the function's value (the node's first rank's only, it may be large)."""
 
     value: Any
 
@@ -92,12 +93,18 @@ class Failure:
     is_echo: bool = False
     """Only the loss of another rank was seen."""
 
+    @property
+    def told(self) -> str:
+        """Say it to other nodes."""
+        return f"rank {self.rank}: {self.text if self.error is None else self.error}"
 
-def work(rank: int, job: Job, environment: Mapping[str, str], report: Connection) -> None:
+
+def work(rank: int, local_rank: int, job: Job, environment: Mapping[str, str], report: Connection) -> None:
     """Run one started rank to its end and send how it ended. Called once, in a fresh process.
 
     Args:
         rank: this one's number.
+        local_rank: its number on this node.
         job: what to do.
         environment: the parent's variables, and where the world meets: a rank forked from a server has the
             server's.
@@ -105,14 +112,14 @@ def work(rank: int, job: Job, environment: Mapping[str, str], report: Connection
     """
     os.setsid()
     threading.Thread(target=_end_with_parent, name="watch-parent", daemon=True).start()
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(local_rank))
     start_log(rank)
     with watch_signals(is_supervised=True) as stop:
         # No teardown at an early end: it could wait for ranks that are stuck, which should notice the loss.
         try:
             release_signals()
             value = run_here(job, read_ranks(), stop)
-            report.send(Done(value=value if rank == 0 else None))
+            report.send(Done(value=value if local_rank == 0 else None))
         except BaseException as error:
             if is_stop(error):
                 report.send(Halted(reason=str(stop.reason)))
@@ -163,6 +170,8 @@ def run_here(job: Job, ranks: Ranks | None, stop: StopFlag) -> Any:
             store = None if ranks is None else meet(ranks, job.timeout_seconds)
             start_distributed(device, ranks, timeout_seconds=job.timeout_seconds, store=store)
             device = agree_on_gpus(device)
+        if ranks is None or ranks.rank == 0:
+            stop.ends_at = job_end()
         with disk_faults(kind=TideError):
             value = job.function(*job.args, device=device, stop=stop)
     except BaseException:

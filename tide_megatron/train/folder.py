@@ -6,6 +6,7 @@ metrics.jsonl   what was measured, one record a line
 checkpoints/    step-* and `latest`
 model/          the student in Hugging Face form, written at the end
 result.json     held-out scores and costs, written at the end
+last_step       how many updates were applied, to the moment
 stopped.json    instead of it: why and where the run was stopped; gone when it goes on
 """
 
@@ -30,11 +31,12 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.checkpoint.retention import listed
 from tide_megatron.evaluate.model_folder import MODEL, RECIPE
 from tide_megatron.models.hf.config import CONFIG_FILE
+from tide_megatron.train.last_step import LAST_STEP
 from tide_megatron.train.resolve import Tree
 from tide_megatron.train.same_run import moved, refuse_other
 
 CHECKPOINTS, RESULT, STOPPED, LOG = "checkpoints", "result.json", "stopped.json", "run.log"
-_OURS = (CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", LOG, RECIPE)
+_OURS = (CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", LOG, LAST_STEP, RECIPE)
 _OTHER = "choose another folder="
 
 

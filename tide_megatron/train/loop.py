@@ -46,6 +46,7 @@ from tide_megatron.train.folder import (
     write_result,
     write_stopped,
 )
+from tide_megatron.train.last_step import Deadline, LastStep
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.profile import Profiler
 from tide_megatron.train.recipe import Recipe
@@ -155,8 +156,12 @@ def _step_and_score(
     if recipe.evaluation.at_start and not clock.consumed:
         _evaluate(recipe, setup, clock, metrics)
     costs = Costs(setup.spent)
-    with Profiler(recipe.metrics.profile, Path(recipe.folder), setup.run.device) as profiler:
-        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop, costs, profiler)
+    folder = Path(recipe.folder)
+    with (
+        Profiler(recipe.metrics.profile, folder, setup.run.device) as profiler,
+        LastStep(folder, clock, is_kept=is_first()) as last,
+    ):
+        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop, costs, profiler, last)
     result = {
         "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
         **costs.own(),
@@ -228,11 +233,12 @@ def _loop(
     stop: StopFlag,
     costs: Costs,
     profiler: Profiler,
+    last: LastStep,
 ) -> tuple[Clock, bool]:
     """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
     run, every, skipped = setup.run, recipe.checkpoints.every, 0
     saved = clock.consumed if clock.consumed else -1
-    stopped = False
+    stopped, deadline = False, Deadline(stop, lambda: [save.seconds for save in saver.times])
     while clock.step < clock.total_steps and not stopped:
         before = clock
         with run.phases("checkpoint"):
@@ -245,17 +251,14 @@ def _loop(
             batches = setup.loader.update(clock.consumed)
         result = train_step(run, batches, clock)
         clock = clock.after_step(applied=result.update.applied, samples=setup.loader.update_samples)
+        last.note(clock)
         profiler.after(clock)
         skipped = 0 if result.update.applied else skipped + 1
         _report(metrics, recipe, result, before, clock)
         if skipped >= MOST_SKIPPED:
             saver.wait()
-            left = "nothing was saved" if saved < 0 else "the run goes on from its last checkpoint"
-            raise TideError(
-                f"{skipped} updates in a row were not finite (step {clock.step}); lower "
-                "optimizer.learning_rate or a loss weight, or look for a model whose weights are damaged or "
-                f"that answers NaN; {left}"
-            )
+            raise _not_finite(skipped, clock, is_saved=saved >= 0)
+        deadline.after_step()
         stopped = not all_agree(not stop.requested)
         is_best = False
         if result.update.applied and not stopped:
@@ -278,6 +281,14 @@ def _loop(
             "stopped by %s at step %d; the same command goes on", stop.reason or "another rank", clock.step
         )
     return clock, stopped
+
+
+def _not_finite(skipped: int, clock: Clock, *, is_saved: bool) -> TideError:
+    left = "the run goes on from its last checkpoint" if is_saved else "nothing was saved"
+    return TideError(
+        f"{skipped} updates in a row were not finite (step {clock.step}); lower optimizer.learning_rate or a "
+        f"loss weight, or look for a model whose weights are damaged or that answers NaN; {left}"
+    )
 
 
 def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock, after: Clock) -> None:

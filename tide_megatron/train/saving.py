@@ -23,6 +23,7 @@ from tide_megatron.evaluate.likelihood import Likelihood
 from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, sum_over
 from tide_megatron.train.branch import KEY, begin_from
 from tide_megatron.train.folder import CHECKPOINTS
+from tide_megatron.train.last_step import lost_steps
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, digest
 from tide_megatron.train.same_run import check_contents, refuse_other, with_steps
@@ -78,7 +79,11 @@ def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup, *, resume: bool = 
             setup.contents[KEY] = old.contents[KEY]
         load_checkpoint(found, setup.run.student.model, setup.run.student.optimizer)
         clock = with_steps(clock, recipe)
-        log.info("resumed from step %d, %d samples consumed (%s)", clock.step, clock.consumed, found.name)
+        lost = lost_steps(Path(recipe.folder), clock)
+        told = "" if lost is None else f" lost {lost or 'no'} step{'s' * (lost != 1)},"
+        log.info(
+            "resumed from step %d,%s %d samples consumed (%s)", clock.step, told, clock.consumed, found.name
+        )
     return clock
 
 

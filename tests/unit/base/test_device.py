@@ -12,9 +12,7 @@ from tide_megatron.base.device import (
     check_gpus,
     choose_device,
     choose_kind,
-    first_host,
     read_ranks,
-    tasks_by_node,
 )
 from tide_megatron.base.errors import ConfigError
 
@@ -184,14 +182,6 @@ def test_threads_of_slurms_tasks_are_those_of_one_machine(machine, monkeypatch):
     assert choose_device("cpu").threads == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "counts"),
-    [("4", [4]), ("4(x2),3", [4, 4, 3]), ("2,8(x1)", [2, 8]), ("", []), ("4(x)", []), ("four", [])],
-)
-def test_tasks_of_each_node_are_read(text, counts):
-    assert tasks_by_node(text) == counts
-
-
 @pytest.mark.parametrize("rank", range(4))
 def test_a_task_of_srun_takes_the_one_gpu_that_it_sees(machine, monkeypatch, rank):
     with_gpus(monkeypatch, 1)
@@ -283,21 +273,10 @@ def test_the_first_node_of_the_step_has_rank_0(machine, variables, address):
     assert read_ranks().address == address
 
 
-@pytest.mark.parametrize(
-    ("text", "host"),
-    [
-        ("node1", "node1"),
-        ("node[1-4]", "node1"),
-        ("rack[2-3]n[07,09-11],other", "rack2n07"),
-        ("a.b-c[010]", "a.b-c010"),
-        (" x,y", "x"),
-        ("", None),
-        ("n[1-2", None),
-        ("n 1", None),
-    ],
-)
-def test_the_first_host_of_slurms_short_form(text, host):
-    assert first_host(text) == host
+def test_a_bad_list_of_nodes_is_named(machine):
+    machine(**task(0, 16, NNODES=2, JOB_NODELIST="n[1-2"))
+    with pytest.raises(ConfigError, match=r"^SLURM_JOB_NODELIST='n\[1-2' is no list of nodes .*MASTER_ADDR$"):
+        read_ranks()
 
 
 PTY = {"PTY_PORT": 40001, "PTY_WIN_COL": 80}

@@ -24,7 +24,11 @@ from tide_megatron.launch.doctor import Finding
 SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --on-bad --normalize --teacher --add-mask "
     "--replace",
-    "train": "recipe overrides --ranks --device --folder --branch --resume/--fresh --dry-run",
+    "train": "recipe overrides --ranks --ranks-per-node --device --folder --branch --resume/--fresh "
+    "--dry-run",
+    "submit": "recipe overrides --nodes --ranks-per-node --shape --partition --account --time --name "
+    "--gpus-per-node --cpus-per-rank --container --containers --mount --warning --restarts --chain --sweep "
+    "--env --sbatch --python --check/--no-check --dry-run",
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --mask --new-tokens --steps --device --precision "
     "--engine --fp8",
@@ -110,6 +114,7 @@ def test_words_that_are_not_known(words, said):
     [
         "train ~/x.yaml",
         "train ~/x.yaml --dry-run",
+        "submit ~/x.yaml --dry-run",
         "sample ~/x hello",
         "evaluate ~/x --data ~/y",
         "export ~/x ~/out",
@@ -226,8 +231,8 @@ def test_a_verb_that_is_asked_to_stop_says_so_and_has_an_exit_code_of_its_own(va
 def test_train_passes_the_recipes_timeout_on(monkeypatch, tmp_path):
     calls, is_finished = [], [True, False, False]
 
-    def run_ranks(function, args, num_ranks, device, *, timeout_seconds):
-        calls.append((function.__name__, args[2], num_ranks, device, timeout_seconds))
+    def run_ranks(function, args, num_ranks, device, *, ranks_per_node, timeout_seconds):
+        calls.append((function.__name__, args[2], num_ranks or ranks_per_node, device, timeout_seconds))
         return {"finished": is_finished.pop(0)}
 
     monkeypatch.setattr(launch_ranks, "run_ranks", run_ranks)
@@ -240,8 +245,8 @@ def test_train_passes_the_recipes_timeout_on(monkeypatch, tmp_path):
         "steps": 1,
     }
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
-    words = ["train", str(tmp_path / "run.yaml"), "--ranks", "2", "--device", "cpu"]
-    for more, code in ([], 0), (["timeout_seconds=90"], 75):
+    words = ["train", str(tmp_path / "run.yaml"), "--device", "cpu"]
+    for more, code in (["--ranks", "2"], 0), (["--ranks-per-node", "2", "timeout_seconds=90"], 75):
         result = CliRunner().invoke(app, [*words, *more])
         assert result.exit_code == code, result.output
     assert calls == [("train", True, 2, "cpu", seconds) for seconds in (600.0, 90.0)]

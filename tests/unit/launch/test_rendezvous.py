@@ -15,7 +15,12 @@ from tide_megatron.launch.rendezvous import meet
 
 @pytest.fixture(autouse=True)
 def no_agent(monkeypatch):
-    for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID"):
+    for name in (
+        "TORCHELASTIC_USE_AGENT_STORE",
+        "TORCHELASTIC_RESTART_COUNT",
+        "SLURM_JOB_ID",
+        "SLURM_RESTART_COUNT",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 0.1)
 
@@ -102,7 +107,7 @@ def test_ranks_of_another_job_are_not_counted(port, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     with pytest.raises(RanksFailed, match=r"^rank 1 waited 0\.3 s"):
         meet(place(1, port, world_size=2), 0.3)
-    came = {job: PrefixStore(f"tide/{job}.0.0", host).check(["here/1"]) for job in (8, 9)}
+    came = {job: PrefixStore(f"tide/{job}.0.0.0", host).check(["here/1"]) for job in (8, 9)}
     assert came == {8: False, 9: True}
 
 

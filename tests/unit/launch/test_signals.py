@@ -46,7 +46,8 @@ class Child:
     """One such process, and what it said when."""
 
     def __init__(self, block, wait, **variables):
-        environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+        left_out = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
+        environment = {name: value for name, value in os.environ.items() if name not in left_out}
         self.process = subprocess.Popen(
             [sys.executable, "-c", CHILD, block, wait],
             stdout=subprocess.PIPE,
@@ -111,6 +112,19 @@ def test_the_first_signal_unwinds_what_has_nothing_to_save_and_the_next_does_not
         finally:
             unwound.append(stop.answer)
     assert unwound == ["end"]
+
+
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, None), (signal.SIGINT, 128 + signal.SIGINT)])
+def test_in_a_job_of_slurms_only_a_second_ctrl_c_ends_at_once(second, code):
+    child = Child("finish", "heard", SLURM_JOB_ID="7")
+    assert "the step is saved; Ctrl-C ends at once" in child.heard(signal.SIGUSR1)
+    time.sleep(2 * signals.ECHO_SECONDS)
+    child.process.send_signal(second)
+    time.sleep(0.5 if code is None else 0)
+    if code is None:
+        assert child.process.poll() is None
+        child.process.kill()
+    assert child.end(10)[0] == (-signal.SIGKILL if code is None else code)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""Which node a launcher is, and what launchers tell each other through the store."""
+
+import os
+
+import pytest
+from torch.distributed import HashStore
+
+from tide_megatron.base.device import Ranks
+from tide_megatron.base.errors import ConfigError, RanksFailed, TideError
+from tide_megatron.base.stop import Stopped
+from tide_megatron.launch.nodes import Nodes, read_node
+from tide_megatron.launch.ranks import planned_ranks
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Give a function that sets exactly these variables."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+    def shows(**variables):
+        for name in (*ours, *(name for name in os.environ if name.startswith("SLURM_"))):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    shows()
+    return shows
+
+
+def task(node, nodes, tasks="1(x{})", **more):
+    return {
+        "SLURM_STEP_ID": 0,
+        "SLURM_PROCID": node,
+        "SLURM_LOCALID": 0,
+        "SLURM_STEP_NUM_TASKS": nodes,
+        "SLURM_STEP_NUM_NODES": nodes,
+        "SLURM_NNODES": nodes,
+        "SLURM_STEP_TASKS_PER_NODE": tasks.format(nodes),
+        "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+        **more,
+    }
+
+
+def test_a_task_of_srun_a_node_is_a_launcher(machine):
+    machine(**task(2, 4), MASTER_PORT=23456)
+    wanted = Ranks(rank=2, local_rank=0, world_size=4, address="gpu07", port=23456)
+    assert read_node() == wanted
+    assert planned_ranks(None, 8) == 32
+    assert planned_ranks(32, 8) == 32
+    with pytest.raises(ConfigError, match=r"^--ranks 8, but 4 node\(s\) of --ranks-per-node 8 have 32"):
+        planned_ranks(8, 8)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, task(0, 1), {"SLURM_JOB_ID": 3, "SLURM_NNODES": 1}, {"NNODES": 1}, {"NNODES": 1, "NODE_RANK": 0}],
+)
+def test_one_node_needs_nobody(machine, variables):
+    machine(**variables)
+    assert read_node() is None
+    assert planned_ranks(None, 8) == 8
+
+
+def test_nodes_that_are_numbered_by_hand(machine):
+    machine(NNODES=2, NODE_RANK=1, MASTER_ADDR="a", MASTER_PORT=2000)
+    assert read_node() == Ranks(rank=1, local_rank=0, world_size=2, address="a", port=2000)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            task(0, 8, "4(x2)"),
+            r"^--ranks-per-node .* srun started several tasks on one; .* --ntasks-per-node=1",
+        ),
+        (task(1, 8, "", SLURM_LOCALID=1), r"^--ranks-per-node .* several tasks on one"),
+        (
+            {"RANK": 0, "WORLD_SIZE": 2},
+            r"^--ranks-per-node is for our own launcher, .* leave it out under torchrun",
+        ),
+        ({"NNODES": 2}, r"^NNODES='2' NODE_RANK='' MASTER_ADDR='' MASTER_PORT='' do not say which node"),
+        ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "a", "MASTER_PORT": 1}, r"NODE_RANK='2' .* do not say"),
+        ({"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "a", "MASTER_PORT": 0}, r"MASTER_PORT='0' do not say"),
+        ({"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "", "MASTER_PORT": 1}, r"MASTER_ADDR='' .* do not say"),
+        ({"NODE_RANK": "one"}, r"NODE_RANK='one' .* do not say"),
+        (task(0, 2, SLURM_STEP_NODELIST="gpu[07-"), r"^SLURM_STEP_NODELIST='gpu\[07-' is no list of nodes"),
+    ],
+)
+def test_what_is_no_launchers_place_is_named(machine, variables, said):
+    machine(**variables)
+    with pytest.raises(ConfigError, match=said):
+        read_node()
+
+
+def three_nodes():
+    store = HashStore()
+    return [Nodes(Ranks(rank=node, local_rank=0, world_size=3), store) for node in range(3)]
+
+
+def test_the_first_end_of_a_node_is_heard_by_the_others_alone():
+    first, second, third = three_nodes()
+    second.tell_end("fault", "rank 5: steps: 0 is not valid")
+    third.tell_end("failed", "rank 9 lost its peers")
+    for nodes in (first, second, third):
+        nodes.look(at_once=True)
+    assert second.end() is None
+    for nodes in (first, third):
+        error = nodes.end().error
+        assert type(error) is TideError
+        assert str(error) == "node 1 failed first: rank 5: steps: 0 is not valid"
+        assert nodes.stop() is None
+
+
+@pytest.mark.parametrize(("kind", "error"), [("failed", RanksFailed), ("halted", Stopped)])
+def test_an_end_is_raised_as_what_it_was(kind, error):
+    first, second, _ = three_nodes()
+    second.tell_end(kind, "SIGTERM")
+    first.look(at_once=True)
+    assert type(first.end().error) is error
+
+
+def test_a_request_and_an_end_do_not_hide_each_other():
+    first, second, _ = three_nodes()
+    second.tell_stop("SIGUSR1")
+    first.look()
+    assert (first.stop().text, first.stop().node, first.end()) == ("SIGUSR1", 1, None)
+    second.tell_end("failed", "rank 2: it was killed")
+    first.look()
+    assert first.end() is None, "the store is asked twice a second at most"
+    first.look(at_once=True)
+    assert first.end().text == "rank 2: it was killed"
+
+
+def test_a_store_that_has_gone_is_the_end_of_node_0():
+    class Gone:
+        def check(self, *arguments):
+            raise RuntimeError("Connection reset by peer")
+
+        compare_set = add = check
+
+    nodes = Nodes(Ranks(rank=1, local_rank=0, world_size=2), Gone())
+    nodes.tell_stop("SIGTERM")
+    nodes.look()
+    assert str(nodes.end().error).startswith("node 0 failed first: its launcher has gone")
+    nodes.leave()

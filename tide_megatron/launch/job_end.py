@@ -1,0 +1,31 @@
+"""When SLURM will end the job of this process, so that a run can save before, with or without a signal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+
+from tide_megatron.base.nodes import seconds_of
+
+ASK_SECONDS = 20.0
+"""So long may squeue take to answer."""
+
+
+def job_end() -> float | None:
+    """Return when this process's job ends, by `time.monotonic`; None: no job, no limit, or nobody says.
+
+    SLURM_JOB_END_TIME says it (from SLURM 23.02 on, and in scripts of `tide submit`), else squeue is asked.
+    """
+    number, end = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_JOB_END_TIME", "")
+    if not number:
+        return None
+    if end.isdecimal():
+        return time.monotonic() + int(end) - time.time()
+    asked = ["squeue", "--noheader", f"--jobs={number}", "--format=%L"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=ASK_SECONDS).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    left = seconds_of(said)
+    return None if left is None else time.monotonic() + left
