@@ -113,19 +113,25 @@ def train(
         Stopped: (a KeyboardInterrupt) a signal to stop before the first step; nothing was written.
         KeyboardInterrupt: a second signal.
     """
+    from tide_megatron.base.errors import RanksFailed, TideError
     from tide_megatron.launch.ranks import run_ranks
+    from tide_megatron.train.history import note_failure
     from tide_megatron.train.loop import train as run
     from tide_megatron.train.resolve import load_recipe
 
     resolved, tree = load_recipe(local_path(recipe), overrides)
-    result: dict[str, Any] = run_ranks(
-        run,
-        (resolved, tree, resume),
-        ranks,
-        resolved.device,
-        ranks_per_node=ranks_per_node,
-        timeout_seconds=resolved.timeout_seconds,
-    )
+    try:
+        result: dict[str, Any] = run_ranks(
+            run,
+            (resolved, tree, resume),
+            ranks,
+            resolved.device,
+            ranks_per_node=ranks_per_node,
+            timeout_seconds=resolved.timeout_seconds,
+        )
+    except (RanksFailed, TideError) as fault:
+        note_failure(Path(resolved.folder), str(fault))  # of ranks that could not
+        raise
     return result
 
 

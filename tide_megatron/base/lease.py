@@ -122,6 +122,18 @@ class Lease:
                 return
 
 
+def holder_of(path: Path) -> Holder | None:
+    """Return who holds a lease, as far as one look tells: this machine's dead and what is stale hold nothing.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    seen = _sight(path)
+    if seen is None or seen.holder.is_gone(Holder.here(read_job())):
+        return None
+    return seen.holder if time.time() - seen.touched < STALE_SECONDS else None
+
+
 def lease_beside(target: Path) -> Path:
     """Return where the lease on a place is that is replaced as a whole."""
     return target.with_name(f".{target.name}{LEASE}")

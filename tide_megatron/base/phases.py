@@ -24,6 +24,12 @@ import torch
 
 from tide_megatron.base.memory import take_peak_bytes
 
+PHASES = (
+    *("data", "teacher", "exchange", "student", "head", "backward", "optimizer"),
+    *("evaluate", "checkpoint"),
+)
+"""What a training run names, in the order of a step."""
+
 
 class TimingEvent(Protocol):
     """A moment on some clock; `torch.cuda.Event(enable_timing=True)` is one."""

@@ -31,6 +31,7 @@ from tide_megatron.commands.model_verbs import app as model
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
 from tide_megatron.commands.sample import sample
+from tide_megatron.commands.status import status
 from tide_megatron.commands.submit import submit
 from tide_megatron.commands.train import train
 from tide_megatron.launch.signals import leave, stopped_code, watch_signals
@@ -39,6 +40,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "train": train,
     "submit": submit,
+    "status": status,
     "recipe": recipe,
     "sample": sample,
     "evaluate": evaluate,

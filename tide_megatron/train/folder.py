@@ -6,6 +6,8 @@ metrics.jsonl   what was measured, one record a line
 checkpoints/    step-* and `latest`
 model/          the student in Hugging Face form, written at the end
 result.json     held-out scores and costs, written at the end
+starts.jsonl    every start and how it ended
+status.html     what the run does, for a browser; status.json for programs
 last_step       how many updates were applied, to the moment
 stopped.json    instead of it: why and where the run was stopped; gone when it goes on
 """
@@ -36,7 +38,11 @@ from tide_megatron.train.resolve import Tree
 from tide_megatron.train.same_run import moved, refuse_other
 
 CHECKPOINTS, RESULT, STOPPED, LOG = "checkpoints", "result.json", "stopped.json", "run.log"
-_OURS = (CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", LOG, LAST_STEP, RECIPE)
+STARTS, STATUS, PAGE = "starts.jsonl", "status.json", "status.html"
+_OURS = (
+    *(CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", LOG, LAST_STEP),
+    *(STARTS, STATUS, PAGE, RECIPE),
+)
 _OTHER = "choose another folder="
 
 

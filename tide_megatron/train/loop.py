@@ -46,7 +46,8 @@ from tide_megatron.train.folder import (
     write_result,
     write_stopped,
 )
-from tide_megatron.train.last_step import Deadline, LastStep
+from tide_megatron.train.history import note_end, note_start, noting_faults
+from tide_megatron.train.last_step import Deadline, LastStep, lost_steps
 from tide_megatron.train.metrics import Metrics
 from tide_megatron.train.profile import Profiler
 from tide_megatron.train.recipe import Recipe
@@ -54,6 +55,7 @@ from tide_megatron.train.resolve import Tree
 from tide_megatron.train.sanity import check_student, check_teachers
 from tide_megatron.train.saving import Costs, make_saver, note_score, start_or_resume
 from tide_megatron.train.setup import Setup, set_up
+from tide_megatron.train.status import write_status
 from tide_megatron.train.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
@@ -99,24 +101,39 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
             saver = make_saver(recipe, tree, setup, lease)
         with stop.finishing("the run ends after its step under way, and saves it"):
             _begin_together(stop)
-            _claim(folder, tree, resume, journal)
-            with _open_metrics(recipe, tree, setup, clock, device) as metrics:
+            _claim(folder, tree, resume, journal, clock)
+            with (
+                noting_faults(folder if is_first() else None),
+                _open_metrics(recipe, tree, setup, clock, device) as metrics,
+            ):
                 result = _step_and_score(recipe, setup, saver, clock, metrics, stop) | {"teachers": sanity}
-            if result["finished"]:
-                _write_student(recipe, setup, result, lease)
-            elif is_first():
-                write_stopped(folder, result["clock"], stop.reason or "another rank")
+                if result["finished"]:
+                    _write_student(recipe, setup, result, lease)
+            if is_first():
+                _tell_end(folder, result, stop)
     return result
 
 
-def _claim(folder: Path, tree: Tree, resume: bool, journal: Journal | None) -> None:
+def _claim(folder: Path, tree: Tree, resume: bool, journal: Journal | None, clock: Clock) -> None:
     """Take the run folder, whose checkpoint has been compared, and begin its log. All ranks call it."""
     with fail_together():
         if is_first():
+            lost = lost_steps(folder, clock) if resume else None
             claim_folder(folder, tree, resume=resume)
             write_recipe(folder, tree)
+            note_start(folder, clock, lost, dist.get_world_size())
     if journal is not None:
         journal.open(folder / LOG)
+
+
+def _tell_end(folder: Path, result: dict[str, Any], stop: StopFlag) -> None:
+    """Write down how the run ended, in order (only the first rank calls it)."""
+    step, why = result["clock"]["step"], stop.reason or "another rank"
+    if not result["finished"]:
+        write_stopped(folder, result["clock"], why)
+    note_end(folder, "finished" if result["finished"] else "stopped", "" if result["finished"] else why, step)
+    with contextlib.suppress(OSError):
+        write_status(folder)
 
 
 def _begin_together(stop: StopFlag) -> None:

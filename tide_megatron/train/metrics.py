@@ -3,8 +3,8 @@
 `Metrics` collects what the loop hands it after every step, and every few steps writes one record to each
 sink. Names are flat (`loss`, `loss/kl`, `phase/teacher`), the same in every sink; docs/metrics.md has every
 one of them, with its unit. Only rank 0 has sinks; the other ranks call the same methods and nothing happens,
-so loops need no `if rank == 0`. The loop's values are already the same on every rank; nothing here is a
-collective.
+so loops need no `if rank == 0`. The loop's values are already the same on every rank. One collective is made
+for each training record: all ranks' seconds by phase come together.
 
 `metrics.jsonl` is the record that plots are made from: one flushed line per record; a resumed run first drops
 the lines of steps that were done but not saved, so the file reads as if the run had never stopped.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +23,13 @@ from typing import Any
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.memory import peak_memory_bytes
-from tide_megatron.base.phases import Phases
+from tide_megatron.base.phases import PHASES, Phases
+from tide_megatron.parallel.collectives import gather_objects, gather_vectors
 from tide_megatron.train.cost import Cost, Devices
 from tide_megatron.train.progress import Progress
 from tide_megatron.train.recipe import MetricsOptions
 from tide_megatron.train.sinks import JsonLines, Record, Sink, TensorBoard, WeightsAndBiases, guarded
+from tide_megatron.train.status import StatusPage
 
 PAUSES = ("evaluate", "checkpoint")
 """Phases that are not training: tokens per second leave them out."""
@@ -57,7 +60,7 @@ class Metrics:
         devices: Devices,
         recipe: Mapping[str, Any] | None,
     ) -> None:
-        """Open the sinks on rank 0, and forget the times of whatever was before the first step.
+        """Open the sinks on rank 0, and forget the times before the first step. All ranks call it.
 
         Args:
             options: where to and how often.
@@ -75,9 +78,11 @@ class Metrics:
         self._window = _Window(started_seconds=time.monotonic())
         self._progress: Progress | None = None
         self._sinks: list[Sink] = []
+        hosts = gather_objects(platform.node())
         if recipe is not None:
             self._progress = Progress(clock)
             self._sinks = [self._progress, JsonLines(folder, clock)]
+            self._sinks.append(guarded("status.html", lambda: StatusPage(folder, clock, hosts)))
             if options.tensorboard:
                 self._sinks.append(guarded("tensorboard", lambda: TensorBoard(folder, clock)))
             if options.wandb != "off":
@@ -103,7 +108,7 @@ class Metrics:
         tokens: int,
         cost: Cost,
     ) -> None:
-        """Take the values of one attempted update; every rank may call it after every step.
+        """Take the values of one attempted update. All ranks call it after every step.
 
         Args:
             clock: after the update.
@@ -123,11 +128,11 @@ class Metrics:
         if self._progress is not None:
             self._progress.advance(clock)
         if attempts == 1 or attempts % self.options.every == 0 or clock.step == clock.total_steps:
-            self._write(
-                Record(
-                    kind="train", clock=clock, values={**means(window.averaged), **latest, **self._costs()}
-                )
-            )
+            seconds = max(time.monotonic() - window.started_seconds, 1e-9)
+            phases = self.phases.take()
+            by_rank = gather_vectors([phases.get(name, 0.0) for name in PHASES]).tolist()
+            values = {**means(window.averaged), **latest, **self._costs(seconds, phases)}
+            self._write(Record(kind="train", clock=clock, values=values, rank_seconds=by_rank))
             self._window = _Window(started_seconds=time.monotonic())
 
     def evaluated(self, clock: Clock, values: Mapping[str, float]) -> None:
@@ -144,14 +149,16 @@ class Metrics:
         for sink in self._sinks:
             sink.write(record)
 
-    def _costs(self) -> dict[str, float]:
+    def _costs(self, seconds: float, phases: Mapping[str, float]) -> dict[str, float]:
         """Return rates, shares of the time by phase, and the largest memory so far.
 
         Rates are over the time of training: what `PAUSES` took is left out.
+
+        Args:
+            seconds: since the record before.
+            phases: seconds of them by phase.
         """
         window = self._window
-        seconds = max(time.monotonic() - window.started_seconds, 1e-9)
-        phases = self.phases.take()
         training = max(seconds - sum(phases.get(name, 0.0) for name in PAUSES), 1e-9)
         device_seconds, peak = training * self.devices.number, self.devices.peak_flops
         return {

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,6 +32,8 @@ class Record:
     kind: Literal["train", "evaluate"]
     clock: Clock
     values: Mapping[str, float]
+    rank_seconds: Sequence[Sequence[float]] = ()
+    """Of each rank, since the record before: seconds by phase of `PHASES`. Training records only."""
 
 
 class Sink(Protocol):

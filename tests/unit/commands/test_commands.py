@@ -29,6 +29,7 @@ SURFACE = {
     "submit": "recipe overrides --nodes --ranks-per-node --shape --partition --account --time --name "
     "--gpus-per-node --cpus-per-rank --container --containers --mount --warning --restarts --chain --sweep "
     "--env --sbatch --python --check/--no-check --dry-run",
+    "status": "runs --json --watch",
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --mask --new-tokens --steps --device --precision "
     "--engine --fp8",

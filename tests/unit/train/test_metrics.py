@@ -126,7 +126,7 @@ def test_a_resumed_file_reads_as_if_the_run_had_never_stopped(tmp_path):
         ("train", 4),
         ("train", 6),
     ]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "status.json", "status.html"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""Every start of a run and how it ended: `starts.jsonl` in the run folder, one line for each of both.
+
+The first rank adds a line when training begins and one when it ends. Whoever started the ranks adds the end
+that the first rank could not tell of (it was killed, or another rank failed first). A start without an end
+was killed together with whoever watched it, or its machine was lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from tide_megatron.base.clock import Clock
+from tide_megatron.base.device import read_job
+from tide_megatron.base.lease import LEASE, holder_of
+from tide_megatron.base.owner import Holder
+from tide_megatron.base.read import text_of
+from tide_megatron.train.folder import STARTS
+
+_LONGEST = 500
+"""Characters of a reason: the first error, not its traceback."""
+
+End = Literal["finished", "stopped", "failed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of a run, with its end where one was told."""
+
+    at: str
+    """When training began, ISO 8601 with the zone."""
+    step: int
+    """Where it went on from."""
+    lost: int | None = None
+    """Updates of the start before that were not saved; None: nobody knows, or there was none."""
+    ranks: int = 1
+    host: str = ""
+    job: str = ""
+    """SLURM's number; empty outside of it."""
+    restarts: int = 0
+    """How often SLURM had restarted the job."""
+    ended_at: str = ""
+    end: End | None = None
+    """How it ended; None: it goes on, or ended without a word."""
+    why: str = ""
+    last_step: int | None = None
+    """The last applied update that its end told."""
+
+
+def now() -> str:
+    """Return this moment, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def note_start(folder: Path, clock: Clock, lost: int | None, ranks: int) -> None:
+    """Add a start (only the first rank calls it)."""
+    here = Holder.here(read_job())
+    line = {"at": now(), "step": clock.step, "lost": lost, "ranks": ranks}
+    _add(folder, line | {"host": here.host, "job": here.job, "restarts": here.restarts})
+
+
+def note_end(folder: Path, end: End, why: str = "", step: int | None = None) -> None:
+    """Add how the last start ended, unless that is known (one process calls it)."""
+    starts = read_history(folder)
+    if starts and starts[-1].end is None:
+        words = " ".join(why.split())
+        short = words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
+        _add(folder, {"ended_at": now(), "end": end, "why": short, "last_step": step})
+
+
+def note_failure(folder: Path, why: str) -> None:
+    """Add the end of ranks that ended without one, seen from whoever started them. Not a collective.
+
+    A start that was refused because another one trains says nothing of that one.
+    """
+    with contextlib.suppress(OSError):
+        if (folder / STARTS).is_file() and holder_of(folder / LEASE) is None:
+            note_end(folder, "failed", why)
+
+
+@contextlib.contextmanager
+def noting_faults(folder: Path | None) -> Iterator[None]:
+    """Note the fault that ends the block; None: another rank does."""
+    try:
+        yield
+    except BaseException as fault:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                note_end(
+                    folder, "stopped" if isinstance(fault, KeyboardInterrupt) else "failed", _words(fault)
+                )
+        raise
+
+
+def read_history(folder: Path) -> list[Start]:
+    """Return the starts of a run, oldest first; lines that are none are left out."""
+    found: list[dict[str, Any]] = []
+    try:
+        lines = text_of(folder / STARTS).splitlines()
+    except (OSError, ValueError):
+        return []
+    names = {field.name for field in dataclasses.fields(Start)}
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            said = json.loads(line)
+            if not isinstance(said, dict):
+                continue
+            said = {name: value for name, value in said.items() if name in names}
+            if "at" in said and "step" in said:
+                found.append(said)
+            elif found and "end" in said:
+                found[-1] |= said
+    return [Start(**said) for said in found]
+
+
+def _words(fault: BaseException) -> str:
+    said = str(fault).strip()
+    return f"{type(fault).__name__}: {said}" if said else type(fault).__name__
+
+
+def _add(folder: Path, line: dict[str, Any]) -> None:
+    """Append a line in one write."""
+    handle = os.open(folder / STARTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(handle, (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    finally:
+        os.close(handle)
