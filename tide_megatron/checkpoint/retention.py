@@ -186,10 +186,14 @@ def _scores(folder: Path) -> dict[str, dict[str, float]]:
         return {}
 
 
-def find_checkpoint(folder: Path) -> Path | None:
+def find_checkpoint(folder: Path, last_step: int | None = None) -> Path | None:
     """Return the newest whole checkpoint, or None where the run has none yet. Collective.
 
     Leftovers of killed saves are removed. The ranks share the reading of the files.
+
+    Args:
+        folder: the run's checkpoint folder.
+        last_step: only checkpoints of this step and earlier ones count; None: all.
 
     Raises:
         CheckpointError: on every rank, when there are checkpoints, or a `latest`, and none is whole.
@@ -200,7 +204,11 @@ def find_checkpoint(folder: Path) -> Path | None:
             left = _remove_leftovers(folder)
             if left:
                 log.info("removed what an interrupted save left: %s", ", ".join(left))
-            names = [path.name for path in reversed(listed(folder))]
+            names = [
+                path.name
+                for path in reversed(listed(folder))
+                if last_step is None or Mark.of(path).step <= last_step
+            ]
     names = broadcast_object(names if is_first() else None)
     damaged: dict[str, list[str]] = {}
     for name in names:
@@ -212,7 +220,7 @@ def find_checkpoint(folder: Path) -> Path | None:
             return folder / name
         damaged[name] = faults
     with fail_together():
-        if damaged or (folder / LATEST).exists():
+        if damaged or (last_step is None and (folder / LATEST).exists()):
             raise CheckpointError(_none_whole(folder, damaged))
     return None
 

@@ -64,6 +64,14 @@ def all_agree(flag: bool, group: ProcessGroup | None = None) -> bool:
     return int(sum_over(objections, group)) == 0
 
 
+def any_rank(*flags: bool, group: ProcessGroup | None = None) -> tuple[bool, ...]:
+    """Say of each flag whether it holds on some rank, in one collective.
+
+    Every rank of the group must call it, with as many flags.
+    """
+    return tuple(bool(held) for held in sum_over(torch.tensor(flags, dtype=torch.int64), group).tolist())
+
+
 def gather_vectors(numbers: Sequence[float], group: ProcessGroup | None = None) -> torch.Tensor:
     """Collect a vector of numbers from each rank, [ranks, numbers] fp64 on the CPU, on every rank.
 

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
-from tide_megatron.base.errors import TideError
 from tide_megatron.base.lease import Lease
 from tide_megatron.base.log import Journal
 from tide_megatron.base.stop import StopFlag, Stopped
@@ -27,6 +26,7 @@ from tide_megatron.evaluate.model_folder import MODEL, write_context
 from tide_megatron.models.weights import save_model
 from tide_megatron.parallel.collectives import (
     all_agree,
+    any_rank,
     barrier,
     broadcast_object,
     fail_together,
@@ -46,6 +46,7 @@ from tide_megatron.train.folder import (
     write_result,
     write_stopped,
 )
+from tide_megatron.train.guard import Guard
 from tide_megatron.train.history import note_end, note_start, noting_faults
 from tide_megatron.train.last_step import Deadline, LastStep, lost_steps
 from tide_megatron.train.metrics import Metrics
@@ -53,15 +54,12 @@ from tide_megatron.train.profile import Profiler
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
 from tide_megatron.train.sanity import check_student, check_teachers
-from tide_megatron.train.saving import Costs, make_saver, note_score, start_or_resume
+from tide_megatron.train.saving import Costs, go_back, make_saver, note_score, start_or_resume
 from tide_megatron.train.setup import Setup, set_up
 from tide_megatron.train.status import write_status
 from tide_megatron.train.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
-
-MOST_SKIPPED = 10
-"""So many updates in a row that are not finite end the run: it will not recover by itself."""
 
 
 def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: StopFlag) -> dict[str, Any]:
@@ -253,7 +251,7 @@ def _loop(
     last: LastStep,
 ) -> tuple[Clock, bool]:
     """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
-    run, every, skipped = setup.run, recipe.checkpoints.every, 0
+    run, every, guard = setup.run, recipe.checkpoints.every, Guard(recipe.guard)
     saved = clock.consumed if clock.consumed else -1
     stopped, deadline = False, Deadline(stop, lambda: [save.seconds for save in saver.times])
     while clock.step < clock.total_steps and not stopped:
@@ -270,15 +268,17 @@ def _loop(
         clock = clock.after_step(applied=result.update.applied, samples=setup.loader.update_samples)
         last.note(clock)
         profiler.after(clock)
-        skipped = 0 if result.update.applied else skipped + 1
         _report(metrics, recipe, result, before, clock)
-        if skipped >= MOST_SKIPPED:
-            saver.wait()
-            raise _not_finite(skipped, clock, is_saved=saved >= 0)
+        is_lost = guard.after_step(
+            before, result.objective, result.update.grad_norm, applied=result.update.applied
+        )
         deadline.after_step()
-        stopped = not all_agree(not stop.requested)
+        stopped, is_lost = any_rank(stop.requested, is_lost)
         is_best = False
-        if result.update.applied and not stopped:
+        if is_lost and not stopped:
+            clock = _back(recipe, setup, saver, guard, clock, costs)
+            saved = clock.consumed
+        elif result.update.applied and not stopped:
             if (
                 recipe.evaluation.every
                 and clock.step % recipe.evaluation.every == 0 < clock.total_steps - clock.step
@@ -300,12 +300,13 @@ def _loop(
     return clock, stopped
 
 
-def _not_finite(skipped: int, clock: Clock, *, is_saved: bool) -> TideError:
-    left = "the run goes on from its last checkpoint" if is_saved else "nothing was saved"
-    return TideError(
-        f"{skipped} updates in a row were not finite (step {clock.step}); lower optimizer.learning_rate or a "
-        f"loss weight, or look for a model whose weights are damaged or that answers NaN; {left}"
-    )
+def _back(recipe: Recipe, setup: Setup, saver: Saver, guard: Guard, clock: Clock, costs: Costs) -> Clock:
+    """Go back to a checkpoint, and save there at once: a restart must not stumble over the same samples."""
+    with setup.run.phases("checkpoint"):
+        saver.wait()
+        clock = go_back(recipe, guard, clock, setup.run.student)
+        saver.begin(clock, {}, costs.total())
+    return clock
 
 
 def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock, after: Clock) -> None:

@@ -28,6 +28,7 @@ from tide_megatron.losses.base import Loss
 from tide_megatron.models.engine import EngineChoice
 from tide_megatron.models.precision import NO_PRECISION, Fp8Options
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.train.guard import GuardOptions
 
 
 def _local(word: str) -> str:
@@ -265,6 +266,7 @@ class Recipe:
     optimizer: Optimizer = Field(default_factory=Optimizer)
     noise: NoiseOptions = Field(default_factory=NoiseOptions)
     evaluation: Annotated[Evaluation, MACHINE] = Field(default_factory=Evaluation)
+    guard: Annotated[GuardOptions, MACHINE] = Field(default_factory=GuardOptions)
     checkpoints: Annotated[Checkpoints, MACHINE] = Field(default_factory=Checkpoints)
     metrics: Annotated[MetricsOptions, MACHINE] = Field(default_factory=MetricsOptions)
     device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"

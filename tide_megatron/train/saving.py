@@ -23,11 +23,13 @@ from tide_megatron.evaluate.likelihood import Likelihood
 from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, sum_over
 from tide_megatron.train.branch import KEY, begin_from
 from tide_megatron.train.folder import CHECKPOINTS
+from tide_megatron.train.guard import Guard
 from tide_megatron.train.last_step import lost_steps
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, digest
 from tide_megatron.train.same_run import check_contents, refuse_other, with_steps
 from tide_megatron.train.setup import Setup
+from tide_megatron.train.student import Student
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +119,28 @@ def checked_clock(found: Path, run: RunIdentity) -> Clock:
             f"go on with optimizer.distributed={was}"
         )
     return old.clock
+
+
+def go_back(recipe: Recipe, guard: Guard, clock: Clock, student: Student) -> Clock:
+    """Take up the newest whole checkpoint from before what the guard saw. All ranks call it together.
+
+    Args:
+        recipe: the run; no save of it is under way.
+        guard: says from when on updates were bad.
+        clock: where the run stands.
+        student: what is loaded into.
+
+    Raises:
+        TideError: on every rank, when there is none, or the run went back often enough.
+    """
+    found = None
+    if guard.returns < guard.options.returns:
+        found = find_checkpoint(Path(recipe.folder) / CHECKPOINTS, guard.last_good_step(clock))
+    if found is None:
+        raise guard.farewell(clock)
+    old = read_metadata(found).clock
+    load_checkpoint(found, student.model, student.optimizer)
+    return guard.returned(clock, old)
 
 
 def note_score(recipe: Recipe, clock: Clock, scores: Likelihood | None) -> bool:

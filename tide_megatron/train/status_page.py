@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tide_megatron.base.units import in_bytes
+
 REFRESH_SECONDS = 10
 SILENT_SECONDS = 120
 """After so long without a word the page of a training run warns."""
@@ -29,6 +31,8 @@ progress { width: 100%; height: .8rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .15rem .7rem .15rem 0; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child, td.text, th.text { text-align: left }
+dl.facts { columns: 22rem; margin: 0 } dl.facts div { display: flex; justify-content: space-between;
+  border-bottom: 1px solid var(--line); break-inside: avoid } dd { margin: 0; text-align: right }
 .row { display: flex; flex-wrap: wrap; gap: 1.5rem } .wide { overflow-x: auto }
 svg text { fill: var(--dim); font-size: 11px } svg path { fill: none; stroke: var(--ink); stroke-width: 1.5 }
 svg line { stroke: var(--line) }
@@ -97,24 +101,25 @@ def _head(status: Mapping[str, Any], told: Mapping[str, Any]) -> str:
 
 def _facts(status: Mapping[str, Any], told: Mapping[str, Any]) -> str:
     """Show the last record's values, and where the run stands on disk."""
-    rows = [(name, f"{value:.4g}") for name, value in told.get("train", {}).items() if _is_shown(name, value)]
-    rows += [
-        (f"held out: {name}", f"{value:.4g}")
-        for name, value in told.get("scores", {}).items()
-        if value is not None and "/" not in name
-    ]
+    facts = {name: value for name, value in told.get("train", {}).items() if not name.startswith(_HIDDEN)}
+    scores = {name: value for name, value in told.get("scores", {}).items() if "/" not in name}
+    facts |= {f"held out: {name}": value for name, value in scores.items()}
+    rows = [(name, _number(name, value)) for name, value in facts.items() if value is not None]
     if status["checkpoint"]:
-        rows.append(
-            ("newest checkpoint", f"{status['checkpoint']}, {in_time(status['checkpoint_seconds'])} old")
-        )
+        rows.append(("newest checkpoint", status["checkpoint"]))
+        rows.append(("its age", in_time(status["checkpoint_seconds"])))
     cells = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in rows
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>" for name, text in rows
     )
-    return f"<h2>now</h2><table>{cells}</table>" if rows else ""
+    return f'<h2>now</h2><dl class="facts">{cells}</dl>' if rows else ""
 
 
-def _is_shown(name: str, value: object) -> bool:
-    return value is not None and not name.startswith(("phase/", "bytes/", "items/", "peak_bytes/"))
+_HIDDEN = ("phase/", "bytes/", "items/", "peak_bytes/")
+"""Beginnings of names that are many, and told elsewhere."""
+
+
+def _number(name: str, value: float) -> str:
+    return in_bytes(value) if name.endswith("_bytes") else f"{value:.4g}"
 
 
 def _plot(title: str, points: Sequence[Sequence[float]]) -> str:
