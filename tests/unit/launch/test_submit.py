@@ -12,7 +12,7 @@ import yaml
 
 from tests.tiny_run import write_tiny_run
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.launch.job import JobOptions, directive, log_pattern, mounts
+from tide_megatron.launch.job import JobOptions, directive, log_pattern, mounts, quoted
 from tide_megatron.launch.job_script import Submission, render
 from tide_megatron.launch.submit import submit
 from tide_megatron.train.resolve import digest, load_recipe
@@ -344,3 +344,36 @@ def test_the_verb_makes_nothing_that_everybody_may_write(tmp_path, tiny, machine
     assert (tmp_path / "run/jobs/001/job.sbatch") in made
     assert [path for path in made if path.stat().st_mode & stat.S_IWOTH] == []
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o775, "the rest of the umask is the user's"
+
+
+EXAMPLES = sorted((Path(__file__).parents[3] / "examples/slurm").glob("*.sbatch"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(("code", "state"), [("0", "RUNNING"), ("75", "RUNNING"), ("75", "CANCELLED")])
+def test_scripts_by_hand_start_what_they_are_given_and_go_back_as_ours_do(
+    tmp_path, machine, file, code, state
+):
+    words = ["configs/runs/paper_pair.yaml", "metrics.project=two words", "$(touch canary)"]
+    given = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "CODE": code, "STATE": state}
+    script = f"cd {tmp_path}; set -- {quoted(*words)}; {file.read_text()}"
+    done, calls = machine(script, **given)
+    is_torchrun = file.stem == "torchrun"
+    if is_torchrun:  # the stand-in of scontrol names no node
+        assert (done.returncode, done.stderr) == (2, "no node in SLURM_JOB_NODELIST=n[1-2]\n")
+        return
+    assert (done.returncode, done.stderr) == (int(code), "")
+    [[_, _, *told]] = calls["srun"]
+    start = told.index(".venv/bin/tide")
+    per_node = [] if file.stem == "sixteen_nodes" else ["--ranks-per-node", "8"]
+    assert told[start:] == [".venv/bin/tide", "train", *words, *per_node]
+    assert ("scontrol" in calls) == (code == "75" and state == "RUNNING")
+    lines = file.read_text().splitlines()
+    assert "NEVER RAN" in file.read_text()
+    tasks = next(line for line in lines if "--ntasks-per-node" in line).rpartition("=")[2]
+    assert f"--ntasks-per-node={tasks}" in told
+
+
+def test_there_are_scripts_for_1_2_and_16_nodes():
+    nodes = [line for file in EXAMPLES for line in file.read_text().splitlines() if "SBATCH --nodes" in line]
+    assert {line.rpartition("=")[2] for line in nodes} == {"1", "2", "16"}
