@@ -133,6 +133,8 @@ def test_what_no_script_can_hold_is_refused_by_its_option(value):
         ({"nodes": 0}, "--nodes: 0 is too small; use 1 or more"),
         ({"ranks_per_node": -1}, "--ranks-per-node: -1 is too small"),
         ({"time": "4h"}, "--time: '4h' is no time of SLURM's; write 90"),
+        ({"time": "3"}, "--warning: 180 s before a limit of --time 3 is before the job begins"),
+        ({"time": "0:30", "warning": 30}, "--warning: 30 s before a limit"),
         ({"env": ["X"]}, "--env: 'X' is no NAME=VALUE"),
         ({"env": ["a b=c"]}, "--env: 'a b=c' is no NAME=VALUE"),
         ({"env": ["WANDB_API_KEY=0123456789"]}, "--env: WANDB_API_KEY sounds like a secret"),
@@ -149,9 +151,22 @@ def test_options_that_cannot_be(given, said):
     assert str(caught.value).startswith(said)
 
 
-@pytest.mark.parametrize("time", ["90", "90:00", "4:00:00", "1-12", "1-12:30", "1-12:30:00"])
-def test_times_of_slurms_are_taken(tmp_path, time):
-    assert f'#SBATCH --time="{time}"\n' in render(job(tmp_path, JobOptions(time=time)))
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("4:00:01", 14_401),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("0-0:30:10", 1810),
+    ],
+)
+def test_times_of_slurms_are_taken(tmp_path, time, seconds):
+    options = JobOptions(time=time, warning=seconds - 1)
+    assert f'#SBATCH --time="{time}"\n' in render(job(tmp_path, options))
+    with pytest.raises(ConfigError, match="is before the job begins"):
+        JobOptions(time=time, warning=seconds)
 
 
 def test_lines_for_sbatch():
@@ -310,8 +325,11 @@ def test_a_sweep_has_a_recipe_and_a_folder_a_line(tmp_path, tiny, machine, monke
     assert [tree["folder"] for tree in trees] == [f"{tmp_path}/run/sweep-{n:03d}" for n in (0, 1)]
     assert trees[1]["metrics"]["project"] == "two words"
     assert "#SBATCH --array=" in done.script
-    _, calls = machine(done.script, SLURM_ARRAY_TASK_ID="1")
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "CODE": "75", "STATE": "RUNNING"}
+    _, calls = machine(done.script, **array)
     assert f"{done.job.folder}/recipes/1.yaml" in calls["srun"][0]
+    assert "--jobs=70_1" in calls["squeue"][-1], "the number alone means the whole array"
+    assert calls["scontrol"][0][2:] == ["requeue", "70_1"]
     file.write_text("folder=a\nfolder=a\n")
     with pytest.raises(ConfigError, match="two runs the folder a"):
         handed_over(tiny, words, monkeypatch, machine.programs, sweep=file)
