@@ -6,6 +6,8 @@
 #   make shared-tokenizer    TIDAL along each of its axes, with and without CompDemo (longer than the quickstart)
 #   make test                all tests but the slow ones
 #   make check               format, lint, strict types, layer contract, house rules
+#   make test-slurm          `tide submit` on a real SLURM of four nodes on this machine (about 2 minutes; Debian, root)
+#   make preempt-test        preempt a run 20 times on that SLURM: is anything lost? (about 10 minutes)
 #   make kill-test           kill a run 100 times: is anything lost? (about 25 minutes)
 #   make gpu-rehearse        the GPU check in small, on a CPU (about a minute; `make test` makes it too)
 #   make gpu-assets          what the GPU check needs, made on a CPU machine: .gpu/ (about 5 minutes)
@@ -35,7 +37,7 @@ SOURCES = tide_megatron tools examples tests
 
 .PHONY: help quickstart quickstart-full quickstart-models \
   cross-tokenizer cross-tokenizer-full cross-models shared-tokenizer shared-tokenizer-full \
-  gpu-assets gpu-check gpu-rehearse test test-ranks test-unit test-all test-312 check faults kill-test format environment clean
+  gpu-assets gpu-check gpu-rehearse test test-ranks test-unit test-all test-312 test-slurm preempt-test check faults kill-test format environment clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -101,6 +103,20 @@ check: $(BUILT)
 	$(BIN)/deptry tide_megatron
 	$(BIN)/deptry tools tests $(wildcard examples/*) --ignore DEP002,DEP004
 	$(BIN)/python -m pytest -q tests/unit/test_house.py
+
+# SLURM's packages are installed where that can be done; elsewhere the tests are skipped and say why.
+SLURM_PACKAGES = slurmctld slurmd slurm-client munge iproute2
+SLURM_HERE = @{ test -x /usr/sbin/slurmctld && test -x /usr/sbin/slurmd && test -x /usr/sbin/munged; } || \
+  { [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; } || \
+  apt-get install -y --no-install-recommends $(SLURM_PACKAGES)
+
+test-slurm: $(BUILT)
+	$(SLURM_HERE)
+	$(BIN)/python -m pytest -m slurm $(FLAGS) tests/slurm
+
+preempt-test: $(BUILT)
+	$(SLURM_HERE)
+	$(BIN)/python tools/preempt_test.py
 
 kill-test: $(BUILT)
 	$(BIN)/python tools/kill_test.py

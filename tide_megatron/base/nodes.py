@@ -30,7 +30,8 @@ def expand_nodes(text: str, said_by: str) -> list[str]:
     Raises:
         ConfigError: it is no such list; what is wrong is said.
     """
-    names, position = [], 0
+    names: list[str] = []
+    position = 0
     try:
         while True:
             item = _ITEM.match(text, position)

@@ -34,10 +34,6 @@ RanksPerNodeOption = Annotated[
     int | None,
     typer.Option(min=1, help="Ranks to start on each node, from one task of srun a node (docs/slurm.md)."),
 ]
-RanksPerNodeOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Ranks to start on each node, from one task of srun a node (docs/slurm.md)."),
-]
 
 
 PrecisionOption = Annotated[

@@ -101,6 +101,11 @@ class JobOptions:
                 one_line(value, f"--{field}")
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise ConfigError(f"--time: {self.time!r} is no time of SLURM's; write 90, 4:00:00 or 1-12:00:00")
+        if self.time is not None and self.warning >= _seconds(self.time):
+            raise ConfigError(
+                f"--warning: {self.warning} s before a limit of --time {self.time} is before the job begins; "
+                "give less, or more time"
+            )
         if self.chain > 1 and self.sweep is not None:
             raise ConfigError(
                 "--chain: an array cannot be chained; leave out --chain, each run requeues itself"
@@ -158,6 +163,14 @@ class JobOptions:
         if self.containers == "auto":
             return "apptainer" if self.container.endswith(".sif") else "pyxis"
         return self.containers
+
+
+def _seconds(time: str) -> int:
+    """Return how long a limit of sbatch's is: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86_400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 def is_secret_name(name: str) -> bool:

@@ -112,9 +112,12 @@ def _environment(job: Submission) -> Iterator[str]:
     """Yield the variables, each with its reason."""
     yield f"unset {' '.join(_LEFT_OVER)}  # of the shell that submitted; ranks read the node list"
     yield "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node do not meet"
+    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.runs else "$SLURM_JOB_ID"
+    yield f'job="{number}"'
+    yield "# The run saves before it; a container may have no squeue to ask."
     yield (
-        'export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date +%s --date="$(squeue --noheader '
-        '--jobs="$SLURM_JOB_ID" --format=%e)" 2>/dev/null)}  # the run saves before it, also in a container'
+        "export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date +%s "
+        '--date="$(squeue --noheader --jobs="$job" --format=%e)" 2>/dev/null)}'
     )
     if job.gpus_per_node:
         yield "export CUDA_DEVICE_MAX_CONNECTIONS=1  # megatron-core asks for it under tensor parallelism"
@@ -130,15 +133,16 @@ def _step(job: Submission) -> Iterator[str]:
         recipe = f'{quoted(job.folder / RECIPES)}/"$SLURM_ARRAY_TASK_ID".yaml'
     ranks = f" --ranks-per-node {job.options.ranks_per_node}" if job.options.shape == "node" else ""
     start = f"{quoted(job.python)} -m tide_megatron.commands train {recipe}{ranks}"
+    yield "step= heard="
+    yield "trap 'heard=1; kill -USR1 $step' USR1  # SLURM's warning, which srun hands to all tasks"
+    yield "trap 'heard=1' TERM  # the tasks have got it from SLURM themselves"
     yield "# A task that ends does not end the others, which may be saving; after a minute nobody waits."
     yield (
         f"srun --kill-on-bad-exit=0 --wait={WAIT_SECONDS} --ntasks-per-node={job.tasks_per_node} "
         f"--cpus-per-task={job.cpus_per_task} {_image(job)}\\"
     )
     yield f"  env PYTHONPATH={quoted(job.folder / CODE)} {start} &"
-    yield "step=$! heard="
-    yield "trap 'heard=1; kill -USR1 \"$step\"' USR1  # SLURM's warning, which srun hands to all tasks"
-    yield "trap 'heard=1' TERM  # the tasks have got it from SLURM themselves"
+    yield "step=$!"
     yield "# A signal ends bash's wait, not the step."
     yield 'while wait "$step"; code=$?; [ -n "$heard" ]; do heard=; done'
 
@@ -163,14 +167,14 @@ def _requeue(job: Submission) -> Iterator[str]:
         yield 'exit "$code"'
         return
     yield f'if [ "$code" -eq {STOPPED_CODE} ]; then  # stopped in order: the same command goes on'
-    yield '  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)'
+    yield '  state=$(squeue --noheader --jobs="$job" --format=%T)'
     yield '  if [ "$state" != RUNNING ]; then'
-    yield '    echo "job $SLURM_JOB_ID is ${state:-unknown to squeue}, so it does not put itself back"'
+    yield '    echo "job $job is ${state:-unknown to squeue}, so it does not put itself back"'
     yield f'  elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.options.restarts} ]; then'
-    yield f'    echo "job $SLURM_JOB_ID has used up its {job.options.restarts} restarts (--restarts)"'
+    yield f'    echo "job $job has used up its {job.options.restarts} restarts (--restarts)"'
     yield "  else"
-    yield '    echo "job $SLURM_JOB_ID puts itself back into the queue"'
-    yield '    scontrol requeue "$SLURM_JOB_ID"'
+    yield '    echo "job $job puts itself back into the queue"'
+    yield '    scontrol requeue "$job"'
     yield "  fi"
     yield "fi"
     yield 'exit "$code"'

@@ -17,7 +17,7 @@ import os
 import time
 from typing import Literal
 
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from tide_megatron.base.device import Ranks, read_ranks
 from tide_megatron.base.errors import ConfigError, RanksFailed, TideError

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -26,8 +27,8 @@ from tide_megatron.launch.signals import watch_signals
 from tide_megatron.launch.supervisor import supervise
 from tide_megatron.launch.worker import Job, RankFunction, is_echo, run_here
 
-GRACE_SECONDS = 120.0
-"""After a stop signal: how long the ranks may take to save and return."""
+GRACE_SECONDS, JOB_GRACE_SECONDS = 120.0, 3600.0
+"""After a stop signal: how long ranks may take to save and return; in a job SLURM's own limit is nearer."""
 SAME_REQUEST_SECONDS = 1.0
 """So far apart may one request reach the ranks of torchrun and srun."""
 
@@ -39,7 +40,7 @@ def run_ranks(
     device: Wanted = "auto",
     *,
     ranks_per_node: int | None = None,
-    grace_seconds: float = GRACE_SECONDS,
+    grace_seconds: float | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Any:
     """Call `function(*args, device=..., stop=...)` on every rank and return rank 0's value.
@@ -54,7 +55,7 @@ def run_ranks(
         num_ranks: how many ranks; None takes what torchrun or srun started, else one.
         device: `auto`, `cpu` or `cuda`.
         ranks_per_node: start so many here, as the launcher of one of the nodes (`launch.nodes.read_node`).
-        grace_seconds: time for saving after a stop signal.
+        grace_seconds: time for saving after a stop signal; None: 120 s, in a job of SLURM's an hour.
         timeout_seconds: how long a collective waits for a rank that never comes.
 
     Raises:
@@ -64,6 +65,8 @@ def run_ranks(
         KeyboardInterrupt: (not `Stopped`) a second stop signal.
     """
     job = Job(function=function, args=args, wanted=device, timeout_seconds=timeout_seconds)
+    if grace_seconds is None:
+        grace_seconds = JOB_GRACE_SECONDS if "SLURM_JOB_ID" in os.environ else GRACE_SECONDS
     if ranks_per_node is not None:
         return _run_nodes(job, num_ranks, ranks_per_node, grace_seconds)
     world_size, given = num_ranks_for(num_ranks), read_ranks()

@@ -74,8 +74,12 @@ def supervise(job: Job, num_ranks: int, grace_seconds: float, nodes: Nodes | Non
     """
     if choose_kind(job.wanted) == "cuda":
         check_gpus(num_ranks)
-    store = own_store() if nodes is None else None
-    meeting = _meeting_point(num_ranks, store.port) if store else _meeting_points(num_ranks, nodes)
+    store = None
+    if nodes is None:
+        store = own_store()  # lives as long as this function
+        meeting = _meeting_point(num_ranks, store.port)
+    else:
+        meeting = _meeting_points(num_ranks, nodes)
     ranks: list[_Rank] = []
     relay = _Relay(ranks)
     try:

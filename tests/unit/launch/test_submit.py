@@ -12,7 +12,7 @@ import yaml
 
 from tests.tiny_run import write_tiny_run
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.launch.job import JobOptions, directive, log_pattern, mounts
+from tide_megatron.launch.job import JobOptions, directive, log_pattern, mounts, quoted
 from tide_megatron.launch.job_script import Submission, render
 from tide_megatron.launch.submit import submit
 from tide_megatron.train.resolve import digest, load_recipe
@@ -133,6 +133,8 @@ def test_what_no_script_can_hold_is_refused_by_its_option(value):
         ({"nodes": 0}, "--nodes: 0 is too small; use 1 or more"),
         ({"ranks_per_node": -1}, "--ranks-per-node: -1 is too small"),
         ({"time": "4h"}, "--time: '4h' is no time of SLURM's; write 90"),
+        ({"time": "3"}, "--warning: 180 s before a limit of --time 3 is before the job begins"),
+        ({"time": "0:30", "warning": 30}, "--warning: 30 s before a limit"),
         ({"env": ["X"]}, "--env: 'X' is no NAME=VALUE"),
         ({"env": ["a b=c"]}, "--env: 'a b=c' is no NAME=VALUE"),
         ({"env": ["WANDB_API_KEY=0123456789"]}, "--env: WANDB_API_KEY sounds like a secret"),
@@ -149,9 +151,22 @@ def test_options_that_cannot_be(given, said):
     assert str(caught.value).startswith(said)
 
 
-@pytest.mark.parametrize("time", ["90", "90:00", "4:00:00", "1-12", "1-12:30", "1-12:30:00"])
-def test_times_of_slurms_are_taken(tmp_path, time):
-    assert f'#SBATCH --time="{time}"\n' in render(job(tmp_path, JobOptions(time=time)))
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("4:00:01", 14_401),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("0-0:30:10", 1810),
+    ],
+)
+def test_times_of_slurms_are_taken(tmp_path, time, seconds):
+    options = JobOptions(time=time, warning=seconds - 1)
+    assert f'#SBATCH --time="{time}"\n' in render(job(tmp_path, options))
+    with pytest.raises(ConfigError, match="is before the job begins"):
+        JobOptions(time=time, warning=seconds)
 
 
 def test_lines_for_sbatch():
@@ -310,8 +325,11 @@ def test_a_sweep_has_a_recipe_and_a_folder_a_line(tmp_path, tiny, machine, monke
     assert [tree["folder"] for tree in trees] == [f"{tmp_path}/run/sweep-{n:03d}" for n in (0, 1)]
     assert trees[1]["metrics"]["project"] == "two words"
     assert "#SBATCH --array=" in done.script
-    _, calls = machine(done.script, SLURM_ARRAY_TASK_ID="1")
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "CODE": "75", "STATE": "RUNNING"}
+    _, calls = machine(done.script, **array)
     assert f"{done.job.folder}/recipes/1.yaml" in calls["srun"][0]
+    assert "--jobs=70_1" in calls["squeue"][-1], "the number alone means the whole array"
+    assert calls["scontrol"][0][2:] == ["requeue", "70_1"]
     file.write_text("folder=a\nfolder=a\n")
     with pytest.raises(ConfigError, match="two runs the folder a"):
         handed_over(tiny, words, monkeypatch, machine.programs, sweep=file)
@@ -344,3 +362,36 @@ def test_the_verb_makes_nothing_that_everybody_may_write(tmp_path, tiny, machine
     assert (tmp_path / "run/jobs/001/job.sbatch") in made
     assert [path for path in made if path.stat().st_mode & stat.S_IWOTH] == []
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o775, "the rest of the umask is the user's"
+
+
+EXAMPLES = sorted((Path(__file__).parents[3] / "examples/slurm").glob("*.sbatch"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(("code", "state"), [("0", "RUNNING"), ("75", "RUNNING"), ("75", "CANCELLED")])
+def test_scripts_by_hand_start_what_they_are_given_and_go_back_as_ours_do(
+    tmp_path, machine, file, code, state
+):
+    words = ["configs/runs/paper_pair.yaml", "metrics.project=two words", "$(touch canary)"]
+    given = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "CODE": code, "STATE": state}
+    script = f"cd {tmp_path}; set -- {quoted(*words)}; {file.read_text()}"
+    done, calls = machine(script, **given)
+    is_torchrun = file.stem == "torchrun"
+    if is_torchrun:  # the stand-in of scontrol names no node
+        assert (done.returncode, done.stderr) == (2, "no node in SLURM_JOB_NODELIST=n[1-2]\n")
+        return
+    assert (done.returncode, done.stderr) == (int(code), "")
+    [[_, _, *told]] = calls["srun"]
+    start = told.index(".venv/bin/tide")
+    per_node = [] if file.stem == "sixteen_nodes" else ["--ranks-per-node", "8"]
+    assert told[start:] == [".venv/bin/tide", "train", *words, *per_node]
+    assert ("scontrol" in calls) == (code == "75" and state == "RUNNING")
+    lines = file.read_text().splitlines()
+    assert "NEVER RAN" in file.read_text()
+    tasks = next(line for line in lines if "--ntasks-per-node" in line).rpartition("=")[2]
+    assert f"--ntasks-per-node={tasks}" in told
+
+
+def test_there_are_scripts_for_1_2_and_16_nodes():
+    nodes = [line for file in EXAMPLES for line in file.read_text().splitlines() if "SBATCH --nodes" in line]
+    assert {line.rpartition("=")[2] for line in nodes} == {"1", "2", "16"}
