@@ -109,13 +109,15 @@ def train(
 
     Raises:
         TideError: a recipe, data or model folder that cannot be used; too many updates that were not finite.
-        RanksFailed: a rank was killed, or had a bug (its traceback is in the message), or never came.
+        RanksFailed: a rank had a bug (its traceback is in the message), or never came.
+        RanksLost: (a RanksFailed) a rank was killed or stood still, after this call had saved something: the
+            same call goes on.
         Stopped: (a KeyboardInterrupt) a signal to stop before the first step; nothing was written.
         KeyboardInterrupt: a second signal.
     """
-    from tide_megatron.base.errors import RanksFailed, TideError
+    from tide_megatron.base.errors import RanksFailed, RanksLost, TideError
     from tide_megatron.launch.ranks import run_ranks
-    from tide_megatron.train.history import note_failure
+    from tide_megatron.train.history import has_saved, note_failure
     from tide_megatron.train.loop import train as run
     from tide_megatron.train.resolve import load_recipe
 
@@ -128,9 +130,13 @@ def train(
             resolved.device,
             ranks_per_node=ranks_per_node,
             timeout_seconds=resolved.timeout_seconds,
+            hang_seconds=resolved.hang_seconds or resolved.timeout_seconds / 2,
         )
     except (RanksFailed, TideError) as fault:
-        note_failure(Path(resolved.folder), str(fault))  # of ranks that could not
+        folder = Path(resolved.folder)
+        note_failure(folder, str(fault))  # of ranks that could not
+        if isinstance(fault, RanksLost) and not has_saved(folder):
+            raise RanksFailed(f"{fault}\nthis start saved nothing, so another one may end alike") from None
         raise
     return result
 

@@ -3,6 +3,7 @@
 python -m tests.parallel.launch_cases FUNCTION RANKS FOLDER (with NNODES set: ranks of one of the nodes)
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -16,7 +17,10 @@ import torch
 import torch.distributed as dist
 
 from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, TideError
+from tide_megatron.base.heartbeat import HEARTBEAT
+from tide_megatron.base.phases import Phases
 from tide_megatron.launch.ranks import run_ranks
+from tide_megatron.parallel.collectives import barrier
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.parallel.vocab_group import make_across, make_vocab_group
@@ -123,6 +127,41 @@ def train_until_stopped(folder, *, device, stop):
             time.sleep(0.01)
     (Path(folder) / f"saved-{rank}").write_text(f"{stop.reason}")
     return steps
+
+
+def stand_still(folder, how, *, device, stop):
+    """Step three times; in the fourth rank 1 stands still in its teacher, and the others wait for it."""
+    phases = Phases()
+    for step in range(4):
+        with phases("teacher"):
+            if step == 3 and dist.get_rank() == 1:
+                wait_for_ever(how)
+        with phases("exchange"):
+            barrier()
+        HEARTBEAT.update()
+
+
+def wait_for_ever(how):
+    if how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "holding the interpreter":
+        while True:  # a signal ends libc's sleep
+            ctypes.PyDLL(None).sleep(600)
+    else:
+        time.sleep(600)
+
+
+def finish_slowly(folder, *, device, stop):
+    """Take longer than a step may where that is allowed: at the first update, in a save, at the end."""
+    phases = Phases()
+    with phases("teacher"):
+        time.sleep(2.5)
+    HEARTBEAT.update()
+    with phases("checkpoint"):
+        time.sleep(2.5)
+    HEARTBEAT.rest()
+    time.sleep(6)
+    return "finished"
 
 
 def ignore_the_flag(folder, *, device, stop):

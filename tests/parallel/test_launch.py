@@ -7,9 +7,11 @@ of its own (its death, torchrun) runs `tests.parallel.launch_cases` as a command
 import ast
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing import resource_tracker
@@ -18,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.parallel import launch_cases as cases
-from tide_megatron.base.errors import ConfigError, DataError, RanksFailed
+from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, RanksLost
 from tide_megatron.base.stop import Stopped
 from tide_megatron.launch.doctor import compare_parallel
 from tide_megatron.launch.ranks import run_ranks
@@ -39,6 +41,38 @@ def no_ranks_around(monkeypatch):
 
 def run(case, folder, num_ranks=2, **options):
     return run_ranks(case, (str(folder),), num_ranks, "cpu", **options)
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "has_stack"),
+    [
+        ("asleep", "waiting", True),
+        ("holding the interpreter", "waiting", True),
+        ("stopped", "stopped by a signal", False),
+    ],
+)
+def test_a_rank_that_stands_still_is_named_with_what_all_are_at(tmp_path, how, state, has_stack):
+    started = time.monotonic()
+    with pytest.raises(RanksLost) as caught:
+        run_ranks(cases.stand_still, (str(tmp_path), how), 3, "cpu", hang_seconds=2.0)
+    assert time.monotonic() - started < 60
+    said = str(caught.value)
+    assert re.match(
+        r"^rank 1 of 3 failed first: it stands still: for \d+ s nothing new in teacher after 3 updates", said
+    )
+    assert f" {state}, in " in said.splitlines()[0]
+    assert said.count("nothing new in exchange after 3 updates") == 2
+    assert "collectives.py, barrier" in said
+    assert ("wait_for_ever" in said) == has_stack
+    stacks = Path(said.rpartition("stacks of all ranks of this node: ")[2])
+    assert {path.name for path in stacks.iterdir()} == {f"rank-{rank}.txt" for rank in range(3)}
+    shutil.rmtree(stacks)
+
+
+def test_what_may_take_longer_is_no_hang_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_ranks(cases.finish_slowly, ("",), 2, "cpu", hang_seconds=1.0) == "finished"
+    assert list(tmp_path.glob("tide-ranks-*")) == []
 
 
 def within(seconds, condition, what):

@@ -41,6 +41,10 @@ class RanksFailed(Exception):
     """A rank ended by a bug or a signal; the message names the rank and holds its traceback."""
 
 
+class RanksLost(RanksFailed):
+    """A rank was killed or stood still: nothing is known against the run, and the same command goes on."""
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and what it was raised from or during, the last one first."""
     link: BaseException | None = error

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.memory import take_peak_bytes
 
 PHASES = (
@@ -125,6 +126,7 @@ class Phases:
             self._note_peak()
         if not self._unused:
             self._read()
+        HEARTBEAT.beat(self._open[-1] if self._open else "")
         mark = self._unused.pop() if self._unused else self._make_mark()
         mark.record()
         self._marks.append((mark, self._open[-1] if self._open else None))

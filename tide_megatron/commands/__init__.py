@@ -2,8 +2,9 @@
 
 A verb parses words, calls one function of the layers below and prints what it returns. Heavy imports stand
 inside the verbs, so that `tide --help` is instant. A fault of the user's is one message on stderr and exit
-code 2; a bug is a traceback and exit code 1; a stop signal (Ctrl-C, SIGTERM) ends in order with exit code 75,
-a second one at once with 128 + its number (docs/launch.md).
+code 2; a bug is a traceback and exit code 1, ranks that were killed or stood still are exit code 70; a stop
+signal (Ctrl-C, SIGTERM) ends in order with exit code 75, a second one at once with 128 + its number
+(docs/launch.md).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import typer
 
 from tide_megatron import __version__
 from tide_megatron.base.disk import disk_words
-from tide_megatron.base.errors import RanksFailed, TideError
+from tide_megatron.base.errors import RanksFailed, RanksLost, TideError
 from tide_megatron.base.files import keep_others_out
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import is_stop
@@ -34,7 +35,7 @@ from tide_megatron.commands.sample import sample
 from tide_megatron.commands.status import status
 from tide_megatron.commands.submit import submit
 from tide_megatron.commands.train import train
-from tide_megatron.launch.signals import leave, stopped_code, watch_signals
+from tide_megatron.launch.signals import LOST_CODE, leave, stopped_code, watch_signals
 
 VERBS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
@@ -96,7 +97,7 @@ def main() -> None:
             sys.exit(2)
         except RanksFailed as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(LOST_CODE if isinstance(error, RanksLost) else 1)
         except BaseException as end:
             if is_stop(end):
                 leave(stopped_code())

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_megatron.base.device import Device
+from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.segments import segment_sums
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.data.columns import PreparedData
@@ -180,6 +181,7 @@ def evaluate(
     sums = torch.zeros(4, len(drawn), len(options.times), dtype=torch.float64, device=device)
     calibration = Calibration.empty(len(drawn), device) if options.calibration else None
     for step in range(math.ceil(len(drawn) / (microbatch * shard.size))):
+        HEARTBEAT.beat("evaluate")
         first = (step * shard.size + shard.rank) * microbatch
         mine = list(range(first, min(first + microbatch, len(drawn))))
         batch = loader.batch_of([drawn[place] for place in mine or [0]]).to(device)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tide_megatron.launch.job import JobOptions, directive, log_pattern, mounts, one_line, quoted
-from tide_megatron.launch.signals import STOPPED_CODE
+from tide_megatron.launch.signals import LOST_CODE, STOPPED_CODE
 
 SCRIPT, CODE, RECIPE, RECIPES = "job.sbatch", "code", "recipe.yaml", "recipes"
 WAIT_SECONDS = 60
@@ -166,7 +166,8 @@ def _requeue(job: Submission) -> Iterator[str]:
     if not job.requeues:
         yield 'exit "$code"'
         return
-    yield f'if [ "$code" -eq {STOPPED_CODE} ]; then  # stopped in order: the same command goes on'
+    yield "# Stopped in order, or ranks were killed or stood still: the same command goes on."
+    yield f'if [ "$code" -eq {STOPPED_CODE} ] || [ "$code" -eq {LOST_CODE} ]; then'
     yield '  state=$(squeue --noheader --jobs="$job" --format=%T)'
     yield '  if [ "$state" != RUNNING ]; then'
     yield '    echo "job $job is ${state:-unknown to squeue}, so it does not put itself back"'

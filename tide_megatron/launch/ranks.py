@@ -42,6 +42,7 @@ def run_ranks(
     ranks_per_node: int | None = None,
     grace_seconds: float | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    hang_seconds: float | None = None,
 ) -> Any:
     """Call `function(*args, device=..., stop=...)` on every rank and return rank 0's value.
 
@@ -57,14 +58,22 @@ def run_ranks(
         ranks_per_node: start so many here, as the launcher of one of the nodes (`launch.nodes.read_node`).
         grace_seconds: time for saving after a stop signal; None: 120 s, in a job of SLURM's an hour.
         timeout_seconds: how long a collective waits for a rank that never comes.
+        hang_seconds: how long a rank that was started here may stand still in a step; None: nobody looks.
 
     Raises:
         TideError: what one of the ranks raised, with the rank named.
-        RanksFailed: a rank had a bug (its traceback is in the message) or was killed.
+        RanksFailed: a rank had a bug; its traceback is in the message.
+        RanksLost: (a RanksFailed) a rank was killed, or stood still.
         Stopped: a stop signal, before the ranks had anything to save.
         KeyboardInterrupt: (not `Stopped`) a second stop signal.
     """
-    job = Job(function=function, args=args, wanted=device, timeout_seconds=timeout_seconds)
+    job = Job(
+        function=function,
+        args=args,
+        wanted=device,
+        timeout_seconds=timeout_seconds,
+        hang_seconds=hang_seconds,
+    )
     if grace_seconds is None:
         grace_seconds = JOB_GRACE_SECONDS if "SLURM_JOB_ID" in os.environ else GRACE_SECONDS
     if ranks_per_node is not None:

@@ -37,7 +37,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """What asks a run to save and finish."""
 LEAVE_SIGNAL = signal.SIGUSR2
 """What our launcher sends a rank before it kills it: give up what keeps others out, and end."""
-STOPPED_CODE = 75
+STOPPED_CODE, LOST_CODE = 75, 70
 """Exit code of a run that was asked to stop and did so in order (EX_TEMPFAIL: the same command goes on)."""
 
 ECHO_SECONDS = 0.25

@@ -34,11 +34,12 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from tide_megatron.base.device import Wanted, check_gpus, choose_kind
-from tide_megatron.base.errors import RanksFailed, TideError
+from tide_megatron.base.errors import RanksFailed, RanksLost, TideError
 from tide_megatron.base.stop import Stopped
 from tide_megatron.launch.nodes import Nodes, Word
 from tide_megatron.launch.rendezvous import own_store
 from tide_megatron.launch.signals import LEAVE_SIGNAL, STOPPED_CODE, relayed_to, signals_held
+from tide_megatron.launch.watchdog import Life, Watchdog
 from tide_megatron.launch.worker import Done, Failure, Halted, Job, work
 
 log = logging.getLogger(__name__)
@@ -83,10 +84,10 @@ def supervise(job: Job, num_ranks: int, grace_seconds: float, nodes: Nodes | Non
     ranks: list[_Rank] = []
     relay = _Relay(ranks)
     try:
-        with relayed_to(relay.hear, relay.abort):
-            _start(ranks, job, num_ranks, _environment(num_ranks, job.wanted) | meeting)
+        with relayed_to(relay.hear, relay.abort), Watchdog(job.hang_seconds) as watchdog:
+            _start(ranks, job, num_ranks, _environment(num_ranks, job.wanted) | meeting, watchdog)
             relay.pass_on()  # what was heard before there were ranks
-            _wait(ranks, relay, grace_seconds, nodes)
+            _wait(ranks, relay, grace_seconds, nodes, watchdog)
             first = _first_word(ranks, nodes)
     finally:
         _end(ranks)
@@ -119,7 +120,9 @@ def _value(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float, first: W
     return ranks[0].outcome.value
 
 
-def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[str, str]) -> None:
+def _start(
+    ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[str, str], watchdog: Watchdog
+) -> None:
     """Start every rank; stop signals wait until they can be passed on to all of them."""
     log.info("starting %d ranks on this node with %s thread(s) each", num_ranks, environment[_THREADS])
     with starting(job.wanted) as context:
@@ -127,12 +130,14 @@ def _start(ranks: list[_Rank], job: Job, num_ranks: int, environment: Mapping[st
         for local in range(num_ranks):
             mine, theirs = context.Pipe(duplex=False)
             number = first + local
+            life = watchdog.life(context, number)
             process = context.Process(
-                target=work, args=(number, local, job, environment, theirs), name=f"rank {number}"
+                target=work, args=(number, local, job, environment, theirs, life), name=f"rank {number}"
             )
             process.start()
             theirs.close()
-            ranks.append(_Rank(number=number, world_size=world_size, process=process, report=mine))
+            rank = _Rank(number=number, world_size=world_size, process=process, report=mine, life=life)
+            ranks.append(rank)
 
 
 @contextlib.contextmanager
@@ -224,6 +229,7 @@ class _Rank:
     world_size: int
     process: BaseProcess
     report: connection.Connection
+    life: Life
     outcome: Done | Halted | Failure | None = None
 
     def look(self) -> None:
@@ -235,8 +241,11 @@ class _Rank:
         if has_ended and self.outcome is None and self.process.exitcode == STOPPED_CODE:
             self.outcome = Halted(reason="a signal")  # it was deaf and could not report
         if has_ended and self.outcome is None:
-            text = f"it {_end_in_words(self.process.exitcode)}"
-            self.outcome = Failure(rank=self.number, at_seconds=time.time(), text=text)
+            self.fail(f"it {_end_in_words(self.process.exitcode)}", is_loss=(self.process.exitcode or 0) < 0)
+
+    def fail(self, text: str, *, is_loss: bool) -> None:
+        """Note how it failed, seen from here."""
+        self.outcome = Failure(rank=self.number, at_seconds=time.time(), text=text, is_loss=is_loss)
 
     @property
     def pid(self) -> int:
@@ -280,7 +289,9 @@ class _Relay:
                     os.kill(rank.pid, self.heard)
 
 
-def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float, nodes: Nodes | None) -> None:
+def _wait(
+    ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float, nodes: Nodes | None, watchdog: Watchdog
+) -> None:
     """Return when every rank has an outcome and ended, or when the time it may still take is over."""
     deadline = float("inf")
     while waiting := [rank for rank in ranks if rank.outcome is None]:
@@ -290,6 +301,8 @@ def _wait(ranks: Sequence[_Rank], relay: _Relay, grace_seconds: float, nodes: No
         )
         for rank in waiting:
             rank.look()
+        if relay.heard is None and (hung := watchdog.look([one for one in waiting if one.outcome is None])):
+            next(rank for rank in waiting if rank.number == hung[0]).fail(hung[1], is_loss=True)
         now = time.monotonic()
         has_failed = nodes is not None and _exchange(ranks, relay, nodes)
         if relay.heard is not None:
@@ -371,6 +384,7 @@ def first_failure(failures: Sequence[Failure], world_size: int) -> TideError | R
     first = min(failures, key=lambda failure: (failure.is_echo, failure.at_seconds))
     who = f"rank {first.rank} of {world_size}"
     if first.error is None:
-        return RanksFailed(f"{who} failed first: {first.text}")
+        kind = RanksLost if first.is_loss else RanksFailed
+        return kind(f"{who} failed first: {first.text}")
     everybody = sum(str(failure.error) == str(first.error) for failure in failures) == world_size
     return first.error if everybody else type(first.error)(f"{first.error} (seen by {who})")

@@ -15,6 +15,7 @@ itself; nothing is left behind.
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from tide_megatron.platform import prepare_platform
@@ -36,11 +38,13 @@ import torch.distributed as dist
 from tide_megatron.base.device import Device, Ranks, Wanted, choose_device, read_ranks
 from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import ConfigError, TideError, causes
+from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import StopFlag, is_stop
 from tide_megatron.launch.job_end import job_end
 from tide_megatron.launch.rendezvous import meet
 from tide_megatron.launch.signals import STOPPED_CODE, leave, release_signals, watch_signals
+from tide_megatron.launch.watchdog import STACKS_SIGNAL, Life
 from tide_megatron.parallel.collectives import gather_objects, own_share
 
 log = logging.getLogger(__name__)
@@ -65,6 +69,8 @@ class Job:
     """Device to choose."""
     timeout_seconds: float = TIMEOUT_SECONDS
     """How long a collective waits for a rank that never comes."""
+    hang_seconds: float | None = None
+    """How long a rank may stand still in a step before its launcher ends them all; None: nobody looks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +96,8 @@ class Failure:
     """Time of day; ranks of one machine share the clock, so the earliest is the cause."""
     text: str
     error: TideError | None = None
+    is_loss: bool = False
+    """It was killed, or stood still."""
     is_echo: bool = False
     """Only the loss of another rank was seen."""
 
@@ -99,7 +107,9 @@ class Failure:
         return f"rank {self.rank}: {self.text if self.error is None else self.error}"
 
 
-def work(rank: int, local_rank: int, job: Job, environment: Mapping[str, str], report: Connection) -> None:
+def work(
+    rank: int, local_rank: int, job: Job, environment: Mapping[str, str], report: Connection, life: Life
+) -> None:
     """Run one started rank to its end and send how it ended. Called once, in a fresh process.
 
     Args:
@@ -109,8 +119,10 @@ def work(rank: int, local_rank: int, job: Job, environment: Mapping[str, str], r
         environment: the parent's variables, and where the world meets: a rank forked from a server has the
             server's.
         report: the parent's pipe.
+        life: where it shows the parent that it lives.
     """
     os.setsid()
+    _show(life)
     threading.Thread(target=_end_with_parent, name="watch-parent", daemon=True).start()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(local_rank))
     start_log(rank)
@@ -126,6 +138,14 @@ def work(rank: int, local_rank: int, job: Job, environment: Mapping[str, str], r
                 leave(STOPPED_CODE)
             report.send(_failure(rank, error))
             leave(1)
+
+
+def _show(life: Life) -> None:
+    """Show what this rank is at from now on, and write its stacks when asked."""
+    HEARTBEAT.show(life.pulse)
+    if life.stacks:
+        file = Path(life.stacks).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
+        faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
 
 
 def _end_with_parent() -> None:

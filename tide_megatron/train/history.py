@@ -21,7 +21,8 @@ from tide_megatron.base.device import read_job
 from tide_megatron.base.lease import LEASE, holder_of
 from tide_megatron.base.owner import Holder
 from tide_megatron.base.read import text_of
-from tide_megatron.train.folder import STARTS
+from tide_megatron.checkpoint.retention import Mark, listed
+from tide_megatron.train.folder import CHECKPOINTS, STARTS
 
 _LONGEST = 500
 """Characters of a reason: the first error, not its traceback."""
@@ -82,6 +83,12 @@ def note_failure(folder: Path, why: str) -> None:
     with contextlib.suppress(OSError):
         if (folder / STARTS).is_file() and holder_of(folder / LEASE) is None:
             note_end(folder, "failed", why)
+
+
+def has_saved(folder: Path) -> bool:
+    """Say whether the last start left a checkpoint of a later step than it began at."""
+    starts, saved = read_history(folder), listed(folder / CHECKPOINTS)
+    return bool(starts and saved) and Mark.of(saved[-1]).step > starts[-1].step
 
 
 @contextlib.contextmanager

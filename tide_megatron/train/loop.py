@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
+from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.lease import Lease
 from tide_megatron.base.log import Journal
 from tide_megatron.base.stop import StopFlag, Stopped
@@ -105,6 +106,7 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
                 _open_metrics(recipe, tree, setup, clock, device) as metrics,
             ):
                 result = _step_and_score(recipe, setup, saver, clock, metrics, stop) | {"teachers": sanity}
+                HEARTBEAT.rest()
                 if result["finished"]:
                     _write_student(recipe, setup, result, lease)
             if is_first():
@@ -267,6 +269,7 @@ def _loop(
         result = train_step(run, batches, clock)
         clock = clock.after_step(applied=result.update.applied, samples=setup.loader.update_samples)
         last.note(clock)
+        HEARTBEAT.update()
         profiler.after(clock)
         _report(metrics, recipe, result, before, clock)
         is_lost = guard.after_step(

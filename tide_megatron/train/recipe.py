@@ -281,6 +281,10 @@ class Recipe:
     head: Annotated[HeadOptions, MACHINE] = Field(default_factory=HeadOptions)
     timeout_seconds: Annotated[float, MACHINE] = Field(default=600.0, ge=1.0, le=604_800.0)
     """How long any collective waits for a rank that never comes before the run fails."""
+    hang_seconds: Annotated[float | None, MACHINE] = Field(default=None, ge=1.0, le=604_800.0)
+    """How long a rank may stand still in a phase of a step before its launcher writes down what all ranks are
+    at and ends them; saves, evaluations and the first update may take four times as long; null: half of
+    `timeout_seconds`. Ranks of srun or torchrun have no launcher that looks."""
 
     @property
     def terms(self) -> dict[str, Loss]:

@@ -8,8 +8,15 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.lease import LEASE, leased
 from tide_megatron.base.stop import Stopped
-from tide_megatron.train.folder import STARTS
-from tide_megatron.train.history import note_end, note_failure, note_start, noting_faults, read_history
+from tide_megatron.train.folder import CHECKPOINTS, STARTS
+from tide_megatron.train.history import (
+    has_saved,
+    note_end,
+    note_failure,
+    note_start,
+    noting_faults,
+    read_history,
+)
 
 CLOCK = Clock(total_steps=9, step=4)
 
@@ -89,3 +96,13 @@ def test_words_of_any_alphabet_are_kept(tmp_path):
     note_end(tmp_path, "failed", "models/größe \udcff fehlt")
     said = json.loads((tmp_path / STARTS).read_text(encoding="utf-8").splitlines()[1])
     assert said["why"].startswith("models/größe")
+
+
+def test_a_start_that_saved_nothing_later_than_it_began_at_has_not_saved(tmp_path):
+    assert not has_saved(tmp_path)
+    note_start(tmp_path, CLOCK, None, 1)
+    assert not has_saved(tmp_path)
+    (tmp_path / CHECKPOINTS / "step-00000004-000000000032").mkdir(parents=True)
+    assert not has_saved(tmp_path)
+    (tmp_path / CHECKPOINTS / "step-00000005-000000000040").mkdir()
+    assert has_saved(tmp_path)

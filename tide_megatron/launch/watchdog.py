@@ -1,0 +1,203 @@
+"""Ranks that stand still: noticed by their launcher, with what each of them was doing.
+
+Every rank shows which phase of a step it is in since when (`base.heartbeat`). When one has shown nothing new
+for too long, all ranks write their Python stacks, which works in a rank whose interpreter waits in a
+collective, and the one that the others seem to wait for is named. A rank that was stopped by a
+signal, or waits for a disk, cannot write; its state as the kernel sees it is told instead.
+
+This is the launcher's: ranks that srun or torchrun started have only the timeout of their collectives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tide_megatron.base.heartbeat import Pulse
+from tide_megatron.base.phases import PHASES
+
+STACKS_SIGNAL = signal.SIGQUIT
+"""At it a rank writes the stacks of its threads."""
+STACKS_SECONDS = 2.0
+"""How long the ranks may take to."""
+SLOW_PHASES, SLOW_FACTOR = ("evaluate", "checkpoint", ""), 4.0
+"""What may take so many times as long; so may the first update, which compiles."""
+EVERY_SECONDS = 1.0
+_LINES, _MOST_TOLD = 12, 8
+_COLLECTIVE = "distributed_c10d.py"
+"""The file that a rank is in while it waits for others."""
+_QUOTE = '"'
+_STATES = {
+    "T": "stopped by a signal",
+    "t": "held by a debugger",
+    "D": "waiting for a disk or a device",
+    "R": "running",
+    "S": "waiting",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Life:
+    """What a rank is given to show that it lives."""
+
+    pulse: Any
+    """A shared `Pulse`."""
+    stacks: str
+    """The file for its stacks; empty: none."""
+
+
+class Watched(Protocol):
+    """A rank as the watchdog needs it."""
+
+    number: int
+    life: Life
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+
+
+class Watchdog:
+    """Watches the ranks of one launcher; a context manager, for the folder of stacks."""
+
+    def __init__(self, hang_seconds: float | None) -> None:
+        """Watch for ranks that do nothing for so long; None: do not."""
+        self._limit = hang_seconds
+        self._folder: Path | None = None
+        self._next = 0.0
+        self._is_kept = False
+
+    def __enter__(self) -> Watchdog:
+        """Make the folder."""
+        if self._limit is not None:
+            self._folder = Path(tempfile.mkdtemp(prefix="tide-ranks-"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the folder, unless it tells of a hang."""
+        if self._folder is not None and not self._is_kept:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def life(self, context: Any, number: int) -> Life:
+        """Return what a rank is started with."""
+        stacks = "" if self._folder is None else str(self._folder / f"rank-{number}.txt")
+        return Life(pulse=context.RawValue(Pulse), stacks=stacks)
+
+    def look(self, ranks: Sequence[Watched]) -> tuple[int, str] | None:
+        """Return the rank that stands still and what is known of all; None: all is well.
+
+        Args:
+            ranks: those that have not ended.
+        """
+        now = time.monotonic()
+        if self._limit is None or now < self._next:
+            return None
+        self._next = now + EVERY_SECONDS
+        seen = [_Sight.of(rank, now) for rank in ranks if rank.life.pulse.at]
+        return self._report(seen) if any(self._is_late(sight) for sight in seen) else None
+
+    def _is_late(self, sight: _Sight) -> bool:
+        assert self._limit is not None, "asked while it watches"
+        is_slow = sight.phase in SLOW_PHASES or not sight.updates
+        return sight.seconds > self._limit * (SLOW_FACTOR if is_slow else 1.0)
+
+    def _report(self, seen: Sequence[_Sight]) -> tuple[int, str]:
+        """Let all ranks write their stacks, and say which stands still, and what the others wait in."""
+        self._is_kept = True
+        for sight in seen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(sight.pid, STACKS_SIGNAL)
+        time.sleep(STACKS_SECONDS)
+        stacks = {sight.number: _stack(sight) for sight in seen}
+        first = min(seen, key=lambda sight: sight.blame(stacks[sight.number]))
+        others = [sight for sight in seen if sight is not first]
+        lines = [f"it stands still: {first.told(stacks[first.number])}", *stacks[first.number][:_LINES]]
+        lines += [f"rank {one.number}: {one.told(stacks[one.number])}" for one in others[:_MOST_TOLD]]
+        if len(others) > _MOST_TOLD:
+            lines.append(f"and {len(others) - _MOST_TOLD} more ranks")
+        lines.append(f"stacks of all ranks of this node: {self._folder}")
+        return first.number, "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sight:
+    """A rank at the moment when it was looked at."""
+
+    number: int
+    pid: int
+    stacks: str
+    seconds: float
+    """Since its last sign of life."""
+    updates: int
+    phase: str
+    state: str
+    """Of its process, the kernel's letter."""
+
+    @staticmethod
+    def of(rank: Watched, now: float) -> _Sight:
+        """Look at a rank."""
+        pulse = rank.life.pulse
+        return _Sight(
+            number=rank.number,
+            pid=rank.pid,
+            stacks=rank.life.stacks,
+            seconds=now - pulse.at,
+            updates=pulse.updates,
+            phase=pulse.phase.decode(),
+            state=_state(rank.pid),
+        )
+
+    def blame(self, stack: Sequence[str]) -> tuple[Any, ...]:
+        """Return what orders ranks: first the one that the others wait for, as far as can be told.
+
+        One that the kernel holds, or that cannot even write its stack; else one that is in no collective;
+        else the one that is furthest behind.
+        """
+        order = PHASES.index(self.phase) if self.phase in PHASES else len(PHASES)
+        waits = any(_COLLECTIVE in line for line in stack)
+        return bool(stack) and self.state not in "TtD", waits, self.updates, order, -self.seconds
+
+    def told(self, stack: Sequence[str]) -> str:
+        """Say what it is at."""
+        return (
+            f"for {self.seconds:.0f} s nothing new in {self.phase or 'the time between phases'} after "
+            f"{self.updates} updates, pid {self.pid} {_STATES.get(self.state, 'ended')}, in "
+            f"{_innermost(stack) or 'code that wrote no stack'}"
+        )
+
+
+def _state(pid: int) -> str:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return text.rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "?"
+
+
+def _stack(sight: _Sight) -> list[str]:
+    """Return the calls of a rank's main thread, the innermost first, as faulthandler writes them."""
+    try:
+        text = Path(sight.stacks).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.strip()]
+    # faulthandler writes the main thread last.
+    return [line for line in blocks[-1][1:] if line.strip()] if blocks else []
+
+
+def _innermost(stack: Sequence[str]) -> str:
+    """Return the innermost call of ours, as file, function and line."""
+    for line in stack:
+        file, _, name = line.strip().removeprefix("File ").partition(", line ")
+        if "tide_megatron" in file:
+            number, _, function = name.partition(" in ")
+            return f"{Path(file.strip(_QUOTE)).name}, {function} (line {number})"
+    return ""
