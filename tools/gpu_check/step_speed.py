@@ -29,7 +29,7 @@ WEDLM_LAYERS = 8
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"head_dim": 16, "intermediate_size": 96, "vocab_size": 1_024}
 SAMPLES, LENGTH = 4, 512
-"""Of a microbatch, as configs/runs/paper_pair.yaml has them."""
+"""Of a microbatch, half of what configs/runs/paper_pair.yaml has."""
 TIMED, TOP = 8, 20
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 """Calls in which the host stands still until the GPU is done."""
