@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gpu_check.rows import Place, Row
 
-Part = Literal["correctness", "speed"]
+Part = Literal["correctness", "speed", "bench"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def measure(small: bool, *, device: Device, stop: StopFlag) -> dict[str, Any]:
         "phases": run.phases.take(),
         "peak_bytes": run.phases.take_peaks(),
     }
-    return found | (_profiled(step) if on_cuda else {})
+    return found | (profiled(step) if on_cuda else {})
 
 
 def _case(small: bool, device: Device) -> tuple[Any, Any]:
@@ -114,7 +114,7 @@ def _case(small: bool, device: Device) -> tuple[Any, Any]:
     return make_run(setting, device), [batch_of(setting, 0)]
 
 
-def _profiled(step: Callable[[], Any]) -> dict[str, Any]:
+def profiled(step: Callable[[], Any]) -> dict[str, Any]:
     """Return host waits a step by call and by place, and the kernels that take the GPU's time."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     steps = 2
@@ -132,7 +132,8 @@ def _profiled(step: Callable[[], Any]) -> dict[str, Any]:
     top = [(cost.key[:60], cost.count / steps, cost.self_device_time_total / 1e3 / steps) for cost in busiest]
     with who_waits() as places:
         step()
-    return {"waits": waits, "top": top, "places": places.most_common(TOP)}
+    device_ms = sum(cost.self_device_time_total for cost in costs) / 1e3 / steps
+    return {"waits": waits, "top": top, "device_ms": device_ms, "places": places.most_common(TOP)}
 
 
 @contextmanager
