@@ -202,7 +202,7 @@ def _precision(device: Device) -> Precision:
 
 def check_head(place: Place) -> list[Row]:
     """Time the head of the shared pipeline over the floor of its four products."""
-    vocabulary, rows, hidden = (2_048, 850, 64) if place.is_rehearsal else (151_936, 3_400, 4_096)
+    vocabulary, rows, hidden = (512, 850, 64) if place.is_rehearsal else (151_936, 3_400, 4_096)
     row = time_head(vocabulary, rows, torch.device(place.device), hidden)
     best = row.figures.get("fused compiled") or row.figures["fused eager"]
     return [dataclasses.replace(row, check="head", figures=row.figures | {"over_floor": best["over_floor"]})]
