@@ -9,6 +9,7 @@ in FP8. Both ways read the same microbatch of 8 samples of 512 tokens, both with
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
@@ -266,7 +267,11 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 def weight_bytes(config: Mapping[str, Any], dtype: torch.dtype, fp8: Fp8Options | None = None) -> int:
     """Return the bytes of a whole model's weights."""
-    architecture = architecture_of(config)
+    return _whole(architecture_of(config), dtype, fp8)
+
+
+@functools.cache
+def _whole(architecture: Architecture, dtype: torch.dtype, fp8: Fp8Options | None) -> int:
     return num_local_bytes(architecture, Shard(num_layers=architecture.layers), dtype, fp8)
 
 
