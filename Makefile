@@ -12,20 +12,20 @@
 #   make gpu-rehearse        the GPU check in small, on a CPU (about a minute; `make test` makes it too)
 #   make gpu-assets          what the GPU check needs, made on a CPU machine: .gpu/ (about 5 minutes)
 #   make gpu-check           what CUDA has to prove, on a machine with a GPU and .gpu/ (at most 8 minutes)
+#   make gpu-bench           whole steps at the paper's sizes against the reference's way, on a GPU (at most 5 minutes)
 #   make faults              spoil the code on purpose in a copy: do the tests notice? (about 6 minutes)
 #
 # Variables: PYTHON (interpreter to build with), VENV, TORCH (what to install as torch), TORCH_INDEX (where the CPU
 # build of torch is looked for when the configured index does not offer it); GPU_PACK (a folder of packages for a GPU
-# machine without a network, or empty: `make gpu-check` then builds its environment from its index), GPU_PYTHON (the
-# interpreter that holds a CUDA build of torch there), GPU_OUT (where results go).
+# machine without a network, or empty: `make gpu-check` and `make gpu-bench` then build their environment from its
+# index), GPU_PYTHON (the interpreter that holds a CUDA build of torch there), GPU_OUT (where results go).
 
 FLAGS ?=
 PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV ?= .venv
 GPU_PACK ?=
-GPU_FLAGS ?=
-PYTHON ?= python3
+GPU_PYTHON ?= python3
 GPU_OUT ?= .gpu-results
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -37,7 +37,8 @@ SOURCES = tide_megatron tools examples tests
 
 .PHONY: help quickstart quickstart-full quickstart-models \
   cross-tokenizer cross-tokenizer-full cross-models shared-tokenizer shared-tokenizer-full \
-  gpu-assets gpu-check gpu-rehearse test test-ranks test-unit test-all test-312 test-slurm preempt-test check faults kill-test format environment clean
+  gpu-assets gpu-check gpu-bench gpu-rehearse test test-ranks test-unit test-all test-312 test-slurm preempt-test \
+  check faults kill-test format environment clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -128,10 +129,12 @@ gpu-assets: $(BUILT)
 	PYTHONPATH=.:tools $(BIN)/python -m gpu_check.assets --out .gpu $(if $(GPU_PACK),--pack "$(GPU_PACK)")
 
 # With a pack nothing is installed; without one the environment is built with torch as the index has it.
-gpu-check:
-	@if [ -d .gpu/pack ]; then PYTHONPATH=.:tools $(GPU_PYTHON) -m gpu_check --out "$(GPU_OUT)"; else \
+gpu-check: GPU_PROGRAM = -m gpu_check --out "$(GPU_OUT)"
+gpu-bench: GPU_PROGRAM = tools/bench/gpu_step.py --json --out "$(GPU_OUT)/bench"
+gpu-check gpu-bench:
+	@if [ -d .gpu/pack ]; then PYTHONPATH=.:tools $(GPU_PYTHON) $(GPU_PROGRAM); else \
 	  $(MAKE) --no-print-directory environment TORCH="torch>=2.11" && \
-	  PYTHONPATH=.:tools $(BIN)/python -m gpu_check --out "$(GPU_OUT)"; fi
+	  PYTHONPATH=.:tools $(BIN)/python $(GPU_PROGRAM); fi
 
 faults: $(BUILT)
 	$(BIN)/python tools/planted_faults.py

@@ -41,6 +41,12 @@ def test_every_page_is_in_the_index_and_links_to_pages_lead_somewhere():
     assert [link for link in sorted(links) if not (ROOT / link).is_file()] == []
 
 
+def test_every_variable_of_the_makefile_that_is_used_is_set():
+    makefile = text("Makefile")
+    used = set(re.findall(r"\$\((\w+)\)", makefile)) - {"MAKE"}
+    assert used == set(re.findall(r"^(?:[\w-]+: )?(\w+) \??= ?", makefile, re.MULTILINE))
+
+
 @pytest.mark.slow
 def test_the_way_from_chats_to_an_export_is_as_its_page_says():
     commands = re.findall(r"^(tide .*)$", text("docs/first_student.md"), re.MULTILINE)

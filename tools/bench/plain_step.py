@@ -90,6 +90,6 @@ def _every_position(
 ) -> Tensor:
     """Return final hidden states of all positions, [samples, positions, hidden]."""
     ids = torch.cat(parts, dim=1)
-    rows = torch.arange(ids.numel())
+    rows = torch.arange(ids.numel(), device=ids.device)
     view: View = view_of_parts(ids, context, lengths, rows)
     return model.rows(view).unflatten(0, ids.shape)

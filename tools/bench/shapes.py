@@ -51,3 +51,9 @@ LLADA2_MINI: dict[str, Any] = {
     "routed_scaling_factor": 2.5,
 }
 """The mixture that teaches: 16 billion parameters."""
+FOLDERS: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b-bd3lm": QWEN3_06B,
+    "wedlm-8b": WEDLM_8B,
+    "llada2-mini": LLADA2_MINI,
+}
+"""By the names that the paper's run files give their folders (docs/paper_run.md)."""

@@ -39,7 +39,10 @@ from tide_megatron.losses.cross_entropy import CrossEntropy
 from tide_megatron.losses.tidal import Tidal
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import TideModel, build_model
-from tide_megatron.models.precision import Precision
+from tide_megatron.models.engine import Engine
+from tide_megatron.models.fp8_engine import fp8_engine
+from tide_megatron.models.precision import Fp8Options, Precision
+from tide_megatron.models.quantized import QuantizedLinear
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.groups import make_groups
@@ -92,6 +95,10 @@ class Setting:
     optimizer: Optimizer = OPTIMIZER
     is_drawn_there: bool = False
     """Draw weights on the device, any numbers: billions take a while on a host."""
+    fp8: Fp8Options | None = None
+    """How the teacher's matrices are held; None: in `precision`."""
+    experts: str = "auto"
+    """Form of the teacher's experts."""
 
     def config(self, name: str, body: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
         """Return config.json of the student or the teacher: the bench's own body, or what `shapes` says."""
@@ -108,6 +115,19 @@ class Setting:
         return config
 
     @property
+    def teacher_ids(self) -> int:
+        """Return how many ids the teacher knows."""
+        return self.vocabulary if self.pipeline == "shared" else self.teacher_vocabulary
+
+    def teacher_config(self) -> dict[str, Any]:
+        """Return config.json of the teacher."""
+        return self.config("teacher", DENSE if self.pipeline == "shared" else MIXTURE, self.teacher_ids)
+
+    def student_config(self) -> dict[str, Any]:
+        """Return config.json of the student."""
+        return self.config("student", STUDENT, self.vocabulary)
+
+    @property
     def first_maskable(self) -> int:
         """Where the reply begins."""
         return self.length - round(MASKABLE_SHARE * self.length)
@@ -121,16 +141,9 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
         device: where.
         head_ranks: over how many ranks heads are cut.
     """
-    is_shared = setting.pipeline == "shared"
-    size = setting.vocabulary if is_shared else setting.teacher_vocabulary
+    is_shared, size = setting.pipeline == "shared", setting.teacher_ids
     group, layout = make_vocab_group([setting.vocabulary, size], head_ranks), Layout()
-    config = setting.config("teacher", DENSE if is_shared else MIXTURE, size)
-    model = _model(config, setting, device, head=group.columns(size))
-    view_builder = ViewBuilder(
-        context=BLOCKS if is_shared else Context(kind="bidirectional"),
-        mask_id=MASK,
-        complementary=Complementary(seed=setting.seed),
-    )
+    model = make_teacher_model(setting, device, head=group.columns(size))
     route = Route(
         layout=layout, replica=model.groups.mp, across=make_across(layout, group.size), rank=group.rank
     )
@@ -142,7 +155,7 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
         losses["reverse_calm"] = ReverseCalm(teacher=TEACHER, temperature=5.0)
     return Run(
         student=make_student(setting, device),
-        teachers={TEACHER: Teacher(TEACHER, model, view_builder, route, phases=phases)},
+        teachers={TEACHER: Teacher(TEACHER, model, view_builder_of(setting), route, phases=phases)},
         head=HeadLoss(losses, group, phases=phases),
         noiser=Noiser(seed=setting.seed, whole_chunks_of=() if is_shared else (TEACHER,)),
         phases=phases,
@@ -152,22 +165,52 @@ def make_run(setting: Setting, device: Device, head_ranks: int = 1) -> Run:
 
 def make_student(setting: Setting, device: Device) -> Student:
     """Build a student with its optimizer; equal settings give equal weights."""
-    config = setting.config("student", STUDENT, setting.vocabulary)
-    return Student(_model(config, setting, device, trainable=True), BLOCKS, MASK, setting.optimizer)
+    model = _model(setting.student_config(), setting, device, trainable=True)
+    return Student(model, BLOCKS, MASK, setting.optimizer)
+
+
+def make_teacher_model(setting: Setting, device: Device, head: tuple[int, int] | None = None) -> TideModel:
+    """Build the teacher's model; `head`: the ids whose rows of its output head this rank holds."""
+    precision, fp8 = Precision(setting.precision), setting.fp8
+    engine = Engine() if fp8 is None else fp8_engine("auto", fp8, precision, device)
+    config = setting.teacher_config()
+    return _model(config, setting, device, head=head, fp8=fp8, engine=engine, experts=setting.experts)
+
+
+def view_builder_of(setting: Setting) -> ViewBuilder:
+    """Say how the teacher reads: both pipelines have complementary views."""
+    return ViewBuilder(
+        context=BLOCKS if setting.pipeline == "shared" else Context(kind="bidirectional"),
+        mask_id=MASK,
+        complementary=Complementary(seed=setting.seed),
+    )
 
 
 def _model(config: dict[str, Any], setting: Setting, device: Device, **options: Any) -> TideModel:
     architecture = ARCHITECTURES[config["model_type"]].from_hf(config)
     how = ModelOptions(device=device, precision=Precision(setting.precision), **options)
     model = build_model(architecture, make_groups(Layout()), how)
+    seed = 1 if options.get("trainable") else 2
     if setting.is_drawn_there:
-        for parameter in model.parameters():
-            parameter.data.normal_(
-                0, setting.initial_deviation
-            ) if parameter.dim() > 1 else parameter.data.fill_(1)
+        draw_there(model, seed, setting.initial_deviation)
     else:
-        draw_weights(model, 1 if options.get("trainable") else 2)
+        draw_weights(model, seed)
     return model
+
+
+@torch.no_grad()
+def draw_there(model: TideModel, seed: int, deviation: float) -> None:
+    """Fill a model on its device, tensor by tensor; the same numbers, whether they are quantised or not."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, QuantizedLinear) and name.endswith(".weight"):
+            drawn = torch.empty(parameter.shape, dtype=model.config.params_dtype, device=parameter.device)
+            layer.store(drawn.normal_(0, deviation))
+        elif parameter.dim() > 1:
+            parameter.data.normal_(0, deviation)
+        else:
+            parameter.data.fill_(1)
 
 
 def batch_of(setting: Setting, number: int, epoch: int = 0) -> Batch:

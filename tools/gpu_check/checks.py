@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gpu_check.rows import Place, Row
 
-Part = Literal["correctness", "speed"]
+Part = Literal["correctness", "speed", "bench"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,14 @@ CHECKS = (
     _steps("cross", "flex", "plain", rehearsed=False),
     _steps("shared", "flex", "plain", rehearsed=False),
     _steps("shared", "dense", "fused", with_engine=True, rehearsed=False),
+    Check(name="engines", function="gpu_check.engines:check_own", limit_seconds=120),
+    Check(
+        name="engines TE",
+        function="gpu_check.engines:check_te",
+        limit_seconds=150,
+        with_engine=True,
+        rehearsed=False,
+    ),
     Check(name="doctor", function="gpu_check.machine:check_doctor", limit_seconds=90, rehearsed=False),
     Check(name="pack", function="gpu_check.machine:check_pack", limit_seconds=150, with_engine=True),
     Check(name="step speed", function="gpu_check.step_speed:check_step", part="speed", limit_seconds=120),

@@ -34,13 +34,18 @@ def check_head(place: Place) -> list[Row]:
     if small:
         sizes = [(2_048, 850)]
     device = torch.device(place.device)
-    return [_row(vocabulary, rows, device) for vocabulary, rows in sizes]
+    return [time_head(vocabulary, rows, device) for vocabulary, rows in sizes]
 
 
-def _row(vocabulary: int, rows: int, device: torch.device) -> Row:
+def time_head(vocabulary: int, rows: int, device: torch.device, teacher_hidden: int = 1_024) -> Row:
     """Time all forms on one size, beside the floor."""
     setting = Setting(
-        loss="tidal", vocabulary=vocabulary, shared=vocabulary - 290, seed=5, copies=COPIES[rows]
+        loss="tidal",
+        vocabulary=vocabulary,
+        shared=vocabulary - 290,
+        seed=5,
+        copies=COPIES[rows],
+        teacher_hidden=teacher_hidden,
     )
     if device.type == "cpu":
         setting = dataclasses.replace(setting, hidden=64, teacher_hidden=64, precision="fp32")

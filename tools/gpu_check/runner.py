@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from gpu_check.checks import Check
 from gpu_check.rows import NotMeasured, Place, Row
@@ -37,11 +38,32 @@ class Plan:
     """Checks at a time."""
     deadline: float
     """time.monotonic() at which the part is over."""
+    is_ahead: bool = False
+    """One check at a time, but the next one's process imports what it needs meanwhile."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Started:
+    """A check's process, which waits for a word to begin."""
+
+    check: Check
+    process: Any
+    pipe: Connection
+    log: Path
 
 
 def run_checks(checks: Sequence[Check], plan: Plan, tell: Callable[[Row], None]) -> list[Row]:
     """Run checks in their order, `jobs` at a time; tell each row as soon as it is known; return all."""
     rows: list[Row] = []
+    if plan.is_ahead:
+        upcoming = iter(checks)
+        waiting = _next(upcoming, plan)
+        while waiting is not None:
+            current, waiting = waiting, _next(upcoming, plan)
+            for row in finish(current, plan):
+                rows.append(row)
+                tell(row)
+        return rows
     lock = threading.Lock()
     with ThreadPoolExecutor(plan.jobs) as pool:
         for done in as_completed([pool.submit(run_check, check, plan) for check in checks]):
@@ -52,15 +74,23 @@ def run_checks(checks: Sequence[Check], plan: Plan, tell: Callable[[Row], None])
     return rows
 
 
+def _next(checks: Iterator[Check], plan: Plan) -> Started | None:
+    check = next(checks, None)
+    return None if check is None else start(check, plan)
+
+
 def run_check(check: Check, plan: Plan) -> list[Row]:
     """Run one check in a fresh process, and end it with all it started when its time is over."""
-    left = plan.deadline - time.monotonic()
-    if left <= 0:
-        return [
-            Row(
-                check=check.name, verdict="not measured", text="the time of its part was over before it began"
-            )
-        ]
+    return _too_late(check) if time.monotonic() >= plan.deadline else finish(start(check, plan), plan)
+
+
+def _too_late(check: Check) -> list[Row]:
+    over = "the time of its part was over before it began"
+    return [Row(check=check.name, verdict="not measured", text=over)]
+
+
+def start(check: Check, plan: Plan) -> Started:
+    """Start a check's process, which imports what all checks need and then waits for `finish`."""
     scratch = plan.place.scratch / check.name.replace(" ", "-")
     scratch.mkdir(parents=True)
     place = dataclasses.replace(plan.place, scratch=scratch)
@@ -69,17 +99,28 @@ def run_check(check: Check, plan: Plan) -> list[Row]:
     context = multiprocessing.get_context("spawn" if place.device == "cuda" else "forkserver")
     if place.device == "cpu":
         context.set_forkserver_preload(list(PRELOADED))
-    mine, theirs = context.Pipe(duplex=False)
+    mine, theirs = context.Pipe()
     log = plan.logs / f"{check.name.replace(' ', '-')}.log"
     process = context.Process(target=work, args=(check, place, theirs, log))  # type: ignore[attr-defined]
-    began = time.monotonic()
     process.start()
     theirs.close()
-    limit = min(check.limit_seconds, left)
+    return Started(check=check, process=process, pipe=mine, log=log)
+
+
+def finish(started: Started, plan: Plan) -> list[Row]:
+    """Let a started check begin, wait for its rows, and end it."""
+    check, process, log = started.check, started.process, started.log
+    began = time.monotonic()
+    limit = min(check.limit_seconds, plan.deadline - began)
     answer: list[Row] | None = None
-    if mine.poll(limit):
+    if limit <= 0:
+        answer = _too_late(check)
+    else:
+        with contextlib.suppress(OSError):  # it may have failed already, with an answer
+            started.pipe.send("begin")
         with contextlib.suppress(EOFError, OSError):
-            answer = mine.recv()
+            if started.pipe.poll(limit):
+                answer = started.pipe.recv()
     seconds = time.monotonic() - began
     _end(process.pid)
     process.kill()  # it may not lead its group yet
@@ -127,6 +168,8 @@ def work(check: Check, place: Place, pipe: Connection, log: Path) -> None:
         if place.is_rehearsal:
             torch.set_num_threads(1)
         start_log(0)
+        check.load()
+        pipe.recv()
         rows = check.rows(place)
     except NotMeasured as reason:
         rows = [Row(check=check.name, verdict="not measured", text=str(reason))]

@@ -89,15 +89,6 @@ def test_the_written_out_pair_is_the_example_s(load):
     assert difference(expected, written) == ["folder: 'runs/cross_tokenizer/undistilled' -> 'runs/pair'"]
 
 
-def test_the_paper_s_pair_is_a_recipe_whose_layouts_fit_eight_ranks(load):
-    load("quickstart/comparison")  # for the working directory
-    recipe, _ = load_recipe(Path("configs/runs/paper_pair.yaml"))
-    recipe.teachers["llada"].layout.check(8, heads=16, groups=4, experts=256, layers=20)
-    recipe.teachers["wedlm"].layout.check(8, heads=32, groups=8, experts=0, layers=36)
-    assert recipe.teachers["wedlm"].layout.num_replicas(8) == 2
-    assert recipe.batch.accumulation(8) == (4, 2)
-
-
 def test_notes_on_a_pair_hold_with_the_quick_variants_and_with_all(load):
     script = load("cross_tokenizer/run")
     module = sys.modules["comparison"]

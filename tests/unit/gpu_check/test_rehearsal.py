@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from bench.gpu_goals import BENCHES, GOALS
 from gpu_check.checks import CHECKS
 from gpu_check.identity import ROOT
 
@@ -26,6 +27,8 @@ def test_the_rehearsal_passes(tmp_path):
     assert not [row for row in rows if row["verdict"] == "failed"]
     names = {check.name.split()[0] for check in CHECKS if check.rehearsed}
     assert names <= {row["check"].split()[0] for row in rows}
+    assert {check.name for check in BENCHES} <= {row["check"] for row in rows}
+    assert {f"goal: {goal.name}" for goal in GOALS} <= {row["check"] for row in rows}
     assert all(row["text"] for row in rows)
     assert "not measured" in (tmp_path / "table.md").read_text()
 

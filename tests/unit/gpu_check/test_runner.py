@@ -1,9 +1,11 @@
 """A check that goes wrong is one row of the table, whatever it does; the others go on."""
 
+import dataclasses
 import time
 
 import pytest
 
+from bench.gpu_goals import BENCHES
 from gpu_check.checks import CHECKS, Check
 from gpu_check.rows import Place
 from gpu_check.runner import Plan, run_checks
@@ -45,13 +47,29 @@ def test_checks_go_wrong_alone(plan):
     assert "a word for the log" in (plan.logs / "passes.log").read_text()
 
 
-def test_what_a_part_has_no_time_for_is_a_row(plan):
-    late = Plan(place=plan.place, logs=plan.logs, jobs=1, deadline=time.monotonic() - 1)
+def test_started_ahead_they_go_wrong_alone_and_in_order(plan):
+    ahead = dataclasses.replace(plan, jobs=1, is_ahead=True)
+    checks = [
+        made_up("hangs", limit_seconds=4),  # meanwhile the next one ends, before it is told to begin
+        Check(name="missing", function="tests.unit.gpu_check.made_up:missing"),
+        made_up("dies"),
+        made_up("passes", arguments=("well",)),
+    ]
+    rows = run_checks(checks, ahead, lambda row: None)
+    assert [row.check for row in rows] == ["hangs", "missing", "dies", "passes"]
+    assert [row.verdict for row in rows] == ["failed", "failed", "failed", "passed"]
+    assert rows[1].text.startswith("AttributeError")
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_what_a_part_has_no_time_for_is_a_row(plan, is_ahead):
+    late = Plan(place=plan.place, logs=plan.logs, jobs=1, deadline=time.monotonic() - 1, is_ahead=is_ahead)
     (row,) = run_checks([made_up("passes", arguments=("never",))], late, lambda row: None)
     assert row.verdict == "not measured"
 
 
 def test_every_check_is_named_once_and_can_be_loaded():
-    assert len({check.name for check in CHECKS}) == len(CHECKS)
-    for check in CHECKS:
+    every = (*CHECKS, *BENCHES)
+    assert len({check.name for check in every}) == len(every)
+    for check in every:
         assert callable(check.load())
