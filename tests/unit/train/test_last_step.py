@@ -14,8 +14,10 @@ def test_the_last_step_outlives_the_run_and_a_restart_begins_anew(tmp_path):
         assert lost_steps(tmp_path, Clock(step=8)) == 3, "also while the file is open, as a kill leaves it"
     assert lost_steps(tmp_path, Clock(step=8)) == 3
     assert lost_steps(tmp_path, Clock(step=11)) == 0
-    LastStep(tmp_path, Clock(step=8)).note(Clock(step=9))
-    assert lost_steps(tmp_path, Clock(step=8)) == 1, "what the first start lost is not lost twice"
+    with LastStep(tmp_path, Clock(step=8)) as last:
+        assert lost_steps(tmp_path, Clock(step=8)) == 0, "what the first start lost is not lost twice"
+        last.note(Clock(step=9))
+    assert lost_steps(tmp_path, Clock(step=8)) == 1
     assert lost_steps(tmp_path, Clock(step=10)) == 0
 
 
