@@ -26,10 +26,10 @@ def figures(folder):
 class Running:
     """A submitted run."""
 
-    def __init__(self, cluster, tiny, folder, steps=30, **options):
+    def __init__(self, cluster, tiny, folder, steps=30, words=(), **options):
         self.cluster, self.folder, self.shape = cluster, folder, options.get("shape", "node")
         options = JobOptions(**{"nodes": 2, "ranks_per_node": 2, "warning": 10, "time": "30"} | options)
-        done = submit(tiny, [f"folder={json.dumps(str(folder))}", *WORDS, f"steps={steps}"], options)
+        done = submit(tiny, [f"folder={json.dumps(str(folder))}", *WORDS, f"steps={steps}", *words], options)
         [self.job], self.log = done.numbers, Path(done.log)
 
     def said(self):

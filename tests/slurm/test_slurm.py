@@ -22,6 +22,8 @@ from tide_megatron import api
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.nodes import expand_nodes
 from tide_megatron.launch.job import directive
+from tide_megatron.launch.status import look
+from tide_megatron.train.history import read_history
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
@@ -117,7 +119,7 @@ def test_a_cancelled_run_saves_and_stays_cancelled(cluster, tiny, tmp_path):
 
 
 def test_a_rank_that_is_killed_ends_the_job_on_all_nodes_with_its_name(cluster, tiny, tmp_path):
-    run = Running(cluster, tiny, tmp_path / "run", ranks_per_node=1)
+    run = Running(cluster, tiny, tmp_path / "run", ranks_per_node=1, words=["checkpoints.every=0"])
     run.is_at(2)
     began = time.monotonic()
     os.kill(one_rank_of(run), signal.SIGKILL)
@@ -128,6 +130,24 @@ def test_a_rank_that_is_killed_ends_the_job_on_all_nodes_with_its_name(cluster, 
     assert re.search(r"error: node \d failed first: rank \d: it was killed", run.said()), (
         "and on the other one"
     )
+
+
+def test_a_rank_that_is_killed_after_a_save_costs_no_more_than_an_interval(
+    cluster, tiny, undisturbed, tmp_path
+):
+    run = Running(cluster, tiny, tmp_path / "run")
+    cluster.within(90, lambda: list(run.folder.glob("checkpoints/step-*[0-9]")), run.told)
+    assert look(run.folder).state == "training"
+    os.kill(one_rank_of(run), signal.SIGKILL)
+    run.is_back(restarts=1)
+    assert look(run.folder).state == "failed, queued again"
+    cluster.start_now(run.job)
+    assert run.ends() == "COMPLETED 0:0", run.said()
+    assert figures(run.folder) == undisturbed
+    first, second = read_history(run.folder)
+    assert "was killed by SIGKILL" in first.why
+    assert 0 <= second.lost <= 8, "the save under way is not whole"
+    assert (second.end, second.restarts, look(run.folder).state) == ("finished", 1, "finished")
 
 
 def test_lists_of_nodes_are_read_as_scontrol_reads_them(cluster):

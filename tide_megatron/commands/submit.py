@@ -45,6 +45,6 @@ def submit(
         f"submitted as job {', '.join(done.numbers)}: {job.nodes} node(s) x {job.ranks_per_node} ranks"
     )
     typer.echo(f"code, recipe, script: {done.job.folder}")
-    typer.echo(f"watch it:  tail -F {quoted(done.log)}")
-    typer.echo(f"           squeue --jobs {number}")
+    typer.echo(f"watch it:  tide status {quoted(str(done.job.folder.parents[1]))}")
+    typer.echo(f"           tail -F {quoted(done.log)}")
     typer.echo(f"stop it:   scancel {number}    (it saves first, as far as the cluster's KillWait lets it)")

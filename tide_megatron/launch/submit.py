@@ -26,12 +26,12 @@ from tide_megatron.base.files import write_text
 from tide_megatron.base.read import text_of
 from tide_megatron.launch.job import JobOptions, refuse_secrets
 from tide_megatron.launch.job_script import CODE, RECIPE, RECIPES, SCRIPT, Submission, render
+from tide_megatron.launch.status import JOB_IDS, JOBS
 from tide_megatron.train.folder import check_folder
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree, load_recipe
 from tide_megatron.train.setup import examine
 
-JOBS = "jobs"
 _GPU_CORES = 8
 Run = tuple[Recipe, Tree]
 
@@ -210,4 +210,5 @@ def _sbatch(job: Submission) -> tuple[str, ...]:
             said = " ".join((done.stderr or done.stdout).split())
             raise ConfigError(f"{job.folder / SCRIPT}: sbatch refused it: {said}")
         numbers.append(done.stdout.strip())
+        write_text(job.folder / JOB_IDS, "".join(f"{number}\n" for number in numbers))  # `tide status` asks
     return tuple(numbers)
