@@ -32,7 +32,8 @@ from tests.tiny_run import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 URGENT = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 0.1")
-STEPS_A_START = 3
+STEPS_A_START, STEPS_PLANNED = 3, 9
+"""A start is preempted after so many steps, or a few later; so many are planned for each."""
 
 
 WAYS = {
@@ -55,7 +56,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder) / "cluster") as cluster:
         os.environ.update(cluster.environment)
         file = write_tiny_run(Path(folder) / "tiny")
-        steps = STEPS_A_START * (chosen.preemptions + 8)
+        steps = STEPS_PLANNED * (chosen.preemptions + 2)
         words = [*WORDS, f"steps={steps}"]
         undisturbed = Path(folder) / "undisturbed"
         train = [sys.executable, "-m", "tide_megatron.commands", "train", str(file), "--ranks=4"]
