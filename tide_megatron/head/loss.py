@@ -60,7 +60,8 @@ class HeadLoss:
         self.phases = Phases() if phases is None else phases
         self._budget_bytes = budget_bytes
         self._workspace = Workspace()
-        self._compiler = PassCompiler()
+        self.compiler = PassCompiler()
+        """What compiles the passes over a slab, where they are compiled."""
 
     @classmethod
     def build(
@@ -174,7 +175,7 @@ class HeadLoss:
             batch,
             budget_bytes=budget,
             workspace=self._workspace,
-            compiler=self._compiler if self.options.is_compiled(device) else None,
+            compiler=self.compiler if self.options.is_compiled(device) else None,
         )
 
 

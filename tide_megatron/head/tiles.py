@@ -71,8 +71,8 @@ class TiledHead:
         """Compute the logits of a tile (counted from this rank's first column), fp32."""
         weight = self.weight(start, stop)
         if self._buffer is None:
-            return self.columns(self.hidden @ weight.T, start)
-        return self.columns(torch.mm(self.hidden, weight.T, out=self._block(start, len(weight))), start)
+            return self._columns(self.hidden @ weight.T, start)
+        return self._columns(torch.mm(self.hidden, weight.T, out=self._block(start, len(weight))), start)
 
     def weight(self, start: int, stop: int) -> Tensor:
         """Return the head's rows of a tile in the dtype of the products, [columns, hidden size]."""
@@ -81,7 +81,7 @@ class TiledHead:
     def again(self, start: int, stop: int) -> Columns:
         """Return the logits of a tile that was made before, fp32."""
         columns = max(0, min(stop, self.num_columns) - start)
-        return self.columns(self._block(min(start, self.num_columns), columns), start)
+        return self._columns(self._block(min(start, self.num_columns), columns), start)
 
     def _block(self, start: int, columns: int) -> Tensor:
         assert self._buffer is not None, "these logits were not kept"
@@ -91,10 +91,14 @@ class TiledHead:
     @property
     def first(self) -> int:
         """The id of this rank's first column."""
-        return min(self._head.start, self._head.num_ids)
+        return self._head.start
 
-    def columns(self, logits: Tensor, start: int) -> Columns:
-        """Say which ids logits belong to, whose first column here is `start`."""
+    @property
+    def num_ids(self) -> int:
+        """How many ids the whole head has."""
+        return self._head.num_ids
+
+    def _columns(self, logits: Tensor, start: int) -> Columns:
         place = min(self._head.start + start, self._head.num_ids)
         return Columns(logits=logits.float(), start=place, vocabulary=self._head.num_ids)
 

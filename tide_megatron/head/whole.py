@@ -32,7 +32,7 @@ from tide_megatron.head.passes import (
 from tide_megatron.head.softmax import GoldLikelihood, LogSumExp, OnlineLikelihood, OnlineSoftmax, gold_logits
 from tide_megatron.head.tiled import Models
 from tide_megatron.head.tiles import TiledHead, Workspace, product
-from tide_megatron.losses.rows import Rows
+from tide_megatron.losses.rows import Columns, Rows
 
 PRODUCT_COLUMNS = {"cpu": 1024, "cuda": 2**15}
 """Columns of the weight's gradient that are made at a time: on CUDA 128 MiB at a hidden size of 1,024."""
@@ -225,8 +225,9 @@ def passing_likelihoods(
 def _take_gold(found: OnlineLikelihood, head: TiledHead, logits: Tensor, start: int, sums: Sums) -> None:
     """Add columns from `start` on, counted from this rank's first."""
     _take(found.others, sums)
-    columns = head.columns(logits[:, : min(logits.shape[1], head.num_columns - start)], start)
-    found.logits += gold_logits(columns, found.gold)
+    ours = logits[:, : head.num_columns - start]  # as they are: in fp32 they would be a second slab
+    columns = Columns(logits=ours, start=head.first + start, vocabulary=head.num_ids)
+    found.logits += gold_logits(columns, found.gold).float()
 
 
 def _take(softmax: OnlineSoftmax, sums: Sums) -> None:

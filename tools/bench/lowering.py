@@ -11,10 +11,11 @@ block, comes from memory once.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -52,37 +53,37 @@ class Lowered:
 class TritonCounter:
     """A backend for torch.compile that counts."""
 
-    def __init__(self, large: int) -> None:
+    def __init__(self, large: int, called: Callable[[Lowered], None] = lambda lowered: None) -> None:
         """Start with no graph.
 
         Args:
             large: numbers from which on an array is large.
+            called: told of every call of a graph.
         """
-        self.large = large
+        self.large, self.called = large, called
         self.graphs: list[Lowered] = []
 
     def __call__(self, graph: Any, inputs: Sequence[Any]) -> Any:
-        """Count a graph of dynamo's; return it as it is, to be run by torch's operations."""
+        """Lower a graph of dynamo's; return it to be run by torch's operations."""
         from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
         from torch._inductor.decomposition import select_decomp_table
 
-        def count(inner: Any, fakes: Sequence[Any]) -> Any:
-            self.graphs.append(_lower(inner, fakes, self.large))
-            return make_boxed_func(graph_of_cpu[0].forward)
+        def compile_graph(inner: Any, fakes: Sequence[Any]) -> Any:
+            here = copy.deepcopy(inner)
+            lowered = _lower(inner, fakes, self.large)
+            self.graphs.append(lowered)
 
-        graph_of_cpu: list[Any] = []
+            def run(*given: Any) -> Any:
+                self.called(lowered)
+                return here(*given)
 
-        def keep_and_count(inner: Any, fakes: Sequence[Any]) -> Any:
-            import copy
-
-            graph_of_cpu[:] = [copy.deepcopy(inner)]
-            return count(inner, fakes)
+            return make_boxed_func(run)
 
         return aot_module_simplified(
             graph,
             inputs,
-            fw_compiler=keep_and_count,
-            inference_compiler=keep_and_count,
+            fw_compiler=compile_graph,
+            inference_compiler=compile_graph,
             decompositions=select_decomp_table(),
             keep_inference_input_mutations=True,
         )
@@ -168,6 +169,9 @@ def _an_h100() -> Iterator[None]:
             (torch._subclasses.fake_tensor, "init_gpu_context", lambda device=None: None),
         ):
             stack.enter_context(patch.object(owner, name, value))
+        for name in ("arange", "empty", "full", "ones", "zeros"):  # `platform.cpu` makes them on the CPU
+            factory = getattr(torch, name)
+            stack.enter_context(patch.object(torch, name, getattr(factory, "__wrapped__", factory)))
         yield
 
 
