@@ -60,8 +60,7 @@ class PassCompiler:
         tensors = list(_tensors(inputs))
         key = (function.__name__, options, _shape(inputs), _rows(tensors))
         for tensor in tensors:
-            if tensor.dim() and len(tensor) > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            _mark(tensor)
         is_known = key in self._functions
         if not is_known:
             self._functions[key] = self._compiled(function, options)
@@ -95,8 +94,19 @@ class PassCompiler:
         return compiled
 
 
+def _mark(tensor: Tensor) -> None:
+    """Let rows vary and nothing else: dynamo would give up a size that was another in an earlier function."""
+    from torch._dynamo import mark_static, maybe_mark_dynamic  # dynamo and Inductor take seconds to import
+
+    for dimension in range(tensor.dim()):
+        if dimension == 0 and len(tensor) > 1:
+            maybe_mark_dynamic(tensor, dimension)
+        else:
+            mark_static(tensor, dimension)
+
+
 def _inductor(graph: Any, inputs: Any) -> Any:
-    from torch._inductor.compile_fx import compile_fx  # dynamo and Inductor take seconds to import
+    from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, inputs, config_patches=dict(KEEP_NOTHING))
 

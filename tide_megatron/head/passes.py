@@ -27,7 +27,7 @@ from tide_megatron.losses.base import ColumnLoss
 from tide_megatron.losses.rows import Distribution
 
 STATISTICS_BLOCK = 1024
-"""Columns of a block of `statistics` and `row_sums`: what they write is 1/1000 of what they read."""
+"""Columns of a block of `statistics` and `row_sums`: what they write is under 1 % of what they read."""
 SLOPES_BLOCK = 64
 """Columns of a block of `slopes`: the most of which Inductor always keeps all in registers."""
 IMPOSSIBLE = -1e4

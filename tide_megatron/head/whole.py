@@ -91,8 +91,8 @@ class WholePasses:
             for name, sums in zip(with_gold, others, strict=True):
                 _take_gold(seen[name], self.heads[name], self.logits[self.kept.index(name)], 0, sums)
             for term, ours, target in zip(self.terms, softmaxes[::2], softmaxes[1::2], strict=True):
-                _take(term.student, Sums(*(None if part is None else _by_item(term, part) for part in ours)))
-                _take(term.target, Sums(*(None if part is None else _by_item(term, part) for part in target)))
+                _take_items(term, term.student, ours)
+                _take_items(term, term.target, target)
         for name in readers:
             if name not in seen:
                 seen[name] = passing_likelihoods(
@@ -224,14 +224,15 @@ def passing_likelihoods(
 
 def _take_gold(found: OnlineLikelihood, head: TiledHead, logits: Tensor, start: int, sums: Sums) -> None:
     """Add columns from `start` on, counted from this rank's first."""
-    _take(found.others, sums)
+    found.others.take(sums.maximum, sums.total, sums.difference)
     ours = logits[:, : head.num_columns - start]  # as they are: in fp32 they would be a second slab
     columns = Columns(logits=ours, start=head.first + start, vocabulary=head.num_ids)
     found.logits += gold_logits(columns, found.gold).float()
 
 
-def _take(softmax: OnlineSoftmax, sums: Sums) -> None:
-    softmax.take(sums.maximum, sums.total, sums.difference)
+def _take_items(term: ColumnTerm, softmax: OnlineSoftmax, sums: Sums) -> None:
+    difference = None if sums.difference is None else _by_item(term, sums.difference)
+    softmax.take(_by_item(term, sums.maximum), _by_item(term, sums.total), difference)
 
 
 def _by_item(term: ColumnTerm, numbers: Tensor) -> Tensor:
