@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bench import head_bytes
 from tests.parallel.vocabulary_cases import CASES, CLOCK, counts_of, heads_of, hidden_of, losses_of, noised_of
+from tests.unit.head.calls import Uncompiled
 from tide_megatron.head import whole
-from tide_megatron.head.compiler import PassCompiler
 from tide_megatron.head.gather import GatheredRows
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.loss import HeadLoss, HeadOptions
@@ -25,21 +25,8 @@ from tide_megatron.losses.rows import rows_of
 FIXED = TILES_ALIVE * 4 * CPU_TILE
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Call the passes as they are; return the names of those that were called."""
-    called = []
-
-    def run(self, function, options, *inputs):
-        called.append(function.__name__)
-        return function(*options, *inputs)
-
-    monkeypatch.setattr(PassCompiler, "run", run)
-    return called
-
-
 def both_ways(case, name, slab_rows, dtype=torch.float32, evaluates=False):
-    """Return (sums, hidden gradient, weight gradient) by tiles and by whole slabs."""
+    """Return (sums, hidden gradient, weight gradient) by tiles and by whole slabs, and the passes called."""
     noised = noised_of(case, 0, 2)
     heads, hidden = heads_of(case), hidden_of(case, noised, 0)
     losses, rows = losses_of(name, case), rows_of(noised)
@@ -55,11 +42,12 @@ def both_ways(case, name, slab_rows, dtype=torch.float32, evaluates=False):
             for key in ("same", "other")
         }
         head = HeadLoss(losses, options=HeadOptions(compiled=compiled), budget_bytes=budget)
+        head.compiler = passes = Uncompiled()
         result = head(student, answers, GatheredRows.alone(rows, counts), CLOCK)
         if not evaluates:
             result.objective.backward()
         found.append((result.sums, mine.grad, gradient))
-    return found
+    return *found, passes.called
 
 
 def check_alike(tiled, whole, rtol=2e-6):
@@ -75,29 +63,31 @@ def check_alike(tiled, whole, rtol=2e-6):
     ("case", "slab_rows"),
     [*((case, 1000) for case in CASES), ("three vocabularies", 5), ("few shared ids", 1)],
 )
-def test_all_losses_together(uncompiled, case, slab_rows):
+def test_all_losses_together(case, slab_rows):
     tolerance = 4e-5 if case == "large logits" else 5e-6
-    check_alike(*both_ways(CASES[case], "all", slab_rows), rtol=tolerance)
-    assert set(uncompiled) == (set() if case == "no rows" else {"statistics", "row_sums", "slopes"})
+    tiled, mine, called = both_ways(CASES[case], "all", slab_rows)
+    check_alike(tiled, mine, rtol=tolerance)
+    assert called == (set() if case == "no rows" else {"statistics", "row_sums", "slopes"})
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_each_loss_alone(uncompiled, name):
-    check_alike(*both_ways(CASES["three vocabularies"], name, 1000), rtol=5e-6)
+def test_each_loss_alone(name):
+    check_alike(*both_ways(CASES["three vocabularies"], name, 1000)[:2], rtol=5e-6)
 
 
-def test_bf16_heads(uncompiled):
+def test_bf16_heads():
     """Derivatives are rounded to bf16 in both ways, a tile's product once more by tiles."""
-    tiled, mine = both_ways(CASES["one vocabulary"], "all", 1000, torch.bfloat16)
+    tiled, mine, _ = both_ways(CASES["one vocabulary"], "all", 1000, torch.bfloat16)
     check_alike(tiled[:1], mine[:1], rtol=5e-6)
     for found, wanted in zip(mine[1:], tiled[1:], strict=True):
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=1e-2 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["all", "jensen_shannon", "calm"])
-def test_evaluation(uncompiled, name):
-    check_alike(*both_ways(CASES["few shared ids"], name, 5, evaluates=True), rtol=5e-6)
-    assert "row_sums" not in uncompiled, "only a derivative asks for a row's sum"
+def test_evaluation(name):
+    tiled, mine, called = both_ways(CASES["few shared ids"], name, 5, evaluates=True)
+    check_alike(tiled, mine, rtol=5e-6)
+    assert "row_sums" not in called, "only a derivative asks for a row's sum"
 
 
 def test_a_certain_teacher_and_ids_that_are_not_compared_leave_no_trace():
@@ -136,15 +126,16 @@ def largest_new_array(compiler):
     return seen.largest / (head_bytes.ROWS * head_bytes.IDS)
 
 
-class Silent(PassCompiler):
+class Silent(Uncompiled):
     """Passes whose temporaries are not seen."""
 
     def run(self, function, options, *inputs):
         with _disable_current_modes():
-            return function(*options, *inputs)
+            return super().run(function, options, *inputs)
 
 
 def test_nothing_of_a_slabs_size_is_made_beside_its_logits(monkeypatch):
+    monkeypatch.setattr(head_bytes, "ROWS", 64)
     assert largest_new_array(None) <= 1 / 4, "a tile"
     assert largest_new_array(Silent()) <= 1 / 16, "numbers a row"
     real = whole.gold_logits
@@ -154,11 +145,13 @@ def test_nothing_of_a_slabs_size_is_made_beside_its_logits(monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_pass_is_one_kernel_that_reads_every_logit_once_and_leaves_nothing_behind():
-    """By the code that Inductor writes for an H100; a pass over blocks that leave registers keeps a slab."""
+def test_each_pass_is_one_kernel_that_reads_every_logit_once_and_leaves_nothing_behind(monkeypatch):
+    """By the code that Inductor writes for an H100; a pass over blocks too large for that keeps a slab."""
     found = head_bytes.count(head_bytes.CASES["cross_entropy + tidal"], compiled=True)
     slab = head_bytes.ROWS * head_bytes.IDS * 2
     assert (found.kernels, found.reads, found.writes, found.allocated) == (2, 4 * slab, slab, 0)
     assert found.bytes == 5 * slab, "what runs between the kernels touches no logits"
     found = head_bytes.count(head_bytes.CASES["jensen_shannon"], compiled=True)
     assert (found.reads, found.writes, found.allocated) == (6 * slab, slab, 0), "one reading more"
+    monkeypatch.setattr(whole, "SLOPES_BLOCK", head_bytes.IDS)
+    assert head_bytes.count(head_bytes.CASES["cross_entropy"], compiled=True).allocated == slab
