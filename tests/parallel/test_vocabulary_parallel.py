@@ -25,6 +25,7 @@ from tests.parallel.vocabulary_cases import (
     losses_of,
     noised_of,
 )
+from tests.unit.head.calls import Uncompiled
 from tide_megatron.head.gather import row_sizes
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.loss import HeadLoss, HeadOptions
@@ -47,6 +48,8 @@ FORMS = {
     "fused, one slab": 1000,
     "fused, slabs of a few rows": 5,
     "fused, every chunk longer than a slab": 1,
+    "whole slabs": 1000,
+    "whole slabs, every chunk longer": 1,
 }
 
 
@@ -89,7 +92,8 @@ class Parallel:
         self.leaf = self.numbers[rank]["student"].requires_grad_(True)
         self.weight = self.heads["student"].requires_grad_(True)
         self.added = None if FORMS[form] is None else torch.zeros(self.weight.shape)
-        self.options = HeadOptions(form="plain" if FORMS[form] is None else "fused")
+        self.is_whole = form.startswith("whole")
+        self.options = HeadOptions(form="plain" if FORMS[form] is None else "fused", compiled=self.is_whole)
         self.budget = FIXED + (FORMS[form] or 0) * 3 * 4 * -(-max(vocabularies) // ranks)
 
     def student(self):
@@ -114,6 +118,8 @@ class Parallel:
 
     def loss(self, losses, counts):
         head = HeadLoss(losses, self.group, self.options, budget_bytes=self.budget)
+        if self.is_whole:
+            head.compiler = Uncompiled()
         self.rows = self.gathered(head, {name: float(count) for name, count in counts.items()})
         teachers = {name: self.head(name) for name in ("same", "other")}
         return head(self.student(), teachers, self.rows, CLOCK)
@@ -163,13 +169,20 @@ def compare(name, case_name, form):
     return {what: (error(*pair), float(pair[1].abs().sum())) for what, pair in pairs.items()}
 
 
+UNEVEN = ("one vocabulary", "few shared ids", "three vocabularies")
+"""Cases that differ in what a rank has of a term."""
+
+
 def matrix():
     """Yield each loss alone on four ranks, all together on any; the rest of the product is slow.
 
-    Alone on one rank a loss is held to the dense form in tests/unit/head, too.
+    Alone on one rank a loss is held to the dense form in tests/unit/head too, whole slabs to tiles.
     """
     for form, name, case, ranks in itertools.product(FORMS, [*LOSSES, "all"], CASES, RANKS):
-        is_wanted = name == "all" or (ranks == 4 and FORMS[form] != 1)
+        if form.startswith("whole"):
+            is_wanted = name == "all" and ranks == 4 and FORMS[form] != 1 and case in UNEVEN
+        else:
+            is_wanted = name == "all" or (ranks == 4 and FORMS[form] != 1)
         yield pytest.param(form, name, case, ranks, marks=() if is_wanted else pytest.mark.slow)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,11 +14,6 @@ from tide_megatron.losses.rows import Columns, Distribution, Rows
 
 Logits = Mapping[str | None, Columns]
 """A tile's logits by model; None is the student."""
-Softmax = tuple[Tensor, Tensor]
-"""Maximum and log of the scaled sum over all columns, ([items], [items]) fp32."""
-TileFunction = Callable[[Tensor, Tensor, Softmax, Softmax, Tensor | None, Tensor], tuple[Tensor, Tensor]]
-"""(student's and target's softened logits of a tile, the softmax of each, row statistic, factors) -> ([items]
-values of these columns, [items, columns] derivatives times factors)."""
 
 
 class ColumnTerm:
@@ -70,36 +64,15 @@ class ColumnTerm:
         assert self.row is not None, "only a term that asks for a sum has one"
         self.row += self.loss.row_sum(student, target)
 
-    def evaluate(self, made: Logits, *, compiled: bool) -> Tensor | None:
+    def evaluate(self, made: Logits) -> Tensor | None:
         """Add a tile's values; return the objective's derivative by its logits, [pairs, compared columns]."""
-        ours, target = self.softened(made)
-        if not ours.shape[1]:
+        softened = self.softened(made)
+        if not softened[0].shape[1]:
             return None
-        our, their = ((softmax.maximum, softmax.log_sum) for softmax in self.merged)
-        value, dlogits = column_tile(self.loss, compiled=compiled)(
-            ours, target, our, their, self.row, self.factors
-        )
-        self.values += value
-        return dlogits
-
-
-@functools.lru_cache(maxsize=64)
-def column_tile(loss: ColumnLoss, *, compiled: bool) -> TileFunction:
-    """Return a term's function of a tile; compiled once per loss and process.
-
-    Whether a compiler pays is a matter of device and size: on CUDA it does, on CPU it takes tens of seconds
-    to compile and then saves a part of the time (docs/head_loss.md has figures).
-    """
-
-    def tile(
-        ours: Tensor, target: Tensor, our: Softmax, their: Softmax, row: Tensor | None, factors: Tensor
-    ) -> tuple[Tensor, Tensor]:
         # In place where a number is not needed again: fresh memory costs as much as the arithmetic.
-        student = Distribution((ours - our[0][:, None]).sub_(our[1][:, None]))
-        other = Distribution((target - their[0][:, None]).sub_(their[1][:, None]))
-        value = loss.value(student, other)
-        return value, loss.slope(student, other, row).mul_(factors[:, None])
-
-    # Rows and the last tile's columns vary: one compilation serves all sizes.
-    function: TileFunction = torch.compile(tile, dynamic=True) if compiled else tile
-    return function
+        student, target = (
+            Distribution((logits - softmax.maximum[:, None]).sub_(softmax.log_sum[:, None]))
+            for logits, softmax in zip(softened, self.merged, strict=True)
+        )
+        self.values += self.loss.value(student, target)
+        return self.loss.slope(student, target, self.row).mul_(self.factors[:, None])

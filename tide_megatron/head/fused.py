@@ -18,7 +18,7 @@ not kept, then its rows in any slabs, with known derivatives; its logits are mad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,24 +27,20 @@ from torch.autograd import Function
 
 from tide_megatron.head.budget import HeadShape, row_bytes
 from tide_megatron.head.column_term import ColumnTerm
+from tide_megatron.head.compiler import PassCompiler
 from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
-from tide_megatron.head.softmax import GoldLikelihood, OnlineLikelihood, gold_here, merge
-from tide_megatron.head.tiles import (
-    TiledHead,
-    Workspace,
-    fixed_bytes,
-    likelihood_statistics,
-    product,
-    tiles,
-)
+from tide_megatron.head.softmax import OnlineLikelihood, merge
+from tide_megatron.head.tiled import SlabModel, TiledPasses
+from tide_megatron.head.tiles import TiledHead, Workspace, fixed_bytes, likelihood_statistics
+from tide_megatron.head.whole import WholePasses, passing_likelihoods
 from tide_megatron.losses.base import teachers_of
-from tide_megatron.losses.rows import Columns, Rows
+from tide_megatron.losses.rows import Rows
 from tide_megatron.parallel.exchange import gather_statistics, size_of
 
 
 def fused_head_loss(
-    batch: Microbatch, *, budget_bytes: int, workspace: Workspace, compiled: bool
+    batch: Microbatch, *, budget_bytes: int, workspace: Workspace, compiler: PassCompiler | None = None
 ) -> HeadResult:
     """Evaluate every term, and its gradients, on one microbatch. All ranks of its group call it together.
 
@@ -55,7 +51,7 @@ def fused_head_loss(
         batch: with `student.gradient`, to add the weight's gradient into.
         budget_bytes: for all that stands beside weights, hidden rows and their gradients.
         workspace: buffers kept between calls.
-        compiled: let torch.compile fuse each term's elementwise part.
+        compiler: makes one kernel of each pass over a slab; None: torch's own operations, tile by tile.
 
     Raises:
         ConfigError: when the budget does not hold one row.
@@ -64,7 +60,7 @@ def fused_head_loss(
     assert student.gradient is not None or not student.hidden.requires_grad, (
         "nowhere to add the weight's gradient"
     )
-    work = _Pass(batch, workspace, compiled=compiled)
+    work = _Pass(batch, workspace, compiler)
     if batch.losses and len(batch.rows.rows.gold):
         work.run(budget_bytes)
     zero = torch.zeros((), dtype=torch.float64, device=student.hidden.device)
@@ -97,8 +93,8 @@ class _Release(Function):
 class _Pass:
     """One call's pass over the slabs: what has been added up so far."""
 
-    def __init__(self, batch: Microbatch, workspace: Workspace, *, compiled: bool) -> None:
-        self.batch, self.workspace, self.compiled = batch, workspace, compiled
+    def __init__(self, batch: Microbatch, workspace: Workspace, compiler: PassCompiler | None) -> None:
+        self.batch, self.workspace, self.compiler = batch, workspace, compiler
         self.student, self.counts = batch.student, batch.rows.counts
         self.by_likelihood, self.by_columns = batch.by_likelihood, batch.by_columns
         self.teachers = {name: batch.teachers[name] for name in teachers_of(batch.losses)}
@@ -143,7 +139,7 @@ class _Pass:
         for name in (None, *self.chunked):
             hidden, gold = self.hidden(slab, name), slab.gold(name)
             parts = [
-                likelihood_statistics(TiledHead(self.head(name), hidden[start:stop], None), gold[start:stop])
+                self._passing(TiledHead(self.head(name), hidden[start:stop], None), gold[start:stop])
                 for start, stop in ((start, start + most_rows) for start in range(0, len(gold), most_rows))
             ]
             seen.append(OnlineLikelihood.joined(parts))
@@ -151,6 +147,12 @@ class _Pass:
         dloss_dlogp = self.likelihood_terms(slab.rows, dict(zip((None, *self.chunked), logs, strict=True)))
         for part in single_rows(slab, most_rows):
             _SlabWork(self, part).run(dloss_dlogp[part.start - slab.start : part.stop - slab.start])
+
+    def _passing(self, head: TiledHead, gold: Tensor) -> OnlineLikelihood:
+        """Return what this rank's columns say of gold ids' likelihoods; keeps no logits."""
+        if self.compiler is None:
+            return likelihood_statistics(head, gold)
+        return passing_likelihoods(head, gold, self.workspace, self.compiler)
 
     def head(self, name: str | None) -> HeadInput:
         """Return a model's head; None is the student."""
@@ -203,10 +205,10 @@ class _SlabWork:
         readers: list[str | None] = [None] if work.by_likelihood else []
         if dloss_dlogp is None:
             readers += work.chunked
-        heads = self._heads(work.kept.union(readers))
-        seen = self._first_pass(heads, readers)
+        passes = self._passes(work.kept.union(readers))
+        seen = passes.statistics(readers)
         online = [softmax for term in self.terms.values() for softmax in (term.student, term.target)]
-        found = merge([*seen.values()], online, work.batch.group)
+        found = merge(seen, online, work.batch.group)
         merged = dict(zip(readers, found.likelihoods, strict=True))
         for term, place in zip(self.terms.values(), range(0, len(online), 2), strict=True):
             term.know(found.softmaxes[place], found.softmaxes[place + 1], found.differences[place])
@@ -214,111 +216,38 @@ class _SlabWork:
             logs = {name: likelihood.log_probability for name, likelihood in merged.items()}
             dloss_dlogp = work.likelihood_terms(self.slab.rows, logs)
         if self.terms or self.student.gradient is not None:
-            self._second_exchange(heads)
-            self._second_pass(heads, dloss_dlogp, merged.get(None))
+            self._second_exchange(passes)
+            self._finish(passes.slopes(dloss_dlogp, merged.get(None)))
 
-    def _heads(self, names: set[str | None]) -> dict[str | None, TiledHead]:
-        """Return some models' rows of the slab, with room for the logits that are read again."""
-        work = self.work
-        heads: dict[str | None, TiledHead] = {}
-        for name in [name for name in (None, *work.teachers) if name in names]:
-            hidden, head = work.hidden(self.slab, name), work.head(name)
-            room = None
-            if name in work.kept:
-                numbers = len(hidden) * len(head.weight)
-                room = work.workspace.take(f"{name}", numbers, head.dtype, hidden.device)
-            heads[name] = TiledHead(head, hidden, room)
-        return heads
+    def _passes(self, names: set[str | None]) -> TiledPasses | WholePasses:
+        """Return how some models' logits of the slab are made and read."""
+        work, slab = self.work, self.slab
+        models: dict[str | None, SlabModel] = {
+            name: SlabModel(work.head(name), work.hidden(slab, name), slab.gold(name), name in work.kept)
+            for name in (None, *work.teachers)
+            if name in names
+        }
+        terms = [*self.terms.values()]
+        if work.compiler is None:
+            return TiledPasses(models, terms, slab.rows, work.workspace)
+        return WholePasses(models, terms, slab.rows, work.workspace, work.compiler)
 
-    def _first_pass(
-        self, heads: Mapping[str | None, TiledHead], readers: list[str | None]
-    ) -> dict[str | None, OnlineLikelihood]:
-        """Make all logits; return what they say of the gold ids of the models whose likelihoods are read."""
-        seen = {name: OnlineLikelihood(self.slab.gold(name)) for name in readers}
-        for start, stop in self._tiles(heads):
-            made = {name: head.make(start, stop) for name, head in heads.items()}
-            for name, likelihood in seen.items():
-                likelihood.add(made[name])
-            for term in self.terms.values():
-                term.add(made)
-        return seen
-
-    def _second_exchange(self, heads: Mapping[str | None, TiledHead]) -> None:
+    def _second_exchange(self, passes: TiledPasses | WholePasses) -> None:
         """Add up the rows' sums that some terms ask for, over all columns of all ranks."""
         asking = [term for term in self.terms.values() if term.loss.row_statistic == "sum"]
         if not asking or self.student.gradient is None:
             return
-        for start, stop in self._tiles(heads):
-            made = {name: heads[name].again(start, stop) for name in self.work.kept}
-            for term in asking:
-                term.add_row_sum(made)
+        passes.row_sums(asking)
         packed = torch.cat([term.row for term in asking if term.row is not None])
         whole = gather_statistics(packed, self.work.batch.group).sum(0)
         for term, row in zip(asking, torch.split(whole, [len(term.values) for term in asking]), strict=True):
             term.row = row
 
-    def _second_pass(
-        self,
-        heads: Mapping[str | None, TiledHead],
-        dloss_dlogp: Tensor | None,
-        likelihood: GoldLikelihood | None,
-    ) -> None:
-        """Read the logits again for the terms over columns and for all gradients."""
-        work, slab = self.work, self.slab
-        releases = self.student.gradient is not None
-        added = torch.zeros(heads[None].hidden.shape, device=slab.rows.gold.device)  # fp32, of this slab only
-        for start, stop in self._tiles(heads):
-            made = {name: heads[name].again(start, stop) for name in work.kept}
-            if dloss_dlogp is None or likelihood is None:
-                dlogits = torch.zeros_like(made[None].logits)
-            else:
-                dlogits = _through_likelihoods(made[None], slab.rows.gold, dloss_dlogp, likelihood)
-            for term in self.terms.values():
-                part = term.evaluate(made, compiled=work.compiled)
-                if releases and part is not None:
-                    _add_rows(dlogits, part, slab.rows, term.loss.teacher)
-            if releases:
-                added += self._release(heads[None], dlogits, start, stop)
-        work.hidden_gradient[slab.start : slab.stop] = added
+    def _finish(self, hidden_gradient: Tensor | None) -> None:
+        """Add what the slab gave to the call's results."""
+        work = self.work
+        if hidden_gradient is not None:
+            work.hidden_gradient[self.slab.start : self.slab.stop] = hidden_gradient
         for name, term in self.terms.items():
             counted = term.coefficients.double() * term.values
             work.sums[name] += counted.sum() / work.counts[name]
-
-    def _release(self, head: TiledHead, dlogits: Tensor, start: int, stop: int) -> Tensor:
-        """Add a tile's share to the head weight's gradient; return that of the hidden rows'."""
-        gradient = self.student.gradient
-        assert gradient is not None, "evaluation writes nothing"
-        dlogits = dlogits.to(head.hidden.dtype)
-        gradient[start:stop].add_(product(dlogits.T, head.hidden))
-        return product(dlogits, head.weight(start, stop))
-
-    def _tiles(self, heads: Mapping[str | None, TiledHead]) -> Iterator[tuple[int, int]]:
-        """Yield the tiles that cover every model's columns here."""
-        rows = max(len(head.hidden) for head in heads.values())
-        columns = max(head.num_columns for head in heads.values())
-        return tiles(columns, rows, self.student.hidden.device)
-
-
-def _through_likelihoods(
-    columns: Columns, gold: Tensor, dloss_dlogp: Tensor, likelihood: GoldLikelihood
-) -> Tensor:
-    """Return dloss_dlogp (onehot - p), the derivative through gold log-likelihoods, [rows, columns].
-
-    1 - p of a gold id is known better than as a difference.
-    """
-    dlogits = likelihood.softmax.log_probabilities(columns.logits).exp_().mul_(-dloss_dlogp[:, None])
-    if dlogits.shape[1]:
-        place, is_here = (part[:, None] for part in gold_here(columns, gold))
-        own = (dloss_dlogp * likelihood.complement)[:, None]
-        dlogits.scatter_(1, place, torch.where(is_here, own, dlogits.gather(1, place)))
-    return dlogits
-
-
-def _add_rows(dlogits: Tensor, part: Tensor, rows: Rows, teacher: str) -> None:
-    """Add a term's derivative [pairs, first columns] to the rows of its pairs."""
-    pairs = rows.link(teacher).pairs
-    target = dlogits[:, : part.shape[1]]
-    if pairs is None:
-        target += part
-    else:
-        target.index_add_(0, pairs[0], part)  # a row has one pair at most, so there is no order

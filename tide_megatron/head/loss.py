@@ -16,6 +16,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.memory import free_bytes
 from tide_megatron.base.phases import Phases
 from tide_megatron.head.budget import BUDGET_MIB, MIB, HeadShape, kept_heads, row_bytes, settle_budget
+from tide_megatron.head.compiler import PassCompiler
 from tide_megatron.head.fused import fused_head_loss
 from tide_megatron.head.gather import GatheredRows, gather_microbatches
 from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
@@ -59,6 +60,8 @@ class HeadLoss:
         self.phases = Phases() if phases is None else phases
         self._budget_bytes = budget_bytes
         self._workspace = Workspace()
+        self.compiler = PassCompiler()
+        """What compiles the passes over a slab, where they are compiled."""
 
     @classmethod
     def build(
@@ -172,7 +175,7 @@ class HeadLoss:
             batch,
             budget_bytes=budget,
             workspace=self._workspace,
-            compiled=self.options.is_compiled(device),
+            compiler=self.compiler if self.options.is_compiled(device) else None,
         )
 
 

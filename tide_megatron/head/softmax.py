@@ -90,6 +90,16 @@ class OnlineSoftmax:
             self.difference = self.difference.mul_(kept).add_(weights.mul_(logits - other).sum(1))
         self.maximum = highest
 
+    def take(self, maximum: Tensor, total: Tensor, difference: Tensor | None) -> None:
+        """Take in what was added up over other columns, [rows] each."""
+        highest = torch.maximum(self.maximum, maximum)
+        kept, new = (self.maximum - highest).exp_(), (maximum - highest).exp_()
+        self.total = self.total.mul_(kept).add_(total * new)
+        if self.difference is not None:
+            assert difference is not None, "a difference was asked for"
+            self.difference = self.difference.mul_(kept).add_(difference * new)
+        self.maximum = highest
+
 
 class OnlineLikelihood:
     """What says how likely gold ids are, over the columns seen so far: the softmax of all other ids.

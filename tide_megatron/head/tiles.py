@@ -88,6 +88,16 @@ class TiledHead:
         rows = len(self.hidden)
         return self._buffer[rows * start : rows * (start + columns)].view(rows, columns)
 
+    @property
+    def first(self) -> int:
+        """The id of this rank's first column."""
+        return self._head.start
+
+    @property
+    def num_ids(self) -> int:
+        """How many ids the whole head has."""
+        return self._head.num_ids
+
     def _columns(self, logits: Tensor, start: int) -> Columns:
         place = min(self._head.start + start, self._head.num_ids)
         return Columns(logits=logits.float(), start=place, vocabulary=self._head.num_ids)

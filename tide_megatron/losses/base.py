@@ -128,27 +128,34 @@ class ColumnLoss(Loss):
 
     @abc.abstractmethod
     def value(self, student: Distribution, target: Distribution) -> Tensor:
-        """Return the formula's sum over THESE columns, [items] fp32; autograd can differentiate it."""
+        """Return the formula's sum over THESE columns, [...] fp32; autograd can differentiate it.
+
+        An id that both find impossible (p of 0, logarithms equal and finite) adds nothing.
+
+        Args:
+            student: [..., columns], of items or of items cut into blocks of columns.
+            target: like `student`.
+        """
 
     @abc.abstractmethod
     def slope(self, student: Distribution, target: Distribution, row: Tensor | None) -> Tensor:
         """Return the derivative of the whole row's value by the student's logits of these columns, fp32.
 
         By the logits before they were divided by T, hence one factor T less than `value` has. It is the last
-        to read the distributions and may overwrite their `p`. Together with `value` one pure function of
-        tensors, so that a compiler can fuse them.
+        to read the distributions and may overwrite their `p`. Like `value` a pure function of tensors and of
+        the loss's options, so that a compiler can fuse both, and 0 for an id that both find impossible.
 
         Args:
-            student: [items, columns].
+            student: [..., columns].
             target: like `student`; it counts as a constant.
-            row: [items] what `row_statistic` names.
+            row: [...] what `row_statistic` names.
 
         Returns:
-            [items, columns].
+            [..., columns].
         """
 
     def row_sum(self, student: Distribution, target: Distribution) -> Tensor:
-        """Return what `row_statistic = "sum"` adds up, over these columns, [items] fp32."""
+        """Return what `row_statistic = "sum"` adds up, over these columns, [...] fp32; see `value`."""
         raise NotImplementedError(f"{type(self).__name__} asks for a row's sum but does not say of what")
 
     def columns(self, student: int, teacher: int) -> int:
@@ -197,6 +204,24 @@ class ColumnLoss(Loss):
         pairs = rows.link(self.teacher).pairs
         if pairs is not None:
             ours, theirs = ours[pairs[0]], theirs[pairs[1]]
+        share = self.target_share(rows, clock)
+        return self.soften(ours, theirs, None if share is None else share[:, None])
+
+    def target_share(self, rows: Rows, clock: Clock) -> Tensor | None:
+        """Return what `soften` must know of each item beside the logits, [items] fp32; None: nothing."""
+        return None
+
+    def soften(self, ours: Tensor, theirs: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the logits of both distributions, over T, on compared ids; a pure function, like `slope`.
+
+        Args:
+            ours: [..., columns] the student's logits, any float dtype.
+            theirs: the teacher's of the same ids.
+            share: [..., 1] the items' `target_share`.
+
+        Returns:
+            ([..., columns], [..., columns]) fp32.
+        """
         return ours.float() / self.temperature, theirs.float() / self.temperature
 
     def item_sample(self, rows: Rows) -> Tensor:

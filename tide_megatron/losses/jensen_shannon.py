@@ -34,7 +34,7 @@ class JensenShannon(ColumnLoss):
     def slope(self, student: Distribution, target: Distribution, row: Tensor | None) -> Tensor:
         """Return T/2 p_s (log(p_s / m) - KL(p_s || m))."""
         assert row is not None, "the slope needs the whole row's KL(p_s || m)"
-        excess = _over_mean(student, target).sub_(row[:, None])
+        excess = _over_mean(student, target).sub_(row[..., None])
         return excess.mul_(student.p).mul_(self.temperature / 2)
 
     def row_sum(self, student: Distribution, target: Distribution) -> Tensor:

@@ -43,4 +43,4 @@ class ReverseKl(ColumnLoss):
     def slope(self, student: Distribution, target: Distribution, row: Tensor | None) -> Tensor:
         """Return T p_s (log p_s - log p_t - KL of the row)."""
         assert row is not None, "reverse KL's slope needs the whole row's divergence"
-        return (student.log - target.log).sub_(row[:, None]).mul_(student.p).mul_(self.temperature)
+        return (student.log - target.log).sub_(row[..., None]).mul_(student.p).mul_(self.temperature)

@@ -24,7 +24,7 @@ from torch import Tensor
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.options import STRICT, Paper
 from tide_megatron.losses.base import ColumnLoss, Loss
-from tide_megatron.losses.rows import Columns, Distribution, Rows
+from tide_megatron.losses.rows import Distribution, Rows
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -77,13 +77,17 @@ class Mixture(Loss):
 class Tidal(Mixture, ColumnLoss):
     """Divergence from a target between student and teacher."""
 
-    def softened(self, student: Columns, teacher: Columns, rows: Rows, clock: Clock) -> tuple[Tensor, Tensor]:
-        """Return the student's logits over T and the mixture's, ([pairs, columns], [pairs, columns]) fp32."""
-        softened_student, softened_teacher = super().softened(student, teacher, rows, clock)
+    def target_share(self, rows: Rows, clock: Clock) -> Tensor:
+        """Return lambda of each pair."""
+        return self.teacher_share(self.item_time(rows), clock)
+
+    def soften(self, ours: Tensor, theirs: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the student's logits over T and the mixture's, which carries no gradient."""
+        assert share is not None, "TIDAL's target is a mixture by lambda"
+        softened, theirs = super().soften(ours, theirs, None)
         with torch.no_grad():
-            share = self.teacher_share(self.item_time(rows), clock)[:, None]  # [pairs, 1]
-            mixed = (1 - share) * softened_student + share * softened_teacher  # [pairs, columns]
-        return softened_student, mixed
+            mixed = (1 - share) * softened + share * theirs
+        return softened, mixed
 
     def value(self, student: Distribution, target: Distribution) -> Tensor:
         """Return T^2 sum_v r (log max(r, 1e-8) - log p_s) of each pair."""

@@ -109,6 +109,9 @@ def test_no_temperature_but_a_positive_one(temperature):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiled_is_eager(given):
     student = given[0]
+    names = ("cross_entropy", "tidal other", "jensen_shannon same", "reverse_kl same", "reverse_calm other")
+    given[2] = {name: given[2][name] for name in names}
+    given[4] = {name: given[4][name] for name in names}
     eager = evaluate(*given)
     wanted = student.gradient.clone()
     student.gradient.zero_()
