@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.head import tiled
 from tide_megatron.head.gather import GatheredRows
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.loss import HeadLoss

@@ -28,10 +28,10 @@ from torch.autograd import Function
 from tide_megatron.head.budget import HeadShape, row_bytes
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.compiler import PassCompiler
+from tide_megatron.head.eager import SlabModel, TiledPasses
 from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
 from tide_megatron.head.softmax import OnlineLikelihood, merge
-from tide_megatron.head.tiled import SlabModel, TiledPasses
 from tide_megatron.head.tiles import TiledHead, Workspace, fixed_bytes, likelihood_statistics
 from tide_megatron.head.whole import WholePasses, passing_likelihoods
 from tide_megatron.losses.base import teachers_of

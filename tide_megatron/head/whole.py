@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.compiler import PassCompiler
+from tide_megatron.head.eager import Models
 from tide_megatron.head.passes import (
     SLOPES_BLOCK,
     STATISTICS_BLOCK,
@@ -30,7 +31,6 @@ from tide_megatron.head.passes import (
     statistics,
 )
 from tide_megatron.head.softmax import GoldLikelihood, LogSumExp, OnlineLikelihood, OnlineSoftmax, gold_logits
-from tide_megatron.head.tiled import Models
 from tide_megatron.head.tiles import TiledHead, Workspace, product
 from tide_megatron.losses.rows import Columns, Rows
 
