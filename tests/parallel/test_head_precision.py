@@ -46,14 +46,14 @@ def over_ranks():
     own = torch.split(hidden, list(SIZES))[rank].clone().requires_grad_()
     group = VocabGroup.of([IDS], len(SIZES), rank, dist.group.WORLD)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "product", as_on_cuda)
+        patch.setattr(eager, "product", as_on_cuda)
         objective(own, weight, rows, group, slice(rank, rank + 1)).backward()
     return own.grad
 
 
 def test_shares_of_four_ranks_are_rounded_once(pool, monkeypatch):
     hidden, weight, rows = given()
-    monkeypatch.setattr(tiled, "product", as_on_cuda)
+    monkeypatch.setattr(eager, "product", as_on_cuda)
     exact = hidden.float().requires_grad_()
     objective(exact, weight, rows, VocabGroup(), slice(0, len(SIZES))).backward()
     found = torch.cat(pool(4).run(over_ranks))

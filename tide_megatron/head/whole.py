@@ -44,7 +44,7 @@ does not, and gets the whole slab."""
 
 
 class WholePasses:
-    """What is computed on one slab before and after the exchange; like `tiled.TiledPasses`."""
+    """What is computed on one slab before and after the exchange; like `eager.TiledPasses`."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class WholePasses:
         workspace: Workspace,
         compiler: PassCompiler,
     ) -> None:
-        """Take a slab; see `tiled.TiledPasses`."""
+        """Take a slab; see `eager.TiledPasses`."""
         self.models, self.workspace, self.compiler = models, workspace, compiler
         self.device = rows.gold.device
         self.heads = {name: TiledHead(model.head, model.hidden, None) for name, model in models.items()}
