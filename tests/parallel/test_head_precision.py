@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.head import eager
 from tide_megatron.head.gather import GatheredRows
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.loss import HeadLoss
