@@ -109,7 +109,8 @@ check: $(BUILT)
 SLURM_PACKAGES = slurmctld slurmd slurm-client munge iproute2
 SLURM_HERE = @{ test -x /usr/sbin/slurmctld && test -x /usr/sbin/slurmd && test -x /usr/sbin/munged; } || \
   { [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; } || \
-  apt-get install -y --no-install-recommends $(SLURM_PACKAGES)
+  apt-get install -y --no-install-recommends $(SLURM_PACKAGES) || \
+  echo "SLURM cannot be installed here: what needs it is skipped, and says so"
 
 test-slurm: $(BUILT)
 	$(SLURM_HERE)
