@@ -52,6 +52,11 @@ NodeName=127.0.0.[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{las
 PartitionName=low Nodes=127.0.0.[1-4] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=127.0.0.[1-4] PriorityTier=10 PreemptMode=OFF
 """
+GUARD = """
+while kill -0 "$1" 2>/dev/null && [ -e "$2" ]; do sleep 1; done
+cat "$2"/*.pid 2>/dev/null | xargs -r kill
+"""
+"""Ends the daemons when the process that wanted them has gone without ending them, as after SIGKILL."""
 LEFT_OVER = ("SLURM_", "SBATCH_", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "TORCHELASTIC")
 
 
@@ -81,6 +86,9 @@ class Cluster:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OVER)}
         self.environment = clean | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
         _start_munge()
+        subprocess.Popen(
+            ["bash", "-c", GUARD, "guard", str(os.getpid()), str(folder)], start_new_session=True
+        )
 
     def __enter__(self) -> "Cluster":
         self.run("slurmctld")
