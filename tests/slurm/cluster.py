@@ -54,6 +54,8 @@ PartitionName=high Nodes=127.0.0.[1-4] PriorityTier=10 PreemptMode=OFF
 """
 GUARD = """
 while kill -0 "$1" 2>/dev/null && [ -e "$2" ]; do sleep 1; done
+[ -e "$2/slurmctld.pid" ] || exit 0
+SLURM_CONF="$2/slurm.conf" timeout 10 scancel --signal=KILL --full --user=root; sleep 2
 cat "$2"/*.pid 2>/dev/null | xargs -r kill
 """
 """Ends the daemons when the process that wanted them has gone without ending them, as after SIGKILL."""
@@ -110,6 +112,8 @@ class Cluster:
         end = time.monotonic() + 20
         while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
             time.sleep(0.1)
+        for path in self.folder.glob("*.pid"):
+            path.unlink(missing_ok=True)
 
     def run(self, *words: str, seconds: float = 60) -> str:
         """Run a program of SLURM's; return what it said."""
