@@ -52,6 +52,13 @@ NodeName=127.0.0.[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{las
 PartitionName=low Nodes=127.0.0.[1-4] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=127.0.0.[1-4] PriorityTier=10 PreemptMode=OFF
 """
+GUARD = """
+while kill -0 "$1" 2>/dev/null && [ -e "$2" ]; do sleep 1; done
+[ -e "$2/slurmctld.pid" ] || exit 0
+SLURM_CONF="$2/slurm.conf" timeout 10 scancel --signal=KILL --full --user=root; sleep 2
+cat "$2"/*.pid 2>/dev/null | xargs -r kill
+"""
+"""Ends the daemons when the process that wanted them has gone without ending them, as after SIGKILL."""
 LEFT_OVER = ("SLURM_", "SBATCH_", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "TORCHELASTIC")
 
 
@@ -81,6 +88,9 @@ class Cluster:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OVER)}
         self.environment = clean | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
         _start_munge()
+        subprocess.Popen(
+            ["bash", "-c", GUARD, "guard", str(os.getpid()), str(folder)], start_new_session=True
+        )
 
     def __enter__(self) -> "Cluster":
         self.run("slurmctld")
@@ -102,6 +112,8 @@ class Cluster:
         end = time.monotonic() + 20
         while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
             time.sleep(0.1)
+        for path in self.folder.glob("*.pid"):
+            path.unlink(missing_ok=True)
 
     def run(self, *words: str, seconds: float = 60) -> str:
         """Run a program of SLURM's; return what it said."""
