@@ -29,11 +29,11 @@ from tide_megatron.head.budget import HeadShape, row_bytes
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.compiler import PassCompiler
 from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
+from tide_megatron.head.slab_passes import SlabPasses, passing_likelihoods
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
 from tide_megatron.head.softmax import OnlineLikelihood, merge
-from tide_megatron.head.tiled import SlabModel, TiledPasses
+from tide_megatron.head.tile_passes import SlabModel, TilePasses
 from tide_megatron.head.tiles import TiledHead, Workspace, fixed_bytes, likelihood_statistics
-from tide_megatron.head.whole import WholePasses, passing_likelihoods
 from tide_megatron.losses.base import teachers_of
 from tide_megatron.losses.rows import Rows
 from tide_megatron.parallel.exchange import gather_statistics, size_of
@@ -219,7 +219,7 @@ class _SlabWork:
             self._second_exchange(passes)
             self._finish(passes.slopes(dloss_dlogp, merged.get(None)))
 
-    def _passes(self, names: set[str | None]) -> TiledPasses | WholePasses:
+    def _passes(self, names: set[str | None]) -> TilePasses | SlabPasses:
         """Return how some models' logits of the slab are made and read."""
         work, slab = self.work, self.slab
         models: dict[str | None, SlabModel] = {
@@ -229,10 +229,10 @@ class _SlabWork:
         }
         terms = [*self.terms.values()]
         if work.compiler is None:
-            return TiledPasses(models, terms, slab.rows, work.workspace)
-        return WholePasses(models, terms, slab.rows, work.workspace, work.compiler)
+            return TilePasses(models, terms, slab.rows, work.workspace)
+        return SlabPasses(models, terms, slab.rows, work.workspace, work.compiler)
 
-    def _second_exchange(self, passes: TiledPasses | WholePasses) -> None:
+    def _second_exchange(self, passes: TilePasses | SlabPasses) -> None:
         """Add up the rows' sums that some terms ask for, over all columns of all ranks."""
         asking = [term for term in self.terms.values() if term.loss.row_statistic == "sum"]
         if not asking or self.student.gradient is None:
