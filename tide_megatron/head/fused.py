@@ -1,11 +1,12 @@
 """The head loss in one pass over slabs: values and gradients together, memory by a budget (design section 3).
 
-For each slab of rows (`slabs`): logits of the student and of every teacher that a term reads, once; statistics
-of own columns (`softmax`); ONE packed exchange of them over the vocabulary group; then, from the same logits, every term's value, the derivative by the student's logits, and from that the
-gradients of the hidden rows and of this rank's columns of the head. Four matrix products, none twice. A term
-whose derivative needs a sum over the whole normalised row has the logits read once more, and a second
-exchange. What lies before and after an exchange is a pass over the slab's logits: by torch's operations, tile
-by tile (`tile_passes`), or by a compiled kernel each (`slab_passes`).
+For each slab of rows (`slabs`): logits of the student and of every teacher that a term reads, once;
+statistics of own columns (`softmax`); ONE packed exchange of them over the vocabulary group; then, from the
+same logits, every term's value, the derivative by the student's logits, and from that the gradients of the
+hidden rows and of this rank's columns of the head. Four matrix products, none twice. A term whose derivative
+needs a sum over the whole normalised row has the logits read once more, and a second exchange. What lies
+before and after an exchange is a pass over the slab's logits: by torch's operations, tile by tile
+(`tile_passes`), or by a compiled kernel each (`slab_passes`).
 
 It differs from autograd's way in two things. Terms over gold likelihoods are differentiated on vectors of one
 number a row, where autograd is cheap; every rank does so for ALL items, so no gradient of a statistic travels

@@ -155,3 +155,13 @@ def test_each_pass_is_one_kernel_that_reads_every_logit_once_and_leaves_nothing_
     assert (found.reads, found.writes, found.allocated) == (6 * slab, slab, 0), "one reading more"
     monkeypatch.setattr(slab_passes, "SLOPES_BLOCK", head_bytes.IDS)
     assert head_bytes.count(head_bytes.CASES["cross_entropy"], compiled=True).allocated == slab
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LOSSES.values() if issubclass(kind, ColumnLoss)])
+def test_a_row_without_a_pair_gets_no_derivative_however_large_its_logits(kind):
+    ours, theirs = torch.full((2, 2, 1, 64), 400.0)  # exp(400 / T) is infinite
+    nothing = torch.zeros(2)
+    rows = TermRows(torch.tensor(64), nothing.long(), nothing)
+    known = TermSlopes(rows, (nothing, nothing), (nothing, nothing), nothing, nothing)
+    slopes(((kind(teacher="t"), 1),), True, [ours, theirs], None, [known])
+    assert not ours.any()
