@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.head import eager
+from tide_megatron.head import tile_passes
 from tide_megatron.head.gather import GatheredRows
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.loss import HeadLoss
@@ -47,14 +47,14 @@ def over_ranks():
     own = torch.split(hidden, list(SIZES))[rank].clone().requires_grad_()
     group = VocabGroup.of([IDS], len(SIZES), rank, dist.group.WORLD)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "product", as_on_cuda)
+        patch.setattr(tile_passes, "product", as_on_cuda)
         objective(own, weight, rows, group, slice(rank, rank + 1)).backward()
     return own.grad
 
 
 def test_shares_of_four_ranks_are_rounded_once(pool, monkeypatch):
     hidden, weight, rows = given()
-    monkeypatch.setattr(eager, "product", as_on_cuda)
+    monkeypatch.setattr(tile_passes, "product", as_on_cuda)
     exact = hidden.float().requires_grad_()
     objective(exact, weight, rows, VocabGroup(), slice(0, len(SIZES))).backward()
     found = torch.cat(pool(4).run(over_ranks))

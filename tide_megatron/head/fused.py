@@ -1,11 +1,12 @@
 """The head loss in one pass over slabs: values and gradients together, memory by a budget (design section 3).
 
-For each slab of rows (`slabs`): logits of the student and of every teacher that a term reads, once, tile by
-tile (`tiles`); statistics of own columns (`softmax`); ONE packed exchange of them over the vocabulary group;
-then, from the same logits, every term's value, the derivative by the student's logits, and from that the
-gradients of the hidden rows and of this rank's columns of the head. Four matrix products, none twice. A term
-whose derivative needs a sum over the whole normalised row has the logits read once more, and a second
-exchange.
+For each slab of rows (`slabs`): logits of the student and of every teacher that a term reads, once;
+statistics of own columns (`softmax`); ONE packed exchange of them over the vocabulary group; then, from the
+same logits, every term's value, the derivative by the student's logits, and from that the gradients of the
+hidden rows and of this rank's columns of the head. Four matrix products, none twice. A term whose derivative
+needs a sum over the whole normalised row has the logits read once more, and a second exchange. What lies
+before and after an exchange is a pass over the slab's logits: by torch's operations, tile by tile
+(`tile_passes`), or by a compiled kernel each (`slab_passes`).
 
 It differs from autograd's way in two things. Terms over gold likelihoods are differentiated on vectors of one
 number a row, where autograd is cheap; every rank does so for ALL items, so no gradient of a statistic travels
@@ -28,12 +29,12 @@ from torch.autograd import Function
 from tide_megatron.head.budget import HeadShape, row_bytes
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.compiler import PassCompiler
-from tide_megatron.head.eager import SlabModel, TiledPasses
 from tide_megatron.head.inputs import HeadInput, HeadResult, Microbatch
+from tide_megatron.head.slab_passes import SlabPasses, passing_likelihoods
 from tide_megatron.head.slabs import Slab, make_slabs, rows_within, single_rows
 from tide_megatron.head.softmax import OnlineLikelihood, merge
+from tide_megatron.head.tile_passes import SlabModel, TilePasses
 from tide_megatron.head.tiles import TiledHead, Workspace, fixed_bytes, likelihood_statistics
-from tide_megatron.head.whole import WholePasses, passing_likelihoods
 from tide_megatron.losses.base import teachers_of
 from tide_megatron.losses.rows import Rows
 from tide_megatron.parallel.exchange import gather_statistics, size_of
@@ -219,7 +220,7 @@ class _SlabWork:
             self._second_exchange(passes)
             self._finish(passes.slopes(dloss_dlogp, merged.get(None)))
 
-    def _passes(self, names: set[str | None]) -> TiledPasses | WholePasses:
+    def _passes(self, names: set[str | None]) -> TilePasses | SlabPasses:
         """Return how some models' logits of the slab are made and read."""
         work, slab = self.work, self.slab
         models: dict[str | None, SlabModel] = {
@@ -229,10 +230,10 @@ class _SlabWork:
         }
         terms = [*self.terms.values()]
         if work.compiler is None:
-            return TiledPasses(models, terms, slab.rows, work.workspace)
-        return WholePasses(models, terms, slab.rows, work.workspace, work.compiler)
+            return TilePasses(models, terms, slab.rows, work.workspace)
+        return SlabPasses(models, terms, slab.rows, work.workspace, work.compiler)
 
-    def _second_exchange(self, passes: TiledPasses | WholePasses) -> None:
+    def _second_exchange(self, passes: TilePasses | SlabPasses) -> None:
         """Add up the rows' sums that some terms ask for, over all columns of all ranks."""
         asking = [term for term in self.terms.values() if term.loss.row_statistic == "sum"]
         if not asking or self.student.gradient is None:

@@ -33,8 +33,8 @@ class HeadOptions:
     """In which the heads' products run: `weights`, the dtype of each model, or `fp32`. Statistics, values and
     the head's gradient are fp32 always; FP8 is refused for heads."""
     compiled: bool | None = None
-    """Let torch.compile fuse the elementwise part of each loss; None: on CUDA only (on CPU it takes tens of
-    seconds to compile)."""
+    """Let torch.compile make one kernel of each pass over a slab's logits; None: on CUDA only (on CPU it
+    takes tens of seconds to compile)."""
     ranks: int | None = Field(default=None, ge=1)
     """Ranks over which every head is cut by vocabulary; None: the least common multiple of the teachers'
     replicas. More hold less of each head, and send more."""

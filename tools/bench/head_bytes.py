@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from bench.lowering import Lowered, TritonCounter
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.alignment import RowAlignment
-from tide_megatron.head import whole
+from tide_megatron.head import slab_passes
 from tide_megatron.head.compiler import PassCompiler
 from tide_megatron.head.gather import GatheredRows
 from tide_megatron.head.inputs import HeadInput
@@ -193,7 +193,7 @@ def count(losses: dict[str, Loss], *, compiled: bool) -> Moved:
     """Count one call, after one that filled the buffers and compiled what there is to compile."""
     moved = Moved()
     work = call(losses, CountingCompiler(moved) if compiled else None)
-    with patch.object(whole, "CPU_ROWS", ROWS):  # the whole slab, as on CUDA
+    with patch.object(slab_passes, "CPU_ROWS", ROWS):  # the whole slab, as on CUDA
         work()
         for field in dataclasses.fields(moved):
             setattr(moved, field.name, 0)

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tide_megatron.base.clock import Clock
-from tide_megatron.head import eager, tiles
+from tide_megatron.head import tile_passes, tiles
 from tide_megatron.head.gather import GatheredRows
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.loss import HeadLoss
@@ -46,7 +46,7 @@ def test_a_tiles_gradients_are_such_products_added_without_a_rounding(monkeypatc
         seen.append((left.dtype, right.dtype))
         return left.float() @ right.float()
 
-    monkeypatch.setattr(eager, "product", as_on_cuda)
+    monkeypatch.setattr(tile_passes, "product", as_on_cuda)
     draw = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(n, WIDTH, generator=draw).bfloat16() for n in (ROWS, IDS))
     hidden.requires_grad_()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.compiler import PassCompiler
-from tide_megatron.head.eager import Models
 from tide_megatron.head.passes import (
     SLOPES_BLOCK,
     STATISTICS_BLOCK,
@@ -31,6 +30,7 @@ from tide_megatron.head.passes import (
     statistics,
 )
 from tide_megatron.head.softmax import GoldLikelihood, LogSumExp, OnlineLikelihood, OnlineSoftmax, gold_logits
+from tide_megatron.head.tile_passes import Models
 from tide_megatron.head.tiles import TiledHead, Workspace, product
 from tide_megatron.losses.rows import Columns, Rows
 
@@ -43,8 +43,8 @@ CPU_ROWS = 8
 does not, and gets the whole slab."""
 
 
-class WholePasses:
-    """What is computed on one slab before and after the exchange; like `eager.TiledPasses`."""
+class SlabPasses:
+    """What is computed on one slab before and after the exchange; like `tile_passes.TilePasses`."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class WholePasses:
         workspace: Workspace,
         compiler: PassCompiler,
     ) -> None:
-        """Take a slab; see `eager.TiledPasses`."""
+        """Take a slab; see `tile_passes.TilePasses`."""
         self.models, self.workspace, self.compiler = models, workspace, compiler
         self.device = rows.gold.device
         self.heads = {name: TiledHead(model.head, model.hidden, None) for name, model in models.items()}
@@ -71,7 +71,7 @@ class WholePasses:
         self.term_rows = [self._rows_of(term) for term in self.terms]
 
     def statistics(self, readers: Sequence[str | None]) -> list[OnlineLikelihood]:
-        """Make all logits; add to the terms' softmaxes. See `TiledPasses.statistics`."""
+        """Make all logits; add to the terms' softmaxes. See `TilePasses.statistics`."""
         seen: dict[str | None, OnlineLikelihood] = {}
         golds: list[Gold | None] = []
         for name, logits in zip(self.kept, self.logits, strict=True):
@@ -114,7 +114,7 @@ class WholePasses:
                 term.row += _by_item(term, sums)
 
     def slopes(self, dloss_dlogp: Tensor | None, likelihood: GoldLikelihood | None) -> Tensor | None:
-        """Read the logits for values and gradients. See `TiledPasses.slopes`."""
+        """Read the logits for values and gradients. See `TilePasses.slopes`."""
         head, gradient = self.heads[None], self.models[None].head.gradient
         gold = None
         if dloss_dlogp is not None and likelihood is not None and gradient is not None and head.num_columns:

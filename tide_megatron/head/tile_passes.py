@@ -31,7 +31,7 @@ Models = Mapping[str | None, SlabModel]
 """The models whose logits are made, by name; None is the student."""
 
 
-class TiledPasses:
+class TilePasses:
     """What is computed on one slab before and after the exchange."""
 
     def __init__(self, models: Models, terms: Sequence[ColumnTerm], rows: Rows, workspace: Workspace) -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bench import head_bytes
 from tests.parallel.vocabulary_cases import CASES, CLOCK, counts_of, heads_of, hidden_of, losses_of, noised_of
 from tests.unit.head.calls import Uncompiled
-from tide_megatron.head import whole
+from tide_megatron.head import slab_passes
 from tide_megatron.head.gather import GatheredRows
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.loss import HeadLoss, HeadOptions
@@ -138,9 +138,9 @@ def test_nothing_of_a_slabs_size_is_made_beside_its_logits(monkeypatch):
     monkeypatch.setattr(head_bytes, "ROWS", 64)
     assert largest_new_array(None) <= 1 / 4, "a tile"
     assert largest_new_array(Silent()) <= 1 / 16, "numbers a row"
-    real = whole.gold_logits
+    real = slab_passes.gold_logits
     copied = lambda columns, gold: real(dataclasses.replace(columns, logits=columns.logits * 1), gold)  # noqa: E731
-    monkeypatch.setattr(whole, "gold_logits", copied)
+    monkeypatch.setattr(slab_passes, "gold_logits", copied)
     assert largest_new_array(Silent()) == 1, "a planted copy is seen"
 
 
@@ -153,5 +153,15 @@ def test_each_pass_is_one_kernel_that_reads_every_logit_once_and_leaves_nothing_
     assert found.bytes == 5 * slab, "what runs between the kernels touches no logits"
     found = head_bytes.count(head_bytes.CASES["jensen_shannon"], compiled=True)
     assert (found.reads, found.writes, found.allocated) == (6 * slab, slab, 0), "one reading more"
-    monkeypatch.setattr(whole, "SLOPES_BLOCK", head_bytes.IDS)
-    assert head_bytes.count(head_bytes.CASES["cross_entropy"], compiled=True).allocated == slab
+    monkeypatch.setattr(slab_passes, "SLOPES_BLOCK", head_bytes.IDS)
+    assert head_bytes.count(head_bytes.CASES["cross_entropy + tidal"], compiled=True).allocated == slab
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LOSSES.values() if issubclass(kind, ColumnLoss)])
+def test_a_row_without_a_pair_gets_no_derivative_however_large_its_logits(kind):
+    ours, theirs = torch.full((2, 2, 1, 64), 400.0)  # exp(400 / T) is infinite
+    nothing = torch.zeros(2)
+    rows = TermRows(torch.tensor(64), nothing.long(), nothing)
+    known = TermSlopes(rows, (nothing, nothing), (nothing, nothing), nothing, nothing)
+    slopes(((kind(teacher="t"), 1),), True, [ours, theirs], None, [known])
+    assert not ours.any()
