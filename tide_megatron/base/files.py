@@ -92,8 +92,13 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, is_durable: bool = True) -> None:
     """Give a file new text, all of it or none.
+
+    Args:
+        path: the file.
+        text: all of it.
+        is_durable: wait until it is on the disk; False: a machine that loses its power may lose the file.
 
     Raises:
         OSError: the disk refuses; what was there stays.
@@ -101,13 +106,15 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}{PARTIAL}")
     try:
         partial.write_text(text, encoding="utf-8")
-        flush(partial)
+        if is_durable:
+            flush(partial)
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    flush(path.parent)
+    if is_durable:
+        flush(path.parent)
 
 
 def commit_folder(partial: Path, final: Path) -> None:

@@ -115,14 +115,14 @@ def read_status(folder: Path) -> RunStatus:
         raise CheckpointError(f"{folder}: cannot be read ({fault})") from None
 
 
-def _status(folder: Path) -> RunStatus:
+def _status(folder: Path, told: Told | None = None) -> RunStatus:
     holder, starts, saved = holder_of(folder / LEASE), read_history(folder), listed(folder / CHECKPOINTS)
     state, why = _state(starts, is_held=holder is not None)
     return RunStatus(
         folder=str(folder),
         state=state,
         why=why,
-        told=_read_told(folder),
+        told=told or _read_told(folder),
         silent_seconds=_age(folder / STATUS),
         holder=holder.described() if holder else "",
         checkpoint=saved[-1].name if saved else "",
@@ -151,8 +151,8 @@ def write_status(folder: Path, told: Told | None = None) -> None:
         OSError: the disk refuses.
     """
     if told is not None:
-        write_text(folder / STATUS, json.dumps(dataclasses.asdict(told)) + "\n")
-    write_text(folder / PAGE, render(_status(folder).values()))
+        write_text(folder / STATUS, json.dumps(dataclasses.asdict(told)) + "\n", is_durable=False)
+    write_text(folder / PAGE, render(_status(folder, told).values()), is_durable=False)
 
 
 class StatusPage:
