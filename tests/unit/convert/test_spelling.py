@@ -75,9 +75,12 @@ def test_mixed_spellings_are_refused_in_a_sentence(layer, fused, plain, is_besid
 
 
 def test_plain_norms_before_dense_products_and_fused_ones_before_mixtures_are_mixed():
+    """Each kind agrees with itself, and no program writes the two together."""
     read = architecture(MIXTURE)
     ours = entries_of(read)
-    names = {key for key in keys(ours) if ".0." not in key}
-    names |= {name for name in names_of(read, LOCAL) if ".0." in name}
+    (fused, plain), *_ = [pair for pair in PLAIN if "linear_fc1" in pair[0]]
+    mixtures = [f"decoder.layers.{layer}." for layer in range(read.layers) if read.is_mixture(layer)]
+    names = {*names_of(read, LOCAL), *(f"{place}{fused}" for place in mixtures)}
+    names -= {f"{place}{plain}" for place in mixtures}
     with pytest.raises(CheckpointError, match="mixes two spellings"):
         as_stored(ours, read, names, FOUND)
