@@ -357,7 +357,7 @@ def test_the_verb_makes_nothing_that_everybody_may_write(tmp_path, tiny, machine
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "watch it:  tail -F" in done.stdout
+    assert "watch it:  tide status" in done.stdout
     made = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
     assert (tmp_path / "run/jobs/001/job.sbatch") in made
     assert [path for path in made if path.stat().st_mode & stat.S_IWOTH] == []
