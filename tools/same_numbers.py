@@ -251,7 +251,7 @@ def numbers_of(folder: Path) -> dict[str, str]:
         record = json.loads(line)
         names = [name for name in record if name.split("/")[0] in COMPARED]
         if record["kind"] == "evaluate":
-            names = [name for name in record if name not in ("kind", "step", "consumed", "skipped")]
+            names = [name for name in record if name not in ("kind", "step", "consumed", "skipped", "time")]
         found |= {f"step {record['step']} {name}": repr(record[name]) for name in names}
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     found |= {name: repr(result[name]) for name in ("clock", "teachers", "finished")}
