@@ -52,6 +52,8 @@ class Start:
     why: str = ""
     last_step: int | None = None
     """The last applied update that its end told."""
+    is_seen: bool = False
+    """Whoever started the ranks told the end."""
 
 
 def now() -> str:
@@ -67,22 +69,25 @@ def note_start(folder: Path, clock: Clock, lost: int | None, ranks: int) -> None
 
 
 def note_end(folder: Path, end: End, why: str = "", step: int | None = None) -> None:
-    """Add how the last start ended, unless that is known (one process calls it)."""
+    """Add how the last start ended, unless that is known (only the first rank calls it)."""
     starts = read_history(folder)
     if starts and starts[-1].end is None:
-        words = " ".join(why.split())
-        short = words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
-        _add(folder, {"ended_at": now(), "end": end, "why": short, "last_step": step})
+        _add(folder, {"ended_at": now(), "end": end, "why": _short(why), "last_step": step})
 
 
 def note_failure(folder: Path, why: str) -> None:
-    """Add the end of ranks that ended without one, seen from whoever started them. Not a collective.
+    """Add why ranks failed, as whoever started them knows it. Not a collective.
 
-    A start that was refused because another one trains says nothing of that one.
+    It goes before what the first rank said, which may only have lost its peers. A start that was refused
+    because another one trains says nothing of that one.
     """
     with contextlib.suppress(OSError):
-        if (folder / STARTS).is_file() and holder_of(folder / LEASE) is None:
-            note_end(folder, "failed", why)
+        starts = read_history(folder)
+        if not starts or holder_of(folder / LEASE) is not None:
+            return
+        is_news = _short(why) not in starts[-1].why and not starts[-1].is_seen
+        if starts[-1].end is None or (starts[-1].end == "failed" and is_news):
+            _add(folder, {"ended_at": now(), "end": "failed", "why": _short(why), "is_seen": True})
 
 
 def has_saved(folder: Path) -> bool:
@@ -124,6 +129,11 @@ def read_history(folder: Path) -> list[Start]:
             elif found and "end" in said:
                 found[-1] |= said
     return [Start(**said) for said in found]
+
+
+def _short(why: str) -> str:
+    words = " ".join(why.split())
+    return words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
 
 
 def _words(fault: BaseException) -> str:

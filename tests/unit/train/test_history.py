@@ -78,6 +78,22 @@ def test_whoever_started_the_ranks_tells_the_end_that_they_could_not(tmp_path):
     assert (start.end, start.why) == ("failed", "rank 1 of 2 failed first: it was killed by SIGKILL")
 
 
+def test_the_first_error_goes_before_the_peers_that_the_first_rank_lost(tmp_path):
+    note_start(tmp_path, CLOCK, None, 2)
+    note_end(tmp_path, "failed", "RuntimeError: Connection closed by peer")
+    note_failure(tmp_path, "rank 1 of 2 failed first: it was killed by SIGKILL")
+    note_failure(tmp_path, "another node's words")
+    assert read_history(tmp_path)[0].why.startswith("rank 1 of 2 failed first")
+    note_start(tmp_path, CLOCK, None, 2)
+    note_end(tmp_path, "failed", "TideError: no memory")
+    note_failure(tmp_path, "no memory")
+    assert read_history(tmp_path)[1].why == "TideError: no memory"
+    note_start(tmp_path, CLOCK, None, 2)
+    note_end(tmp_path, "finished", "", 9)
+    note_failure(tmp_path, "a later start was refused")
+    assert read_history(tmp_path)[2].end == "finished"
+
+
 @pytest.mark.parametrize(
     "lines",
     [
