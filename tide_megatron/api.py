@@ -12,9 +12,9 @@ every process calls `train` alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tide_megatron.base.files import local_path
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "export", "prepare", "sample", "train"]
 
 Place = str | Path
+Options = TypeVar("Options")
 
 
 def prepare(
@@ -233,20 +234,13 @@ def evaluate(
     Raises:
         TideError: a model or data that cannot be read or do not fit, or a context that nobody says.
     """
-    from pydantic import ValidationError
-
-    from tide_megatron.base.errors import ConfigError
     from tide_megatron.evaluate.likelihood import score_folder
     from tide_megatron.evaluate.model_folder import model_of, trained_context
     from tide_megatron.evaluate.options import Evaluation
     from tide_megatron.launch.ranks import run_ranks
 
     folder = model_of(local_path(model))
-    try:
-        options = Evaluation(samples=samples, times=tuple(times), microbatch=microbatch)
-    except ValidationError as fault:
-        first = fault.errors()[0]
-        raise ConfigError(f"--{first['loc'][0]}: {first['input']!r} is not valid: {first['msg']}") from None
+    options = _checked(Evaluation, samples=samples, times=tuple(times), microbatch=microbatch)
     reading = trained_context(folder, context, block_size)
     numbers = _arithmetic(precision, engine, fp8)
     scores: dict[str, Any] = run_ranks(
@@ -261,14 +255,23 @@ def _arithmetic(precision: str, engine: str, fp8: str | None) -> Arithmetic:
     Raises:
         ConfigError: a word that is not known, naming its option.
     """
+    from tide_megatron.evaluate.options import Arithmetic
+
+    return _checked(Arithmetic, precision=precision, engine=engine, fp8=fp8 and {"recipe": fp8})
+
+
+def _checked(kind: Callable[..., Options], **words: Any) -> Options:
+    """Make an options object of what a caller gave.
+
+    Raises:
+        ConfigError: a value that cannot be, naming its option.
+    """
     from pydantic import ValidationError
 
     from tide_megatron.base.errors import ConfigError
-    from tide_megatron.evaluate.options import Arithmetic
 
-    words = {"precision": precision, "engine": engine, "fp8": fp8 and {"recipe": fp8}}
     try:
-        return Arithmetic(**words)  # type: ignore[arg-type] # pydantic checks the words
+        return kind(**words)
     except ValidationError as fault:
         first = fault.errors()[0]
         raise ConfigError(f"--{first['loc'][0]}: {first['input']!r} is not valid: {first['msg']}") from None

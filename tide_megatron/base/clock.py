@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,3 +33,17 @@ class Clock:
             consumed=self.consumed + samples,
             skipped=self.skipped + int(not applied),
         )
+
+
+class Pace:
+    """How fast a start of a run goes."""
+
+    def __init__(self, clock: Clock) -> None:
+        """Begin to measure at a clock."""
+        self._began, self._first = time.monotonic(), clock.step
+
+    def seconds_left(self, clock: Clock) -> float | None:
+        """Return how long the rest would take at the pace until now; None: no update was applied yet."""
+        done = clock.step - self._first
+        left = clock.total_steps - clock.step
+        return left * (time.monotonic() - self._began) / done if done else None

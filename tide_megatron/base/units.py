@@ -1,6 +1,8 @@
-"""Numbers with their units, for people."""
+"""Numbers with their units, and moments, for people."""
 
 from __future__ import annotations
+
+import datetime
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -14,6 +16,25 @@ def in_bytes(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} TB"
+
+
+def in_time(seconds: float | None) -> str:
+    """Write a duration in words of its size."""
+    if seconds is None:
+        return "?"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    return (
+        f"{whole // 60} min"
+        if whole < 7200
+        else str(datetime.timedelta(seconds=whole)).rpartition(":")[0] + " h"
+    )
+
+
+def now() -> str:
+    """Write this moment to the second, ISO 8601 in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def read_bytes(text: str, key: str) -> int:

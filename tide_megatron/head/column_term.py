@@ -57,10 +57,7 @@ class ColumnTerm:
 
     def add_row_sum(self, made: Logits) -> None:
         """Add a tile's share to the sum that comes with the second exchange."""
-        student, target = (
-            Distribution(softmax.log_probabilities(logits))
-            for softmax, logits in zip(self.merged, self.softened(made), strict=True)
-        )
+        student, target = self._distributions(self.softened(made))
         assert self.row is not None, "only a term that asks for a sum has one"
         self.row += self.loss.row_sum(student, target)
 
@@ -69,10 +66,11 @@ class ColumnTerm:
         softened = self.softened(made)
         if not softened[0].shape[1]:
             return None
-        # In place where a number is not needed again: fresh memory costs as much as the arithmetic.
-        student, target = (
-            Distribution((logits - softmax.maximum[:, None]).sub_(softmax.log_sum[:, None]))
-            for logits, softmax in zip(softened, self.merged, strict=True)
-        )
+        student, target = self._distributions(softened)
         self.values += self.loss.value(student, target)
         return self.loss.slope(student, target, self.row).mul_(self.factors[:, None])
+
+    def _distributions(self, softened: tuple[Tensor, Tensor]) -> tuple[Distribution, Distribution]:
+        """Normalise both sides' logits over T by all ranks' columns."""
+        (ours, theirs), (student, target) = softened, self.merged
+        return Distribution(student.log_probabilities(ours)), Distribution(target.log_probabilities(theirs))

@@ -44,7 +44,7 @@ class LogSumExp:
         maximum, log_sum = self.maximum, self.log_sum
         if logits.dim() > 1:
             maximum, log_sum = maximum[:, None], log_sum[:, None]
-        return (logits - maximum) - log_sum
+        return (logits - maximum).sub_(log_sum)  # in place: fresh memory costs as much as the arithmetic
 
 
 class OnlineSoftmax:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,13 +15,12 @@ from rich.markup import escape
 from rich.text import Text
 
 from tide_megatron.base.errors import CheckpointError
+from tide_megatron.base.units import in_time
+from tide_megatron.launch.squeue import ask
 from tide_megatron.train.status import RunStatus, read_status
-from tide_megatron.train.status_page import in_time
 
 JOBS, JOB_IDS = "jobs", "job_ids"
 """Each submission has a folder of its own in the run's; what sbatch answered stands there, a job a line."""
-_SECONDS = 20
-"""How long squeue may take."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,31 +83,13 @@ def _jobs(folder: Path) -> Iterator[JobState]:
         for file in sorted((folder / JOBS).glob(f"*/{JOB_IDS}"))
         for line in file.read_text(encoding="utf-8").split()
     ]
-    told = {line[0]: line for line in _squeue(numbers)}
-    for number in numbers:
-        if number in told:
-            yield JobState(number=number, **dict(zip(_FIELDS, told[number][1:], strict=True)))
-        else:
-            yield JobState(number=number, state="")
+    for number in numbers:  # one by one: of several squeue would refuse all when it has forgotten one
+        _, *fields = (ask(number, "%A|%T|%r|%S|%N") or "").partition("\n")[0].split("|")
+        state = dict(zip(_FIELDS, fields, strict=True)) if len(fields) == len(_FIELDS) else {"state": ""}
+        yield JobState(number=number, **state)
 
 
 _FIELDS = ("state", "reason", "starts_at", "nodes")
-
-
-def _squeue(numbers: Sequence[str]) -> Iterator[list[str]]:
-    """Yield [number, state, reason, start, nodes] of the jobs that SLURM still knows."""
-    if not numbers or shutil.which("squeue") is None:
-        return
-    for number in numbers:  # of several it would refuse all when it has forgotten one
-        words = ["squeue", "--noheader", "--jobs", number, "--format", "%A|%T|%r|%S|%N"]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_SECONDS)
-        except (OSError, subprocess.SubprocessError):
-            return
-        for line in done.stdout.splitlines()[:1]:
-            fields = line.split("|")
-            if len(fields) == len(_FIELDS) + 1:
-                yield [number, *fields[1:]]
 
 
 def follow(folders: Sequence[Path], every: float | None) -> None:

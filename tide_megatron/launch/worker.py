@@ -41,9 +41,9 @@ from tide_megatron.base.errors import ConfigError, TideError, causes
 from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import StopFlag, is_stop
-from tide_megatron.launch.job_end import job_end
 from tide_megatron.launch.rendezvous import meet
 from tide_megatron.launch.signals import STOPPED_CODE, leave, release_signals, watch_signals
+from tide_megatron.launch.squeue import job_end
 from tide_megatron.launch.watchdog import STACKS_SIGNAL, Life
 from tide_megatron.parallel.collectives import gather_objects, own_share
 

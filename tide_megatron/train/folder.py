@@ -5,10 +5,10 @@ run.log         what the log and the console said, over all starts
 metrics.jsonl   what was measured, one record a line
 checkpoints/    step-* and `latest`
 model/          the student in Hugging Face form, written at the end
-result.json     held-out scores and costs, written at the end
 starts.jsonl    every start and how it ended
 status.html     what the run does, for a browser; status.json for programs
 last_step       how many updates were applied, to the moment
+result.json     held-out scores and costs, written at the end
 stopped.json    instead of it: why and where the run was stopped; gone when it goes on
 """
 

@@ -52,17 +52,16 @@ class Guard:
         self.options = options
         self.returns = 0
         """How often the run went back."""
+        self._forget()
+
+    def _forget(self) -> None:
         self.reason = ""
         """What is wrong with the last updates; empty: nothing."""
         self.since: int | None = None
         """The last applied update before them."""
-        self._forget()
-
-    def _forget(self) -> None:
         size = self.options.window
         self._known = {name: collections.deque[float](maxlen=size) for name in ("objective", "gradient norm")}
         self._bad = self._not_finite = 0
-        self.since, self.reason = None, ""
 
     def after_step(self, before: Clock, objective: float, grad_norm: float, *, applied: bool) -> bool:
         """Take in an attempted update; say whether the run must go back. Not a collective.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from tide_megatron.base.device import read_job
 from tide_megatron.base.lease import LEASE, holder_of
 from tide_megatron.base.owner import Holder
 from tide_megatron.base.read import text_of
+from tide_megatron.base.units import now
 from tide_megatron.checkpoint.retention import Mark, listed
 from tide_megatron.train.folder import CHECKPOINTS, STARTS
 
@@ -54,11 +54,6 @@ class Start:
     """The last applied update that its end told."""
     is_seen: bool = False
     """Whoever started the ranks told the end."""
-
-
-def now() -> str:
-    """Return this moment, to the second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def note_start(folder: Path, clock: Clock, lost: int | None, ranks: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -13,7 +12,7 @@ from rich import progress
 from rich.console import RenderableType
 from rich.text import Text
 
-from tide_megatron.base.clock import Clock
+from tide_megatron.base.clock import Clock, Pace
 from tide_megatron.base.log import SHOWN
 from tide_megatron.base.units import in_bytes
 from tide_megatron.train.sinks import Record
@@ -41,7 +40,7 @@ class Progress:
     def __init__(self, clock: Clock) -> None:
         """Show a bar if the console is a terminal."""
         self._console = rich.get_console()
-        self._start = (time.monotonic(), clock.step)
+        self._pace = Pace(clock)
         self._phases: dict[str, float] = defaultdict(float)
         self._peaks: dict[str, float] = defaultdict(float)
         self._moved: dict[str, float] = {}
@@ -104,12 +103,8 @@ class Progress:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _eta(self, clock: Clock) -> str:
-        began, first = self._start
-        done = clock.step - first
-        if not done:
-            return "eta ?"
-        left = (clock.total_steps - clock.step) * (time.monotonic() - began) / done
-        return f"eta {datetime.timedelta(seconds=round(left))}"
+        left = self._pace.seconds_left(clock)
+        return "eta ?" if left is None else f"eta {datetime.timedelta(seconds=round(left))}"
 
 
 def describe_step(values: Mapping[str, float]) -> str:

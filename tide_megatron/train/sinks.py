@@ -8,7 +8,6 @@ fail aloud.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import logging
 import math
@@ -19,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.files import write_text
+from tide_megatron.base.units import now
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class JsonLines:
             "step": clock.step,
             "consumed": clock.consumed,
             "skipped": clock.skipped,
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "time": now(),
         }
         values = {name: value if math.isfinite(value) else None for name, value in record.values.items()}
         self._file.write(json.dumps({**facts, **values}) + "\n")

@@ -15,16 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tide_megatron.base.clock import Clock
+from tide_megatron.base.clock import Clock, Pace
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.files import write_text
 from tide_megatron.base.lease import LEASE, holder_of
 from tide_megatron.base.phases import PHASES
 from tide_megatron.base.read import json_of
+from tide_megatron.base.units import now
 from tide_megatron.checkpoint.retention import listed
 from tide_megatron.evaluate.model_folder import RECIPE
 from tide_megatron.train.folder import CHECKPOINTS, PAGE, STATUS
-from tide_megatron.train.history import Start, now, read_history
+from tide_megatron.train.history import Start, read_history
 from tide_megatron.train.sinks import FILE_NAME, Record
 from tide_megatron.train.status_page import render
 
@@ -150,9 +151,10 @@ def write_status(folder: Path, told: Told | None = None) -> None:
     Raises:
         OSError: the disk refuses.
     """
+    values = _status(folder, told).values()
     if told is not None:
-        write_text(folder / STATUS, json.dumps(dataclasses.asdict(told)) + "\n", is_durable=False)
-    write_text(folder / PAGE, render(_status(folder, told).values()), is_durable=False)
+        write_text(folder / STATUS, json.dumps(values["told"]) + "\n", is_durable=False)
+    write_text(folder / PAGE, render(values), is_durable=False)
 
 
 class StatusPage:
@@ -161,7 +163,7 @@ class StatusPage:
     def __init__(self, folder: Path, clock: Clock, hosts: Sequence[str] = ()) -> None:
         """Go on with the curves that metrics.jsonl has up to the clock."""
         self._folder, self._hosts = folder, hosts
-        self._began, self._first = time.monotonic(), clock
+        self._pace = Pace(clock)
         self._curves = {name: Curve() for name in CURVES}
         self._told: Told | None = None
         self._scores: dict[str, float | None] = {}
@@ -184,7 +186,7 @@ class StatusPage:
             step=clock.step,
             steps=clock.total_steps,
             skipped=clock.skipped,
-            eta_seconds=self._eta(clock),
+            eta_seconds=self._pace.seconds_left(clock),
             train=plain if is_train else before.train if before else {},
             scores=self._scores,
             curves={name: curve.points for name, curve in self._curves.items()},
@@ -207,11 +209,6 @@ class StatusPage:
         for name, of_kind in CURVES.items():
             if kind == of_kind and isinstance(values.get(name), float | int):
                 self._curves[name].add(step, values[name])
-
-    def _eta(self, clock: Clock) -> float | None:
-        done = clock.step - self._first.step
-        left = clock.total_steps - clock.step
-        return left * (time.monotonic() - self._began) / done if done else None
 
 
 def _read_told(folder: Path) -> Told | None:

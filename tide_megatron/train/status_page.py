@@ -6,13 +6,12 @@ nothing new has come, and says so after a while.
 
 from __future__ import annotations
 
-import datetime
 import html
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tide_megatron.base.units import in_bytes
+from tide_megatron.base.units import in_bytes, in_time
 
 REFRESH_SECONDS = 10
 SILENT_SECONDS = 120
@@ -189,17 +188,3 @@ def _starts(starts: Sequence[Mapping[str, Any]]) -> str:
             "<tr>" + "".join(f'<td class="text">{html.escape(str(cell))}</td>' for cell in cells) + "</tr>"
         )
     return f'<h2>starts</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>' if rows else ""
-
-
-def in_time(seconds: float | None) -> str:
-    """Write a duration in words of its size."""
-    if seconds is None:
-        return "?"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    return (
-        f"{whole // 60} min"
-        if whole < 7200
-        else str(datetime.timedelta(seconds=whole)).rpartition(":")[0] + " h"
-    )

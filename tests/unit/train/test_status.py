@@ -13,12 +13,13 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import CheckpointError
 from tide_megatron.base.lease import LEASE, leased
 from tide_megatron.base.phases import PHASES
+from tide_megatron.base.units import in_time
 from tide_megatron.train import status as status_module
 from tide_megatron.train.folder import CHECKPOINTS, PAGE, STATUS
 from tide_megatron.train.history import note_end, note_start
 from tide_megatron.train.sinks import JsonLines, Record
 from tide_megatron.train.status import MOST_POINTS, Curve, StatusPage, read_status
-from tide_megatron.train.status_page import MOST_RANKS, chosen_ranks, in_time, render
+from tide_megatron.train.status_page import MOST_RANKS, chosen_ranks, render
 
 CLOCK = Clock(total_steps=100)
 SECONDS = [[0.5] * len(PHASES), [0.25] * len(PHASES)]

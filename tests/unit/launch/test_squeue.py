@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tide_megatron.launch.job_end import job_end
+from tide_megatron.launch.squeue import job_end
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""When SLURM will end the job of this process, so that a run can save before, with or without a signal."""
+"""What squeue says of jobs: when this process's will end, so that a run can save before, and others' state."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ ASK_SECONDS = 20.0
 """So long may squeue take to answer."""
 
 
+def ask(number: str, format: str) -> str | None:
+    """Return what squeue says of a job; None: it is not here, has forgotten the job, or does not answer."""
+    words = ["squeue", "--noheader", f"--jobs={number}", f"--format={format}"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=ASK_SECONDS).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def job_end() -> float | None:
     """Return when this process's job ends, by `time.monotonic`; None: no job, no limit, or nobody says.
 
@@ -22,10 +31,5 @@ def job_end() -> float | None:
         return None
     if end.isdecimal():
         return time.monotonic() + int(end) - time.time()
-    asked = ["squeue", "--noheader", f"--jobs={number}", "--format=%L"]
-    try:
-        said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=ASK_SECONDS).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    left = seconds_of(said)
+    left = seconds_of(ask(number, "%L") or "")
     return None if left is None else time.monotonic() + left
