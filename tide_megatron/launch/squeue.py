@@ -1,4 +1,4 @@
-"""What squeue says of jobs: when this process's will end, so that a run can save before, and others' state."""
+"""What squeue says of jobs: when this one will end, so that a run can save before, and how others stand."""
 
 from __future__ import annotations
 
