@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, TideError
 from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.phases import Phases
+from tide_megatron.launch.nodes import LISTEN_SECONDS
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.parallel.collectives import barrier
 from tide_megatron.parallel.groups import make_groups
@@ -112,10 +113,13 @@ def vanished(folder, *, device, stop):
 
 
 def train_until_stopped(folder, *, device, stop):
-    """Step together until all agree to stop; leave a file as a checkpoint would be left."""
+    """Step together until all agree to stop; leave a file as a checkpoint would be left.
+
+    The way out takes longer than a launcher takes to hear of a request to another node, and to pass it on.
+    """
     rank, steps = dist.get_rank(), 0
     (Path(folder) / f"pid-{rank}").write_text(str(os.getpid()))
-    with stop.finishing("it saves"):
+    with stop.finishing("it saves", is_last=True):
         while True:
             wanted = torch.tensor(int(stop.requested))
             dist.all_reduce(wanted)
@@ -126,6 +130,7 @@ def train_until_stopped(folder, *, device, stop):
                 (Path(folder) / f"running-{rank}").touch()
             time.sleep(0.01)
     (Path(folder) / f"saved-{rank}").write_text(f"{stop.reason}")
+    time.sleep(2 * LISTEN_SECONDS)
     return steps
 
 

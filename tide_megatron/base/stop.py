@@ -62,15 +62,20 @@ class StopFlag:
         self.answer = before  # after an error it stays: what unwinds has nothing to lose either
 
     @contextlib.contextmanager
-    def finishing(self, promise: str) -> Iterator[None]:
+    def finishing(self, promise: str, *, is_last: bool = False) -> Iterator[None]:
         """Have a request only raise the flag, for a block that polls it.
 
         Args:
             promise: what the block does about a request, for the log.
+            is_last: what follows the block has only to return what it made. The answer stays, then: a rank
+                whose peers told it of a request in the block may hear the same one itself behind it.
         """
         before = self.answer, self.promise
         self.answer, self.promise = "finish", promise
+        is_whole = False
         try:
             yield
+            is_whole = True
         finally:
-            self.answer, self.promise = before
+            if not (is_whole and is_last):
+                self.answer, self.promise = before

@@ -83,7 +83,7 @@ def answer_prompts(
         )
     spare = [token for token in range(rows) if not tokenizer.has(token)]
     replies: list[str] = []
-    with stop.finishing("the reply under way is the last one"):
+    with stop.finishing("the reply under way is the last one", is_last=True):
         for ids in asked:
             if stop.requested:
                 break

@@ -98,7 +98,7 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
             if resume and (done := _finished(folder, tree, before_reading=False)):
                 return done
             saver = make_saver(recipe, tree, setup, lease)
-        with stop.finishing("the run ends after its step under way, and saves it"):
+        with stop.finishing("the run ends after its step under way, and saves it", is_last=True):
             _begin_together(stop)
             _claim(folder, tree, resume, journal, clock)
             with (

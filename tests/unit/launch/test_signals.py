@@ -1,5 +1,6 @@
 """Stop signals: the first is a request, echoes belong to it, a later one is the end, nothing leaks."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -95,6 +96,18 @@ def test_the_first_signal_raises_the_flag_and_handlers_are_put_back(number):
         with watch_signals() as inner:
             assert inner is stop
     assert {each: signal.getsignal(each) for each in STOP_SIGNALS} == before
+
+
+def test_a_request_that_comes_after_the_last_save_changes_nothing():
+    with watch_signals() as stop:
+        with stop.finishing("it is saved", is_last=True):
+            pass
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.reason == "SIGUSR1"
+    with watch_signals() as stop, pytest.raises(Stopped):
+        with contextlib.suppress(OSError), stop.finishing("it is saved", is_last=True):
+            raise OSError("nothing was saved")
+        os.kill(os.getpid(), signal.SIGUSR1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
