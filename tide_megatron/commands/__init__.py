@@ -22,6 +22,7 @@ from tide_megatron.base.disk import disk_words
 from tide_megatron.base.errors import RanksFailed, RanksLost, TideError
 from tide_megatron.base.files import keep_others_out
 from tide_megatron.base.log import start_log
+from tide_megatron.base.startup import STARTUP, process_began
 from tide_megatron.base.stop import is_stop
 from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
@@ -84,6 +85,7 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries; our own words go through the log
     keep_others_out()
+    STARTUP.command_began = process_began()
     with watch_signals():
         start_log()
         if isinstance(sys.stdout, io.TextIOWrapper):  # where ü is unknown it is shown as \xfc, as on stderr

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tide_megatron.base.device import Ranks, Wanted, read_ranks
 from tide_megatron.base.errors import ConfigError, RanksFailed, TideError
 from tide_megatron.base.log import start_log
+from tide_megatron.base.startup import STARTUP
 from tide_megatron.base.stop import StopFlag, Stopped
 from tide_megatron.launch.nodes import meet_nodes, read_node
 from tide_megatron.launch.signals import watch_signals
@@ -73,6 +74,7 @@ def run_ranks(
         wanted=device,
         timeout_seconds=timeout_seconds,
         hang_seconds=hang_seconds,
+        began=STARTUP.command_began or time.monotonic(),
     )
     if grace_seconds is None:
         grace_seconds = JOB_GRACE_SECONDS if "SLURM_JOB_ID" in os.environ else GRACE_SECONDS

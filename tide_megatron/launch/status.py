@@ -147,3 +147,8 @@ def _run_lines(run: RunStatus) -> Iterator[str]:
         where = f" on {start.host}" if start.host else ""
         ended = f"; {start.end} {start.ended_at} {escape(start.why)}".rstrip() if start.end else ""
         yield f"  start {number}: {start.at}{escape(where)}, from step {start.step}{lost}{ended}"
+    if run.starts and run.starts[-1].startup:
+        took, parts = run.starts[-1].startup_seconds, run.starts[-1].startup.items()
+        longest = sorted(parts, key=lambda part: -part[1][0])[:4]
+        told_parts = ", ".join(f"{name} {seconds:.1f} s" for name, (seconds, _) in longest)
+        yield f"  its first update ended {in_time(took)} after the command began: {escape(told_parts)}"

@@ -40,6 +40,7 @@ from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import ConfigError, TideError, causes
 from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.log import start_log
+from tide_megatron.base.startup import STARTUP
 from tide_megatron.base.stop import StopFlag, is_stop
 from tide_megatron.launch.rendezvous import meet
 from tide_megatron.launch.signals import STOPPED_CODE, leave, release_signals, watch_signals
@@ -71,6 +72,8 @@ class Job:
     """How long a collective waits for a rank that never comes."""
     hang_seconds: float | None = None
     """How long a rank may stand still in a step before its launcher ends them all; None: nobody looks."""
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    """When it was asked for on this machine, on the clock of `time.monotonic` (`base.startup`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,13 +186,17 @@ def run_here(job: Job, ranks: Ranks | None, stop: StopFlag) -> Any:
         RanksFailed: not all ranks came.
         Stopped: a stop signal, before there was anything to save.
     """
+    STARTUP.begin(job.began)
+    STARTUP.until_now("imports")
     device = choose_device(job.wanted)
     _refuse_seen_gpus(device)
     try:
         with stop.ending():
-            store = None if ranks is None else meet(ranks, job.timeout_seconds)
-            start_distributed(device, ranks, timeout_seconds=job.timeout_seconds, store=store)
-            device = agree_on_gpus(device)
+            with STARTUP("rendezvous"):
+                store = None if ranks is None else meet(ranks, job.timeout_seconds)
+            with STARTUP("world"):
+                start_distributed(device, ranks, timeout_seconds=job.timeout_seconds, store=store)
+                device = agree_on_gpus(device)
         if ranks is None or ranks.rank == 0:
             stop.ends_at = job_end()
         with disk_faults(kind=TideError):

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,10 @@ class Start:
     why: str = ""
     last_step: int | None = None
     """The last applied update that its end told."""
+    startup_seconds: float | None = None
+    """From the command to the end of its first update; None: it came to none."""
+    startup: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    """Part of that -> longest seconds of any rank, and the rank (`train.startup`)."""
     is_seen: bool = False
     """Whoever started the ranks told the end."""
 
@@ -61,6 +65,12 @@ def note_start(folder: Path, clock: Clock, lost: int | None, ranks: int) -> None
     here = Holder.here(read_job())
     line = {"at": now(), "step": clock.step, "lost": lost, "ranks": ranks}
     _add(folder, line | {"host": here.host, "job": here.job, "restarts": here.restarts})
+
+
+def note_startup(folder: Path, seconds: float, parts: Mapping[str, tuple[float, int]]) -> None:
+    """Add to the last start how long it took (only the first rank calls it)."""
+    rounded = {name: (round(longest, 3), rank) for name, (longest, rank) in parts.items()}
+    _add(folder, {"startup_seconds": round(seconds, 3), "startup": rounded})
 
 
 def note_end(folder: Path, end: End, why: str = "", step: int | None = None) -> None:
@@ -121,7 +131,7 @@ def read_history(folder: Path) -> list[Start]:
             said = {name: value for name, value in said.items() if name in names}
             if "at" in said and "step" in said:
                 found.append(said)
-            elif found and "end" in said:
+            elif found and ("end" in said or "startup" in said):
                 found[-1] |= said
     return [Start(**said) for said in found]
 

@@ -20,6 +20,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.lease import Lease
 from tide_megatron.base.log import Journal
+from tide_megatron.base.startup import STARTUP
 from tide_megatron.base.stop import StopFlag, Stopped
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
@@ -57,6 +58,7 @@ from tide_megatron.train.resolve import Tree
 from tide_megatron.train.sanity import check_student, check_teachers
 from tide_megatron.train.saving import Costs, go_back, make_saver, note_score, start_or_resume
 from tide_megatron.train.setup import Setup, set_up
+from tide_megatron.train.startup import FirstUpdate
 from tide_megatron.train.status import write_status
 from tide_megatron.train.step import StepResult, train_step
 
@@ -85,16 +87,19 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     with contextlib.ExitStack() as stack:
         journal = stack.enter_context(contextlib.closing(Journal())) if is_first() else None
         with stop.ending():  # nothing is written yet, and nothing of an earlier run discarded
-            lease = stack.enter_context(
-                held_by_first(lambda: held_folder(folder, tree, resume=resume, stop=stop))
-            )
+            with STARTUP("run folder"):
+                lease = stack.enter_context(
+                    held_by_first(lambda: held_folder(folder, tree, resume=resume, stop=stop))
+                )
             if resume and (done := _finished(folder, tree, before_reading=True)):
                 return done
             log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
             setup = set_up(recipe, device)
-            check_student(recipe, setup)
-            sanity = check_teachers(recipe, setup)
-            clock = start_or_resume(recipe, tree, setup, resume=resume)
+            with STARTUP("checks"):
+                check_student(recipe, setup)
+                sanity = check_teachers(recipe, setup)
+            with STARTUP("resume"):
+                clock = start_or_resume(recipe, tree, setup, resume=resume)
             if resume and (done := _finished(folder, tree, before_reading=False)):
                 return done
             saver = make_saver(recipe, tree, setup, lease)
@@ -171,7 +176,8 @@ def _step_and_score(
 ) -> dict[str, Any]:
     """Train and, unless the run was stopped, score the student; return what result.json tells of it."""
     if recipe.evaluation.at_start and not clock.consumed:
-        _evaluate(recipe, setup, clock, metrics)
+        with STARTUP("evaluation"):
+            _evaluate(recipe, setup, clock, metrics)
     costs = Costs(setup.spent)
     folder = Path(recipe.folder)
     with (
@@ -254,8 +260,8 @@ def _loop(
 ) -> tuple[Clock, bool]:
     """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
     run, every, guard = setup.run, recipe.checkpoints.every, Guard(recipe.guard)
-    saved = clock.consumed if clock.consumed else -1
-    stopped, deadline = False, Deadline(stop, lambda: [save.seconds for save in saver.times])
+    saved, stopped, first = clock.consumed or -1, False, FirstUpdate(Path(recipe.folder))
+    deadline = Deadline(stop, lambda: [save.seconds for save in saver.times])
     while clock.step < clock.total_steps and not stopped:
         before = clock
         with run.phases("checkpoint"):
@@ -267,21 +273,21 @@ def _loop(
         with run.phases("data"):
             batches = setup.loader.update(clock.consumed)
         result = train_step(run, batches, clock)
-        clock = clock.after_step(applied=result.update.applied, samples=setup.loader.update_samples)
+        update = result.update
+        clock = clock.after_step(applied=update.applied, samples=setup.loader.update_samples)
         last.note(clock)
+        first.done()
         HEARTBEAT.update()
         profiler.after(clock)
         _report(metrics, recipe, result, before, clock)
-        is_lost = guard.after_step(
-            before, result.objective, result.update.grad_norm, applied=result.update.applied
-        )
+        is_lost = guard.after_step(before, result.objective, update.grad_norm, applied=update.applied)
         deadline.after_step()
         stopped, is_lost = any_rank(stop.requested, is_lost)
         is_best = False
         if is_lost and not stopped:
             clock = _back(recipe, setup, saver, guard, clock, costs)
             saved = clock.consumed
-        elif result.update.applied and not stopped:
+        elif update.applied and not stopped:
             if (
                 recipe.evaluation.every
                 and clock.step % recipe.evaluation.every == 0 < clock.total_steps - clock.step

@@ -13,6 +13,7 @@ import tide_megatron.platform
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.base.phases import Phases
+from tide_megatron.base.startup import STARTUP
 from tide_megatron.diffusion.views import Complementary
 from tide_megatron.evaluate.model_folder import context_differences
 from tide_megatron.head.budget import HeadShape
@@ -169,9 +170,9 @@ def build_student(recipe: Recipe, plan: ModelPlan, device: Device) -> Student:
     Raises:
         TideError: on every rank alike, for weights that do not fit or cannot be read.
     """
-    return Student(
-        _build(recipe, plan, device), recipe.student.context, plan.tokenizer.mask_id, recipe.optimizer
-    )
+    model = _build(recipe, plan, device)
+    with STARTUP(plan.key):
+        return Student(model, recipe.student.context, plan.tokenizer.mask_id, recipe.optimizer)
 
 
 def build_teacher(
@@ -192,9 +193,9 @@ def build_teacher(
     """
     model = _build(recipe, plan, device, group.columns(plan.architecture.vocabulary))
     layout, experts = plan.choice.layout, plan.architecture.num_experts
-    route = Route(
-        layout=layout, replica=model.groups.mp, across=make_across(layout, group.size), rank=group.rank
-    )
+    with STARTUP("groups"):
+        across = make_across(layout, group.size)
+    route = Route(layout=layout, replica=model.groups.mp, across=across, rank=group.rank)
     if layout.tensor > 1 and experts:
         log.info(
             "%s: each token passes its experts %d times (frozen models have no sequence parallelism); "
@@ -250,8 +251,11 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
     )
     if options.fp8 is not None:
         tell_fp8(plan.key, options.fp8, choice.layout)
-    model = build_model(plan.architecture, make_groups(choice.layout), options)
-    with fail_together():
+    with STARTUP("groups"):
+        groups = make_groups(choice.layout)
+    with STARTUP(plan.key):
+        model = build_model(plan.architecture, groups, options)
+    with fail_together(), STARTUP(plan.key):
         if choice.initial == "random":
             report = draw_weights(model, recipe.seed)
         else:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError, TideError, nearest
 from tide_megatron.base.phases import Phases
+from tide_megatron.base.startup import STARTUP
 from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
@@ -166,7 +167,7 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
     Raises:
         TideError: on every rank alike, naming the key or file and what to do.
     """
-    with fail_together():
+    with fail_together(), STARTUP("data"):
         found = examine(recipe, device, own_share())
         if found.faults:
             raise found.faults[0]  # a dry run tells them all
@@ -178,7 +179,8 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
     if held_out:
         contents["data.held_out"] = held_out.columns.manifest.digest
     phases = Phases(device.torch_device)
-    group = make_vocab_group([plan.architecture.vocabulary for plan in plans.values()], ranks)
+    with STARTUP("groups"):
+        group = make_vocab_group([plan.architecture.vocabulary for plan in plans.values()], ranks)
     picture = {name: placed(plan.choice, plan.architecture, device) for name, plan in plans.items()}
     log.info("%s", drawn(placement_table(picture, world, ranks)))
     student = build_student(recipe, plans["student"], device)

@@ -65,6 +65,7 @@ def render(status: Mapping[str, Any]) -> str:
         + "</div>",
         _ranks(told),
         _starts(status["starts"]),
+        _startup(status["starts"]),
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{refresh}<title>{name}</title>'
@@ -174,17 +175,34 @@ def _ranks(told: Mapping[str, Any]) -> str:
 
 def _starts(starts: Sequence[Mapping[str, Any]]) -> str:
     """Show every start, the newest first."""
-    names = ("began", "from step", "lost", "ranks", "first rank's host", "job", "ended", "how", "why")
+    place = ("began", "from step", "lost", "ranks", "first rank's host", "job")
+    names = (*place, "first update after", "ended", "how", "why")
     head = "".join(f'<th class="text">{name}</th>' for name in names)
     rows = ""
     for start in reversed(starts):
         job = f"{start['job']} (restart {start['restarts']})" if start["restarts"] else start["job"]
         lost = "" if start["lost"] is None else start["lost"]
+        took = start.get("startup_seconds")
         cells = (
             *(start["at"], start["step"], lost, start["ranks"], start["host"], job),
-            *(start["ended_at"], start["end"] or "", start["why"]),
+            *("" if took is None else in_time(took), start["ended_at"], start["end"] or "", start["why"]),
         )
         rows += (
             "<tr>" + "".join(f'<td class="text">{html.escape(str(cell))}</td>' for cell in cells) + "</tr>"
         )
     return f'<h2>starts</h2><div class="wide"><table><tr>{head}</tr>{rows}</table></div>' if rows else ""
+
+
+def _startup(starts: Sequence[Mapping[str, Any]]) -> str:
+    """Show where the time went until the first update of the last start."""
+    parts = starts[-1].get("startup") if starts else None
+    if not parts:
+        return ""
+    rows = "".join(
+        f'<tr><td class="text">{html.escape(name)}</td><td>{seconds:.2f}</td><td>{rank}</td></tr>'
+        for name, (seconds, rank) in parts.items()
+    )
+    return (
+        "<h2>before the first update of the last start</h2><table>"
+        f'<tr><th class="text">part</th><th>seconds</th><th>longest on rank</th></tr>{rows}</table>'
+    )
