@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from bench.groups import LIMIT_SECONDS, measure, pair_layouts
 from tide_megatron.parallel import groups as module
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
@@ -132,3 +133,10 @@ def make_for_wrong_world():
 
 def test_a_wrong_world_is_a_bug(pool):
     assert pool(2).run(make_for_wrong_world) == [True, True]
+
+
+def test_eight_ranks_that_were_just_forked_soon_have_all_groups_of_the_papers_pair():
+    found = measure(pair_layouts(), 8)
+    # The world, this rank alone, and WeDLM's replica, tensor, pipeline, data and stage.
+    assert found["groups_of_a_rank"] == 7
+    assert found["made"] < LIMIT_SECONDS, found  # 0.7 s on two cores at load 17: only waiting takes so long
