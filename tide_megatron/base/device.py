@@ -338,6 +338,16 @@ def _slurm_tasks() -> int | None:
     return None
 
 
+def node_share() -> tuple[int, int]:
+    """Return (this rank, ranks) of this machine; (0, 1) where no launcher started several.
+
+    Raises:
+        ConfigError: as `read_ranks`.
+    """
+    ranks = read_ranks()
+    return (ranks.local_rank, _local_size() or _slurm_tasks() or 1) if ranks else (0, 1)
+
+
 def _threads(ranks: Ranks | None) -> int:
     """Return OMP_NUM_THREADS where set, else this process's share of the machine's cores."""
     setting = os.environ.get("OMP_NUM_THREADS", "").strip()

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tide_megatron.base.device import node_share
 from tide_megatron.base.errors import CheckpointError, ConfigError, nearest, some_of
 from tide_megatron.base.files import refuse_damaged
 from tide_megatron.models.arch import ARCHITECTURES
@@ -90,12 +91,11 @@ def load_model(
         if verify:
             refuse_damaged(folder, own_share())
         refuse_other_head(architecture, source, own_share())
-        zeros = ZeroWatch()
-        tensors_read = _fill(
-            model,
-            lambda mapping: zeros.read(source, mapping),
-            merged=architecture.has_merged(source.shapes),
-        )
+        zeros, merged = ZeroWatch(), architecture.has_merged(source.shapes)
+        pieces = local_params(architecture, model.shard, merged=merged, spelling=model.spelling)
+        reads = [(name, piece.part(name)) for _, piece in pieces for name in piece.sources]
+        source.read_ahead(reads, node_share())
+        tensors_read = _fill(model, lambda mapping: zeros.read(source, mapping), merged=merged)
         warn_of_doubts(architecture, source, zeros, mask_id)
         return _report(model, tensors_read, source.bytes_read)
 

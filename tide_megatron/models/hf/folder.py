@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from tide_megatron.base.disk import disk_words
 from tide_megatron.base.errors import CheckpointError, some_of
 from tide_megatron.base.files import replaced_folder
+from tide_megatron.models.hf.ahead import ReadAhead
 from tide_megatron.models.hf.config import HfConfig, read_json, write_config
 from tide_megatron.models.hf.safetensors import (
     DTYPES,
@@ -52,6 +54,7 @@ class HfFolder:
         self.doubts: list[str] = []
         """What is odd about the folder and no fault, in sentences."""
         self._open = contextlib.ExitStack()
+        self._ahead: ReadAhead | None = None
         try:
             paths, places, self.doubts = _find_weights(folder)
             opened: dict[str, TensorFile] = {}
@@ -74,11 +77,33 @@ class HfFolder:
     ) -> None:
         self._open.close()
 
+    def read_ahead(self, reads: Sequence[tuple[str, Part | None]], share: tuple[int, int]) -> None:
+        """Begin to bring into memory what `read` will be called for next, in this order.
+
+        Args:
+            reads: names and parts, all there will be; they are small, so the list is short.
+            share: (this rank, ranks) of those of this node; see `hf.ahead`.
+
+        Raises:
+            CheckpointError: a file's header cannot be read.
+        """
+        assert self._ahead is None, "the folder is read once"
+        spans = [self._files[name].spans(name, part) for name, part in reads]
+        self._ahead = self._open.enter_context(ReadAhead(spans, share))
+
     def read(self, name: str, part: Part | None = None) -> Tensor:
         """Return one tensor as stored, on CPU: the whole, or only the rows or columns of a part.
 
         The zero rows of a part are made here, not read.
+
+        Raises:
+            CheckpointError: the file is damaged, or its disk fails.
         """
+        if self._ahead is not None:
+            try:
+                self._ahead.await_next()
+            except OSError as fault:
+                raise CheckpointError(disk_words(fault)) from fault
         tensor = self.peek(name, part)
         made = 0 if part is None else part.zero_rows * math.prod(tensor.shape[1:])
         self.bytes_read += (tensor.numel() - made) * tensor.element_size()

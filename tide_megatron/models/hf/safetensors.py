@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tide_megatron.base.errors import CheckpointError
+from tide_megatron.models.hf.ahead import Span
 from tide_megatron.models.shard import Part, Shape
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -55,7 +57,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         """Read the header."""
-        self._path, self._mapped = path, 0
+        self.path, self._mapped = path, 0
         self._file = self._opened()
         try:
             self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
@@ -83,17 +85,48 @@ class TensorFile:
             else:
                 tensor = part.take(self._file.get_slice(name))
         except (SafetensorError, OSError) as fault:
-            raise _damaged(self._path / name, fault) from None
+            raise _damaged(self.path / name, fault) from None
         # Columns lie in every page of their tensor.
         touched = tensor.numel() if part is None or not part.axis else math.prod(self.shapes[name])
         self._mapped += touched * tensor.element_size()
         return tensor
 
+    def spans(self, name: str, part: Part | None) -> list[Span]:
+        """Return the bytes of the file that `read` will touch; columns lie in all rows of their tensor."""
+        begin, end = self._places[name]
+        if part is None:
+            return [Span(self.path, begin, end)]
+        shape = self.shapes[name]
+        if part.number is not None:
+            size = (end - begin) // shape[0]
+            begin, end = begin + part.number * size, begin + (part.number + 1) * size
+            shape = shape[1:]
+        if part.axis:
+            return [Span(self.path, begin, end)]
+        row = (end - begin) // shape[0]
+        return [
+            Span(self.path, begin + row * start, begin + row * stop)
+            for start, stop in part.ranges
+            if start < stop
+        ]
+
+    @functools.cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Of every tensor: its first byte in the file, and the one behind its last."""
+        try:
+            with self.path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+        except OSError as fault:
+            raise _damaged(self.path, fault) from None
+        places = {name: header[name]["data_offsets"] for name in self.shapes}
+        return {name: (8 + size + begin, 8 + size + end) for name, (begin, end) in places.items()}
+
     def _opened(self) -> Any:
         try:
-            return safe_open(self._path, framework="pt", device="cpu")
+            return safe_open(self.path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as fault:
-            raise _damaged(self._path, fault) from None
+            raise _damaged(self.path, fault) from None
 
 
 @dataclasses.dataclass(frozen=True)
