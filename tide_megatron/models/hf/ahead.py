@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 PIECE_BYTES = 2**22
 """Read at once; pieces end at its multiples, so that all ranks cut a file alike."""
-WINDOW_BYTES = 2**28
+WINDOW_BYTES = 2**26
 """About so much is read in any order while the window before it is used."""
 NODE_READS = 16
 """Reads under way at once on a node, over all of its ranks."""
