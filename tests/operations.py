@@ -62,7 +62,18 @@ class Repeated(TorchDispatchMode):
             self.names.add(name)
 
 
-ASKING = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique")
+ASKING = (
+    "tolist",
+    "item",
+    "numpy",
+    "cpu",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "nonzero",
+    "unique",
+)
 """Functions by which the host learns a number of a tensor's, as Python calls them."""
 ON_THE_HOST = {
     "train/counts.py": "the vectors that gloo gathered",

@@ -178,7 +178,7 @@ def _step_and_score(
     with (
         Profiler(recipe.metrics.profile, folder, setup.run.device) as profiler,
         LastStep(folder, clock, is_kept=is_first()) as last,
-        Ahead(lambda position: setup.run.read(setup.loader.update(position))) as ahead,
+        Ahead(lambda at: setup.run.read(setup.loader.update(at)), setup.loader.update_samples) as ahead,
     ):
         clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop, costs, profiler, last, ahead)
     result = {
@@ -268,24 +268,22 @@ def _loop(
                 saver.poll()
         profiler.before(clock)
         with run.phases("data"):
-            following = clock.consumed + setup.loader.update_samples
-            given = ahead.take(clock.consumed, following if clock.step + 1 < clock.total_steps else None)
+            given = ahead.take(clock.consumed, is_last=clock.step + 1 == clock.total_steps)
         result = train_step(run, given, clock)
-        clock = clock.after_step(applied=result.update.applied, samples=setup.loader.update_samples)
+        update = result.update
+        clock = clock.after_step(applied=update.applied, samples=setup.loader.update_samples)
         last.note(clock)
         HEARTBEAT.update()
         profiler.after(clock)
         _report(metrics, recipe, result, before, clock)
-        is_lost = guard.after_step(
-            before, result.objective, result.update.grad_norm, applied=result.update.applied
-        )
+        is_lost = guard.after_step(before, result.objective, update.grad_norm, applied=update.applied)
         deadline.after_step()
         stopped, is_lost = any_rank(stop.requested, is_lost)
         is_best = False
         if is_lost and not stopped:
             clock = _back(recipe, setup, saver, guard, clock, costs)
             saved = clock.consumed
-        elif result.update.applied and not stopped:
+        elif update.applied and not stopped:
             if (
                 recipe.evaluation.every
                 and clock.step % recipe.evaluation.every == 0 < clock.total_steps - clock.step

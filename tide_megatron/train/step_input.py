@@ -93,13 +93,14 @@ class Ahead:
     A fault of the data comes out where the step that it belongs to begins, on the rank that met it.
     """
 
-    def __init__(self, make: Callable[[int], StepInput]) -> None:
+    def __init__(self, make: Callable[[int], StepInput], update_samples: int) -> None:
         """Start with nothing.
 
         Args:
             make: gives the input of the update at a position (`Clock.consumed`), from that alone.
+            update_samples: how far an update moves that.
         """
-        self._make = make
+        self._make, self._update_samples = make, update_samples
         self._thread = ThreadPoolExecutor(1, "next step")
         self._position: int | None = None
         self._future: Future[StepInput] | None = None
@@ -113,17 +114,18 @@ class Ahead:
         """End the thread after what it is at, which nobody waits for where the run ends by an error."""
         self._thread.shutdown(wait=error is None, cancel_futures=True)
 
-    def take(self, position: int, following: int | None) -> StepInput:
+    def take(self, position: int, *, is_last: bool) -> StepInput:
         """Return the input of the update at a position, and begin with the one that is read after it.
 
         Args:
-            position: where the run stands.
-            following: where it will stand then; None: there is no further update. If it comes to stand
-                elsewhere (it went back to a checkpoint), what was made is thrown away.
+            position: where the run stands. Where it does not come to stand behind the last one (it went back
+                to a checkpoint), what was made is thrown away.
+            is_last: nothing is read after it.
         """
         future = self._future if position == self._position else None
         self._position = self._future = None
         found = self._make(position) if future is None else future.result()
-        if following is not None:
-            self._position, self._future = following, self._thread.submit(self._make, following)
+        if not is_last:
+            self._position = position + self._update_samples
+            self._future = self._thread.submit(self._make, self._position)
         return found

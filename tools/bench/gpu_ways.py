@@ -185,10 +185,10 @@ def _profiled(step: Callable[[], object]) -> dict[str, Any]:
 
 def _our_step(run: Run, setting: Setting) -> Callable[[], float]:
     batch = batch_of(setting, 0)
-    ahead = Ahead(lambda _: run.read([batch]))
+    ahead = Ahead(lambda _: run.read([batch]), 0)
 
     def step() -> float:
-        result = train_step(run, ahead.take(0, 0), CLOCK)
+        result = train_step(run, ahead.take(0, is_last=False), CLOCK)
         assert result.update.applied, "the step was skipped"
         return result.objective
 

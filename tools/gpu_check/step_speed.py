@@ -66,10 +66,10 @@ def measure(small: bool, *, device: Device, stop: StopFlag) -> dict[str, Any]:
     """Make steps of one microbatch on one rank; a rank function."""
     run, batches = _case(small, device)
     on_cuda = device.type == "cuda"
-    ahead = Ahead(lambda _: run.read(batches))
+    ahead = Ahead(lambda _: run.read(batches), 0)
 
     def step() -> Any:
-        return train_step(run, ahead.take(0, 0), CLOCK)
+        return train_step(run, ahead.take(0, is_last=False), CLOCK)
 
     for _ in range(1 if small else 3):  # compiles what there is to compile
         result = step()
