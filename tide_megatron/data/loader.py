@@ -120,12 +120,12 @@ class Loader:
     def microbatch(self, consumed: int, index: int) -> Batch:
         """Return the shard's microbatch `index` of the update that starts at position `consumed`."""
         assert 0 <= index < self.accumulate, f"microbatch {index} of {self.accumulate}"
-        dealt = self._dealt(consumed)
+        dealt = self.dealt(consumed)
         first = (index * self.shard.size + self.shard.rank) * self.samples
         mine = dealt[first : first + self.samples]
         return self.batch_of([row for row, _ in mine], [epoch for _, epoch in mine])
 
-    def _dealt(self, consumed: int) -> list[tuple[int, int]]:
+    def dealt(self, consumed: int) -> list[tuple[int, int]]:
         """Return (sample, epoch) of a whole update, in the order in which microbatches take them."""
         positions = range(consumed, consumed + self.update_samples)
         epochs = [position // self.num_samples for position in positions]
