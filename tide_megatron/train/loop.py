@@ -61,6 +61,7 @@ from tide_megatron.train.setup import Setup, set_up
 from tide_megatron.train.startup import FirstUpdate
 from tide_megatron.train.status import write_status
 from tide_megatron.train.step import StepResult, train_step
+from tide_megatron.train.step_input import Ahead
 
 log = logging.getLogger(__name__)
 
@@ -183,8 +184,9 @@ def _step_and_score(
     with (
         Profiler(recipe.metrics.profile, folder, setup.run.device) as profiler,
         LastStep(folder, clock, is_kept=is_first()) as last,
+        Ahead(lambda at: setup.run.read(setup.loader.update(at)), setup.loader.update_samples) as ahead,
     ):
-        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop, costs, profiler, last)
+        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop, costs, profiler, last, ahead)
     result = {
         "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
         **costs.own(),
@@ -257,6 +259,7 @@ def _loop(
     costs: Costs,
     profiler: Profiler,
     last: LastStep,
+    ahead: Ahead,
 ) -> tuple[Clock, bool]:
     """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
     run, every, guard = setup.run, recipe.checkpoints.every, Guard(recipe.guard)
@@ -271,8 +274,8 @@ def _loop(
                 saver.poll()
         profiler.before(clock)
         with run.phases("data"):
-            batches = setup.loader.update(clock.consumed)
-        result = train_step(run, batches, clock)
+            given = ahead.take(clock.consumed, is_last=clock.step + 1 == clock.total_steps)
+        result = train_step(run, given, clock)
         update = result.update
         clock = clock.after_step(applied=update.applied, samples=setup.loader.update_samples)
         last.note(clock)
@@ -288,10 +291,7 @@ def _loop(
             clock = _back(recipe, setup, saver, guard, clock, costs)
             saved = clock.consumed
         elif update.applied and not stopped:
-            if (
-                recipe.evaluation.every
-                and clock.step % recipe.evaluation.every == 0 < clock.total_steps - clock.step
-            ):
+            if _is_scored(recipe.evaluation.every, clock):
                 scores = _evaluate(recipe, setup, clock, metrics)
                 is_best = note_score(recipe, clock, scores)
             if is_best or (every and clock.step % every == 0):
@@ -307,6 +307,11 @@ def _loop(
             "stopped by %s at step %d; the same command goes on", stop.reason or "another rank", clock.step
         )
     return clock, stopped
+
+
+def _is_scored(every: int, clock: Clock) -> bool:
+    """Say whether scores are due after an update; after the last one they are taken anyway."""
+    return every > 0 and clock.step % every == 0 < clock.total_steps - clock.step
 
 
 def _back(recipe: Recipe, setup: Setup, saver: Saver, guard: Guard, clock: Clock, costs: Costs) -> Clock:
