@@ -152,7 +152,14 @@ def preflight(
 ) -> dict[str, Any]:
     """Do everything that `train` does before its first step, but resuming, on the real ranks.
 
-    The run folder is left as it was. Arguments are those of `train`.
+    The run folder is left as it was.
+
+    Args:
+        recipe: YAML run file.
+        overrides: `key=value` with dotted keys; they have the last word.
+        ranks: as for `train`.
+        ranks_per_node: as for `train`.
+        resume: the run would go on from the run folder's newest checkpoint; False: discard what is there.
 
     Returns:
         What ranks compared and measured, as a run's preflight.json has it (docs/launch.md).

@@ -10,6 +10,13 @@ import typer
 
 from tide_megatron.commands.options import RanksOption, RanksPerNodeOption, Wanted
 
+BranchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FROM",
+        help="Begin with weights and optimizer of another run's checkpoint; short for branch.folder=...",
+    ),
+]
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Print recipe, placement and every fault of what is there, and stop."),
@@ -34,13 +41,7 @@ def train(
     folder: Annotated[
         str | None, typer.Option(help="Run folder; short for folder=... in the recipe.")
     ] = None,
-    branch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FROM",
-            help="Begin with weights and optimizer of another run's checkpoint; short for branch.folder=...",
-        ),
-    ] = None,
+    branch: BranchOption = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on from the run folder, or discard what is there.")
     ] = True,

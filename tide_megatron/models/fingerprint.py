@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.errors import CheckpointError
-from tide_megatron.base.sampled import take_in
+from tide_megatron.base.file_samples import take_in
 from tide_megatron.models.hf.config import read_config
 
 _IDLE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -21,8 +21,8 @@ _IDLE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 def fingerprint(folder: Path, *, weights: bool) -> str:
     """Digest a model folder's config.json and, if asked for, its weights (sha256, 16 hexadecimal digits).
 
-    Large files of weights are sampled (`base.sampled`): enough to tell two models apart that were trained
-    differently.
+    Large files of weights are sampled (`base.file_samples`): enough to tell two models apart that were
+    trained differently.
 
     Args:
         folder: config.json and safetensors.

@@ -36,7 +36,13 @@ from tide_megatron.parallel.collectives import (
     is_first,
 )
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.parallel.links import GroupTimes, clock_offsets, group_kinds, time_groups, time_neighbours
+from tide_megatron.parallel.link_speed import (
+    GroupTimes,
+    clock_offsets,
+    group_kinds,
+    time_groups,
+    time_neighbours,
+)
 from tide_megatron.train.folder import held_folder
 from tide_megatron.train.models import head_ranks
 from tide_megatron.train.preflight_report import Comparison, Preflight, as_json, told

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tide_megatron.base.files import write_text
 from tide_megatron.base.units import in_bytes, now
-from tide_megatron.parallel.links import MEASURES, ClockOffset, GroupTimes
+from tide_megatron.parallel.link_speed import MEASURES, ClockOffset, GroupTimes
 from tide_megatron.train.folder import PREFLIGHT
 from tide_megatron.train.placement import drawn
 from tide_megatron.train.rank_differences import by_machine, ranks_in_short

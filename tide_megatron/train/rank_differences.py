@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from tide_megatron.base.units import in_bytes
-from tide_megatron.parallel.links import ClockOffset, GroupTimes
+from tide_megatron.parallel.link_speed import ClockOffset, GroupTimes
 from tide_megatron.train.rank_facts import CODE, UNREADABLE, RankFacts
 from tide_megatron.train.resolve import Tree, difference
 

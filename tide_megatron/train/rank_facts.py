@@ -4,7 +4,7 @@ Cheap things every rank says itself. What has to be read (sources of this packag
 for each copy that there is: a folder of the same device and inode on the same machine is one copy, so of the
 ranks of a machine one reads it, another reads the next one, and all say what was found. Another machine reads
 its own, also of a file system that both see. Sources, tokenizers and manifests are read whole, weights and
-columns are sampled (`base.sampled`): 1 MB of each file.
+columns are sampled (`base.file_samples`): 1 MB of each file.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import torch
 import tide_megatron
 from tide_megatron.base.device import Device, read_job
 from tide_megatron.base.errors import TideError
+from tide_megatron.base.file_samples import take_in
 from tide_megatron.base.options import without_places
 from tide_megatron.base.owner import Holder
-from tide_megatron.base.sampled import take_in
 from tide_megatron.base.transformer_engine import find_transformer_engine
 from tide_megatron.data.manifest import read_manifest
 from tide_megatron.models.fingerprint import fingerprint

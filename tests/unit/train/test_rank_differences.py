@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.parallel.links import MEASURES, ClockOffset, GroupKind, GroupTimes, group_kinds
+from tide_megatron.parallel.link_speed import MEASURES, ClockOffset, GroupKind, GroupTimes, group_kinds
 from tide_megatron.train.preflight import refuse
 from tide_megatron.train.preflight_report import Comparison, Preflight, as_json, told
 from tide_megatron.train.rank_differences import (
