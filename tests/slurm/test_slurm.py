@@ -63,7 +63,7 @@ def tiny(tmp_path_factory):
 def undisturbed(tiny, tmp_path_factory):
     """Return what the run on 4 ranks of this machine gave."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert api.train(tiny, [f"folder={folder}", *WORDS, "steps=30"], ranks=4)["finished"]
+    assert api.train(tiny, [f"folder={folder}", *WORDS, "steps=60"], ranks=4)["finished"]
     return figures(folder)
 
 
@@ -146,7 +146,7 @@ def test_a_rank_that_is_killed_after_a_save_costs_no_more_than_an_interval(
     assert figures(run.folder) == undisturbed
     first, second = read_history(run.folder)
     assert "was killed by SIGKILL" in first.why
-    assert 0 <= second.lost <= 8, "the save under way is not whole"
+    assert 0 <= second.lost <= 16, "the save under way is not whole"
     assert (second.end, second.restarts, look(run.folder).state) == ("finished", 1, "finished")
 
 
