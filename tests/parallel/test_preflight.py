@@ -24,7 +24,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError, TideError
 from tide_megatron.base.files import digest_of
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.parallel.collectives import held_by_first
+from tide_megatron.parallel.collectives import gather_objects, held_by_first
 from tide_megatron.parallel.link_speed import clock_offsets
 from tide_megatron.train import preflight, rank_facts
 from tide_megatron.train.folder import held_folder
@@ -122,7 +122,12 @@ def copies(run, tmp_path_factory):
 @pytest.mark.parametrize(
     ("odd_words", "what", "place", "said"),
     [
-        ([], "code", "code", r"code: differs between ranks: rank 2 \(host \S+\): \w{16}; ranks 0-1, 3"),
+        (
+            [],
+            "code",
+            "code",
+            r"code \(losses/kl\.py\): differs between ranks: rank 2 \(host \S+\): \w{16}; ranks 0-1, 3",
+        ),
         (["optimizer.learning_rate=0.02"], None, "", r"optimizer\.learning_rate: 0\.01 -> 0\.02"),
         (["teachers.moe.layout.expert=2"], None, "", r"recipe: .*teachers\.moe\.layout\.expert: 4 -> 2"),
         (["folder={there}/run"], None, "", r"recipe: ranks were started with .*rank 2 .*folder: '"),
@@ -130,26 +135,26 @@ def copies(run, tmp_path_factory):
             ["data.train={there}/data"],
             None,
             "",
-            r"data\.train: differs between ranks: rank 2 .*copy the folder",
+            r"data\.train \(\S+\.bin\): differs between ranks: rank 2 .*copy the folder",
         ),
-        (["student.folder={there}/student"], None, "", r"student\.folder: differs between ranks: rank 2 "),
+        (["student.folder={there}/student"], None, "", r"student\.folder \(model\.safetensors\): differs "),
         (
             ["teachers.moe.folder={there}/teacher"],
             None,
             "",
-            r"teachers\.moe\.folder: differs between ranks: r",
+            r"teachers\.moe\.folder \(model\.safetensors\): d",
         ),
         (
             ["teachers.own.folder={there}/own"],
             None,
             "",
-            r"teachers\.own\.folder: differs between ranks: rank 2",
+            r"teachers\.own\.folder \(tokenizer_config\.json\): ",
         ),
         (
             ["data.held_out={there}/gone", "teachers.moe.folder={there}/teacher"],
             None,
             "",
-            r"2 faults .*\n- data\.held_out: .*rank 2 .*cannot be read .*\n- teachers\.moe\.folder: ",
+            r"2 faults .*\n- data\.held_out: .*rank 2 .*cannot be read .*\n- teachers\.moe\.folder \(",
         ),
         ([], "versions", "", r"torch: differs between ranks: rank 2 \(host \S+\): 2\.5\.0; ranks 0-1, 3 "),
         ([], "disk", "", r"folder: .*100 kB are free, one checkpoint takes about 511 kB; make room"),
@@ -185,6 +190,19 @@ def test_copies_that_hold_the_same_are_let_pass_and_clocks_warned_of(pool, run, 
     assert warning.startswith("clock: rank 2 (host elsewhere) is 7.0 s ahead of rank 0 (host ")
     assert abs(first["clocks"][ODD].seconds - AHEAD_SECONDS) < 0.5
     assert first["clocks"][ODD].within < 0.5
+
+
+def count_reads(file):
+    """Return how many folders this rank reads."""
+    recipe, tree = load_recipe(Path(file), PAIR_ON_FOUR)
+    facts = gather_objects(rank_facts.facts_here(recipe, tree, CPU, resume=True))
+    with patch.object(rank_facts, "_tried", wraps=rank_facts._tried) as tried:
+        rank_facts.contents(recipe, facts)
+    return tried.call_count
+
+
+def test_each_copy_is_read_once_and_ranks_of_a_machine_share_the_reading(pool, run):
+    assert sorted(pool(4).run(count_reads, str(run))) == [1, 2, 2, 2]  # code, two of data, four models
 
 
 def measure(file):
@@ -236,6 +254,8 @@ def test_only_the_preflight_leaves_the_run_folder_as_it_was(run):
     found = api.preflight(run, words, ranks=2)
     assert (found["ranks"], len(found["groups"]), folder.exists()) == (2, 1, False)
     api.train(run, words, ranks=2)
+    stored = sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*.distcp"))
+    assert found["checkpoint_bytes"] < stored < 1.5 * found["checkpoint_bytes"]  # of so small a one
     before = {path: digest_of(path) for path in folder.rglob("*") if path.is_file()}
     written = json.loads((folder / "preflight.json").read_text())
     assert written["contents"] == found["contents"]

@@ -1,8 +1,8 @@
 """How fast ranks reach each other, group by group, and how far the clocks of their machines differ.
 
     latency    the fastest of a few all-reduces and all-to-alls of a number a rank
-    rate       the same with 4 MiB a rank on a CPU, 32 MiB on a GPU
-    neighbour  every rank gives 4 or 32 MiB to the next one, all at the same time: a bad link shows on both of
+    rate       the same with 1 MiB a rank on a CPU, 32 MiB on a GPU
+    neighbour  every rank gives 1 or 32 MiB to the next one, all at the same time: a bad link shows on both of
                its ranks and on no other
 
 All groups of one kind (the pairs of a tensor-parallel model, say) work at once, as they do in a step. The
@@ -28,7 +28,7 @@ from tide_megatron.parallel.groups import own_group
 from tide_megatron.parallel.layout import Layout, RankList
 from tide_megatron.parallel.vocab_group import across_replicas, vocab_groups
 
-BYTES = {"cpu": 2**22, "cuda": 2**25}
+BYTES = {"cpu": 2**20, "cuda": 2**25}
 """That each rank hands over where rates are measured, by kind of device."""
 SMALL_ROUNDS, LARGE_ROUNDS = 5, 2
 PATIENCE_SECONDS = 0.25

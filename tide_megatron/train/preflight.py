@@ -93,10 +93,10 @@ def compare_ranks(recipe: Recipe, tree: Tree, device: Device, *, resume: bool) -
         trees = gather_objects(comparable(tree, resume=resume))
         refuse([recipe_difference(facts, trees)])  # nothing else means anything then
     refuse([*version_differences(facts), *_blind_ranks(recipe, facts)])
-    found = contents(recipe, facts)
+    found, files = contents(recipe, facts)
     needed = checkpoint_bytes(recipe, device)
     lacking, scarce = disk_lines(recipe.folder, facts, needed)
-    refuse([*content_differences(facts, found), *lacking])
+    refuse([*content_differences(facts, found, files), *lacking])
     clocks = clock_offsets(first_of_machines(facts)[1:])
     warnings = [*noted(facts), *scarce, *clock_lines(facts, clocks, recipe.preflight.clock_seconds)]
     _warn(warnings)
@@ -140,7 +140,8 @@ def measure_ranks(recipe: Recipe, setup: Setup, device: Device, comparison: Comp
         warnings=[*comparison.warnings, *slow],
         seconds=comparison.seconds + time.monotonic() - begun,
     )
-    log.info("%s", told(found))
+    if is_first():
+        log.info("%s", told(found))
     return found
 
 

@@ -7,13 +7,15 @@ thousand ranks can be tried without starting one. `train/preflight.py` decides w
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from tide_megatron.base.errors import some_of
 from tide_megatron.base.units import in_bytes
 from tide_megatron.parallel.link_speed import ClockOffset, GroupTimes
-from tide_megatron.train.rank_facts import CODE, UNREADABLE, RankFacts
+from tide_megatron.train.rank_facts import CODE, UNREADABLE, Contents, RankFacts
 from tide_megatron.train.resolve import Tree, difference
 
 _ONLY_NOTED = ("Python", "numpy")
@@ -61,12 +63,28 @@ def version_differences(facts: Sequence[RankFacts]) -> Iterator[str]:
             yield from _differing(name, [one.versions[name] for one in facts], facts, _SAME_VERSIONS)
 
 
-def content_differences(facts: Sequence[RankFacts], found: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    """Say which folders hold different things; what no rank can read is told by who needs it."""
+def content_differences(
+    facts: Sequence[RankFacts], found: Sequence[Mapping[str, str]], files: Sequence[Contents]
+) -> Iterator[str]:
+    """Say which folders hold different things; what no rank can read is told by who needs it.
+
+    Args:
+        facts: of all ranks.
+        found: of each rank, a digest of what it has.
+        files: of each rank, digests of the files of what differs.
+    """
     for key in found[0]:
         values = [one[key] for one in found]
         if not all(value.startswith(UNREADABLE) for value in values):
-            yield from _differing(key, values, facts, _SAME_CODE if key == CODE else _SAME_FOLDER)
+            names = _unlike([one.get(key, {}) for one in files])
+            told = f"{key} ({some_of(names)})" if names else key
+            yield from _differing(told, values, facts, _SAME_CODE if key == CODE else _SAME_FOLDER)
+
+
+def _unlike(files: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the names of files that are not the same everywhere, of those who could read theirs."""
+    known = [one for one in files if one]
+    return sorted(name for name in {*itertools.chain(*known)} if len({one.get(name) for one in known}) > 1)
 
 
 def shard_differences(facts: Sequence[RankFacts], held: Sequence[Mapping[str, HeldPart]]) -> Iterator[str]:

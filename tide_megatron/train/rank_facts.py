@@ -32,9 +32,9 @@ from tide_megatron.base.file_samples import take_in
 from tide_megatron.base.options import without_places
 from tide_megatron.base.owner import Holder
 from tide_megatron.base.transformer_engine import find_transformer_engine
-from tide_megatron.data.manifest import read_manifest
+from tide_megatron.data.manifest import MANIFEST_FILE, read_manifest
 from tide_megatron.models.fingerprint import fingerprint
-from tide_megatron.parallel.collectives import gather_objects, own_share
+from tide_megatron.parallel.collectives import fail_together, gather_objects, own_share
 from tide_megatron.text.backends import BACKENDS
 from tide_megatron.text.backends.files import CONFIG_FILE
 from tide_megatron.text.special_tokens import MAP_FILE
@@ -47,6 +47,11 @@ UNREADABLE = "cannot be read"
 """Begins what is said of a folder that is not there."""
 _TEXTS = (*BACKENDS, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE, f"{TEMPLATE_FOLDER}/*.jinja")
 """Files of a model folder that make its tokenizer."""
+Files = dict[str, str]
+"""File -> digest."""
+Contents = dict[str, Files]
+"""What was read -> its files."""
+_SOURCES = (".py", ".jinja")
 _DIGITS = 16
 
 
@@ -139,7 +144,7 @@ def _models(recipe: Recipe) -> dict[str, Model]:
     return {"student.folder": recipe.student, **teachers}
 
 
-def contents(recipe: Recipe, facts: Sequence[RankFacts]) -> list[dict[str, str]]:
+def contents(recipe: Recipe, facts: Sequence[RankFacts]) -> tuple[list[dict[str, str]], list[Contents]]:
     """Return, of every rank, a digest of each copy that it has. All ranks call it together.
 
     Args:
@@ -147,14 +152,27 @@ def contents(recipe: Recipe, facts: Sequence[RankFacts]) -> list[dict[str, str]]
         facts: of all ranks.
 
     Returns:
-        Key -> digest, or `UNREADABLE` with the reason; the same list on every rank.
+        Key -> digest, or `UNREADABLE` with the reason; and, of copies of which there are different ones, the
+        digests of their files. Both the same on every rank.
     """
     own = own_share()[0]
-    readers = _readers(facts)
-    readings = _readings(recipe)
-    read = {key: _tried(readings[key]) for key, copies in readers.items() if own in copies.values()}
-    told = gather_objects(read)
-    return [{key: told[readers[key][copy]][key] for key, copy in one.copies.items()} for one in facts]
+    readers, readings = _readers(facts), _readings(recipe)
+    with fail_together():
+        mine = [key for key, copies in readers.items() if own in copies.values()]
+        read = {key: _tried(readings[key]) for key in mine}
+    told = gather_objects({key: _in_short(files) for key, files in read.items()})
+    found = [{key: told[readers[key][copy]][key] for key, copy in one.copies.items()} for one in facts]
+    unlike = {key for key in readers if len({one[key] for one in found}) > 1}
+    if not unlike:
+        return found, [{} for _ in facts]
+    by_reader = gather_objects({key: files for key, files in read.items() if key in unlike})
+    files = [{key: by_reader[readers[key][one.copies[key]]][key] for key in unlike} for one in facts]
+    return found, [{key: one for key, one in by_key.items() if isinstance(one, dict)} for by_key in files]
+
+
+def _in_short(files: Files | str) -> str:
+    """Return one digest of all files, or the reason why there is none."""
+    return files if isinstance(files, str) else _digest(json.dumps(files, sort_keys=True).encode())
 
 
 def _readers(facts: Sequence[RankFacts]) -> dict[str, dict[str, int]]:
@@ -168,22 +186,22 @@ def _readers(facts: Sequence[RankFacts]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _readings(recipe: Recipe) -> dict[str, Callable[[], str]]:
+def _readings(recipe: Recipe) -> dict[str, Callable[[], Files]]:
     """Return how each is read; each may raise a TideError or an OSError."""
     models = _models(recipe)
-    found: dict[str, Callable[[], str]] = {}
+    found: dict[str, Callable[[], Files]] = {}
     for key, folder in folders(recipe).items():
         if key == CODE:
-            found[key] = functools.partial(digest_of_code, folder)
+            found[key] = functools.partial(files_of_code, folder)
         elif key in models:
             has_weights = models[key].initial == "folder"
-            found[key] = functools.partial(digest_of_model, folder, weights=has_weights)
+            found[key] = functools.partial(files_of_model, folder, weights=has_weights)
         else:
-            found[key] = functools.partial(digest_of_data, folder)
+            found[key] = functools.partial(files_of_data, folder)
     return found
 
 
-def _tried(read: Callable[[], str]) -> str:
+def _tried(read: Callable[[], Files]) -> Files | str:
     """Return what is read, or why it cannot be."""
     try:
         return read()
@@ -192,33 +210,36 @@ def _tried(read: Callable[[], str]) -> str:
 
 
 @functools.cache
-def digest_of_code(package: Path) -> str:
-    """Digest the files of a package that Python reads: names and bytes."""
-    found = hashlib.sha256()
-    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".jinja")):
-        found.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    return found.hexdigest()[:_DIGITS]
+def files_of_code(package: Path) -> Files:
+    """Digest the files of a package that Python reads."""
+    files = (path for path in package.rglob("*") if path.suffix in _SOURCES and path.is_file())
+    return {str(path.relative_to(package)): _digest(path.read_bytes()) for path in files}
 
 
-def digest_of_data(folder: Path) -> str:
+def files_of_data(folder: Path) -> Files:
     """Digest a data folder: its manifest, and samples of its columns."""
     manifest = read_manifest(folder)
-    found = hashlib.sha256(manifest.digest.encode())
-    for name in sorted(manifest.files):
-        take_in(folder / name, found)
-    return found.hexdigest()[:_DIGITS]
+    return {MANIFEST_FILE: manifest.digest, **{name: _sampled(folder / name) for name in manifest.files}}
 
 
-def digest_of_model(folder: Path, *, weights: bool) -> str:
+def files_of_model(folder: Path, *, weights: bool) -> Files:
     """Digest a model folder: config.json, tokenizer and template, and samples of its weights.
 
     Args:
         folder: of the model.
         weights: False: they are drawn from the seed.
     """
-    found = hashlib.sha256(fingerprint(folder, weights=weights).encode())
-    for path in sorted({path for pattern in _TEXTS for path in folder.glob(pattern)}):
-        found.update(f"{path.name}\n".encode() + path.read_bytes())
+    texts = (path for pattern in _TEXTS for path in folder.glob(pattern))
+    return {
+        "config.json": fingerprint(folder, weights=False),
+        **{path.name: _digest(path.read_bytes()) for path in texts},
+        **{path.name: _sampled(path) for path in folder.glob("*.safetensors") if weights},
+    }
+
+
+def _sampled(file: Path) -> str:
+    found = hashlib.sha256()
+    take_in(file, found)
     return found.hexdigest()[:_DIGITS]
 
 

@@ -24,6 +24,7 @@ from tide_megatron.train.rank_differences import (
 from tide_megatron.train.rank_facts import RankFacts
 
 GB = 10**9
+NO_FILES = [{}] * 8
 
 
 def facts_of(rank, **changes):
@@ -51,7 +52,7 @@ def test_ranks_that_are_alike_are_let_pass(facts):
     held = [{"student": HeldPart(part="whole", digest="w", head="None", head_digest="h")}] * 8
     lines = [
         *version_differences(facts),
-        *content_differences(facts, same),
+        *content_differences(facts, same, NO_FILES),
         *shard_differences(facts, held),
         *noted(facts),
         *disk_lines("run", facts, 50 * GB),
@@ -62,7 +63,7 @@ def test_ranks_that_are_alike_are_let_pass(facts):
 
 def test_the_odd_ranks_are_named_with_both_values_and_the_remedy(facts):
     found = [{"code": "new" if rank in (2, 3, 7) else "old", "data.train": "d"} for rank in range(8)]
-    (line,) = content_differences(facts, found)
+    (line,) = content_differences(facts, found, NO_FILES)
     assert line.startswith(
         "code: differs between ranks: ranks 2-3, 7 (hosts b, d): new; ranks 0-1, 4-6 (hosts a, c, d): old. "
     )
@@ -71,15 +72,26 @@ def test_the_odd_ranks_are_named_with_both_values_and_the_remedy(facts):
 
 def test_of_as_many_ranks_on_each_side_those_of_rank_0_are_taken_for_right(facts):
     found = [{"data.train": str(rank // 4)} for rank in range(8)]
-    (line,) = content_differences(facts, found)
+    (line,) = content_differences(facts, found, NO_FILES)
     assert "data.train: differs between ranks: ranks 4-7 (hosts c, d): 1; ranks 0-3 (hosts a, b): 0." in line
+
+
+def test_the_files_that_differ_are_named_first(facts):
+    found = [{"code": str(rank % 4 == 0)} for rank in range(8)]
+    files = [
+        {"code": {"a.py": "1", "b.py": str(rank % 4 == 0), **({} if rank % 4 else {"new.py": "1"})}}
+        for rank in range(8)
+    ]
+    files[3] = {}  # it could not read its own
+    (line,) = content_differences(facts, found, files)
+    assert line.startswith("code (b.py, new.py): differs between ranks: ranks 0, 4 (hosts a, c): True; ranks")
 
 
 def test_what_some_cannot_read_differs_and_what_nobody_can_is_told_by_others(facts):
     found = [{"data.train": "cannot be read (gone)" if rank > 3 else "d"} for rank in range(8)]
-    (line,) = content_differences(facts, found)
+    (line,) = content_differences(facts, found, NO_FILES)
     assert "ranks 4-7 (hosts c, d): cannot be read (gone); ranks 0-3 (hosts a, b): d. copy the folder" in line
-    assert list(content_differences(facts, [{"data.train": "cannot be read (gone)"}] * 8)) == []
+    assert list(content_differences(facts, [{"data.train": "cannot be read (gone)"}] * 8, NO_FILES)) == []
 
 
 def test_versions_that_compute_are_refused_and_others_noted(facts):
