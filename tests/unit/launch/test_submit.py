@@ -196,6 +196,14 @@ def test_one_task_a_rank_and_gpus(tmp_path):
     assert "--ranks-per-node" not in script.replace("--ntasks-per-node", "")
 
 
+@pytest.mark.parametrize("only", [False, True])
+def test_a_job_may_stop_after_its_preflight(tmp_path, machine, only):
+    done, calls = machine(render(job(tmp_path, JobOptions(ranks_per_node=4, preflight_only=only))))
+    assert done.returncode == 0
+    words = ["--ranks-per-node", "4", *(["--preflight-only"] if only else [])]
+    assert calls["srun"][0][-len(words) :] == words
+
+
 def test_pyxis_sees_every_folder_once(tmp_path):
     options = JobOptions(container="nvcr.io#nvidia/pytorch:25.01-py3", mount=["/data/x"])
     given = job(Path("/home/me"), options, seen=("/data", "/models/a", "runs/x"))
