@@ -34,7 +34,7 @@ from tide_megatron.train.setup import set_up
 
 CPU = Device(type="cpu", index=0, backend="gloo", threads=1)
 ODD = 2
-AHEAD_SECONDS = 7.0
+AHEAD_SECONDS = 100.0  # a lease of another host looks dead by such a clock
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,9 @@ def planted(what, place):
             here = rank_facts.Holder.here
             other_host = staticmethod(lambda job: here_of(here(job)))
             stack.enter_context(patch.object(rank_facts.Holder, "here", other_host))
-            clock = functools.partial(clock_offsets, clock=lambda: time.time() + AHEAD_SECONDS)
+            now = time.time
+            stack.enter_context(patch.object(time, "time", lambda: now() + AHEAD_SECONDS))
+            clock = functools.partial(clock_offsets, clock=time.time)
             stack.enter_context(patch.object(preflight, "clock_offsets", clock))
         elif what == "folder":
             before = Path.cwd()
@@ -187,7 +189,7 @@ def test_copies_that_hold_the_same_are_let_pass_and_clocks_warned_of(pool, run, 
     first, *others = pool(4).run(compare, str(run), [*PAIR_ON_FOUR], [], "machine", "")
     assert others == [first] * 3
     (warning,) = first["warnings"]
-    assert warning.startswith("clock: rank 2 (host elsewhere) is 7.0 s ahead of rank 0 (host ")
+    assert warning.startswith("clock: rank 2 (host elsewhere) is 100.0 s ahead of rank 0 (host ")
     assert abs(first["clocks"][ODD].seconds - AHEAD_SECONDS) < 0.5
     assert first["clocks"][ODD].within < 0.5
 
