@@ -95,7 +95,7 @@ def _run_nodes(job: Job, num_ranks: int | None, ranks_per_node: int, grace_secon
         if place is None:
             return supervise(job, count, grace_seconds)
         with stop.ending():
-            nodes = meet_nodes(place, job.timeout_seconds)
+            nodes = meet_nodes(place, job.timeout_seconds, job.hang_seconds)
         return supervise(job, ranks_per_node, grace_seconds, nodes)
 
 

@@ -36,7 +36,7 @@ from typing import Any
 from tide_megatron.base.device import Wanted, check_gpus, choose_kind
 from tide_megatron.base.errors import RanksFailed, RanksLost, TideError
 from tide_megatron.base.stop import Stopped
-from tide_megatron.launch.nodes import Nodes, Word
+from tide_megatron.launch.nodes import LISTEN_SECONDS, Nodes, Word
 from tide_megatron.launch.rendezvous import own_store
 from tide_megatron.launch.signals import LEAVE_SIGNAL, STOPPED_CODE, relayed_to, signals_held
 from tide_megatron.launch.watchdog import Life, Watchdog
@@ -323,7 +323,7 @@ def _exchange(ranks: Sequence[_Rank], relay: _Relay, nodes: Nodes) -> bool:
         if isinstance(outcome, Halted):
             nodes.tell_end("halted", outcome.reason)
         if isinstance(outcome, Failure) and not outcome.is_echo:
-            nodes.tell_end("failed" if outcome.error is None else "fault", outcome.told)
+            nodes.tell_end(outcome.ending, outcome.told)
     if relay.heard is not None:
         nodes.tell_stop(relay.heard.name)
     nodes.look()
@@ -335,17 +335,24 @@ def _exchange(ranks: Sequence[_Rank], relay: _Relay, nodes: Nodes) -> bool:
 
 
 def _first_word(ranks: Sequence[_Rank], nodes: Nodes | None) -> Word | None:
-    """Return why another node ended first, where it is not known whether ranks here only lost their peers."""
+    """Return why another node ended first, where it is not known whether ranks here only lost their peers.
+
+    Where no node says why, the one that gives no sign is the cause; node 0 knows it, and tells the others.
+    """
     if nodes is None:
         return None
     failures = [rank.outcome for rank in ranks if isinstance(rank.outcome, Failure)]
-    end = time.monotonic() + SETTLE_SECONDS * bool(failures)
+    is_echo = bool(failures) and all(failure.is_echo for failure in failures)
+    patience = 2 * LISTEN_SECONDS + SETTLE_SECONDS * (2 if nodes.place.rank else 1)
+    end = time.monotonic() + patience * is_echo
     nodes.look(at_once=True)
-    while nodes.end() is None and time.monotonic() < end and all(failure.is_echo for failure in failures):
+    while nodes.end() is None and time.monotonic() < end:
         time.sleep(0.1)
         nodes.look(at_once=True)
+    if is_echo:
+        nodes.miss_peers()
     if failures:
-        nodes.tell_end("failed", failures[0].told)
+        nodes.tell_end(failures[0].ending, failures[0].told)
     return nodes.end()
 
 

@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tide_megatron.platform import prepare_platform
 from tide_megatron.platform.distributed import TIMEOUT_SECONDS, start_distributed, stop_distributed
@@ -100,6 +100,13 @@ class Failure:
     """It was killed, or stood still."""
     is_echo: bool = False
     """Only the loss of another rank was seen."""
+
+    @property
+    def ending(self) -> Literal["fault", "lost", "failed"]:
+        """What kind of end it is to other nodes."""
+        if self.error is not None:
+            return "fault"
+        return "lost" if self.is_loss else "failed"
 
     @property
     def told(self) -> str:
