@@ -245,7 +245,7 @@ class _Rank:
 
     def fail(self, text: str, *, is_loss: bool) -> None:
         """Note how it failed, seen from here."""
-        self.outcome = Failure(rank=self.number, at_seconds=time.time(), text=text, is_loss=is_loss)
+        self.outcome = Failure(rank=self.number, at_seconds=time.monotonic(), text=text, is_loss=is_loss)
 
     @property
     def pid(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 import signal
@@ -24,6 +25,8 @@ from typing import Any, Protocol
 from tide_megatron.base.heartbeat import Pulse
 from tide_megatron.base.phases import PHASES
 
+log = logging.getLogger(__name__)
+
 STACKS_SIGNAL = signal.SIGQUIT
 """At it a rank writes the stacks of its threads."""
 STACKS_SECONDS = 2.0
@@ -31,6 +34,8 @@ STACKS_SECONDS = 2.0
 SLOW_PHASES, SLOW_FACTOR = ("evaluate", "checkpoint", ""), 4.0
 """What may take so many times as long; so may the first update, which compiles."""
 EVERY_SECONDS = 1.0
+JUMP_SECONDS = 10.0
+"""A time of day that moves by more than this against the monotonic clock is told."""
 _LINES, _MOST_TOLD = 12, 8
 _COLLECTIVE = "distributed_c10d.py"
 """The file that a rank is in while it waits for others."""
@@ -74,6 +79,7 @@ class Watchdog:
         self._folder: Path | None = None
         self._next = 0.0
         self._is_kept = False
+        self._ahead = time.time() - time.monotonic()
 
     def __enter__(self) -> Watchdog:
         """Make the folder."""
@@ -101,8 +107,20 @@ class Watchdog:
         if self._limit is None or now < self._next:
             return None
         self._next = now + EVERY_SECONDS
+        self._look_at_clock(now)
         seen = [_Sight.of(rank, now) for rank in ranks if rank.life.pulse.at]
         return self._report(seen) if any(self._is_late(sight) for sight in seen) else None
+
+    def _look_at_clock(self, now: float) -> None:
+        """Say when the time of day has jumped: the log's and the records' times do, nothing else is timed by it."""
+        ahead = time.time() - now
+        if abs(ahead - self._ahead) > JUMP_SECONDS:
+            log.warning(
+                "the clock of this machine jumped by %+.0f s: times in logs and records jump with it; the run "
+                "is timed by another clock and goes on",
+                ahead - self._ahead,
+            )
+        self._ahead = ahead
 
     def _is_late(self, sight: _Sight) -> bool:
         assert self._limit is not None, "asked while it watches"

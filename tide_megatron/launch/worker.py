@@ -93,7 +93,7 @@ class Failure:
 
     rank: int
     at_seconds: float
-    """Time of day; ranks of one machine share the clock, so the earliest is the cause."""
+    """On the monotonic clock, which ranks of one machine share, so the earliest is the cause."""
     text: str
     error: TideError | None = None
     is_loss: bool = False
@@ -166,7 +166,7 @@ def _end_with_parent() -> None:
 def _failure(rank: int, error: BaseException) -> Failure:
     return Failure(
         rank=rank,
-        at_seconds=time.time(),
+        at_seconds=time.monotonic(),
         text="".join(traceback.format_exception(error)),
         error=error if isinstance(error, TideError) else None,
         is_echo=is_echo(error),
