@@ -7,9 +7,9 @@ Every fault has a run of its own: `tide train` in real processes, a tiny model, 
 save every 4. Ranks are killed, stopped and slowed by signals; nodes are network namespaces with launchers of
 their own, whose cable is pulled; disks, files and the clock are real, too. NaN alone comes from within
 (`chaos_runs/planted_train.py`). A fault counts as handled when the words of its kind came within the limit of
-its kind, the run went on (by itself, or by the same command) to its end, no more was lost than docs/checkpoints.md says, and
-losses, gradient norms, scores and the student's bytes are those of a run that nobody disturbed. A gradient that is
-NaN is the exception: its samples are passed over, so the bits are others.
+its kind, the run went on (by itself, or by the same command) to its end, no more was lost than
+docs/checkpoints.md says, and losses, gradient norms, scores and the student's bytes are those of a run that
+nobody disturbed. NaN in a gradient is the exception: its samples are passed over, so the bits are others.
 
 Every kind that this machine can do comes once, the others are drawn. The page says how it went. Exit code 1
 if one was not handled.
@@ -21,20 +21,22 @@ import argparse
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that this file runs as a command
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
 
 from chaos_runs.kinds import KINDS, Kind
 from chaos_runs.seen import Seen
 from chaos_runs.starts import EVERY, HANG_SECONDS, STEPS, Reference, Site
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/reliability.md"
 
 
@@ -46,13 +48,18 @@ def planned(kinds: Sequence[Kind], count: int, draw: random.Random) -> list[Kind
     return chosen
 
 
-def plant_all(kinds: Sequence[Kind], seed: int, folder: Path) -> Iterator[Seen]:
-    """Plant one fault after the other; yield what became of each."""
+def plant_all(kinds: Sequence[Kind], seed: int, at_once: int, folder: Path) -> Iterator[Seen]:
+    """Plant the faults, several at once; yield what became of each, in the order of their ends."""
     reference = Reference(folder)
-    for number, kind in enumerate(kinds, start=1):
+
+    def plant(number: int) -> Seen:
         site = Site(tiny=reference.tiny, folder=folder / f"run-{number}")
-        # A fault's own seed: it is planted alike when it is planted alone.
-        yield kind.run(site, random.Random(f"{seed} {number}"), number, reference.of)
+        # A fault's own seed: with it the same fault comes whatever the others do.
+        return kinds[number - 1].run(site, random.Random(f"{seed} {number}"), number, reference.of)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for done in as_completed([pool.submit(plant, number + 1) for number in range(len(kinds))]):
+            yield done.result()
 
 
 def told(seen: Seen) -> str:
@@ -69,20 +76,20 @@ def page(every: Sequence[Seen], left_out: Sequence[str], command: str, minutes: 
         "# What was planted in runs, and what became of it",
         "",
         f"Written by `{command}` ({minutes:.0f} minutes), commit {_commit()}, on {load}.",
-        f"{handled} of {len(every)} faults were handled: noticed within the limit, said, and the run went on to its end.",
+        f"{handled} of {len(every)} faults were handled: noticed within the limit, said, and the run "
+        "went on to its end.",
         *(f"Left out: {words}." for words in left_out),
         "",
         *_by_kind(every),
         "",
-        *_rules(),
-        "",
+        RULES,
         *_one_by_one(every),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _by_kind(every: Sequence[Seen]) -> Iterator[str]:
-    yield "| kind | faults | handled | noticed within (limit) s | steps done again | bit-equal | the words of one |"
+    yield "| kind | faults | handled | noticed within (limit) s | done again | bit-equal | words of one |"
     yield "|---|--:|--:|--:|--:|--:|---|"
     for kind in KINDS:
         of_kind = [seen for seen in every if seen.kind == kind.name]
@@ -90,30 +97,29 @@ def _by_kind(every: Sequence[Seen]) -> Iterator[str]:
             continue
         times = [seen.noticed for seen in of_kind if seen.noticed is not None]
         within = f"{min(times):.1f} to {max(times):.1f} ({kind.limit:.0f})" if times else "-"
-        equal = (
-            f"{sum(seen.is_equal is True for seen in of_kind)} of {len(of_kind)}"
-            if kind.is_equal
-            else "cannot be"
-        )
-        good = sum(not seen.wrong for seen in of_kind)
-        lost = max(seen.lost for seen in of_kind)
+        equal = f"{sum(seen.is_equal is True for seen in of_kind)}" if kind.is_equal else "cannot be"
+        good, lost = sum(not seen.wrong for seen in of_kind), max(seen.lost for seen in of_kind)
         words = _cell(next((seen.words for seen in of_kind if seen.words), ""))
-        yield f"| {kind.name} | {len(of_kind)} | {good} | {within} | {lost} at most | {equal} | {words} |"
+        cells = (kind.name, str(len(of_kind)), str(good), within, f"{lost} at most", equal, words)
+        yield f"| {' | '.join(cells)} |"
 
 
-def _rules() -> Iterator[str]:
-    """Say what the columns mean."""
-    yield f"- Each run: a tiny student and teacher, {STEPS} steps, a save every {EVERY}, 2 ranks on one node; a slow rank: 4"
-    yield f"  ranks; the two kinds about nodes: 2 nodes of 2 ranks in network namespaces. `hang_seconds={HANG_SECONDS:g}`, so a node is"
-    yield f"  missed after {HANG_SECONDS / 2:g} s without a sign of life; by default it is 300 s and 30 s."
-    yield "- Noticed: from the fault to the words in a launcher's output, on every node that was left. What lies on the disk is found at the next"
-    yield "  start: from the command, most of which is Python's imports."
-    yield "- Done again: at most an interval between saves, and of an asynchronous save what was done meanwhile of the next"
-    yield f"  ({2 * EVERY - 1} here). The number that the restart says is compared with the run's own record."
-    yield "- Bit-equal: losses and gradient norms of all steps, held-out scores and the student's file are those of a run that nobody"
-    yield "  disturbed, on as many ranks. After NaN in a gradient they cannot be: those samples are passed over, and the log says so."
-    yield "- Went on by itself: a slow rank, NaN in a gradient, the clock. By the same command: all others; after a full disk or a missing"
-    yield "  file once room was made or the file was back; after the loss of a node on another one."
+RULES = f"""\
+- Each run: a tiny student and teacher, {STEPS} steps, a save every {EVERY}, 2 ranks of one node; a slow rank
+  among 4; the two kinds about nodes: 2 nodes of 2 ranks in network namespaces.
+- `hang_seconds={HANG_SECONDS:g}`, so a node is missed after {HANG_SECONDS / 2:g} s without a sign of life; by
+  default these are 300 s and 30 s.
+- Noticed: from the fault to the words in a launcher's output, on every node that was left. What lies on the
+  disk is found at the next start: from the command, most of which is Python's imports.
+- Done again: at most an interval between saves, and of an asynchronous save what was done meanwhile of the
+  next ({2 * EVERY - 1} here). The number that the restart says is compared with the run's own record.
+- Bit-equal: losses and gradient norms of all steps, held-out scores and the student's file are those of a run
+  that nobody disturbed, on as many ranks. After NaN in a gradient they cannot be: those samples are passed
+  over, and the log says so.
+- By itself the run goes on with a slow rank, NaN in a gradient, another time of day; by the same command
+  after all others: after a full disk or a missing file once there was room or the file was back, after the
+  loss of a node on other ones.
+"""
 
 
 def _one_by_one(every: Sequence[Seen]) -> Iterator[str]:
@@ -123,15 +129,14 @@ def _one_by_one(every: Sequence[Seen]) -> Iterator[str]:
         noticed = "-" if seen.noticed is None else f"{seen.noticed:.1f}"
         equal = {True: "handled, bit-equal", False: "other bits", None: "handled"}[seen.is_equal]
         outcome = f"**{_cell(seen.wrong)}**" if seen.wrong else equal
-        yield (
-            f"| {seen.number} | {seen.kind} | {_cell(seen.what)} | {noticed} | {seen.lost} | {seen.passed_over} | {outcome} |"
-        )
+        cells = (seen.kind, _cell(seen.what), noticed, str(seen.lost), str(seen.passed_over), outcome)
+        yield f"| {seen.number} | {' | '.join(cells)} |"
 
 
 def _cell(words: str, most: int = 150) -> str:
     """Return the first line of some words for a table, without what belongs to this machine."""
-    line = words.partition("\n")[0].replace("|", "/").replace(str(ROOT), "...")
-    line = line.replace(tempfile.gettempdir(), "...")
+    line = words.partition("\n")[0].replace("|", "/")
+    line = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", line)
     return line if len(line) <= most else line[:most] + "..."
 
 
@@ -153,6 +158,7 @@ def main() -> int:
     )
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
     parser.add_argument("--kinds", default="", help="only kinds whose names begin so; several with commas")
     parser.add_argument("--page", type=Path, default=PAGE, help=f"where to write it (default: {PAGE.name})")
     chosen = parser.parse_args()
@@ -163,14 +169,17 @@ def main() -> int:
     draw, began, load = random.Random(chosen.seed), time.monotonic(), os.getloadavg()
     every: list[Seen] = []
     with tempfile.TemporaryDirectory() as folder:
-        for seen in plant_all(planned(able, chosen.faults, draw), chosen.seed, Path(folder)):
+        for seen in plant_all(planned(able, chosen.faults, draw), chosen.seed, chosen.at_once, Path(folder)):
             every.append(seen)
             print(told(seen), flush=True)
             if seen.wrong:
                 print(seen.wrong, flush=True)
+    every.sort(key=lambda seen: seen.number)
     command = f"python tools/chaos.py --faults {chosen.faults} --seed {chosen.seed}"
     command += f' --kinds "{chosen.kinds}"' if chosen.kinds else ""
-    where = f"{os.cpu_count()} cores, load {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after, {platform.system()}"
+    command += f" --at-once {chosen.at_once}" if chosen.at_once > 1 else ""
+    loads = f"load {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after"
+    where = f"{os.cpu_count()} cores, {loads}, {platform.system()}"
     minutes = (time.monotonic() - began) / 60
     chosen.page.write_text(page(every, left_out, command, minutes, where), encoding="utf-8")
     return int(any(seen.wrong for seen in every))

@@ -21,7 +21,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -30,6 +30,7 @@ from tide_megatron.base.device import Ranks, read_ranks
 from tide_megatron.base.errors import ConfigError, RanksFailed, RanksLost, TideError
 from tide_megatron.base.nodes import tasks_by_node
 from tide_megatron.base.stop import Stopped
+from tide_megatron.launch.lost_hosts import own_host
 from tide_megatron.launch.rendezvous import meet
 
 log = logging.getLogger(__name__)
@@ -59,14 +60,18 @@ class Word:
     kind: Ending | Literal["stop"]
     text: str
     node: int
+    host: str = ""
+    """Where a rank was lost."""
 
     @property
     def error(self) -> TideError | RanksFailed | Stopped:
         """The end that it tells of, as the exception to raise."""
         if self.kind == "halted":
             return Stopped(f"stopped by {self.text} on node {self.node}")
-        kinds = {"fault": TideError, "lost": RanksLost}
-        return kinds.get(self.kind, RanksFailed)(f"node {self.node} failed first: {self.text}")
+        text = f"node {self.node} failed first: {self.text}"
+        if self.kind == "lost":
+            return RanksLost(text, self.host)
+        return TideError(text) if self.kind == "fault" else RanksFailed(text)
 
 
 def read_node() -> Ranks | None:
@@ -115,15 +120,23 @@ def _by_hand() -> Ranks | None:
 class Nodes:
     """A launcher's line to those of the other nodes."""
 
-    def __init__(self, place: Ranks, store: Store, silence_seconds: float = SILENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        place: Ranks,
+        store: Store,
+        silence_seconds: float = SILENCE_SECONDS,
+        hosts: Sequence[str] = (),
+    ) -> None:
         """Use a store at which all launchers have met; `meet_nodes` does that.
 
         Args:
             place: this node's among the nodes.
             store: node 0's.
             silence_seconds: so long may a node give no sign before it is taken for lost.
+            hosts: of the nodes; none: they are not known.
         """
         self.place, self._store, self._silence_seconds = place, store, silence_seconds
+        self._hosts = dict(enumerate(hosts))
         self._looked = 0.0
         self._words: dict[str, Word] = {}
         self._signs = dict.fromkeys(set(range(place.world_size)) - {place.rank}, 0)
@@ -139,11 +152,11 @@ class Nodes:
 
     def tell_stop(self, signal_name: str) -> None:
         """Tell the others that this node was asked to stop."""
-        self._tell(_STOP, Word(kind="stop", text=signal_name, node=self.place.rank))
+        self._tell(_STOP, self._word("stop", signal_name, self.place.rank))
 
     def tell_end(self, kind: Ending, text: str) -> None:
         """Tell the others why this node ends, unless one of them has said why already."""
-        self._tell(_END, Word(kind=kind, text=text, node=self.place.rank))
+        self._tell(_END, self._word(kind, text, self.place.rank))
 
     def stop(self) -> Word | None:
         """Return another node's request, if there was one until the last look."""
@@ -182,6 +195,9 @@ class Nodes:
             self._do(say, LEAVE_SECONDS)
         self._tasks.put(None)
 
+    def _word(self, kind: Ending | Literal["stop"], text: str, node: int) -> Word:
+        return Word(kind=kind, text=text, node=node, host=self._hosts.get(node, ""))
+
     def _tell(self, key: str, word: Word) -> None:
         """Leave a word, unless there is one."""
 
@@ -205,7 +221,7 @@ class Nodes:
         if node is None or now - since[node] < silence_seconds or _END in self._words:
             return
         text = f"no sign of life for {now - since[node]:.0f} s: its machine or its network is down"
-        word = Word(kind="lost", text=text, node=node)
+        word = self._word("lost", text, node)
         self._tell(_END, word)
         self._words.setdefault(_END, word)
 
@@ -228,8 +244,8 @@ class Nodes:
             try:
                 task[0]()
             except RuntimeError:
-                lost = Word(kind="lost", text="its launcher has gone, and with it the store", node=0)
-                self._words.setdefault(_END, lost)
+                gone = "its launcher has gone, and with it the store"
+                self._words.setdefault(_END, self._word("lost", gone, 0))
             self._asked_at = None
             task[1].set()
 
@@ -264,4 +280,6 @@ def meet_nodes(place: Ranks, timeout_seconds: float, hang_seconds: float | None 
     store = meet(place, timeout_seconds, kind="node")
     store.set_timeout(datetime.timedelta(seconds=SILENCE_SECONDS))
     log.info("node %d of %d is up", place.rank, place.world_size)
-    return Nodes(place, store, min(SILENCE_SECONDS, (hang_seconds or math.inf) / 2))
+    store.set(f"host/{place.rank}", own_host())
+    hosts = [store.get(f"host/{node}").decode() for node in range(place.world_size)]
+    return Nodes(place, store, min(SILENCE_SECONDS, (hang_seconds or math.inf) / 2), hosts)

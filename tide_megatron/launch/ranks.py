@@ -19,10 +19,11 @@ from tide_megatron.platform.distributed import TIMEOUT_SECONDS
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from tide_megatron.base.device import Ranks, Wanted, read_ranks
-from tide_megatron.base.errors import ConfigError, RanksFailed, TideError
+from tide_megatron.base.errors import ConfigError, RanksFailed, RanksLost, TideError
 from tide_megatron.base.log import start_log
 from tide_megatron.base.stop import StopFlag, Stopped
-from tide_megatron.launch.nodes import meet_nodes, read_node
+from tide_megatron.launch.lost_hosts import note_lost_host
+from tide_megatron.launch.nodes import Nodes, meet_nodes, read_node
 from tide_megatron.launch.signals import watch_signals
 from tide_megatron.launch.supervisor import supervise
 from tide_megatron.launch.worker import Job, RankFunction, is_echo, run_here
@@ -93,10 +94,19 @@ def _run_nodes(job: Job, num_ranks: int | None, ranks_per_node: int, grace_secon
     count = _world_of(ranks_per_node, place, num_ranks)
     with watch_signals() as stop:
         if place is None:
-            return supervise(job, count, grace_seconds)
+            return _supervise_noting(job, count, grace_seconds, None)
         with stop.ending():
             nodes = meet_nodes(place, job.timeout_seconds, job.hang_seconds)
-        return supervise(job, ranks_per_node, grace_seconds, nodes)
+        return _supervise_noting(job, ranks_per_node, grace_seconds, nodes)
+
+
+def _supervise_noting(job: Job, num_ranks: int, grace_seconds: float, nodes: Nodes | None) -> Any:
+    """Supervise, and note the host of a rank that was lost."""
+    try:
+        return supervise(job, num_ranks, grace_seconds, nodes)
+    except RanksLost as loss:
+        note_lost_host(loss.host)
+        raise
 
 
 def planned_ranks(num_ranks: int | None, ranks_per_node: int | None) -> int:

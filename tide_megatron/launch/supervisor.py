@@ -36,6 +36,7 @@ from typing import Any
 from tide_megatron.base.device import Wanted, check_gpus, choose_kind
 from tide_megatron.base.errors import RanksFailed, RanksLost, TideError
 from tide_megatron.base.stop import Stopped
+from tide_megatron.launch.lost_hosts import own_host
 from tide_megatron.launch.nodes import LISTEN_SECONDS, Nodes, Word
 from tide_megatron.launch.rendezvous import own_store
 from tide_megatron.launch.signals import LEAVE_SIGNAL, STOPPED_CODE, relayed_to, signals_held
@@ -391,7 +392,7 @@ def first_failure(failures: Sequence[Failure], world_size: int) -> TideError | R
     first = min(failures, key=lambda failure: (failure.is_echo, failure.at_seconds))
     who = f"rank {first.rank} of {world_size}"
     if first.error is None:
-        kind = RanksLost if first.is_loss else RanksFailed
-        return kind(f"{who} failed first: {first.text}")
+        text = f"{who} failed first: {first.text}"
+        return RanksLost(text, own_host()) if first.is_loss else RanksFailed(text)
     everybody = sum(str(failure.error) == str(first.error) for failure in failures) == world_size
     return first.error if everybody else type(first.error)(f"{first.error} (seen by {who})")

@@ -112,12 +112,12 @@ class Watchdog:
         return self._report(seen) if any(self._is_late(sight) for sight in seen) else None
 
     def _look_at_clock(self, now: float) -> None:
-        """Say when the time of day has jumped: the log's and the records' times do, nothing else is timed by it."""
+        """Say when the time of day has jumped; nothing but the times in logs and records depends on it."""
         ahead = time.time() - now
         if abs(ahead - self._ahead) > JUMP_SECONDS:
             log.warning(
-                "the clock of this machine jumped by %+.0f s: times in logs and records jump with it; the run "
-                "is timed by another clock and goes on",
+                "the clock of this machine jumped by %+.0f s: times in logs and records jump with it; the "
+                "run is timed by another clock and goes on",
                 ahead - self._ahead,
             )
         self._ahead = ahead

@@ -55,15 +55,13 @@ class SlowRanks:
         medians = [statistics.median(of_all) for of_all in zip(*self._seconds, strict=True)]
         for rank, spent in enumerate(self._seconds):
             excess = [max(0.0, own - TIMES * usual) for own, usual in zip(spent, medians, strict=True)]
-            if (
-                sum(excess) > SHARE * window
-                and self._now() - self._told.get(rank, -AGAIN_SECONDS) >= AGAIN_SECONDS
-            ):
+            was_told = self._now() - self._told.get(rank, -AGAIN_SECONDS) < AGAIN_SECONDS
+            if sum(excess) > SHARE * window and not was_told:
                 self._told[rank] = self._now()
                 most = max(range(len(PHASES)), key=excess.__getitem__)
                 log.warning(
-                    "rank %d (%s) keeps the others waiting: in the last %.0f s it needed %.1f s for %s, the median "
-                    "rank %.1f s",
+                    "rank %d (%s) keeps the others waiting: in the last %.0f s it needed %.1f s for %s, "
+                    "the median rank %.1f s",
                     rank,
                     self._hosts[rank],
                     window,

@@ -7,6 +7,7 @@ Needs root and iproute2. Nothing of the machine's own network is touched. Proces
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from typing import Literal
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 INTERFACE = "tide0"
 """Each host's own name for its cable."""
+_numbers = itertools.count()
 Cut = Literal["link", "switch"]
 """The cable is pulled, and both ends know; or the switch no longer passes anything on, and nobody does."""
 
@@ -31,9 +33,10 @@ class Hosts:
     """Two hosts and a switch; a context manager that takes them away again."""
 
     def __init__(self) -> None:
-        """Name them after this process."""
-        self._names = [f"tide-{os.getpid()}-{node}" for node in range(2)]
-        self._switch = f"tide-{os.getpid()}-switch"
+        """Give them names that nobody has."""
+        own = f"tide-{os.getpid()}-{next(_numbers)}"
+        self._names = [f"{own}-{node}" for node in range(2)]
+        self._switch = f"{own}-switch"
 
     def __enter__(self) -> Hosts:
         """Make them."""

@@ -1,4 +1,4 @@
-"""`tide` whose ranks do themselves a harm when a file says so: what no signal and no broken file can bring about.
+"""`tide` whose ranks do themselves a harm when a file says so: what no signal brings about.
 
     TIDE_CHAOS_HARM=FILE python tools/chaos_runs/planted_train.py train run.yaml --ranks 2
 
@@ -47,7 +47,8 @@ def harmed_step(run: Any, batches: Any, clock: Any) -> Any:
     if not _left["gradient"]:
         return _step(run, batches, clock)
     _left["gradient"] -= 1
-    parameter = next(iter(run.student.model.parameters()))
+    # Of a matrix megatron-core keeps the gradient from autograd.
+    parameter = next(one for one in run.student.model.parameters() if one.dim() == 1)
     hook = parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
     try:
         return _step(run, batches, clock)

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import time
 
-from chaos_runs.starts import EVERY, Site, Start
+from chaos_runs.starts import EVERY, RUN_SECONDS, Site, Start
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,7 +60,7 @@ def goes_on(site: Site, seen: Seen, before: int, limit: int = EVERY) -> Start:
         limit: so many updates may be lost.
     """
     start = site.start()
-    ended(start, 0, seconds=240.0)
+    ended(start, 0, seconds=RUN_SECONDS)
     at, seen.lost = resumed(start)
     # An update may have been applied and not yet been recorded, never the other way round.
     assert 0 <= at + seen.lost - before <= 1, f"{seen.lost} lost before {at}, but {before} was recorded"

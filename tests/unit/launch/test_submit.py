@@ -238,6 +238,32 @@ def test_only_a_running_job_that_stopped_in_order_goes_back(
     assert [call[2:] for call in calls.get("scontrol", [])] == [["requeue", "71234"]] * requeued
 
 
+@pytest.mark.parametrize(
+    ("lost", "left_out"),
+    [
+        ("", None),
+        ("0 n1\n0 n1\n", None),  # the launchers of two nodes tell one loss
+        ("0 n1\n1 n2\n", None),
+        ("0 n1\n1 n1\n1 n2\n3 n2\n4 n3\n", "n1,n2"),
+    ],
+)
+def test_a_host_that_lost_ranks_in_two_starts_is_left_out(tmp_path, machine, lost, left_out):
+    given = job(tmp_path)
+    given.folder.mkdir()
+    (given.folder / "71234.lost_hosts").write_text(lost)
+    done, calls = machine(render(given), CODE="70", STATE="RUNNING")
+    assert [call[2:] for call in calls["scontrol"]] == [
+        ["requeue", "71234"],
+        *([] if left_out is None else [["update", "JobId=71234", f"ExcNodeList={left_out}"]]),
+    ]
+    assert (f"ranks were lost on {left_out} in two starts" in done.stdout) == (left_out is not None)
+
+
+@pytest.mark.parametrize("options", [JobOptions(shape="rank"), JobOptions(restarts=0)])
+def test_hosts_are_noted_only_where_launchers_tell_them_and_the_job_comes_back(tmp_path, options):
+    assert "LOST_HOSTS" not in render(job(tmp_path, options))
+
+
 @pytest.mark.parametrize("options", [JobOptions(restarts=0), JobOptions(chain=3)])
 def test_a_job_that_shall_not_come_back_does_not(tmp_path, machine, options):
     script = render(job(tmp_path, options))
