@@ -26,6 +26,7 @@ from tide_megatron.launch.lost_hosts import note_lost_host
 from tide_megatron.launch.nodes import Nodes, meet_nodes, read_node
 from tide_megatron.launch.signals import watch_signals
 from tide_megatron.launch.supervisor import supervise
+from tide_megatron.launch.watchdog import watching_itself
 from tide_megatron.launch.worker import Job, RankFunction, is_echo, run_here
 
 GRACE_SECONDS, JOB_GRACE_SECONDS = 120.0, 3600.0
@@ -59,7 +60,7 @@ def run_ranks(
         ranks_per_node: start so many here, as the launcher of one of the nodes (`launch.nodes.read_node`).
         grace_seconds: time for saving after a stop signal; None: 120 s, in a job of SLURM's an hour.
         timeout_seconds: how long a collective waits for a rank that never comes.
-        hang_seconds: how long a rank that was started here may stand still in a step; None: nobody looks.
+        hang_seconds: how long a rank may stand still in a step; None: nobody looks.
 
     Raises:
         TideError: what one of the ranks raised, with the rank named.
@@ -162,7 +163,8 @@ def _run_given(job: Job, ranks: Ranks, stop: StopFlag) -> Any:
     """Run as the rank that torchrun or srun made this process; torchrun's summary learns the first error."""
     start_log(ranks.rank)
     try:
-        return record(run_here)(job, ranks, stop)
+        with watching_itself(ranks.rank, job.hang_seconds):
+            return record(run_here)(job, ranks, stop)
     except TideError as error:
         raise type(error)(f"[rank {ranks.rank} of {ranks.world_size}] {error}") from error
     except Exception as error:

@@ -161,7 +161,7 @@ def fill_the_disk(site: Site, draw: random.Random, seen: Seen) -> None:
     try:
         site.folder = mount / "run"
         start, step = begun(site, draw)
-        left = draw.randrange(100_000)
+        left = draw.choice((0, draw.randrange(100_000)))
         since = time.monotonic()
         with (mount / "other").open("wb", buffering=0) as other, contextlib.suppress(OSError):
             while True:
