@@ -11,7 +11,7 @@ its kind, the run went on (by itself, or by the same command) to its end, no mor
 docs/checkpoints.md says, and losses, gradient norms, scores and the student's bytes are those of a run that
 nobody disturbed. NaN in a gradient is the exception: its samples are passed over, so the bits are others.
 
-Every kind that this machine can do comes once, the others are drawn. The page says how it went. Exit code 1
+Every kind that this machine can do comes equally often, or once more. The page says how it went. Exit code 1
 if one was not handled.
 """
 
@@ -41,9 +41,10 @@ PAGE = ROOT / "docs/reliability.md"
 
 
 def planned(kinds: Sequence[Kind], count: int, draw: random.Random) -> list[Kind]:
-    """Return which faults come: each kind once, as far as they fit, then drawn ones, in a random order."""
-    chosen = draw.sample(kinds, min(count, len(kinds)))
-    chosen += draw.choices(kinds, k=count - len(chosen))
+    """Return which faults come, in a random order; of each kind as many, or one more."""
+    chosen: list[Kind] = []
+    while len(chosen) < count:
+        chosen += draw.sample(kinds, min(len(kinds), count - len(chosen)))
     draw.shuffle(chosen)
     return chosen
 

@@ -24,6 +24,7 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 SlurmctldPort={port}
+FirstJobId={first_job}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -83,7 +84,15 @@ class Cluster:
         self.folder = folder
         (folder / "state").mkdir(parents=True)
         host, first = socket.gethostname().partition(".")[0], _free_ports(5)
-        settings = SETTINGS.format(folder=folder, host=host, port=first, first=first + 1, last=first + 4)
+        # Jobs meet at a port that their number gives: those of two clusters of this machine must differ.
+        settings = SETTINGS.format(
+            folder=folder,
+            host=host,
+            port=first,
+            first=first + 1,
+            last=first + 4,
+            first_job=1 + os.getpid() % 10000,
+        )
         (folder / "slurm.conf").write_text(settings)
         clean = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OVER)}
         self.environment = clean | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}

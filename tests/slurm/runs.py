@@ -8,7 +8,7 @@ from tide_megatron.base.nodes import expand_nodes
 from tide_megatron.launch.job import JobOptions
 from tide_megatron.launch.submit import submit
 
-WORDS = ("checkpoints.every=4", "metrics.every=1")
+WORDS = ("checkpoints.every=8", "metrics.every=1")
 
 
 def figures(folder):
@@ -26,7 +26,7 @@ def figures(folder):
 class Running:
     """A submitted run."""
 
-    def __init__(self, cluster, tiny, folder, steps=30, words=(), **options):
+    def __init__(self, cluster, tiny, folder, steps=60, words=(), **options):
         self.cluster, self.folder, self.shape = cluster, folder, options.get("shape", "node")
         options = JobOptions(**{"nodes": 2, "ranks_per_node": 2, "warning": 10, "time": "30"} | options)
         done = submit(tiny, [f"folder={json.dumps(str(folder))}", *WORDS, f"steps={steps}", *words], options)

@@ -21,6 +21,7 @@ from tests.unit.base.test_nodes import LISTS
 from tide_megatron import api
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.nodes import expand_nodes
+from tide_megatron.checkpoint.retention import listed
 from tide_megatron.launch.job import directive
 from tide_megatron.launch.status import look
 from tide_megatron.train.history import read_history
@@ -63,7 +64,7 @@ def tiny(tmp_path_factory):
 def undisturbed(tiny, tmp_path_factory):
     """Return what the run on 4 ranks of this machine gave."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert api.train(tiny, [f"folder={folder}", *WORDS, "steps=30"], ranks=4)["finished"]
+    assert api.train(tiny, [f"folder={folder}", *WORDS, "steps=60"], ranks=4)["finished"]
     return figures(folder)
 
 
@@ -141,8 +142,9 @@ def test_ranks_killed_after_a_save_cost_an_interval_each_and_a_host_that_lost_tw
     os.kill(one_rank_of(run), signal.SIGKILL)
     run.is_back(restarts=1)
     assert look(run.folder).state == "failed, queued again"
+    saved = listed(run.folder / "checkpoints")[-1]
     cluster.start_now(run.job)
-    run.is_at(int((run.folder / "last_step").read_text()) + 5)
+    cluster.within(90, lambda: listed(run.folder / "checkpoints")[-1] != saved, run.told)
     os.kill(one_rank_of(run), signal.SIGKILL)
     run.is_back(restarts=2)
     cluster.within(20, lambda: "ExcNodeList=127.0.0.2\n" in run.facts(), run.told)
@@ -156,7 +158,7 @@ def test_ranks_killed_after_a_save_cost_an_interval_each_and_a_host_that_lost_tw
         assert "was killed by SIGKILL" in start.why
         assert start.lost_on == "127.0.0.2", "the node that is no first task's"
     for start in (second, third):
-        assert 0 <= start.lost <= 8, "the save under way is not whole"
+        assert 0 <= start.lost <= 16, "the save under way is not whole"
     assert "127.0.0.2" not in nodes
     assert (third.end, third.restarts, look(run.folder).state) == ("finished", 2, "finished")
 

@@ -104,10 +104,11 @@ def test_a_request_that_comes_after_the_last_save_changes_nothing():
             pass
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.reason == "SIGUSR1"
-    with watch_signals() as stop, pytest.raises(Stopped):
+    with watch_signals() as stop:
         with contextlib.suppress(OSError), stop.finishing("it is saved", is_last=True):
             raise OSError("nothing was saved")
-        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
