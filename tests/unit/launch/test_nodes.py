@@ -223,11 +223,12 @@ def test_where_ranks_have_lost_their_peers_a_silent_node_is_found_sooner(three_n
     assert third.end().node == 1
 
 
-def test_a_node_that_has_left_is_not_missed():
+def test_nodes_that_live_or_have_left_are_not_missed():
     store = HashStore()
-    first, second = (Nodes(place(node, 2), store, silence_seconds=1.5) for node in range(2))
+    first, second, third = (Nodes(place(node, 3), store, silence_seconds=1.5) for node in range(3))
     second.leave()
-    time.sleep(2.0)
-    first.look(at_once=True)
-    assert first.end() is None
-    first.leave()
+    time.sleep(2.5)
+    for nodes in (first, third):
+        nodes.look(at_once=True)
+        assert nodes.end() is None
+    leave_all((first, third))

@@ -17,17 +17,6 @@ from tide_megatron.launch.job_script import Submission, render
 from tide_megatron.launch.submit import submit
 from tide_megatron.train.resolve import digest, load_recipe
 
-STUB = """#!{python}
-import os, sys
-name = os.path.basename(sys.argv[0])
-with open(os.path.join({out!r}, name), "ab") as out:
-    out.write("\\0".join([os.getcwd(), os.environ.get("SAID", ""), *sys.argv[1:]]).encode() + b"\\n\\n")
-if name == "squeue":
-    print(os.environ.get("STATE", ""))
-sys.exit(int(os.environ.get("CODE", "0")) if name == "srun" else 0)
-"""
-"""Stands for a program of SLURM's: writes down where and with what it was called."""
-
 NASTY = [
     "two  words",
     "it's",
@@ -45,36 +34,6 @@ NASTY = [
     "100% %j",
     "\\",
 ]
-
-
-@pytest.fixture
-def machine(tmp_path):
-    """Give a function that runs a script with stand-ins of SLURM's programs, and returns their words."""
-    programs, out = tmp_path / "bin", tmp_path / "out"
-    programs.mkdir()
-    out.mkdir()
-    for name in ("srun", "squeue", "scontrol", "sbatch"):
-        path = programs / name
-        path.write_text(STUB.format(python=sys.executable, out=str(out)))
-        path.chmod(0o755)
-
-    def run(script, **variables):
-        done = subprocess.run(
-            ["bash", "-c", script],
-            env={"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "71234", "HOME": "/root", **variables},
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-        calls = {
-            path.name: [call.decode().split("\0") for call in path.read_bytes().split(b"\n\n")[:-1]]
-            for path in out.iterdir()
-        }
-        return done, calls
-
-    run.programs = programs
-    return run
 
 
 def job(tmp_path, options=None, **given):
@@ -236,32 +195,6 @@ def test_only_a_running_job_that_stopped_in_order_goes_back(
     assert (done.returncode, done.stderr) == (int(code), "")
     assert said in done.stdout
     assert [call[2:] for call in calls.get("scontrol", [])] == [["requeue", "71234"]] * requeued
-
-
-@pytest.mark.parametrize(
-    ("lost", "left_out"),
-    [
-        ("", None),
-        ("0 n1\n0 n1\n", None),  # the launchers of two nodes tell one loss
-        ("0 n1\n1 n2\n", None),
-        ("0 n1\n1 n1\n1 n2\n3 n2\n4 n3\n", "n1,n2"),
-    ],
-)
-def test_a_host_that_lost_ranks_in_two_starts_is_left_out(tmp_path, machine, lost, left_out):
-    given = job(tmp_path)
-    given.folder.mkdir()
-    (given.folder / "71234.lost_hosts").write_text(lost)
-    done, calls = machine(render(given), CODE="70", STATE="RUNNING")
-    assert [call[2:] for call in calls["scontrol"]] == [
-        ["requeue", "71234"],
-        *([] if left_out is None else [["update", "JobId=71234", f"ExcNodeList={left_out}"]]),
-    ]
-    assert (f"ranks were lost on {left_out} in two starts" in done.stdout) == (left_out is not None)
-
-
-@pytest.mark.parametrize("options", [JobOptions(shape="rank"), JobOptions(restarts=0)])
-def test_hosts_are_noted_only_where_launchers_tell_them_and_the_job_comes_back(tmp_path, options):
-    assert "LOST_HOSTS" not in render(job(tmp_path, options))
 
 
 @pytest.mark.parametrize("options", [JobOptions(restarts=0), JobOptions(chain=3)])
