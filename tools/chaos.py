@@ -111,7 +111,7 @@ RULES = f"""\
 - `hang_seconds={HANG_SECONDS:g}`, so a node is missed after {HANG_SECONDS / 2:g} s without a sign of life; by
   default these are 300 s and 30 s.
 - Noticed: from the fault to the words in a launcher's output, on every node that was left. What lies on the
-  disk is found at the next start: from the command, most of which is Python's imports.
+  disk is found at the next start, before its first step: from the command, most of which is Python's imports.
 - Done again: at most an interval between saves, and of an asynchronous save what was done meanwhile of the
   next ({2 * EVERY - 1} here). The number that the restart says is compared with the run's own record.
 - Bit-equal: losses and gradient norms of all steps, held-out scores and the student's file are those of a run
