@@ -137,21 +137,21 @@ def test_ranks_killed_after_a_save_cost_an_interval_each_and_a_host_that_lost_tw
     cluster, tiny, undisturbed, tmp_path
 ):
     run = Running(cluster, tiny, tmp_path / "run")
-    cluster.within(90, lambda: list(run.folder.glob("checkpoints/step-*[0-9]")), run.told)
+    cluster.within(180, lambda: list(run.folder.glob("checkpoints/step-*[0-9]")), run.told)
     assert look(run.folder).state == "training"
     os.kill(one_rank_of(run), signal.SIGKILL)
-    run.is_back(restarts=1)
+    run.is_back(restarts=1, seconds=120)
     assert look(run.folder).state == "failed, queued again"
     saved = listed(run.folder / "checkpoints")[-1]
     cluster.start_now(run.job)
-    cluster.within(90, lambda: listed(run.folder / "checkpoints")[-1] != saved, run.told)
+    cluster.within(180, lambda: listed(run.folder / "checkpoints")[-1] != saved, run.told)
     os.kill(one_rank_of(run), signal.SIGKILL)
-    run.is_back(restarts=2)
-    cluster.within(20, lambda: "ExcNodeList=127.0.0.2\n" in run.facts(), run.told)
+    run.is_back(restarts=2, seconds=120)
+    cluster.within(60, lambda: "ExcNodeList=127.0.0.2\n" in run.facts(), run.told)
     cluster.start_now(run.job)
-    cluster.within(60, run.is_running, run.told)
+    cluster.within(120, run.is_running, run.told)
     nodes = expand_nodes(run.nodes(), "nodes")
-    assert run.ends() == "COMPLETED 0:0", run.said()
+    assert run.ends(240) == "COMPLETED 0:0", run.said()
     assert figures(run.folder) == undisturbed
     first, second, third = read_history(run.folder)
     for start in (first, second):
