@@ -1,8 +1,10 @@
 """Dispatch modes that look for operations: what makes the host wait for a GPU, what adds in any order."""
 
+import traceback
 from collections import Counter
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 INDEX = {
@@ -58,3 +60,59 @@ class Repeated(TorchDispatchMode):
         ordered = index.sort(dim=axis if index.dim() > 1 else 0).values
         if bool((ordered.diff(dim=axis if index.dim() > 1 else 0) == 0).any()):
             self.names.add(name)
+
+
+ASKING = (
+    "tolist",
+    "item",
+    "numpy",
+    "cpu",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "nonzero",
+    "unique",
+)
+"""Functions by which the host learns a number of a tensor's, as Python calls them."""
+ON_THE_HOST = {
+    "train/counts.py": "the vectors that gloo gathered",
+    "models/attention.py": "the kernel of the CPU lists its rectangles; FlexAttention's masks ask nothing",
+    "models/experts.py": "experts one after the other; a GPU multiplies them grouped, by counts on the GPU",
+    "base/segments.py": "an assertion that is made of tensors on the CPU only",
+}
+"""Files of the package that ask tensors which are on the host in a CUDA run too, or where none is."""
+
+
+class Waits(TorchFunctionMode):
+    """Counts by place in the package where a GPU would make the host wait; megatron-core's own are left out.
+
+    As a mode of functions it sees what never reaches a dispatcher on the CPU (`tolist`, `cpu`), and what is
+    made on a device from Python's numbers, which is a copy that is waited for.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.places = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        is_made = name in ("tensor", "as_tensor", "new_tensor")
+        is_picked = name in ("__getitem__", "__setitem__") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else args[1:2])
+        )
+        is_counted = name == "repeat_interleave" and "output_size" not in kwargs
+        if name in ASKING or is_made or is_picked or is_counted:
+            self._note(name)
+        return func(*args, **kwargs)
+
+    def _note(self, name):
+        for frame in reversed(traceback.extract_stack()):
+            if "/megatron/core/" in frame.filename:
+                return
+            file = frame.filename.rpartition("/tide_megatron/")[2]
+            if file != frame.filename and not file.startswith("platform/"):
+                if file not in ON_THE_HOST:
+                    self.places[f"{name} in {file}: {frame.line}"] += 1
+                return

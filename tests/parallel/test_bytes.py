@@ -42,7 +42,7 @@ def step_and_run(file, folder):
     recipe, tree = load_recipe(file, [f"folder={folder}/run", *WORDS])
     parts = set_up(recipe, choose_device("cpu"))
     with Traffic() as traffic:
-        result = train_step(parts.run, parts.loader.update(0), Clock(total_steps=2))
+        result = train_step(parts.run, parts.run.read(parts.loader.update(0)), Clock(total_steps=2))
     train(recipe, tree, True, device=choose_device("cpu"), stop=StopFlag())
     return result.bytes, dict(traffic.calls)
 

@@ -69,7 +69,7 @@ def run_steps(recipe_file, folder, layouts, microbatch, words, steps):
     parts = set_up(recipe, choose_device("cpu"))
     clock, seen = Clock(total_steps=recipe.steps), []
     for _ in range(steps):
-        result = train_step(parts.run, parts.loader.update(clock.consumed), clock)
+        result = train_step(parts.run, parts.run.read(parts.loader.update(clock.consumed)), clock)
         seen.append([result.objective, result.update.grad_norm, *result.terms.values(), result.masked])
         assert min(result.objective, result.update.grad_norm) > 0.05, (
             "the absolute tolerance must not matter for these"

@@ -41,7 +41,7 @@ def shapes_of_a_step(file, folder, words):
     recipe, _ = load_recipe(file, [f"folder={folder}", *words])
     parts = set_up(recipe, choose_device("cpu"))
     with Shapes() as shapes:
-        train_step(parts.run, parts.loader.update(0), Clock(total_steps=4))
+        train_step(parts.run, parts.run.read(parts.loader.update(0)), Clock(total_steps=4))
     sizes = {VOCABULARY, DENSE_VOCABULARY, DENSE_VOCABULARY + 1}  # padded to two ranks
     whole = {shape for shape in shapes.seen if len(shape) > 1 and shape[-1] in sizes}
     tables = {

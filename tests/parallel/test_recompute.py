@@ -22,7 +22,7 @@ def take_steps(recipe_file, folder, word):
             module.register_forward_hook(lambda *_: calls.append(1))
     clock, seen = Clock(total_steps=2), []
     for _ in range(2):
-        result = train_step(parts.run, parts.loader.update(clock.consumed), clock)
+        result = train_step(parts.run, parts.run.read(parts.loader.update(clock.consumed)), clock)
         seen.append((result.objective, result.update.grad_norm, result.cost.flops))
         clock = clock.after_step(applied=result.update.applied, samples=parts.loader.update_samples)
     gradients = {name: value.main_grad.clone() for name, value in parts.run.student.model.named_parameters()}

@@ -11,12 +11,10 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import Phases
-from tide_megatron.losses.rows import rows_of
 from tide_megatron.parallel.layout import DataShard
 from tide_megatron.teachers import teacher as module
 from tide_megatron.teachers.exchange import Route
 from tide_megatron.teachers.teacher import Teacher
-from tide_megatron.train.cost import Cost
 from tide_megatron.train.counts import count
 from tide_megatron.train.resolve import load_recipe
 from tide_megatron.train.setup import set_up
@@ -48,7 +46,7 @@ def slow_step(file, folder):
         patch.setattr(module, "gather_views", slow(module.gather_views))
         patch.setattr(Route, "gather_hidden", slow(Route.gather_hidden))
         parts.run.phases.take()
-        train_step(parts.run, parts.loader.update(0), Clock(total_steps=4))
+        train_step(parts.run, parts.run.read(parts.loader.update(0)), Clock(total_steps=4))
     return parts.run.phases.take(), len(slept)
 
 
@@ -79,7 +77,7 @@ def step_cost(file, folder, words):
     """Step once; return what it needed and held before over all ranks, and what this rank has held since."""
     recipe, _ = load_recipe(file, [f"folder={folder}", *words])
     parts = set_up(recipe, choose_device("cpu"))
-    result = train_step(parts.run, parts.loader.update(0), Clock(total_steps=4))
+    result = train_step(parts.run, parts.run.read(parts.loader.update(0)), Clock(total_steps=4))
     return result.cost, peak_memory_bytes()
 
 
@@ -107,20 +105,14 @@ def counted_twice(file, folder):
     """Count one microbatch that both ranks read, once as one replica's and once as two replicas'."""
     recipe, _ = load_recipe(file, [f"folder={folder}", "student.layout.expert=1"])
     parts = set_up(recipe, choose_device("cpu"))
-    noised = [
-        parts.run.noiser(batch) for batch in dataclasses.replace(parts.loader, shard=DataShard()).update(0)
-    ]
-    rows = [rows_of(example) for example in noised]
-    requests = {name: teacher.request(noised) for name, teacher in parts.run.teachers.items()}
-    cost = Cost(flops=1.5, peak_memory_bytes=1.0)
-    mine = {
-        term: float(sum(loss.count(one) for one in noised)) for term, loss in parts.run.head.losses.items()
-    }
+    given = parts.run.read(dataclasses.replace(parts.loader, shard=DataShard()).update(0))
+    given = dataclasses.replace(given, numbers={**given.numbers, "flops": [1.5]})
+    mine = dict(zip(parts.run.head.losses, given.numbers["divisors"], strict=True))
     shards = DataShard(), DataShard(rank=dist.get_rank(), size=2)
     return (
         mine,
-        len(rows[0].gold),
-        [count(noised, rows, requests, parts.run.head, cost, shard) for shard in shards],
+        len(given.rows[0].gold),
+        [count(given, parts.run.head, shard, 1.0) for shard in shards],
     )
 
 

@@ -48,7 +48,7 @@ def broken_step(file, folder, name, poisoned):
         poison(parts.run.teachers[name].model)
     batches = parts.loader.update(0)
     before = [parameter.detach().clone() for parameter in parts.run.student.model.parameters()]
-    result = train_step(parts.run, batches, Clock(total_steps=4))
+    result = train_step(parts.run, parts.run.read(batches), Clock(total_steps=4))
     after = parts.run.student.model.parameters()
     moved = not all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     mine = sorted(int(sample) for batch in batches for sample in batch.sample_ids)
@@ -90,7 +90,7 @@ def asked_about_others(file, folder):
         teacher.request = lambda noised: ask([parts.run.noiser(batch) for batch in later])
     batches = parts.loader.update(0)
     try:
-        train_step(parts.run, batches, Clock(total_steps=4))
+        train_step(parts.run, parts.run.read(batches), Clock(total_steps=4))
     except TideError as fault:
         return str(fault), [batch.sample_ids.tolist() for batch in batches]
     return None
@@ -117,7 +117,7 @@ def die_in_the_schedule(file, folder, *, device, stop):
     layer.register_forward_pre_hook(kill)
     clock = Clock(total_steps=4)
     for _ in range(4):
-        train_step(parts.run, parts.loader.update(clock.consumed), clock)
+        train_step(parts.run, parts.run.read(parts.loader.update(clock.consumed)), clock)
         clock = clock.after_step(applied=True, samples=parts.loader.update_samples)
     return "survived"
 

@@ -140,6 +140,18 @@ class PreparedData:
         """Return one sample's values in every column (copies: they outlive the memory map)."""
         return {name: numpy.array(reader[sample]) for name, reader in self._readers.items()}
 
+    def lengths(self, samples: Sequence[int], sides: Sequence[str | None]) -> NDArray[numpy.int64]:
+        """Return how many tokens samples have, [samples, sides], without reading them.
+
+        Args:
+            samples: their numbers.
+            sides: whose tokens; None: the student's.
+        """
+        columns = [self._readers[f"{side}.ids" if side else "ids"] for side in sides]
+        return numpy.stack([column.sequence_lengths[list(samples)] for column in columns], axis=1).astype(
+            numpy.int64
+        )
+
     def is_cut(self, row: Mapping[str, NDArray[numpy.int32]], side: str | None = None) -> bool:
         """Say whether `max_length` cut a sample's tokens, so that no end token may follow them.
 

@@ -2,9 +2,13 @@
 
 A position counts samples of all ranks together (`Clock.consumed`), so the data order has nothing to do with
 how a step is cut: an update at position p takes positions p .. p + shards * accumulate * samples - 1, and
-microbatch m of data shard r takes `samples` of them from p + (m * shards + r) * samples on. Another split
-with the same product reads the same samples in the same order, and resuming is calling with a larger p:
-there is no state to save.
+microbatch m of data shard r takes `samples` of them, from place (m * shards + r) * samples on. Another split
+with the same product reads the same samples, and resuming is calling with a larger p: there is no state to
+save.
+
+An update's samples are dealt by length: the longest stand first, so that those of a microbatch, and those
+that the shards read at the same time, are of nearly one length, and few positions are pads. A loss adds up
+items of the whole update, so that nothing but the order of sums depends on it.
 
 Position q lies in epoch q // N; the order within an epoch depends on (seed, epoch) only. An update that
 crosses an epoch's end goes on in the next epoch, so nothing is dropped, and each sample carries its own
@@ -21,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy
 import torch
@@ -34,6 +39,8 @@ from tide_megatron.diffusion.batch import IGNORED, Batch, pad_to_blocks, pad_to_
 from tide_megatron.parallel.layout import DataShard
 from tide_megatron.text.chat import labels_of
 
+Deal = Literal["length", "order"]
+"""How an update's samples are shared out to microbatches: like beside like, or as they come."""
 Readers = tuple[int, str]
 """How many ids the models that read some tokens all know, and the model that knows the fewest."""
 Row = Mapping[str, NDArray[numpy.int32]]
@@ -67,6 +74,8 @@ class Loader:
     """Microbatches per update and shard."""
     shard: DataShard = dataclasses.field(default_factory=DataShard)
     """Whose microbatches these are."""
+    deal: Deal = "order"
+    """How an update's samples are shared out."""
     seed: int = 0
     block_size: int = 1
     """Fill the last block with end tokens up to a multiple of this; 1: add none."""
@@ -111,13 +120,25 @@ class Loader:
     def microbatch(self, consumed: int, index: int) -> Batch:
         """Return the shard's microbatch `index` of the update that starts at position `consumed`."""
         assert 0 <= index < self.accumulate, f"microbatch {index} of {self.accumulate}"
-        first = consumed + (index * self.shard.size + self.shard.rank) * self.samples
-        epochs = [position // self.num_samples for position in range(first, first + self.samples)]
+        dealt = self.dealt(consumed)
+        first = (index * self.shard.size + self.shard.rank) * self.samples
+        mine = dealt[first : first + self.samples]
+        return self.batch_of([row for row, _ in mine], [epoch for _, epoch in mine])
+
+    def dealt(self, consumed: int) -> list[tuple[int, int]]:
+        """Return (sample, epoch) of a whole update, in the order in which microbatches take them."""
+        positions = range(consumed, consumed + self.update_samples)
+        epochs = [position // self.num_samples for position in positions]
         rows = [
             int(order_of_epoch(self.seed, epoch, self.num_samples)[position % self.num_samples])
-            for position, epoch in enumerate(epochs, first)
+            for position, epoch in zip(positions, epochs, strict=True)
         ]
-        return self.batch_of(rows, epochs)
+        found = list(zip(rows, epochs, strict=True))
+        if self.deal == "order":
+            return found
+        sides = [self.main, *(reading.side for reading in self.sides.values())]
+        tokens = self.columns.lengths(rows, sides).sum(axis=1)
+        return [found[place] for place in numpy.argsort(-tokens, kind="stable")]
 
     def update(self, consumed: int) -> list[Batch]:
         """Return all of the shard's microbatches of the update that starts at position `consumed`."""

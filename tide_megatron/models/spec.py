@@ -130,6 +130,7 @@ def transformer_config(architecture: Architecture, options: ModelOptions) -> Tra
         activation_func=ACTIVATIONS[architecture.activation],
         gated_linear_unit=True,
         add_bias_linear=False,
+        batch_p2p_sync=False,  # else the host waits for the device at every hop between stages
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=options.precision.dtype,

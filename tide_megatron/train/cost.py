@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.peak import peak_flops
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.models.architecture import body_flops, head_flops
@@ -67,12 +66,6 @@ class Devices:
         else:
             log.info("MFU: against %g TFLOP/s a device (%s, %s, dense)", found / 1e12, name, word)
         return cls(number=number, peak_flops=found)
-
-
-def own_cost(student: Student, teachers: Mapping[str, Teacher], noised: Sequence[Noised]) -> Cost:
-    """Say what a step needs of this rank, and its memory so far. Not a collective; asks no device."""
-    needed = float(needed_flops(student, teachers, noised))
-    return Cost(flops=needed, peak_memory_bytes=peak_memory_bytes())
 
 
 def needed_flops(student: Student, teachers: Mapping[str, Teacher], noised: Sequence[Noised]) -> int:

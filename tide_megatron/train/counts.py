@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.errors import TideError
-from tide_megatron.diffusion.batch import Noised
-from tide_megatron.head.gather import row_sizes
 from tide_megatron.head.loss import HeadLoss
-from tide_megatron.losses.rows import Rows
 from tide_megatron.parallel.collectives import gather_objects, gather_vectors
 from tide_megatron.parallel.layout import DataShard
-from tide_megatron.teachers.exchange import Request, Sizes
+from tide_megatron.teachers.exchange import Sizes
 from tide_megatron.train.cost import Cost
+from tide_megatron.train.step_input import StepInput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,45 +40,22 @@ class Counts:
     """Teacher -> [group rank][microbatch][pass]."""
 
 
-def count(
-    noised: Sequence[Noised],
-    rows: Sequence[Rows],
-    requests: Mapping[str, Request],
-    head: HeadLoss,
-    cost: Cost,
-    shard: DataShard,
-) -> Counts:
+def count(given: StepInput, head: HeadLoss, shard: DataShard, memory_bytes: float) -> Counts:
     """Exchange a step's numbers in ONE collective. All ranks call it together.
 
     Args:
-        noised: this rank's microbatches.
-        rows: their masked rows.
-        requests: what this rank asks of each teacher.
+        given: what this rank reads.
         head: the losses and the vocabulary group.
-        cost: this rank's.
         shard: which part of the data this rank reads. Ranks of one replica read the same samples, which count
             once; the operations of each are its own and all count.
+        memory_bytes: the most that this rank has held so far.
 
     Raises:
         TideError: on every rank, when a teacher's views and the student's rows are of different samples.
     """
-    fingerprints = [example.batch.fingerprint for example in noised]
-    mine: dict[str, list[float]] = {
-        "divisors": [float(sum(loss.count(example) for example in noised)) for loss in head.losses.values()],
-        "totals": [
-            float(sum(sum(example.batch.host_lengths) for example in noised)),
-            float(sum(len(part.gold) for part in rows)),
-        ],
-        "flops": [cost.flops],
-        "memory": [cost.peak_memory_bytes],
-        "rows": [float(size) for part in rows for size in row_sizes(part)],
-        "fingerprints": [float(number) for number in fingerprints],
-    }
-    for name, request in requests.items():
-        mine[f"views of {name}"] = [float(number) for number in request.numbers()]
-        mine[f"fingerprints of {name}"] = [float(number) for number in request.fingerprints]
+    mine = {**given.numbers, "memory": [memory_bytes]}
     table = _Table(gather_vectors([value for part in mine.values() for value in part]), mine)
-    _check_samples(table, requests, noised)
+    _check_samples(table, given)
     replica_size = len(table["totals"]) // shard.size
     divisors = (table["divisors"].sum(dim=0) / replica_size).tolist()
     tokens, masked = (table["totals"].sum(dim=0) / replica_size).tolist()
@@ -90,10 +65,10 @@ def count(
         tokens=int(tokens),
         masked=int(masked),
         cost=Cost(flops=float(table["flops"].sum()), peak_memory_bytes=float(table["memory"].max())),
-        rows=[list(_split(line, len(noised))) for line in table["rows"][here].long().tolist()],
+        rows=[list(_split(line, len(given.noised))) for line in table["rows"][here].long().tolist()],
         view_sizes={
             name: [request.sizes(line) for line in table[f"views of {name}"][here].long().tolist()]
-            for name, request in requests.items()
+            for name, request in given.requests.items()
         },
     )
 
@@ -114,13 +89,13 @@ def _split(numbers: Sequence[int], parts: int) -> Iterator[Sequence[int]]:
     return (numbers[first : first + size] for first in range(0, len(numbers), size)) if size else iter([])
 
 
-def _check_samples(table: _Table, requests: Mapping[str, Request], noised: Sequence[Noised]) -> None:
+def _check_samples(table: _Table, given: StepInput) -> None:
     """Refuse a teacher that would answer about other samples than the student's, on all ranks alike."""
-    for name in requests:
+    for name in given.requests:
         differs = (table[f"fingerprints of {name}"] != table["fingerprints"]).nonzero()
         if len(differs):
             rank, microbatch = differs[0].tolist()
-            ids = gather_objects([example.batch.sample_ids.tolist() for example in noised])[rank]
+            ids = gather_objects([example.batch.sample_ids.tolist() for example in given.noised])[rank]
             raise TideError(
                 f"teachers.{name}: on rank {rank}, microbatch {microbatch}, it was asked about other samples "
                 f"than the student's {ids[microbatch]}; make a step's views and rows from the same batches"

@@ -59,6 +59,7 @@ from tide_megatron.train.saving import Costs, go_back, make_saver, note_score, s
 from tide_megatron.train.setup import Setup, set_up
 from tide_megatron.train.status import write_status
 from tide_megatron.train.step import StepResult, train_step
+from tide_megatron.train.step_input import Ahead
 
 log = logging.getLogger(__name__)
 
@@ -177,8 +178,9 @@ def _step_and_score(
     with (
         Profiler(recipe.metrics.profile, folder, setup.run.device) as profiler,
         LastStep(folder, clock, is_kept=is_first()) as last,
+        Ahead(lambda at: setup.run.read(setup.loader.update(at)), setup.loader.update_samples) as ahead,
     ):
-        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop, costs, profiler, last)
+        clock, stopped = _loop(recipe, setup, saver, clock, metrics, stop, costs, profiler, last, ahead)
     result = {
         "clock": {"step": clock.step, "consumed": clock.consumed, "skipped": clock.skipped},
         **costs.own(),
@@ -251,6 +253,7 @@ def _loop(
     costs: Costs,
     profiler: Profiler,
     last: LastStep,
+    ahead: Ahead,
 ) -> tuple[Clock, bool]:
     """Step until the end or until somebody asks to stop; return the clock and whether it was stopped."""
     run, every, guard = setup.run, recipe.checkpoints.every, Guard(recipe.guard)
@@ -265,23 +268,22 @@ def _loop(
                 saver.poll()
         profiler.before(clock)
         with run.phases("data"):
-            batches = setup.loader.update(clock.consumed)
-        result = train_step(run, batches, clock)
-        clock = clock.after_step(applied=result.update.applied, samples=setup.loader.update_samples)
+            given = ahead.take(clock.consumed, is_last=clock.step + 1 == clock.total_steps)
+        result = train_step(run, given, clock)
+        update = result.update
+        clock = clock.after_step(applied=update.applied, samples=setup.loader.update_samples)
         last.note(clock)
         HEARTBEAT.update()
         profiler.after(clock)
         _report(metrics, recipe, result, before, clock)
-        is_lost = guard.after_step(
-            before, result.objective, result.update.grad_norm, applied=result.update.applied
-        )
+        is_lost = guard.after_step(before, result.objective, update.grad_norm, applied=update.applied)
         deadline.after_step()
         stopped, is_lost = any_rank(stop.requested, is_lost)
         is_best = False
         if is_lost and not stopped:
             clock = _back(recipe, setup, saver, guard, clock, costs)
             saved = clock.consumed
-        elif result.update.applied and not stopped:
+        elif update.applied and not stopped:
             if (
                 recipe.evaluation.every
                 and clock.step % recipe.evaluation.every == 0 < clock.total_steps - clock.step

@@ -20,6 +20,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.files import local_path
 from tide_megatron.base.options import ADDED, MACHINE, PLACE, STRICT, Off, Paper, Was
 from tide_megatron.checkpoint.retention import Checkpoints
+from tide_megatron.data.loader import Deal
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
 from tide_megatron.evaluate.options import Evaluation
@@ -165,6 +166,9 @@ class BatchOptions:
     """Samples per update, over all ranks and accumulation."""
     microbatch: Annotated[int | None, MACHINE] = Field(default=None, ge=1)
     """Samples per rank and forward pass; None: everything at once."""
+    deal: Annotated[Deal, MACHINE] = "length"
+    """How an update's samples are shared out to ranks and microbatches: `length`: like beside like, so that
+    few positions are pads and ranks have even work; `order`: as they come. The update is the same."""
 
     def accumulation(self, world: int) -> tuple[int, int]:
         """Return (samples per microbatch, microbatches per update) on `world` ranks.

@@ -258,6 +258,7 @@ def open_loader(
             samples=samples,
             accumulate=accumulate,
             shard=recipe.student.layout.data_shard(*place),
+            deal=recipe.batch.deal,
             seed=recipe.seed,
             block_size=_filled_blocks(recipe.student.context),
             fixed_length=recipe.data.fixed_length,

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.batch import Batch
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.loss import HeadLoss
-from tide_megatron.losses.rows import rows_of
 from tide_megatron.parallel.collectives import sum_over
 from tide_megatron.parallel.exchange import COMM_STATS, KINDS
 from tide_megatron.teachers.teacher import Teacher
-from tide_megatron.train.cost import Cost, own_cost
+from tide_megatron.train.cost import Cost
 from tide_megatron.train.counts import count
 from tide_megatron.train.optimizer import Update
+from tide_megatron.train.step_input import StepInput
 from tide_megatron.train.student import Student
 from tide_megatron.train.watch import AnswerWatch
 
@@ -52,6 +53,10 @@ class Run:
         apart = [name for name, phases in parts.items() if phases is not self.phases]
         assert not apart, f"{apart} book their time elsewhere than the run; give all one Phases"
 
+    def read(self, batches: Sequence[Batch]) -> StepInput:
+        """Make what a step reads of this rank's microbatches. Not a collective, and it asks no device."""
+        return StepInput.of(batches, self.noiser, self.student, self.teachers, self.head.losses)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -76,37 +81,34 @@ class StepResult:
 
 
 # ---------------------------------------------------------------------------------------------------
-def train_step(run: Run, batches: Sequence[Batch], clock: Clock) -> StepResult:
-    """Mask tokens, ask the teachers, answer as the student, compare, update. All ranks call it together.
+def train_step(run: Run, given: StepInput, clock: Clock) -> StepResult:
+    """Ask the teachers, answer as the student, compare, update. All ranks call it together.
 
     Args:
         run: student, teachers, losses.
-        batches: this rank's microbatches of one update.
+        given: what this rank reads of one update's microbatches (`Run.read`), on the host.
         clock: where the run stands; the caller advances it.
 
     Raises:
         TideError: on every rank, when a teacher was asked about other samples than the student.
     """
     with run.phases("data"):
-        noised = [run.noiser(batch.to(run.device)) for batch in batches]
-        rows = [rows_of(example) for example in noised]
-        requests = {name: teacher.request(noised) for name, teacher in run.teachers.items()}
-        cost = own_cost(run.student, run.teachers, noised)
-        counts = count(noised, rows, requests, run.head, cost, run.student.shard)
-    gathered = run.head.gather(rows, counts.rows, counts.divisors)
+        counts = count(given, run.head, run.student.shard, peak_memory_bytes())
+        given = given.on(run.device)
+    gathered = run.head.gather(given.rows, counts.rows, counts.divisors)
     streams = {
         name: run.teachers[name].hidden_states(request, counts.view_sizes[name])
-        for name, request in requests.items()
+        for name, request in given.requests.items()
     }
     run.student.clear()
     watch = AnswerWatch(run.teachers, run.head.group, counts)
     sums: dict[str, Tensor] = {}
-    for example, known in zip(noised, gathered, strict=True):
+    for example, view, known in zip(given.noised, given.views, gathered, strict=True):
         with run.phases("teacher"):
             teachers = {name: next(stream) for name, stream in streams.items()}
         watch.keep(teachers, example)
         with run.phases("student"):
-            student = run.student.rows(run.student.view(example))
+            student = run.student.rows(view)
         loss = run.head(student, teachers, known, clock)
         with run.phases("backward"):
             run.student.release(loss.objective)
@@ -143,7 +145,8 @@ def total(run: Run, sums: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[
     for index, name in enumerate(names):
         if name in sums:
             packed[index], packed[len(names) + index] = sums[name], 1.0
-    packed[2 * len(names) :] = packed.new_tensor([float(moved[kind]) for kind in KINDS])
+    for index, kind in enumerate(KINDS, 2 * len(names)):
+        packed[index] = float(moved[kind])  # a number goes along with its kernel, where a copy is waited for
     sum_over(packed, run.student.groups.dp)
     values = packed.tolist()
     terms = {

@@ -55,5 +55,6 @@ class AnswerWatch:
             rows = [num_rows(place[microbatch]) for place in self._counts.view_sizes[name]]
             own = answer.hidden[self._group.own(rows)]
             sample, _ = noised.reading(name).index
-            broken |= set(noised.batch.sample_ids[sample[~own.isfinite().all(dim=1)]].tolist())
+            is_broken = ~own.isfinite().all(dim=1).cpu()  # rows and samples are known on the host
+            broken |= set(noised.batch.sample_ids[sample[is_broken]].tolist())
         return sorted(broken)

@@ -85,7 +85,7 @@ def measure(shapes: Shapes, *, device: Device, stop: StopFlag) -> dict[str, Any]
         batch_of(shapes, dist.get_rank() * shapes.accumulation + k) for k in range(shapes.accumulation)
     ]
     expected = Formula(run, batches, shapes).bytes()
-    result = train_step(run, batches, Clock(total_steps=10))
+    result = train_step(run, run.read(batches), Clock(total_steps=10))
     assert result.update.applied, "the step was skipped"
     logits = result.masked * (shapes.dense[1] + shapes.mixture[1]) * shapes.bytes_per_number
     return {"counted": result.bytes, "formula": expected, "logits": logits, "rows": result.masked}

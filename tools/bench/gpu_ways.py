@@ -12,10 +12,9 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bench.plain_step import plain_step
 from bench.shapes import LLADA2_MINI, QWEN3_06B, WEDLM_8B
@@ -27,6 +26,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.memory import free_bytes, peak_memory_bytes
 from tide_megatron.base.peak import peak_flops
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.base.transfer import moved
 from tide_megatron.base.units import in_bytes
 from tide_megatron.head.budget import BUDGET_MIB, MIB
 from tide_megatron.launch.ranks import run_ranks
@@ -35,13 +35,13 @@ from tide_megatron.models.architecture import Architecture, body_flops
 from tide_megatron.models.params import num_local_bytes
 from tide_megatron.models.precision import Fp8Options
 from tide_megatron.models.shard import Shard
-from tide_megatron.train.cost import TRAINED, own_cost
+from tide_megatron.train.cost import TRAINED, needed_flops
 from tide_megatron.train.recipe import Optimizer
 from tide_megatron.train.step import Run, train_step
+from tide_megatron.train.step_input import Ahead
 
 Pipeline = Literal["shared", "cross"]
 Way = Literal["ours", "reference"]
-Value = TypeVar("Value")
 SAMPLES, LENGTH = 8, 512
 TIMED = {"ours": 6, "reference": 4}
 """Steps that count, after two that compile and warm up."""
@@ -155,7 +155,7 @@ def measure(pipeline: Pipeline, way: Way, small: bool, *, device: Device, stop: 
     steps = 1 if small else TIMED[way]
     seconds = timed(step, steps, device)
     tokens, noised = batch.ids.numel(), run.noiser(batch)
-    flops = own_cost(run.student, run.teachers, [noised]).flops
+    flops = needed_flops(run.student, run.teachers, [noised])
     peak = peak_flops(device.name, torch.bfloat16)
     found = {
         "milliseconds": 1e3 * seconds,
@@ -185,9 +185,10 @@ def _profiled(step: Callable[[], object]) -> dict[str, Any]:
 
 def _our_step(run: Run, setting: Setting) -> Callable[[], float]:
     batch = batch_of(setting, 0)
+    ahead = Ahead(lambda _: run.read([batch]), 0)
 
     def step() -> float:
-        result = train_step(run, [batch], CLOCK)
+        result = train_step(run, ahead.take(0, is_last=False), CLOCK)
         assert result.update.applied, "the step was skipped"
         return result.objective
 
@@ -246,18 +247,6 @@ def settle(device: Device) -> None:
     """Wait until a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def moved(value: Value, device: torch.device) -> Value:
-    """Return a dataclass whose tensors, also those inside its dataclasses and tuples, are on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)  # type: ignore[return-value]
-    if isinstance(value, tuple):
-        return tuple(moved(entry, device) for entry in value)  # type: ignore[return-value]
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return value
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return dataclasses.replace(value, **{name: moved(entry, device) for name, entry in fields.items()})
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

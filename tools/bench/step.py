@@ -61,7 +61,7 @@ def make_works(setting: Setting, device: Device) -> tuple[dict[str, Work], dict[
         figures["plain"].append((objective, update.grad_norm))
 
     def ours() -> None:
-        result = train_step(run, [batch], CLOCK)
+        result = train_step(run, run.read([batch]), CLOCK)
         assert result.update.applied, "the step was skipped"
         figures["ours"].append((result.objective, result.update.grad_norm))
 
@@ -111,7 +111,7 @@ def measure_seconds(
         batches = own_batches(setting, MICROBATCHES, turn)
         dist.barrier()
         started, cpu = time.perf_counter(), time.process_time()
-        result = train_step(run, batches, CLOCK)
+        result = train_step(run, run.read(batches), CLOCK)
         cpu = time.process_time() - cpu
         dist.barrier()
         seconds = time.perf_counter() - started
@@ -174,15 +174,15 @@ def profile(setting: Setting, rounds: int, *, device: Device, stop: StopFlag) ->
     """Return seconds of a step by phase, and of its ten most expensive operations, both means over rounds."""
     torch.set_num_threads(1)
     run, batch = make_run(setting, device), batch_of(setting, 0)
-    train_step(run, [batch], CLOCK)
+    train_step(run, run.read([batch]), CLOCK)
     run.phases.take()
     for _ in range(rounds):
-        train_step(run, [batch], CLOCK)
+        train_step(run, run.read([batch]), CLOCK)
     phases = {name: spent / rounds for name, spent in run.phases.take().items()}
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(rounds):
-            train_step(run, [batch], CLOCK)
+            train_step(run, run.read([batch]), CLOCK)
     costs = profiler.key_averages(group_by_input_shape=True)
     costs = sorted(costs, key=lambda cost: cost.self_cpu_time_total, reverse=True)[:10]
     operations = [

@@ -63,7 +63,7 @@ def record_steps(recipe: Recipe, *, device: Device, stop: StopFlag) -> dict[str,
     clock = Clock(total_steps=recipe.steps)
     found: dict[str, Any] = {"steps": []}
     for step in range(recipe.steps):
-        result = train_step(parts.run, parts.loader.update(clock.consumed), clock)
+        result = train_step(parts.run, parts.run.read(parts.loader.update(clock.consumed)), clock)
         found["steps"].append(_figures(result))
         if not step:
             found["gradients"] = gradients_of(parts)

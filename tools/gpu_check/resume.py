@@ -215,5 +215,5 @@ def repeat_operators(recipe: Recipe, *, device: Device, stop: StopFlag) -> dict[
     """
     parts = set_up(recipe, device)
     with Repeat() as repeat:
-        train_step(parts.run, parts.loader.update(0), Clock(total_steps=recipe.steps))
+        train_step(parts.run, parts.run.read(parts.loader.update(0)), Clock(total_steps=recipe.steps))
     return {"seen": len(repeat.seen), "changing": sorted(repeat.changing)}

@@ -23,6 +23,7 @@ from tide_megatron.base.stop import StopFlag
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.train.recipe import Optimizer
 from tide_megatron.train.step import train_step
+from tide_megatron.train.step_input import Ahead
 
 WEDLM_LAYERS = 8
 """Of 36, so that a student and its optimizer fit beside them on one GPU."""
@@ -65,9 +66,10 @@ def measure(small: bool, *, device: Device, stop: StopFlag) -> dict[str, Any]:
     """Make steps of one microbatch on one rank; a rank function."""
     run, batches = _case(small, device)
     on_cuda = device.type == "cuda"
+    ahead = Ahead(lambda _: run.read(batches), 0)
 
     def step() -> Any:
-        return train_step(run, batches, CLOCK)
+        return train_step(run, ahead.take(0, is_last=False), CLOCK)
 
     for _ in range(1 if small else 3):  # compiles what there is to compile
         result = step()

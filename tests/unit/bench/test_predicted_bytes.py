@@ -16,7 +16,7 @@ SMALL = Setting(pipeline="shared", length=64, hidden=64, vocabulary=512, optimiz
 def held(setting):
     """Make a step; return bytes of weights, gradient sums and optimizer states, and the student's config."""
     run = make_run(setting, choose_device("cpu"))
-    assert train_step(run, [batch_of(setting, 0)], CLOCK).update.applied
+    assert train_step(run, run.read([batch_of(setting, 0)]), CLOCK).update.applied
     student = run.student
     states = [
         tensor

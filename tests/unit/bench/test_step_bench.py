@@ -44,7 +44,7 @@ def both_steps(setting, steps, spoil=None):
         if spoil is not None:
             given = dataclasses.replace(given, **spoil(given))
         objective, update = plain_step(student, teacher, given, CLOCK)
-        result = train_step(run, [batch], CLOCK)
+        result = train_step(run, run.read([batch]), CLOCK)
         assert result.update.applied
         figures.append((result.objective, objective, result.update.grad_norm, update.grad_norm))
     return figures, before, weights(student), weights(run.student)

@@ -1,5 +1,6 @@
 """The loader: one global order of samples however ranks and microbatches cut it, epochs, padding."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -61,6 +62,34 @@ def test_ranks_take_turns_within_a_microbatch(columns):
     assert loader.microbatch(0, 1).sample_ids.tolist() == order[8:10]
     assert loader.microbatch(12, 0).sample_ids.tolist() == order[14:16]
     assert [batch.sample_ids.tolist() for batch in loader.update(0)] == [order[2:4], order[8:10]]
+
+
+def lengths(columns, samples, sides=(None,)):
+    return columns.lengths(samples, sides).sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize(("world", "accumulate", "samples"), [(4, 1, 3), (2, 2, 3), (1, 4, 3), (3, 4, 1)])
+def test_dealt_by_length_an_update_has_the_same_samples_and_like_stands_beside_like(
+    columns, world, accumulate, samples
+):
+    whole = Loader(columns=columns, samples=12, seed=3, deal="length")
+    for consumed in (0, 12, 36):
+        wanted = whole.microbatch(consumed, 0)
+        found = []
+        for index, rank in itertools.product(range(accumulate), range(world)):
+            shard = DataShard(rank=rank, size=world)
+            batch = dataclasses.replace(whole, samples=samples, accumulate=accumulate, shard=shard)
+            found.append(batch.microbatch(consumed, index))
+        for name in ("sample_ids", "epochs"):
+            assert torch.equal(torch.cat([getattr(batch, name) for batch in found]), getattr(wanted, name))
+        ordered = Loader(columns=columns, samples=12, seed=3).microbatch(consumed, 0)
+        pairs = [
+            sorted(zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True))
+            for batch in (wanted, ordered)
+        ]
+        assert pairs[0] == pairs[1], "the same update"
+        dealt = lengths(columns, wanted.sample_ids.tolist())
+        assert dealt == sorted(dealt, reverse=True) != lengths(columns, ordered.sample_ids.tolist())
 
 
 def test_an_epoch_reads_every_sample_once_and_goes_on(columns):

@@ -106,13 +106,13 @@ def spoilt(monkeypatch, is_bad):
     """Let updates come out as not finite: by the samples that are read, as bad data would."""
     step, read = loop.train_step, []
 
-    def train_step(run, batches, clock):
-        ids = tuple(int(sample) for batch in batches for sample in batch.sample_ids)
+    def train_step(run, given, clock):
+        ids = tuple(int(sample) for example in given.noised for sample in example.batch.sample_ids)
         read.append((clock.step, clock.consumed, ids))
         if is_bad(clock):
             with torch.no_grad():
                 run.student.model.decoder.final_layernorm.weight.fill_(math.nan)
-        return step(run, batches, clock)
+        return step(run, given, clock)
 
     monkeypatch.setattr(loop, "train_step", train_step)
     return read

@@ -1,0 +1,148 @@
+"""What dealing an update's samples by length saves: positions that are pads, and the time they take.
+
+    python tools/bench/dealing.py --json               (counts pads, then trains both ways in turns)
+    python tools/bench/dealing.py --pairs 0 --json     (counts only)
+
+Counts the student's positions of whole updates over one epoch, as they come (`order`, the baseline) and dealt
+by length (`length`), for several ranks and microbatches: of the quickstart's data, and of chats of mixed
+lengths made of it (functions joined until a log-normal length is reached: median 96 tokens, sigma 0.9, at
+most 480). Then trains the quickstart's student beside its mixture on two CPU ranks on the mixed lengths, both
+ways in turns, and compares CPU seconds. Needs the quickstart's data (`python examples/quickstart/data.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
+
+from bench.cost import machine
+from bench.fp8_students import RECIPE, TEACHER
+from tide_megatron import api
+from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.loader import Deal, Loader
+from tide_megatron.data.prepare import prepare
+from tide_megatron.parallel.layout import DataShard
+from tide_megatron.text.tokenizer import Tokenizer
+
+STUDENT = Path("examples/quickstart/models/student")
+WAYS: tuple[Deal, ...] = ("order", "length")
+CUTS = ((1, 64, 1), (2, 8, 4), (8, 8, 1), (8, 8, 4), (64, 8, 1))
+"""(ranks, samples a microbatch, microbatches an update)."""
+
+
+def pads(data: PreparedData, deal: Deal, cut: tuple[int, int, int], block_size: int) -> dict[str, float]:
+    """Return the share of positions that are pads, and the time lost where ranks wait for the longest one.
+
+    Args:
+        data: prepared.
+        deal: how updates are shared out.
+        cut: of `CUTS`.
+        block_size: samples are filled up to whole ones.
+    """
+    ranks, samples, accumulate = cut
+    loader = Loader(
+        columns=data,
+        samples=samples,
+        accumulate=accumulate,
+        shard=DataShard(rank=0, size=ranks),
+        deal=deal,
+        block_size=block_size,
+    )
+    tokens = positions = waited = 0
+    for consumed in range(0, len(data) - loader.update_samples, loader.update_samples):
+        rows = [row for row, _ in loader.dealt(consumed)]
+        real = [-(-int(length) // block_size) * block_size for length in data.lengths(rows, [None])[:, 0]]
+        tokens += sum(real)
+        for first in range(0, len(real), ranks * samples):
+            turn = real[first : first + ranks * samples]
+            longest = [max(turn[start : start + samples]) for start in range(0, len(turn), samples)]
+            positions += samples * sum(longest)
+            waited += samples * len(longest) * max(longest)
+    return {"pads": 1 - tokens / positions, "pads_and_waiting": 1 - tokens / waited}
+
+
+def cpu_seconds(folder: Path, data: Path, deal: Deal, steps: int) -> tuple[float, float]:
+    """Train on two ranks; return CPU seconds and the last update's loss."""
+    words = [f"folder={folder}", f"data.train={data}", f"steps={steps}", "device=cpu", f"batch.deal={deal}"]
+    words += ["batch.samples=64", "batch.microbatch=8", "evaluation.samples=16", "metrics.every=1"]
+    result = api.train(RECIPE, [*words, *TEACHER], ranks=2, resume=False)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return result["cpu_seconds"], [line["loss"] for line in lines if line["kind"] == "train"][-1]
+
+
+def write_mixed(source: Path, folder: Path) -> None:
+    """Prepare chats of mixed lengths, the same ones every time.
+
+    Args:
+        source: JSONL chats, a function each.
+        folder: where to.
+    """
+    draws, tokenizer = random.Random(7), Tokenizer.load(STUDENT)
+    chats = [json.loads(line)["messages"] for line in source.read_text().splitlines()]
+    draws.shuffle(chats)
+    left, lines = iter(chats), []
+    for *_, request, reply in left:
+        wanted = min(480.0, 96 * math.exp(draws.gauss(0, 0.9)))
+        text = reply["content"]
+        while len(tokenizer.encode(text)) < wanted - 48 and (more := next(left, None)):
+            text += "\n" + more[-1]["content"]
+        record = [request, {"role": "assistant", "content": text}]
+        lines.append(json.dumps({"messages": record}))
+    file = folder / "mixed.jsonl"
+    file.write_text("\n".join(lines))
+    prepare([file], tokenizer, folder / "mixed", max_length=512, on_long="truncate")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("runs/quickstart-data"))
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found: dict[str, Any] = {"machine": machine()}
+    with tempfile.TemporaryDirectory() as folder:
+        write_mixed(given.data / "text/train.jsonl", Path(folder))
+        for name, path in (("quickstart", given.data / "train"), ("mixed", Path(folder) / "mixed")):
+            found[name] = counted(PreparedData(path))
+            print(f"{name}: {json.dumps(found[name], indent=1)}", flush=True)
+        ratios = []
+        for number in range(given.pairs):
+            spent = {
+                deal: cpu_seconds(
+                    Path(folder) / f"{deal}-{number}", Path(folder) / "mixed", deal, given.steps
+                )
+                for deal in WAYS
+            }
+            ratios.append(spent["order"][0] / spent["length"][0])
+            print(f"pair {number}: CPU seconds, last loss {spent}: {ratios[-1]:.3f} times", flush=True)
+    found["dealt_ratio"] = statistics.median(ratios) if ratios else None
+    if given.json:
+        print(json.dumps(found))
+
+
+def counted(data: PreparedData) -> dict[str, Any]:
+    """Return the share of pads for every cut, both ways."""
+    cuts = {
+        f"{ranks} ranks x {accumulate} x {size}": (ranks, size, accumulate)
+        for ranks, size, accumulate in CUTS
+    }
+    shares = {
+        name: {deal: pads(data, deal, cut, block_size=16) for deal in WAYS}
+        for name, cut in cuts.items()
+        if math.prod(cut) < len(data)
+    }
+    return {"samples": len(data), "longest": data.manifest.statistics.longest, "shares": shares}
+
+
+if __name__ == "__main__":
+    main()
