@@ -28,7 +28,7 @@ _step = loop.train_step
 _left = {"gradient": 0}
 
 
-def harmed_step(run: Any, batches: Any, clock: Any) -> Any:
+def harmed_step(run: Any, given: Any, clock: Any) -> Any:
     """Make a step as ever, after what the file says."""
     file = Path(os.environ[HARM])
     try:
@@ -45,13 +45,13 @@ def harmed_step(run: Any, batches: Any, clock: Any) -> Any:
         partial.write_text(json.dumps(harm | {"is_done": True}))
         partial.rename(file)
     if not _left["gradient"]:
-        return _step(run, batches, clock)
+        return _step(run, given, clock)
     _left["gradient"] -= 1
     # Of a matrix megatron-core keeps the gradient from autograd.
     parameter = next(one for one in run.student.model.parameters() if one.dim() == 1)
     hook = parameter.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
     try:
-        return _step(run, batches, clock)
+        return _step(run, given, clock)
     finally:
         hook.remove()
 
