@@ -42,6 +42,7 @@ def prepare(
     teachers: Mapping[str, str] | None = None,
     add_mask: bool = False,
     replace: bool = False,
+    workers: int | None = None,
 ) -> Manifest:
     """Turn chats into tokens on disk, all or nothing.
 
@@ -59,6 +60,7 @@ def prepare(
         add_mask: add the mask token to the student's tokenizer where it has none; `student.add_mask` of the
             recipe does the same when the student is read.
         replace: put the new data in the place of a data folder that is there.
+        workers: processes that encode, once there are more than a thousand records; None: one a core.
 
     Returns:
         What was written: `samples`, `statistics`, and `sides` by teacher.
@@ -81,6 +83,7 @@ def prepare(
         normalize=normalize,
         sides={name: SideChoice.read(place) for name, place in (teachers or {}).items()},
         replace=replace,
+        workers=workers,
     )
 
 

@@ -7,7 +7,8 @@ every other exception is a bug of ours and keeps its traceback. `assert` is for 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 _MOST_LISTED = 20  # names of one kind in a message
 
@@ -31,6 +32,19 @@ class RecordError(DataError):
         """Keep in a few words what is wrong, for counting records of which the same is."""
         super().__init__(message)
         self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes whole, also as what a subclass made of other arguments."""
+        return _record_error, (type(self), str(self), self.kind, dict(vars(self)))
+
+
+def _record_error(
+    kind: type[RecordError], message: str, words: str, values: Mapping[str, Any]
+) -> RecordError:
+    error = kind.__new__(kind)
+    RecordError.__init__(error, message, words)
+    vars(error).update(values)
+    return error
 
 
 class CheckpointError(TideError):

@@ -44,6 +44,12 @@ def prepare(
     ] = None,
     add_mask: AddMask = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that encode, above a thousand records; default: one a core. Same bytes."
+        ),
+    ] = None,
 ) -> None:
     """Turn chats into tokens on disk, all or nothing.
 
@@ -71,6 +77,7 @@ def prepare(
         teachers=dict(SideChoice.split(word) for word in teacher or []),
         add_mask=add_mask,
         replace=replace,
+        workers=workers,
     )
     _print(out, manifest)
 

@@ -39,11 +39,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from tide_megatron.base.errors import DataError
 from tide_megatron.base.files import digest_of
 from tide_megatron.data.manifest import Manifest, read_manifest
+from tide_megatron.data.sample import CUT_COLUMN
 from tide_megatron.text.tokenizer import Tokenizer
 
-COLUMNS = ("ids", "replies", "reply_bytes")
-CUT_COLUMN = "cut"
-SIDE_COLUMNS = ("ids", "replies", "cut", "chunks")
 SOURCE = "source"
 HASHED_AT_OPEN_BYTES = 64 * 2**20
 """Data sets up to this size are compared with their digests whenever they are opened (a fifth of a
@@ -53,7 +51,7 @@ second)."""
 class ColumnWriter:
     """Writes columns row by row into an existing folder; `finish` closes them and digests the files."""
 
-    def __init__(self, folder: Path, names: Iterable[str] = COLUMNS) -> None:
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
         self._folder = folder
         self._builders = {
             name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=numpy.int32) for name in names

@@ -17,6 +17,7 @@ from __future__ import annotations
 import array
 import collections
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -35,10 +36,10 @@ from tide_megatron.data.manifest import (
     SideMetadata,
     TokenizerMetadata,
 )
-from tide_megatron.data.record import parse_record
 from tide_megatron.data.rejects import REJECTS_FILE, OnBad, Rejects
 from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
 from tide_megatron.data.source import Source
+from tide_megatron.data.workers import Workers
 from tide_megatron.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def prepare(
     normalize: bool = False,
     sides: Mapping[str, SideChoice] | None = None,
     replace: bool = False,
+    workers: int | None = None,
 ) -> Manifest:
     """Prepare a data folder from chats.
 
@@ -71,6 +73,8 @@ def prepare(
         normalize: put all text of the records into NFC, for tokenizers that do so themselves.
         sides: name -> tokenizer of a teacher that reads its own tokens; its columns carry the name.
         replace: put the new data in the place of a data folder that is already there.
+        workers: processes that encode, once there are many records; None: as many as there are cores. What is
+            written does not depend on it.
 
     Raises:
         ConfigError: an option that cannot be.
@@ -78,6 +82,10 @@ def prepare(
             replaced.
     """
     encoder = Encoder(tokenizer, Window.of(max_length, on_long), sides or {})
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    if workers < 1:
+        raise ConfigError(f"workers: {workers} is not a number of processes; use 1 or more")
     words = [word.value for word in OnBad]
     if on_bad not in words:
         raise ConfigError(f"on_bad: {on_bad!r} is unknown: {nearest(on_bad, words)}")
@@ -88,8 +96,13 @@ def prepare(
             raise DataError("sources: no such file: name at least one JSONL file, or - for stdin")
         for source in inputs:
             source.check()
-        with replaced_folder(out, fault_kind=DataError) as folder:
-            manifest = _Preparation(folder, encoder, OnBad(on_bad), normalize=normalize).run(inputs)
+        with (
+            replaced_folder(out, fault_kind=DataError) as folder,
+            Workers(encoder, normalize=normalize, number=workers) as processes,
+        ):
+            manifest = _Preparation(
+                folder, encoder, OnBad(on_bad), normalize=normalize, workers=processes
+            ).run(inputs)
             manifest.write(folder)
             lease.check()
     _report(out, manifest)
@@ -131,8 +144,10 @@ def _check_target(out: Path, *, replace: bool) -> None:
 class _Preparation:
     """Fills a folder with the columns of all records."""
 
-    def __init__(self, folder: Path, encoder: Encoder, on_bad: OnBad, *, normalize: bool) -> None:
-        self._encoder, self._normalize = encoder, normalize
+    def __init__(
+        self, folder: Path, encoder: Encoder, on_bad: OnBad, *, normalize: bool, workers: Workers
+    ) -> None:
+        self._encoder, self._normalize, self._workers = encoder, normalize, workers
         self._writer = ColumnWriter(folder, encoder.columns)
         self._rejects = Rejects(folder, on_bad)
         self._counts: collections.Counter[str] = collections.Counter()
@@ -179,20 +194,16 @@ class _Preparation:
     def _read(self, number: int, source: Source) -> int:
         """Encode one source's records; return how many it has."""
         records = 0
-        for line_number, line in _with_progress(source):
+        for line_number, (found, said) in self._workers.encode(_with_progress(source)):
             records += 1
-            try:
-                record = parse_record(line, normalize=self._normalize)
-                sample = self._encoder.encode(record)
-            except RecordError as fault:
-                self._rejects.add(fault, source.name, source.place, line_number)
+            if isinstance(found, RecordError):
+                self._rejects.add(found, source.name, source.place, line_number)
+            elif self._rejects.is_fatal:
                 continue
-            if self._rejects.is_fatal:
-                continue
-            if isinstance(sample, str):
-                self._skipped[sample] += 1
+            elif isinstance(found, str):
+                self._skipped[found] += 1
             else:
-                self._add(sample, number, record.source)
+                self._add(found, number, said)
         return records
 
     def _add(self, sample: Sample, file: int, source: str | None) -> None:

@@ -15,13 +15,16 @@ from collections.abc import Mapping
 
 from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.base.files import local_path
-from tide_megatron.data.columns import COLUMNS, CUT_COLUMN, SIDE_COLUMNS
 from tide_megatron.data.record import ChatRecord
 from tide_megatron.data.rejects import TooLong
 from tide_megatron.text.align import Chunk, align_chats
 from tide_megatron.text.chat import Encoded, encode_chat
 from tide_megatron.text.tokenizer import OPTIONS, Tokenizer
 
+COLUMNS = ("ids", "replies", "reply_bytes")
+"""Of every data set; `data.columns` says what they hold."""
+CUT_COLUMN = "cut"
+SIDE_COLUMNS = ("ids", "replies", "cut", "chunks")
 _TEMPLATE_OPTION = f"{OPTIONS}."
 
 

@@ -23,7 +23,7 @@ from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --on-bad --normalize --teacher --add-mask "
-    "--replace",
+    "--replace --workers",
     "train": "recipe overrides --ranks --ranks-per-node --device --folder --branch --resume/--fresh "
     "--dry-run",
     "submit": "recipe overrides --nodes --ranks-per-node --shape --partition --account --time --name "

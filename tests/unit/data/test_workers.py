@@ -1,0 +1,114 @@
+"""Any number of processes writes the same bytes, faults of records included, and none is left behind."""
+
+import json
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.small_tokenizer import write_tokenizer
+from tide_megatron.base.errors import ConfigError, DataError, RecordError
+from tide_megatron.data import workers
+from tide_megatron.data.prepare import prepare
+from tide_megatron.data.rejects import TooLong
+from tide_megatron.data.sample import Encoder, SideChoice, Window
+from tide_megatron.data.workers import Workers
+from tide_megatron.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(workers, "ALONE", 5)
+    monkeypatch.setattr(workers, "PIECE", 3)
+
+
+def line(number):
+    """Write a record; some are bad, some too long."""
+    if number % 11 == 7:
+        return '{"messages": []}'
+    reply = "abc " * (400 if number % 13 == 9 else number % 17 + 1)
+    messages = [{"role": "user", "content": f"number {number}"}, {"role": "assistant", "content": reply}]
+    return json.dumps({"messages": messages, "source": f"from {number % 3}"})
+
+
+@pytest.fixture
+def files(tmp_path):
+    found = [tmp_path / f"{name}.jsonl" for name in ("one", "two")]
+    for index, file in enumerate(found):
+        file.write_text("\n".join(line(40 * index + number) for number in range(40)) + "\n")
+    return found
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def written(folder, files, tokenizer, number):
+    sides = {"other": SideChoice(tokenizer=tokenizer)}
+    options = {"max_length": 128, "on_long": "truncate", "on_bad": "skip", "sides": sides}
+    prepare(files, tokenizer, folder, workers=number, **options)
+    return contents(folder)
+
+
+def test_any_number_of_processes_writes_the_same_bytes(tokenizer, files, tmp_path):
+    alone = written(tmp_path / "alone", files, tokenizer, 1)
+    assert json.loads(alone["manifest.json"])["samples"] > 60
+    assert alone["rejects.jsonl"].count(b"\n") > 5
+    assert written(tmp_path / "three", files, tokenizer, 3) == alone
+
+
+def test_the_first_fault_ends_it_and_all_are_counted(tokenizer, files, tmp_path):
+    faults = []
+    for number in (1, 2):
+        with pytest.raises(DataError) as caught:
+            prepare(files, tokenizer, tmp_path / "out", max_length=128, workers=number)
+        faults.append(str(caught.value))
+    assert faults[0] == faults[1]
+    assert "one.jsonl:8: no messages" in faults[0]
+    assert "of 80 records are bad" in faults[0]
+
+
+def test_a_process_that_is_killed_ends_it_with_the_line_and_the_remedy(tokenizer, tmp_path):
+    def lines():
+        for number in range(10_000):
+            if number == 300:
+                for process in pool._pool._processes.values():
+                    os.kill(process.pid, signal.SIGKILL)
+            yield number, line(1).encode()
+
+    encoder = Encoder(tokenizer, Window.of(128, "truncate"), {})
+    with (
+        Workers(encoder, normalize=False, number=2) as pool,
+        pytest.raises(DataError, match=r"^lines \d+ and later: a process .* was killed .*--workers"),
+    ):
+        list(pool.encode(lines()))
+
+
+def test_processes_end_with_the_preparation(tokenizer):
+    encoder = Encoder(tokenizer, Window.of(128, "truncate"), {})
+    with Workers(encoder, normalize=False, number=2) as pool:
+        list(pool.encode((number, line(1).encode()) for number in range(40)))
+        processes = [process.pid for process in pool._pool._processes.values()]
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
+@pytest.mark.parametrize("error", [RecordError("no reply: add one", "no reply"), TooLong(300, 128)])
+def test_faults_of_records_travel_whole(error):
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
+
+
+def test_no_processes_are_no_number():
+    with pytest.raises(ConfigError, match=r"^workers: 0 is not a number of processes"):
+        prepare([], None, Path("out"), max_length=128, workers=0)

@@ -1,0 +1,136 @@
+"""Records encoded in several processes, and handed on in the order in which they stand in their source.
+
+What becomes of a record depends on that record alone, so any number of processes writes the same bytes. The
+first records are encoded here: small data needs no process to be started. Later ones go to the workers in
+pieces, a few pieces a worker at a time, so that memory does not grow with the input. A worker imports neither
+torch nor megatron-core, hears no Ctrl-C (the parent does, and stops it), and ends when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+
+from tide_megatron.base.errors import DataError, RecordError
+from tide_megatron.data.record import parse_record
+from tide_megatron.data.sample import Encoder, Sample
+
+ALONE = 1000
+"""So many records are encoded before workers are started: about a second."""
+PIECE = 100
+"""Records that travel together."""
+PIECES_AHEAD = 3
+"""Pieces a worker may have waiting, done or not."""
+
+Outcome = tuple[Sample | str | RecordError, str | None]
+"""A sample, or why the record is left out, or what is wrong with it; and what it calls its source."""
+
+_ENCODER: list[tuple[Encoder, bool]] = []
+"""A worker's, and whether text is put into NFC."""
+
+
+def encode_line(line: bytes, encoder: Encoder, *, normalize: bool) -> Outcome:
+    """Encode one line of JSON.
+
+    Raises:
+        DataError: no record can be encoded.
+    """
+    try:
+        record = parse_record(line, normalize=normalize)
+        return encoder.encode(record), record.source
+    except RecordError as fault:
+        return fault, None
+
+
+class Workers:
+    """Encodes the lines of one preparation; a context manager, which ends the processes."""
+
+    def __init__(self, encoder: Encoder, *, normalize: bool, number: int) -> None:
+        """Start with no process.
+
+        Args:
+            encoder: what every process does.
+            normalize: put all text of the records into NFC.
+            number: processes; with 1 all is done here.
+        """
+        self._encoder, self._normalize, self._number = encoder, normalize, number
+        self._alone = ALONE
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the processes, after an error without waiting for what they are at."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=error is None, cancel_futures=True)
+
+    def encode(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, Outcome]]:
+        """Yield (number, outcome) for (number, line), in the same order.
+
+        Raises:
+            DataError: no record can be encoded, or a process was killed.
+        """
+        remaining = iter(lines)
+        here = remaining if self._number == 1 else itertools.islice(remaining, self._alone)
+        for number, line in here:
+            self._alone -= 1
+            yield number, encode_line(line, self._encoder, normalize=self._normalize)
+        waiting: collections.deque[tuple[Sequence[int], Future[list[Outcome]]]] = collections.deque()
+        while piece := list(itertools.islice(remaining, PIECE)):
+            numbers, texts = zip(*piece, strict=True)
+            waiting.append((numbers, self._started().submit(_encode_piece, texts)))
+            if len(waiting) >= PIECES_AHEAD * self._number:
+                yield from _taken(*waiting.popleft())
+        while waiting:
+            yield from _taken(*waiting.popleft())
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self._number,
+                multiprocessing.get_context("spawn"),  # a fork would copy what libraries hold in threads
+                initializer=_begin,
+                initargs=(self._encoder, self._normalize),
+            )
+        return self._pool
+
+
+def _taken(numbers: Sequence[int], future: Future[list[Outcome]]) -> Iterator[tuple[int, Outcome]]:
+    try:
+        outcomes = future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"lines {numbers[0]} and later: a process that encoded them was killed (out of memory?): nothing "
+            "was written; begin again, with fewer processes (--workers)"
+        ) from None
+    return zip(numbers, outcomes, strict=True)
+
+
+def _begin(encoder: Encoder, normalize: bool) -> None:
+    """Make this process a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _ENCODER.append((encoder, normalize))
+    threading.Thread(target=_end_with_parent, name="watch-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is started by multiprocessing"
+    parent.join()
+    os._exit(1)
+
+
+def _encode_piece(lines: Sequence[bytes]) -> list[Outcome]:
+    [(encoder, normalize)] = _ENCODER
+    return [encode_line(line, encoder, normalize=normalize) for line in lines]
