@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
-__all__ = ["evaluate", "export", "prepare", "sample", "train"]
+__all__ = ["evaluate", "export", "preflight", "prepare", "sample", "train"]
 
 Place = str | Path
 Options = TypeVar("Options")
@@ -144,6 +144,53 @@ def train(
             raise RanksFailed(f"{fault}\nthis start saved nothing, so another one may end alike") from None
         raise
     return result
+
+
+def preflight(
+    recipe: Place,
+    overrides: Sequence[str] = (),
+    *,
+    ranks: int | None = None,
+    ranks_per_node: int | None = None,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Do everything that `train` does before its first step, but resuming, on the real ranks.
+
+    The run folder is left as it was.
+
+    Args:
+        recipe: YAML run file.
+        overrides: `key=value` with dotted keys; they have the last word.
+        ranks: as for `train`.
+        ranks_per_node: as for `train`.
+        resume: the run would go on from the run folder's newest checkpoint; False: discard what is there.
+
+    Returns:
+        What ranks compared and measured, as a run's preflight.json has it (docs/launch.md).
+
+    Raises:
+        TideError: a recipe, data or model folder that cannot be used; ranks that differ where they must not.
+        RanksFailed: a rank had a bug, or never came.
+        Stopped: (a KeyboardInterrupt) a signal to stop.
+    """
+    from tide_megatron.base.errors import RanksFailed, RanksLost
+    from tide_megatron.launch.ranks import run_ranks
+    from tide_megatron.train.preflight import check_only
+    from tide_megatron.train.resolve import load_recipe
+
+    resolved, tree = load_recipe(local_path(recipe), overrides)
+    try:
+        found: dict[str, Any] = run_ranks(
+            check_only,
+            (resolved, tree, resume),
+            ranks,
+            resolved.device,
+            ranks_per_node=ranks_per_node,
+            timeout_seconds=resolved.timeout_seconds,
+        )
+    except RanksLost as fault:
+        raise RanksFailed(str(fault)) from None  # nothing was begun that another start could go on with
+    return found
 
 
 def sample(

@@ -79,6 +79,14 @@ def test_both_shapes_give_the_figures_of_one_machine(cluster, tiny, undisturbed,
         assert "node 0 of 2 is up" in run.said()
 
 
+def test_a_preflight_alone_ends_well_and_begins_nothing(cluster, tiny, tmp_path):
+    run = Running(cluster, tiny, tmp_path / "run", preflight_only=True)
+    assert run.ends() == "COMPLETED 0:0", run.said()
+    assert "preflight: " in run.said()
+    assert "4 equal rank(s) each" in run.said()
+    assert [path.name for path in run.folder.iterdir()] == ["jobs"]
+
+
 def test_a_preempted_run_goes_on_elsewhere_and_ends_as_if_nothing_had_been(
     cluster, tiny, undisturbed, tmp_path
 ):

@@ -13,6 +13,20 @@ if TYPE_CHECKING:
 AddMask = Annotated[
     bool, typer.Option("--add-mask", help="Add the mask token to the student's tokenizer where it has none.")
 ]
+TeacherOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FOLDER[,mask=TOKEN][,max_length=N]...",
+        help="Also prepare for a teacher's own tokenizer and template; repeat for several. "
+        "Its samples may have twice --max-length tokens unless said otherwise.",
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes that encode, above a thousand records; default: one a core. Same bytes."
+    ),
+]
 
 
 def prepare(
@@ -34,22 +48,10 @@ def prepare(
         str, typer.Option(help="Bad records: stop, or skip (rejects.jsonl lists them).")
     ] = "stop",
     normalize: Annotated[bool, typer.Option("--normalize", help="Put all text into NFC.")] = False,
-    teacher: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FOLDER[,mask=TOKEN][,max_length=N]...",
-            help="Also prepare for a teacher's own tokenizer and template; repeat for several. "
-            "Its samples may have twice --max-length tokens unless said otherwise.",
-        ),
-    ] = None,
+    teacher: TeacherOption = None,
     add_mask: AddMask = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Processes that encode, above a thousand records; default: one a core. Same bytes."
-        ),
-    ] = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Turn chats into tokens on disk, all or nothing.
 

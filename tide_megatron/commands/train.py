@@ -10,6 +10,24 @@ import typer
 
 from tide_megatron.commands.options import RanksOption, RanksPerNodeOption, Wanted
 
+BranchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FROM",
+        help="Begin with weights and optimizer of another run's checkpoint; short for branch.folder=...",
+    ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print recipe, placement and every fault of what is there, and stop."),
+]
+PreflightOption = Annotated[
+    bool,
+    typer.Option(
+        "--preflight-only", help="Start the ranks, compare and measure them, print what was found, and stop."
+    ),
+]
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML run file.")],
@@ -23,20 +41,12 @@ def train(
     folder: Annotated[
         str | None, typer.Option(help="Run folder; short for folder=... in the recipe.")
     ] = None,
-    branch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FROM",
-            help="Begin with weights and optimizer of another run's checkpoint; short for branch.folder=...",
-        ),
-    ] = None,
+    branch: BranchOption = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on from the run folder, or discard what is there.")
     ] = True,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print recipe, placement and every fault of what is there, and stop."),
-    ] = False,
+    dry_run: DryRunOption = False,
+    preflight_only: PreflightOption = False,
 ) -> None:
     """Train a student, with teachers or without, as a recipe says.
 
@@ -64,6 +74,10 @@ def train(
         print_summary(
             *load_recipe(local_path(recipe), words), planned_ranks(ranks, ranks_per_node), resume=resume
         )
+    elif preflight_only:
+        from tide_megatron import api
+
+        api.preflight(recipe, words, ranks=ranks, ranks_per_node=ranks_per_node, resume=resume)
     else:
         from tide_megatron import api
         from tide_megatron.launch.signals import stopped_code

@@ -36,10 +36,10 @@ from tide_megatron.data.manifest import (
     SideMetadata,
     TokenizerMetadata,
 )
+from tide_megatron.data.parallel_encoder import ParallelEncoder
 from tide_megatron.data.rejects import REJECTS_FILE, OnBad, Rejects
 from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
 from tide_megatron.data.source import Source
-from tide_megatron.data.workers import Workers
 from tide_megatron.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def prepare(
             source.check()
         with (
             replaced_folder(out, fault_kind=DataError) as folder,
-            Workers(encoder, normalize=normalize, number=workers) as processes,
+            ParallelEncoder(encoder, normalize=normalize, number=workers) as processes,
         ):
             manifest = _Preparation(
                 folder, encoder, OnBad(on_bad), normalize=normalize, workers=processes
@@ -145,7 +145,7 @@ class _Preparation:
     """Fills a folder with the columns of all records."""
 
     def __init__(
-        self, folder: Path, encoder: Encoder, on_bad: OnBad, *, normalize: bool, workers: Workers
+        self, folder: Path, encoder: Encoder, on_bad: OnBad, *, normalize: bool, workers: ParallelEncoder
     ) -> None:
         self._encoder, self._normalize, self._workers = encoder, normalize, workers
         self._writer = ColumnWriter(folder, encoder.columns)

@@ -81,6 +81,7 @@ class JobOptions:
         dataclasses.field(default_factory=list)
     )
     python: Annotated[str | None, "The interpreter; default: this one; in a container python3."] = None
+    preflight_only: Annotated[bool, "Let the ranks only compare and measure, as tide train does."] = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, with the option's name.

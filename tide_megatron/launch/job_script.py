@@ -135,7 +135,8 @@ def _step(job: Submission) -> Iterator[str]:
     if job.runs:
         recipe = f'{quoted(job.folder / RECIPES)}/"$SLURM_ARRAY_TASK_ID".yaml'
     ranks = f" --ranks-per-node {job.options.ranks_per_node}" if job.options.shape == "node" else ""
-    start = f"{quoted(job.python)} -m tide_megatron.commands train {recipe}{ranks}"
+    only = " --preflight-only" if job.options.preflight_only else ""
+    start = f"{quoted(job.python)} -m tide_megatron.commands train {recipe}{ranks}{only}"
     yield "step= heard="
     yield "trap 'heard=1; kill -USR1 $step' USR1  # SLURM's warning, which srun hands to all tasks"
     yield "trap 'heard=1' TERM  # the tasks have got it from SLURM themselves"

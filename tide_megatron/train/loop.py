@@ -51,6 +51,8 @@ from tide_megatron.train.guard import Guard
 from tide_megatron.train.history import note_end, note_start, noting_faults
 from tide_megatron.train.last_step import Deadline, LastStep, lost_steps
 from tide_megatron.train.metrics import Metrics
+from tide_megatron.train.preflight import compare_ranks, measure_ranks
+from tide_megatron.train.preflight_report import Preflight, write_preflight
 from tide_megatron.train.profile import Profiler
 from tide_megatron.train.recipe import Recipe
 from tide_megatron.train.resolve import Tree
@@ -89,6 +91,7 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
             lease = stack.enter_context(
                 held_by_first(lambda: held_folder(folder, tree, resume=resume, stop=stop))
             )
+            compared = compare_ranks(recipe, tree, device, resume=resume)
             if resume and (done := _finished(folder, tree, before_reading=True)):
                 return done
             log.info("device: %s", ", ".join(f"{name} {value}" for name, value in device.facts().items()))
@@ -98,10 +101,11 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
             clock = start_or_resume(recipe, tree, setup, resume=resume)
             if resume and (done := _finished(folder, tree, before_reading=False)):
                 return done
+            preflight = measure_ranks(recipe, setup, device, compared)
             saver = make_saver(recipe, tree, setup, lease)
         with stop.finishing("the run ends after its step under way, and saves it", is_last=True):
             _begin_together(stop)
-            _claim(folder, tree, resume, journal, clock)
+            _claim(folder, tree, resume, journal, clock, preflight)
             with (
                 noting_faults(folder if is_first() else None),
                 _open_metrics(recipe, tree, setup, clock, device) as metrics,
@@ -115,13 +119,16 @@ def train(recipe: Recipe, tree: Tree, resume: bool, *, device: Device, stop: Sto
     return result
 
 
-def _claim(folder: Path, tree: Tree, resume: bool, journal: Journal | None, clock: Clock) -> None:
+def _claim(
+    folder: Path, tree: Tree, resume: bool, journal: Journal | None, clock: Clock, preflight: Preflight
+) -> None:
     """Take the run folder, whose checkpoint has been compared, and begin its log. All ranks call it."""
     with fail_together():
         if is_first():
             lost = lost_steps(folder, clock) if resume else None
             claim_folder(folder, tree, resume=resume)
             write_recipe(folder, tree)
+            write_preflight(folder, preflight)
             note_start(folder, clock, lost, dist.get_world_size())
     if journal is not None:
         journal.open(folder / LOG)

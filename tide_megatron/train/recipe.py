@@ -247,6 +247,18 @@ class MetricsOptions:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreflightOptions:
+    """What ranks measure before the first step; what they must have alike is always compared."""
+
+    links: bool = True
+    """Measure latency and rate of every kind of group, about a second, and compare them."""
+    slow: float = Field(default=4.0, gt=1.0)
+    """Warn of a group or a rank whose transfers take so many times the median, on GPUs or several hosts."""
+    clock_seconds: float = Field(default=2.0, gt=0.0)
+    """Warn of a host whose clock is so far from rank 0's."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
     """One run."""
 
@@ -273,6 +285,7 @@ class Recipe:
     guard: Annotated[GuardOptions, MACHINE] = Field(default_factory=GuardOptions)
     checkpoints: Annotated[Checkpoints, MACHINE] = Field(default_factory=Checkpoints)
     metrics: Annotated[MetricsOptions, MACHINE] = Field(default_factory=MetricsOptions)
+    preflight: Annotated[PreflightOptions, MACHINE] = Field(default_factory=PreflightOptions)
     device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"
     """`auto`: CUDA where there is a GPU. `cpu` works on a GPU machine too."""
     attention: Annotated[Literal["auto", "dense", "structured", "flex"], MACHINE, Paper("flex")] = "auto"

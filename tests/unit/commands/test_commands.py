@@ -25,10 +25,10 @@ SURFACE = {
     "prepare": "out sources --tokenizer --max-length --on-long --on-bad --normalize --teacher --add-mask "
     "--replace --workers",
     "train": "recipe overrides --ranks --ranks-per-node --device --folder --branch --resume/--fresh "
-    "--dry-run",
+    "--dry-run --preflight-only",
     "submit": "recipe overrides --nodes --ranks-per-node --shape --partition --account --time --name "
     "--gpus-per-node --cpus-per-rank --container --containers --mount --warning --restarts --chain --sweep "
-    "--env --sbatch --python --check/--no-check --dry-run",
+    "--env --sbatch --python --preflight-only/--no-preflight-only --check/--no-check --dry-run",
     "status": "runs --json --watch",
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --mask --new-tokens --steps --device --precision "

@@ -153,6 +153,8 @@ def test_one_task_a_rank_and_gpus(tmp_path):
         assert f"{line}\n" in script
     assert "--ntasks-per-node=8 --cpus-per-task=12" in script
     assert "--ranks-per-node" not in script.replace("--ntasks-per-node", "")
+    assert "--preflight-only" not in script
+    assert "--preflight-only &\n" in render(job(tmp_path, JobOptions(preflight_only=True)))
 
 
 def test_pyxis_sees_every_folder_once(tmp_path):

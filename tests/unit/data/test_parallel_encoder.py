@@ -11,11 +11,11 @@ import pytest
 
 from tests.small_tokenizer import write_tokenizer
 from tide_megatron.base.errors import ConfigError, DataError, RecordError
-from tide_megatron.data import workers
+from tide_megatron.data import parallel_encoder
+from tide_megatron.data.parallel_encoder import ParallelEncoder
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.rejects import TooLong
 from tide_megatron.data.sample import Encoder, SideChoice, Window
-from tide_megatron.data.workers import Workers
 from tide_megatron.text.tokenizer import Tokenizer
 
 
@@ -26,8 +26,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(workers, "ALONE", 5)
-    monkeypatch.setattr(workers, "PIECE", 3)
+    monkeypatch.setattr(parallel_encoder, "ALONE", 5)
+    monkeypatch.setattr(parallel_encoder, "PIECE", 3)
 
 
 def line(number):
@@ -86,7 +86,7 @@ def test_a_process_that_is_killed_ends_it_with_the_line_and_the_remedy(tokenizer
 
     encoder = Encoder(tokenizer, Window.of(128, "truncate"), {})
     with (
-        Workers(encoder, normalize=False, number=2) as pool,
+        ParallelEncoder(encoder, normalize=False, number=2) as pool,
         pytest.raises(DataError, match=r"^lines \d+ and later: a process .* was killed .*--workers"),
     ):
         list(pool.encode(lines()))
@@ -94,7 +94,7 @@ def test_a_process_that_is_killed_ends_it_with_the_line_and_the_remedy(tokenizer
 
 def test_processes_end_with_the_preparation(tokenizer):
     encoder = Encoder(tokenizer, Window.of(128, "truncate"), {})
-    with Workers(encoder, normalize=False, number=2) as pool:
+    with ParallelEncoder(encoder, normalize=False, number=2) as pool:
         list(pool.encode((number, line(1).encode()) for number in range(40)))
         processes = [process.pid for process in pool._pool._processes.values()]
     end = time.monotonic() + 10

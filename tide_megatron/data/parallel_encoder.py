@@ -50,7 +50,7 @@ def encode_line(line: bytes, encoder: Encoder, *, normalize: bool) -> Outcome:
         return fault, None
 
 
-class Workers:
+class ParallelEncoder:
     """Encodes the lines of one preparation; a context manager, which ends the processes."""
 
     def __init__(self, encoder: Encoder, *, normalize: bool, number: int) -> None:
@@ -65,7 +65,7 @@ class Workers:
         self._alone = ALONE
         self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> ParallelEncoder:
         return self
 
     def __exit__(
