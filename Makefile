@@ -9,6 +9,8 @@
 #   make test-slurm          `tide submit` on a real SLURM of four nodes on this machine (about 2 minutes; Debian, root)
 #   make preempt-test        preempt a run 20 times on that SLURM: is anything lost? (about 10 minutes)
 #   make kill-test           kill a run 100 times: is anything lost? (about 25 minutes)
+#   make chaos               40 faults of twelve kinds in runs: is each noticed, told, recovered from? (20 minutes; root)
+#   make chaos-sample        three of them in one run (about 40 seconds)
 #   make gpu-rehearse        the GPU check in small, on a CPU (about a minute; `make test` makes it too)
 #   make gpu-assets          what the GPU check needs, made on a CPU machine: .gpu/ (about 5 minutes)
 #   make gpu-check           what CUDA has to prove, on a machine with a GPU and .gpu/ (at most 8 minutes)
@@ -38,7 +40,7 @@ SOURCES = tide_megatron tools examples tests
 .PHONY: help quickstart quickstart-full quickstart-models \
   cross-tokenizer cross-tokenizer-full cross-models shared-tokenizer shared-tokenizer-full \
   gpu-assets gpu-check gpu-bench gpu-rehearse test test-ranks test-unit test-all test-312 test-slurm preempt-test \
-  check faults kill-test format environment clean
+  check faults kill-test chaos chaos-sample format environment clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -122,6 +124,12 @@ preempt-test: $(BUILT)
 
 kill-test: $(BUILT)
 	$(BIN)/python tools/kill_test.py
+
+chaos: $(BUILT)
+	$(BIN)/python tools/chaos.py
+
+chaos-sample: $(BUILT)
+	$(BIN)/python -m pytest -q tests/parallel/test_chaos.py
 
 gpu-rehearse: $(BUILT)
 	PYTHONPATH=.:tools $(BIN)/python -m gpu_check --rehearse --out $(GPU_OUT)

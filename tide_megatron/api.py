@@ -138,7 +138,8 @@ def train(
         )
     except (RanksFailed, TideError) as fault:
         folder = Path(resolved.folder)
-        note_failure(folder, str(fault))  # of ranks that could not
+        host = fault.host if isinstance(fault, RanksLost) else ""
+        note_failure(folder, str(fault), host)  # of ranks that could not
         if isinstance(fault, RanksLost) and not has_saved(folder):
             raise RanksFailed(f"{fault}\nthis start saved nothing, so another one may end alike") from None
         raise

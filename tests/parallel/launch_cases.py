@@ -146,6 +146,10 @@ def stand_still(folder, how, *, device, stop):
         HEARTBEAT.update()
 
 
+def fall_asleep(folder, *, device, stop):
+    stand_still(folder, "asleep", device=device, stop=stop)
+
+
 def wait_for_ever(how):
     if how == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -187,10 +191,10 @@ def main():
         if os.environ.get("NNODES")
         else {"num_ranks": int(num_ranks) or None}
     )
+    here["hang_seconds"] = float(os.environ.get("HANG_SECONDS", "0")) or None
+    here["grace_seconds"] = grace_seconds
     try:
-        print(
-            "value", run_ranks(globals()[name], (folder,), device="cpu", grace_seconds=grace_seconds, **here)
-        )
+        print("value", run_ranks(globals()[name], (folder,), device="cpu", **here))
     except TideError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

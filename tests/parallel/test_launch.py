@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,29 @@ def test_what_may_take_longer_is_no_hang_and_nothing_is_left(tmp_path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_ranks(cases.finish_slowly, ("",), 2, "cpu", hang_seconds=1.0) == "finished"
     assert list(tmp_path.glob("tide-ranks-*")) == []
+
+
+def test_ranks_without_a_launcher_look_at_themselves(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "HANG_SECONDS": "2"}
+    ranks = [
+        subprocess.Popen(
+            [*COMMAND, "fall_asleep", "0", str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1], "nothing was saved"
+    for number, where in ((1, "nothing new in teacher after 3 updates"), (0, "nothing new in exchange")):
+        assert f"rank {number} stands still or waits for one that does: for 3 s {where}" in said[number]
+    assert 'launch_cases.py", line' in said[1]
+    assert "in wait_for_ever" in said[1]
+    assert "in barrier" in said[0]
 
 
 def within(seconds, condition, what):

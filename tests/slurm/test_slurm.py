@@ -21,6 +21,7 @@ from tests.unit.base.test_nodes import LISTS
 from tide_megatron import api
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.nodes import expand_nodes
+from tide_megatron.checkpoint.retention import listed
 from tide_megatron.launch.job import directive
 from tide_megatron.launch.status import look
 from tide_megatron.train.history import read_history
@@ -140,22 +141,34 @@ def test_a_rank_that_is_killed_ends_the_job_on_all_nodes_with_its_name(cluster, 
     )
 
 
-def test_a_rank_that_is_killed_after_a_save_costs_no_more_than_an_interval(
+def test_ranks_killed_after_a_save_cost_an_interval_each_and_a_host_that_lost_two_is_left_out(
     cluster, tiny, undisturbed, tmp_path
 ):
     run = Running(cluster, tiny, tmp_path / "run")
-    cluster.within(90, lambda: list(run.folder.glob("checkpoints/step-*[0-9]")), run.told)
+    cluster.within(180, lambda: list(run.folder.glob("checkpoints/step-*[0-9]")), run.told)
     assert look(run.folder).state == "training"
     os.kill(one_rank_of(run), signal.SIGKILL)
-    run.is_back(restarts=1)
+    run.is_back(restarts=1, seconds=120)
     assert look(run.folder).state == "failed, queued again"
+    saved = listed(run.folder / "checkpoints")[-1]
     cluster.start_now(run.job)
-    assert run.ends() == "COMPLETED 0:0", run.said()
+    cluster.within(180, lambda: listed(run.folder / "checkpoints")[-1] != saved, run.told)
+    os.kill(one_rank_of(run), signal.SIGKILL)
+    run.is_back(restarts=2, seconds=120)
+    cluster.within(60, lambda: "ExcNodeList=127.0.0.2\n" in run.facts(), run.told)
+    cluster.start_now(run.job)
+    cluster.within(120, run.is_running, run.told)
+    nodes = expand_nodes(run.nodes(), "nodes")
+    assert run.ends(240) == "COMPLETED 0:0", run.said()
     assert figures(run.folder) == undisturbed
-    first, second = read_history(run.folder)
-    assert "was killed by SIGKILL" in first.why
-    assert 0 <= second.lost <= 16, "the save under way is not whole"
-    assert (second.end, second.restarts, look(run.folder).state) == ("finished", 1, "finished")
+    first, second, third = read_history(run.folder)
+    for start in (first, second):
+        assert "was killed by SIGKILL" in start.why
+        assert start.lost_on == "127.0.0.2", "the node that is no first task's"
+    for start in (second, third):
+        assert 0 <= start.lost <= 16, "the save under way is not whole"
+    assert "127.0.0.2" not in nodes
+    assert (third.end, third.restarts, look(run.folder).state) == ("finished", 2, "finished")
 
 
 def test_lists_of_nodes_are_read_as_scontrol_reads_them(cluster):

@@ -58,6 +58,11 @@ class RanksFailed(Exception):
 class RanksLost(RanksFailed):
     """A rank was killed or stood still: nothing is known against the run, and the same command goes on."""
 
+    def __init__(self, message: str, host: str = "") -> None:
+        """Keep which host it was on; empty: nobody knows."""
+        super().__init__(message)
+        self.host = host
+
 
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and what it was raised from or during, the last one first."""

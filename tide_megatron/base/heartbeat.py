@@ -30,9 +30,11 @@ class Heartbeat:
     def __init__(self) -> None:
         """Begin with nobody who reads it."""
         self._pulse: Any = None
+        self.has_saved = False
+        """Whether a checkpoint has become whole in this process's life."""
 
     def show(self, pulse: Any) -> None:
-        """Write into a `Pulse` from now on."""
+        """Write into a `Pulse` from now on; None: nowhere."""
         self._pulse = pulse
 
     def beat(self, phase: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import logging.handlers
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -46,6 +47,17 @@ class _Lines(logging.Handler):
         self._console.print(self.format(record), soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
+class _JournalFile(logging.FileHandler):
+    """A file of messages; a disk that refuses one is told once, and the file takes no more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Fall silent."""
+        if self.level <= logging.CRITICAL:
+            self.setLevel(logging.CRITICAL + 1)
+            fault = sys.exc_info()[1]
+            logging.getLogger(__name__).warning("%s: not written any more (%s)", self.baseFilename, fault)
+
+
 class Journal:
     """A file that everything is written into that this process says; what came before it is open, too."""
 
@@ -66,7 +78,7 @@ class Journal:
             path: of the file.
         """
         try:
-            self._file = logging.FileHandler(path, encoding="utf-8")
+            self._file = _JournalFile(path, encoding="utf-8")
         except OSError as fault:
             self.close()
             logging.getLogger(__name__).warning("%s: not written (%s)", path, fault)

@@ -32,6 +32,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.disk import disk_words
 from tide_megatron.base.errors import CheckpointError, TideError, causes, last_line
 from tide_megatron.base.files import PARTIAL, Digests, commit_folder, write_digests
+from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.lease import Lease
 from tide_megatron.checkpoint.metadata import CheckpointMetadata, RunIdentity
 from tide_megatron.checkpoint.planner import ShardPlanner, Staging
@@ -193,6 +194,7 @@ class Saver:
                 raise save.fault
         if save.is_gathered:
             self.times.append(save.times)
+            HEARTBEAT.has_saved = True
             log.info(
                 "%s: training waited %.2f s, written in %.2f s", save.name, save.times.stall, save.times.write
             )

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tide_megatron.launch.job import JobOptions, directive, log_pattern, mounts, one_line, quoted
+from tide_megatron.launch.lost_hosts import VARIABLE as LOST_HOSTS
 from tide_megatron.launch.signals import LOST_CODE, STOPPED_CODE
 
 SCRIPT, CODE, RECIPE, RECIPES = "job.sbatch", "code", "recipe.yaml", "recipes"
@@ -114,6 +115,8 @@ def _environment(job: Submission) -> Iterator[str]:
     yield "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node do not meet"
     number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.runs else "$SLURM_JOB_ID"
     yield f'job="{number}"'
+    if _leaves_out(job):
+        yield f'export {LOST_HOSTS}={quoted(job.folder)}/"$job".lost_hosts'
     yield "# The run saves before it; a container may have no squeue to ask."
     yield (
         "export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date +%s "
@@ -148,6 +151,11 @@ def _step(job: Submission) -> Iterator[str]:
     yield 'while wait "$step"; code=$?; [ -n "$heard" ]; do heard=; done'
 
 
+def _leaves_out(job: Submission) -> bool:
+    """Say whether the job leaves hosts out that fail again: our launchers tell them, and it starts again."""
+    return job.requeues and job.options.shape == "node"
+
+
 def _image(job: Submission) -> str:
     """Return the words that put a task into its container, with a blank behind them."""
     kind, image = job.options.runs_images, job.options.container
@@ -177,6 +185,17 @@ def _requeue(job: Submission) -> Iterator[str]:
     yield "  else"
     yield '    echo "job $job puts itself back into the queue"'
     yield '    scontrol requeue "$job"'
+    if _leaves_out(job):
+        yield f'    lost=$(sort -u "${LOST_HOSTS}" 2>/dev/null | cut -d" " -f2)'
+        yield '    hosts=$(echo "$lost" | sort | uniq -d | paste -sd,)'
+        yield '    if [ -n "$hosts" ]; then'
+        yield '      echo "ranks were lost on $hosts in two starts or more: the next ones leave it out"'
+        yield "      # Only of a job that waits, and the requeue ends what this shell runs just then."
+        yield "      for try in 1 2 3 4 5; do"
+        yield '        scontrol update JobId="$job" ExcNodeList="$hosts" 2>/dev/null && break'
+        yield "        sleep 1"
+        yield "      done"
+        yield "    fi"
     yield "  fi"
     yield "fi"
     yield 'exit "$code"'

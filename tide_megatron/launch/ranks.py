@@ -19,13 +19,15 @@ from tide_megatron.platform.distributed import TIMEOUT_SECONDS
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from tide_megatron.base.device import Ranks, Wanted, read_ranks
-from tide_megatron.base.errors import ConfigError, RanksFailed, TideError
+from tide_megatron.base.errors import ConfigError, RanksFailed, RanksLost, TideError
 from tide_megatron.base.log import start_log
 from tide_megatron.base.startup import STARTUP
 from tide_megatron.base.stop import StopFlag, Stopped
-from tide_megatron.launch.nodes import meet_nodes, read_node
+from tide_megatron.launch.lost_hosts import note_lost_host
+from tide_megatron.launch.nodes import Nodes, meet_nodes, read_node
 from tide_megatron.launch.signals import watch_signals
 from tide_megatron.launch.supervisor import supervise
+from tide_megatron.launch.watchdog import watching_itself
 from tide_megatron.launch.worker import Job, RankFunction, is_echo, run_here
 
 GRACE_SECONDS, JOB_GRACE_SECONDS = 120.0, 3600.0
@@ -59,7 +61,7 @@ def run_ranks(
         ranks_per_node: start so many here, as the launcher of one of the nodes (`launch.nodes.read_node`).
         grace_seconds: time for saving after a stop signal; None: 120 s, in a job of SLURM's an hour.
         timeout_seconds: how long a collective waits for a rank that never comes.
-        hang_seconds: how long a rank that was started here may stand still in a step; None: nobody looks.
+        hang_seconds: how long a rank may stand still in a step; None: nobody looks.
 
     Raises:
         TideError: what one of the ranks raised, with the rank named.
@@ -95,10 +97,19 @@ def _run_nodes(job: Job, num_ranks: int | None, ranks_per_node: int, grace_secon
     count = _world_of(ranks_per_node, place, num_ranks)
     with watch_signals() as stop:
         if place is None:
-            return supervise(job, count, grace_seconds)
+            return _supervise_noting(job, count, grace_seconds, None)
         with stop.ending():
-            nodes = meet_nodes(place, job.timeout_seconds)
-        return supervise(job, ranks_per_node, grace_seconds, nodes)
+            nodes = meet_nodes(place, job.timeout_seconds, job.hang_seconds)
+        return _supervise_noting(job, ranks_per_node, grace_seconds, nodes)
+
+
+def _supervise_noting(job: Job, num_ranks: int, grace_seconds: float, nodes: Nodes | None) -> Any:
+    """Supervise, and note the host of a rank that was lost."""
+    try:
+        return supervise(job, num_ranks, grace_seconds, nodes)
+    except RanksLost as loss:
+        note_lost_host(loss.host)
+        raise
 
 
 def planned_ranks(num_ranks: int | None, ranks_per_node: int | None) -> int:
@@ -154,7 +165,8 @@ def _run_given(job: Job, ranks: Ranks, stop: StopFlag) -> Any:
     """Run as the rank that torchrun or srun made this process; torchrun's summary learns the first error."""
     start_log(ranks.rank)
     try:
-        return record(run_here)(job, ranks, stop)
+        with watching_itself(ranks.rank, job.hang_seconds):
+            return record(run_here)(job, ranks, stop)
     except TideError as error:
         raise type(error)(f"[rank {ranks.rank} of {ranks.world_size}] {error}") from error
     except Exception as error:

@@ -36,7 +36,8 @@ from typing import Any
 from tide_megatron.base.device import Wanted, check_gpus, choose_kind
 from tide_megatron.base.errors import RanksFailed, RanksLost, TideError
 from tide_megatron.base.stop import Stopped
-from tide_megatron.launch.nodes import Nodes, Word
+from tide_megatron.launch.lost_hosts import own_host
+from tide_megatron.launch.nodes import LISTEN_SECONDS, Nodes, Word
 from tide_megatron.launch.rendezvous import own_store
 from tide_megatron.launch.signals import LEAVE_SIGNAL, STOPPED_CODE, relayed_to, signals_held
 from tide_megatron.launch.watchdog import Life, Watchdog
@@ -245,7 +246,7 @@ class _Rank:
 
     def fail(self, text: str, *, is_loss: bool) -> None:
         """Note how it failed, seen from here."""
-        self.outcome = Failure(rank=self.number, at_seconds=time.time(), text=text, is_loss=is_loss)
+        self.outcome = Failure(rank=self.number, at_seconds=time.monotonic(), text=text, is_loss=is_loss)
 
     @property
     def pid(self) -> int:
@@ -323,7 +324,7 @@ def _exchange(ranks: Sequence[_Rank], relay: _Relay, nodes: Nodes) -> bool:
         if isinstance(outcome, Halted):
             nodes.tell_end("halted", outcome.reason)
         if isinstance(outcome, Failure) and not outcome.is_echo:
-            nodes.tell_end("failed" if outcome.error is None else "fault", outcome.told)
+            nodes.tell_end(outcome.ending, outcome.told)
     if relay.heard is not None:
         nodes.tell_stop(relay.heard.name)
     nodes.look()
@@ -335,17 +336,24 @@ def _exchange(ranks: Sequence[_Rank], relay: _Relay, nodes: Nodes) -> bool:
 
 
 def _first_word(ranks: Sequence[_Rank], nodes: Nodes | None) -> Word | None:
-    """Return why another node ended first, where it is not known whether ranks here only lost their peers."""
+    """Return why another node ended first, where it is not known whether ranks here only lost their peers.
+
+    Where no node says why, the one that gives no sign is the cause; node 0 knows it, and tells the others.
+    """
     if nodes is None:
         return None
     failures = [rank.outcome for rank in ranks if isinstance(rank.outcome, Failure)]
-    end = time.monotonic() + SETTLE_SECONDS * bool(failures)
+    is_echo = bool(failures) and all(failure.is_echo for failure in failures)
+    patience = 2 * LISTEN_SECONDS + SETTLE_SECONDS * (2 if nodes.place.rank else 1)
+    end = time.monotonic() + patience * is_echo
     nodes.look(at_once=True)
-    while nodes.end() is None and time.monotonic() < end and all(failure.is_echo for failure in failures):
+    while nodes.end() is None and time.monotonic() < end:
         time.sleep(0.1)
         nodes.look(at_once=True)
+    if is_echo:
+        nodes.miss_peers()
     if failures:
-        nodes.tell_end("failed", failures[0].told)
+        nodes.tell_end(failures[0].ending, failures[0].told)
     return nodes.end()
 
 
@@ -384,7 +392,7 @@ def first_failure(failures: Sequence[Failure], world_size: int) -> TideError | R
     first = min(failures, key=lambda failure: (failure.is_echo, failure.at_seconds))
     who = f"rank {first.rank} of {world_size}"
     if first.error is None:
-        kind = RanksLost if first.is_loss else RanksFailed
-        return kind(f"{who} failed first: {first.text}")
+        text = f"{who} failed first: {first.text}"
+        return RanksLost(text, own_host()) if first.is_loss else RanksFailed(text)
     everybody = sum(str(failure.error) == str(first.error) for failure in failures) == world_size
     return first.error if everybody else type(first.error)(f"{first.error} (seen by {who})")

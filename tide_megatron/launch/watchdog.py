@@ -5,24 +5,33 @@ for too long, all ranks write their Python stacks, which works in a rank whose i
 collective, and the one that the others seem to wait for is named. A rank that was stopped by a
 signal, or waits for a disk, cannot write; its state as the kernel sees it is told instead.
 
-This is the launcher's: ranks that srun or torchrun started have only the timeout of their collectives.
+A rank that srun or torchrun started has no launcher: a thread of its own looks (`watching_itself`). It sees
+nothing of the others, and is deaf where C code holds the interpreter; then the others notice that they wait.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
+import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tide_megatron.base.heartbeat import Pulse
+from tide_megatron.base.heartbeat import HEARTBEAT, Pulse
 from tide_megatron.base.phases import PHASES
+from tide_megatron.launch.signals import LOST_CODE
+
+log = logging.getLogger(__name__)
 
 STACKS_SIGNAL = signal.SIGQUIT
 """At it a rank writes the stacks of its threads."""
@@ -31,6 +40,8 @@ STACKS_SECONDS = 2.0
 SLOW_PHASES, SLOW_FACTOR = ("evaluate", "checkpoint", ""), 4.0
 """What may take so many times as long; so may the first update, which compiles."""
 EVERY_SECONDS = 1.0
+JUMP_SECONDS = 10.0
+"""A time of day that moves by more than this against the monotonic clock is told."""
 _LINES, _MOST_TOLD = 12, 8
 _COLLECTIVE = "distributed_c10d.py"
 """The file that a rank is in while it waits for others."""
@@ -74,6 +85,7 @@ class Watchdog:
         self._folder: Path | None = None
         self._next = 0.0
         self._is_kept = False
+        self._ahead = time.time() - time.monotonic()
 
     def __enter__(self) -> Watchdog:
         """Make the folder."""
@@ -100,14 +112,22 @@ class Watchdog:
         now = time.monotonic()
         if self._limit is None or now < self._next:
             return None
+        limit = self._limit
         self._next = now + EVERY_SECONDS
+        self._look_at_clock(now)
         seen = [_Sight.of(rank, now) for rank in ranks if rank.life.pulse.at]
-        return self._report(seen) if any(self._is_late(sight) for sight in seen) else None
+        return self._report(seen) if any(sight.is_late(limit) for sight in seen) else None
 
-    def _is_late(self, sight: _Sight) -> bool:
-        assert self._limit is not None, "asked while it watches"
-        is_slow = sight.phase in SLOW_PHASES or not sight.updates
-        return sight.seconds > self._limit * (SLOW_FACTOR if is_slow else 1.0)
+    def _look_at_clock(self, now: float) -> None:
+        """Say when the time of day has jumped; nothing but the times in logs and records depends on it."""
+        ahead = time.time() - now
+        if abs(ahead - self._ahead) > JUMP_SECONDS:
+            log.warning(
+                "the clock of this machine jumped by %+.0f s: times in logs and records jump with it; the "
+                "run is timed by another clock and goes on",
+                ahead - self._ahead,
+            )
+        self._ahead = ahead
 
     def _report(self, seen: Sequence[_Sight]) -> tuple[int, str]:
         """Let all ranks write their stacks, and say which stands still, and what the others wait in."""
@@ -144,16 +164,25 @@ class _Sight:
     @staticmethod
     def of(rank: Watched, now: float) -> _Sight:
         """Look at a rank."""
-        pulse = rank.life.pulse
+        return _Sight.at(rank.life.pulse, rank.number, rank.pid, rank.life.stacks, now)
+
+    @staticmethod
+    def at(pulse: Any, number: int, pid: int, stacks: str, now: float) -> _Sight:
+        """Look at what a rank shows."""
         return _Sight(
-            number=rank.number,
-            pid=rank.pid,
-            stacks=rank.life.stacks,
+            number=number,
+            pid=pid,
+            stacks=stacks,
             seconds=now - pulse.at,
             updates=pulse.updates,
             phase=pulse.phase.decode(),
-            state=_state(rank.pid),
+            state=_state(pid),
         )
+
+    def is_late(self, limit: float) -> bool:
+        """Say whether it has shown nothing new for longer than it may."""
+        is_slow = self.phase in SLOW_PHASES or not self.updates
+        return self.seconds > limit * (SLOW_FACTOR if is_slow else 1.0)
 
     def blame(self, stack: Sequence[str]) -> tuple[Any, ...]:
         """Return what orders ranks: first the one that the others wait for, as far as can be told.
@@ -172,6 +201,44 @@ class _Sight:
             f"{self.updates} updates, pid {self.pid} {_STATES.get(self.state, 'ended')}, in "
             f"{_innermost(stack) or 'code that wrote no stack'}"
         )
+
+
+@contextlib.contextmanager
+def watching_itself(number: int, hang_seconds: float | None) -> Iterator[None]:
+    """End this rank, which has no launcher, when it stands still while the block runs; its stacks are told.
+
+    Args:
+        number: of the rank.
+        hang_seconds: so long may it show nothing new; None: nobody looks.
+    """
+    if hang_seconds is None:
+        yield
+        return
+    pulse, is_over = Pulse(), threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(EVERY_SECONDS):
+            sight = _Sight.at(pulse, number, os.getpid(), "", time.monotonic())
+            if pulse.at and sight.is_late(hang_seconds):
+                _end_itself(sight)
+
+    HEARTBEAT.show(pulse)
+    threading.Thread(target=look, name="watchdog", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        HEARTBEAT.show(None)
+
+
+def _end_itself(sight: _Sight) -> None:
+    """Tell what this process is at, and end it where it stands."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    calls = reversed(traceback.extract_stack(frame))
+    stack = [f'File "{call.filename}", line {call.lineno} in {call.name}' for call in calls]
+    log.error("rank %d stands still or waits for one that does: %s", sight.number, sight.told(stack))
+    faulthandler.dump_traceback(all_threads=True)
+    os._exit(LOST_CODE if HEARTBEAT.has_saved else 1)
 
 
 def _state(pid: int) -> str:

@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tide_megatron.platform import prepare_platform
 from tide_megatron.platform.distributed import TIMEOUT_SECONDS, start_distributed, stop_distributed
@@ -96,13 +96,20 @@ class Failure:
 
     rank: int
     at_seconds: float
-    """Time of day; ranks of one machine share the clock, so the earliest is the cause."""
+    """On the monotonic clock, which ranks of one machine share, so the earliest is the cause."""
     text: str
     error: TideError | None = None
     is_loss: bool = False
     """It was killed, or stood still."""
     is_echo: bool = False
     """Only the loss of another rank was seen."""
+
+    @property
+    def ending(self) -> Literal["fault", "lost", "failed"]:
+        """What kind of end it is to other nodes."""
+        if self.error is not None:
+            return "fault"
+        return "lost" if self.is_loss else "failed"
 
     @property
     def told(self) -> str:
@@ -162,7 +169,7 @@ def _end_with_parent() -> None:
 def _failure(rank: int, error: BaseException) -> Failure:
     return Failure(
         rank=rank,
-        at_seconds=time.time(),
+        at_seconds=time.monotonic(),
         text="".join(traceback.format_exception(error)),
         error=error if isinstance(error, TideError) else None,
         is_echo=is_echo(error),

@@ -56,6 +56,8 @@ class Start:
     """From the command to the end of its first update; None: it came to none."""
     startup: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     """Part of that -> longest seconds of any rank, and the rank (`train.startup`)."""
+    lost_on: str = ""
+    """The host of a rank that was lost."""
     is_seen: bool = False
     """Whoever started the ranks told the end."""
 
@@ -80,11 +82,16 @@ def note_end(folder: Path, end: End, why: str = "", step: int | None = None) -> 
         _add(folder, {"ended_at": now(), "end": end, "why": _short(why), "last_step": step})
 
 
-def note_failure(folder: Path, why: str) -> None:
+def note_failure(folder: Path, why: str, lost_on: str = "") -> None:
     """Add why ranks failed, as whoever started them knows it. Not a collective.
 
     It goes before what the first rank said, which may only have lost its peers. A start that was refused
     because another one trains says nothing of that one.
+
+    Args:
+        folder: of the run.
+        why: what is known.
+        lost_on: the host of a rank that was lost.
     """
     with contextlib.suppress(OSError):
         starts = read_history(folder)
@@ -92,7 +99,8 @@ def note_failure(folder: Path, why: str) -> None:
             return
         is_news = _short(why) not in starts[-1].why and not starts[-1].is_seen
         if starts[-1].end is None or (starts[-1].end == "failed" and is_news):
-            _add(folder, {"ended_at": now(), "end": "failed", "why": _short(why), "is_seen": True})
+            line = {"ended_at": now(), "end": "failed", "why": _short(why), "lost_on": lost_on}
+            _add(folder, line | {"is_seen": True})
 
 
 def has_saved(folder: Path) -> bool:

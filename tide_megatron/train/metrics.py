@@ -29,6 +29,7 @@ from tide_megatron.train.cost import Cost, Devices
 from tide_megatron.train.progress import Progress
 from tide_megatron.train.recipe import MetricsOptions
 from tide_megatron.train.sinks import JsonLines, Record, Sink, TensorBoard, WeightsAndBiases, guarded
+from tide_megatron.train.slow_ranks import SlowRanks
 from tide_megatron.train.status import StatusPage
 
 PAUSES = ("evaluate", "checkpoint")
@@ -81,7 +82,7 @@ class Metrics:
         hosts = gather_objects(platform.node())
         if recipe is not None:
             self._progress = Progress(clock)
-            self._sinks = [self._progress, JsonLines(folder, clock)]
+            self._sinks = [self._progress, JsonLines(folder, clock), SlowRanks(hosts)]
             self._sinks.append(guarded("status.html", lambda: StatusPage(folder, clock, hosts)))
             if options.tensorboard:
                 self._sinks.append(guarded("tensorboard", lambda: TensorBoard(folder, clock)))

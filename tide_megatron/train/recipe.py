@@ -301,7 +301,7 @@ class Recipe:
     hang_seconds: Annotated[float | None, MACHINE] = Field(default=None, ge=1.0, le=604_800.0)
     """How long a rank may stand still in a phase of a step before its launcher writes down what all ranks are
     at and ends them; saves, evaluations and the first update may take four times as long; null: half of
-    `timeout_seconds`. Ranks of srun or torchrun have no launcher that looks."""
+    `timeout_seconds`. Ranks of srun or torchrun look at themselves."""
 
     @property
     def terms(self) -> dict[str, Loss]:

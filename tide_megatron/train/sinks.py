@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.disk import disk_faults
+from tide_megatron.base.errors import TideError
 from tide_megatron.base.files import write_text
 from tide_megatron.base.units import now
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
+_GOES_ON = "; the run goes on from its last whole checkpoint"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,11 @@ class JsonLines:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Raises:
+            TideError: the disk refuses.
+        """
         clock = record.clock
         facts = {
             "kind": record.kind,
@@ -68,12 +75,14 @@ class JsonLines:
             "time": now(),
         }
         values = {name: value if math.isfinite(value) else None for name, value in record.values.items()}
-        self._file.write(json.dumps({**facts, **values}) + "\n")
-        self._file.flush()
+        with disk_faults(self.path, TideError, _GOES_ON):
+            self._file.write(json.dumps({**facts, **values}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk has refused already is refused once more."""
+        with disk_faults(self.path, TideError, _GOES_ON):
+            self._file.close()
 
     def _drop_later(self, consumed: int) -> None:
         """Keep whole lines up to `consumed` samples; a line that a kill cut short goes too."""

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -82,3 +83,16 @@ def test_a_journal_that_cannot_be_written_is_told_and_ends_nothing(tmp_path):
     journal.close()
     assert "run.log: not written" in text.getvalue()
     assert len(logging.getLogger(ROOT).handlers) == 1
+
+
+def test_a_journal_whose_disk_is_full_is_told_once(capsys):
+    text = io.StringIO()
+    start_log(console=Console(file=text))
+    journal = Journal()
+    journal.open(Path("/dev/full"))
+    for _ in range(3):
+        logging.getLogger(f"{ROOT}.x").info("word")
+    journal.close()
+    assert text.getvalue().count("/dev/full: not written any more") == 1
+    assert text.getvalue().count("No space left on device") == 1
+    assert capsys.readouterr().err == ""

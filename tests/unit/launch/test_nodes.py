@@ -1,13 +1,16 @@
 """Which node a launcher is, and what launchers tell each other through the store."""
 
 import os
+import threading
+import time
 
 import pytest
 from torch.distributed import HashStore
 
 from tide_megatron.base.device import Ranks
-from tide_megatron.base.errors import ConfigError, RanksFailed, TideError
+from tide_megatron.base.errors import ConfigError, RanksFailed, RanksLost, TideError
 from tide_megatron.base.stop import Stopped
+from tide_megatron.launch import nodes as nodes_module
 from tide_megatron.launch.nodes import Nodes, read_node
 from tide_megatron.launch.ranks import planned_ranks
 
@@ -92,13 +95,31 @@ def test_what_is_no_launchers_place_is_named(machine, variables, said):
         read_node()
 
 
+@pytest.fixture
 def three_nodes():
     store = HashStore()
-    return [Nodes(Ranks(rank=node, local_rank=0, world_size=3), store) for node in range(3)]
+    nodes = [Nodes(place(node, 3), store) for node in range(3)]
+    yield nodes
+    leave_all(nodes)
 
 
-def test_the_first_end_of_a_node_is_heard_by_the_others_alone():
-    first, second, third = three_nodes()
+def place(node, count):
+    return Ranks(rank=node, local_rank=0, world_size=count)
+
+
+@pytest.fixture(autouse=True)
+def short_farewells(monkeypatch):
+    monkeypatch.setattr(nodes_module, "LEAVE_SECONDS", 0.3)
+
+
+def leave_all(nodes):
+    """Leave together, as launchers do; node 0 waits for the others."""
+    for each in reversed(nodes):
+        each.leave()
+
+
+def test_the_first_end_of_a_node_is_heard_by_the_others_alone(three_nodes):
+    first, second, third = three_nodes
     second.tell_end("fault", "rank 5: steps: 0 is not valid")
     third.tell_end("failed", "rank 9 lost its peers")
     for nodes in (first, second, third):
@@ -111,35 +132,103 @@ def test_the_first_end_of_a_node_is_heard_by_the_others_alone():
         assert nodes.stop() is None
 
 
-@pytest.mark.parametrize(("kind", "error"), [("failed", RanksFailed), ("halted", Stopped)])
-def test_an_end_is_raised_as_what_it_was(kind, error):
-    first, second, _ = three_nodes()
+@pytest.mark.parametrize(
+    ("kind", "error"), [("failed", RanksFailed), ("lost", RanksLost), ("halted", Stopped)]
+)
+def test_an_end_is_raised_as_what_it_was(three_nodes, kind, error):
+    first, second, _ = three_nodes
     second.tell_end(kind, "SIGTERM")
     first.look(at_once=True)
     assert type(first.end().error) is error
 
 
-def test_a_request_and_an_end_do_not_hide_each_other():
-    first, second, _ = three_nodes()
+def test_a_request_and_an_end_do_not_hide_each_other(three_nodes):
+    first, second, _ = three_nodes
     second.tell_stop("SIGUSR1")
-    first.look()
+    first.look(at_once=True)
     assert (first.stop().text, first.stop().node, first.end()) == ("SIGUSR1", 1, None)
     second.tell_end("failed", "rank 2: it was killed")
-    first.look()
-    assert first.end() is None, "the store is asked twice a second at most"
     first.look(at_once=True)
     assert first.end().text == "rank 2: it was killed"
 
 
+class Gone:
+    """A store whose node has gone."""
+
+    def check(self, *arguments):
+        raise RuntimeError("Connection reset by peer")
+
+    compare_set = add = check
+
+
+class Silent:
+    """A store behind a network that was cut: its answers never come."""
+
+    def check(self, *arguments):
+        threading.Event().wait()
+
+    compare_set = add = check
+
+
 def test_a_store_that_has_gone_is_the_end_of_node_0():
-    class Gone:
-        def check(self, *arguments):
-            raise RuntimeError("Connection reset by peer")
-
-        compare_set = add = check
-
-    nodes = Nodes(Ranks(rank=1, local_rank=0, world_size=2), Gone())
+    nodes = Nodes(place(1, 2), Gone())
     nodes.tell_stop("SIGTERM")
     nodes.look()
+    assert isinstance(nodes.end().error, RanksLost)
     assert str(nodes.end().error).startswith("node 0 failed first: its launcher has gone")
     nodes.leave()
+
+
+def until_an_end(nodes, seconds=8):
+    """Look as a launcher does, until an end is known."""
+    started = time.monotonic()
+    while nodes.end() is None:
+        assert time.monotonic() - started < seconds, "nothing was noticed"
+        time.sleep(0.05)
+        nodes.look()
+    assert isinstance(nodes.end().error, RanksLost)
+    return str(nodes.end().error), time.monotonic() - started
+
+
+def test_a_store_that_never_answers_is_the_end_of_node_0():
+    nodes = Nodes(place(1, 2), Silent(), silence_seconds=2.0)
+    said, seconds = until_an_end(nodes)
+    assert said == ("node 0 failed first: no sign of life for 2 s: its machine or its network is down")
+    assert seconds < 6
+    started = time.monotonic()
+    nodes.leave()
+    assert time.monotonic() - started < 1, "nobody is left to say farewell to"
+
+
+def test_a_node_without_signs_of_life_is_missed_by_node_0_and_told_to_the_others():
+    store = HashStore()
+    first, second, third = (Nodes(place(node, 3), store, silence_seconds=2.0) for node in range(3))
+    second._tasks.put(None)  # its thread ends as in a process that was killed
+    said, _ = until_an_end(first)
+    assert said.startswith("node 1 failed first: no sign of life for 2 s")
+    third.look(at_once=True)
+    assert str(third.end().error) == said
+    leave_all((first, second, third))
+
+
+def test_where_ranks_have_lost_their_peers_a_silent_node_is_found_sooner(three_nodes):
+    first, second, third = three_nodes
+    second._tasks.put(None)
+    first.miss_peers()
+    assert first.end() is None, "it has just given a sign"
+    time.sleep(2.8)
+    first.miss_peers()
+    assert first.end().node == 1
+    third.look(at_once=True)
+    assert third.end().node == 1
+
+
+def test_nodes_that_live_or_have_left_are_not_missed():
+    store = HashStore()
+    first, second, third = (Nodes(place(node, 3), store, silence_seconds=1.5) for node in range(3))
+    second.leave()
+    time.sleep(2.5)
+    for nodes in (first, third):
+        nodes.look(at_once=True)
+        assert nodes.end() is None
+    leave_all((first, third))

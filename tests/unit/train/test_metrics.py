@@ -5,6 +5,7 @@ import logging
 import math
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import rich
@@ -13,6 +14,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tide_megatron.base.clock import Clock
+from tide_megatron.base.errors import TideError
 from tide_megatron.base.phases import Phases
 from tide_megatron.train import metrics as module
 from tide_megatron.train.cost import Cost, Devices
@@ -348,6 +350,17 @@ def test_records_that_are_not_json_numbers_become_null(tmp_path):
     sink.close()
     (line,) = lines_of(tmp_path)
     assert (line["loss"], line["grad_norm"]) == (None, 1.0)
+
+
+def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path):
+    sink = JsonLines(tmp_path, clock_at(0))
+    sink._file.close()
+    sink._file = Path("/dev/full").open("a")  # noqa: SIM115 - the sink closes it
+    said = r"^.*metrics\.jsonl: cannot be written \(No space left on device\); make room .* whole checkpoint$"
+    with pytest.raises(TideError, match=said):
+        sink.write(Record(kind="train", clock=clock_at(1), values={"loss": 1.0}))
+    with pytest.raises(TideError, match=said):
+        sink.close()
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"wandb": "yes"}, {"evry": 1}])
