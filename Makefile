@@ -10,7 +10,7 @@
 #   make preempt-test        preempt a run 20 times on that SLURM: is anything lost? (about 10 minutes)
 #   make kill-test           kill a run 100 times: is anything lost? (about 25 minutes)
 #   make chaos               40 faults of twelve kinds in runs: is each noticed, told, recovered from? (20 minutes; root)
-#   make chaos-sample        three of them in one run (about 40 seconds)
+#   make chaos-sample        three of them in one run (about 45 seconds)
 #   make gpu-rehearse        the GPU check in small, on a CPU (about a minute; `make test` makes it too)
 #   make gpu-assets          what the GPU check needs, made on a CPU machine: .gpu/ (about 5 minutes)
 #   make gpu-check           what CUDA has to prove, on a machine with a GPU and .gpu/ (at most 8 minutes)
