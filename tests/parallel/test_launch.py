@@ -64,9 +64,10 @@ def test_a_rank_that_stands_still_is_named_with_what_all_are_at(tmp_path, how, s
     assert f" {state}, in " in said.splitlines()[0]
     assert said.count("nothing new in exchange after 3 updates") == 2
     assert "collectives.py, barrier" in said
+    assert said.count(", waits for gloo:barrier of nothing, call 4 of group 0") == 2, said
     assert ("wait_for_ever" in said) == has_stack
     stacks = Path(said.rpartition("stacks of all ranks of this node: ")[2])
-    assert {path.name for path in stacks.iterdir()} == {f"rank-{rank}.txt" for rank in range(3)}
+    assert {path.name for path in stacks.glob("*.txt")} == {f"rank-{rank}.txt" for rank in range(3)}
     shutil.rmtree(stacks)
 
 
@@ -92,11 +93,13 @@ def test_ranks_without_a_launcher_look_at_themselves(tmp_path):
     ]
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], "nothing was saved"
-    for number, where in ((1, "nothing new in teacher after 3 updates"), (0, "nothing new in exchange")):
-        assert f"rank {number} stands still or waits for one that does: for 3 s {where}" in said[number]
+    words = "rank {} stands still or waits for one that does: for \\d+ s nothing new in {}"
+    assert re.search(words.format(1, "teacher after 3 updates"), said[1]), said
     assert 'launch_cases.py", line' in said[1]
     assert "in wait_for_ever" in said[1]
-    assert "in barrier" in said[0]
+    if "lost its peers" not in said[0]:  # whichever looks first ends first; rank 1, asleep, notices nothing
+        assert re.search(words.format(0, "exchange .* waits for gloo:barrier"), said[0]), said
+        assert "in barrier" in said[0]
 
 
 def within(seconds, condition, what):

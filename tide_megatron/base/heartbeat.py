@@ -21,6 +21,7 @@ class Pulse(ctypes.Structure):
         ("at", ctypes.c_double),
         ("updates", ctypes.c_longlong),
         ("phase", ctypes.c_char * _PHASE_BYTES),
+        ("is_asked", ctypes.c_bool),
     )
 
 

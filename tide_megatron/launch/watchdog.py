@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 from tide_megatron.base.heartbeat import HEARTBEAT, Pulse
 from tide_megatron.base.phases import PHASES
+from tide_megatron.launch.flight_recorder import pending_collective
 from tide_megatron.launch.signals import LOST_CODE
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ STACKS_SECONDS = 2.0
 SLOW_PHASES, SLOW_FACTOR = ("evaluate", "checkpoint", ""), 4.0
 """What may take so many times as long; so may the first update, which compiles."""
 EVERY_SECONDS = 1.0
+ASKED_SECONDS = 0.5
+"""So often a rank looks whether it is asked what it waits in."""
 JUMP_SECONDS = 10.0
 """A time of day that moves by more than this against the monotonic clock is told."""
 _LINES, _MOST_TOLD = 12, 8
@@ -116,7 +119,11 @@ class Watchdog:
         self._next = now + EVERY_SECONDS
         self._look_at_clock(now)
         seen = [_Sight.of(rank, now) for rank in ranks if rank.life.pulse.at]
-        return self._report(seen) if any(sight.is_late(limit) for sight in seen) else None
+        if not any(sight.is_late(limit) for sight in seen):
+            return None
+        for rank in ranks:
+            rank.life.pulse.is_asked = True
+        return self._report(seen)
 
     def _look_at_clock(self, now: float) -> None:
         """Say when the time of day has jumped; nothing but the times in logs and records depends on it."""
@@ -136,6 +143,7 @@ class Watchdog:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(sight.pid, STACKS_SIGNAL)
         time.sleep(STACKS_SECONDS)
+        seen = [dataclasses.replace(sight, collective=_collective(sight)) for sight in seen]
         stacks = {sight.number: _stack(sight) for sight in seen}
         first = min(seen, key=lambda sight: sight.blame(stacks[sight.number]))
         others = [sight for sight in seen if sight is not first]
@@ -160,6 +168,8 @@ class _Sight:
     phase: str
     state: str
     """Of its process, the kernel's letter."""
+    collective: str = ""
+    """That it waits in, as far as is known."""
 
     @staticmethod
     def of(rank: Watched, now: float) -> _Sight:
@@ -196,11 +206,23 @@ class _Sight:
 
     def told(self, stack: Sequence[str]) -> str:
         """Say what it is at."""
+        waits = f", waits for {self.collective}" if self.collective else ""
         return (
             f"for {self.seconds:.0f} s nothing new in {self.phase or 'the time between phases'} after "
             f"{self.updates} updates, pid {self.pid} {_STATES.get(self.state, 'ended')}, in "
-            f"{_innermost(stack) or 'code that wrote no stack'}"
+            f"{_innermost(stack) or 'code that wrote no stack'}{waits}"
         )
+
+
+def answer_when_asked(life: Life) -> None:
+    """Write down the collective that this rank waits in once its launcher asks; a thread's work.
+
+    It needs the interpreter, which code that waits for other ranks lets go.
+    """
+    while not life.pulse.is_asked:
+        time.sleep(ASKED_SECONDS)
+    with contextlib.suppress(OSError):
+        _collective_file(life.stacks).write_text(pending_collective(), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -220,7 +242,7 @@ def watching_itself(number: int, hang_seconds: float | None) -> Iterator[None]:
         while not is_over.wait(EVERY_SECONDS):
             sight = _Sight.at(pulse, number, os.getpid(), "", time.monotonic())
             if pulse.at and sight.is_late(hang_seconds):
-                _end_itself(sight)
+                _end_itself(dataclasses.replace(sight, collective=pending_collective()))
 
     HEARTBEAT.show(pulse)
     threading.Thread(target=look, name="watchdog", daemon=True).start()
@@ -247,6 +269,17 @@ def _state(pid: int) -> str:
         return text.rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return "?"
+
+
+def _collective_file(stacks: str) -> Path:
+    return Path(stacks).with_suffix(".collective")
+
+
+def _collective(sight: _Sight) -> str:
+    try:
+        return _collective_file(sight.stacks).read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _stack(sight: _Sight) -> list[str]:

@@ -45,7 +45,7 @@ from tide_megatron.base.stop import StopFlag, is_stop
 from tide_megatron.launch.rendezvous import meet
 from tide_megatron.launch.signals import STOPPED_CODE, leave, release_signals, watch_signals
 from tide_megatron.launch.squeue import job_end
-from tide_megatron.launch.watchdog import STACKS_SIGNAL, Life
+from tide_megatron.launch.watchdog import STACKS_SIGNAL, Life, answer_when_asked
 from tide_megatron.parallel.collectives import gather_objects, own_share
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,7 @@ def _show(life: Life) -> None:
     if life.stacks:
         file = Path(life.stacks).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
         faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
+        threading.Thread(target=answer_when_asked, args=(life,), name="asked", daemon=True).start()
 
 
 def _end_with_parent() -> None:
