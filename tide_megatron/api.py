@@ -6,8 +6,9 @@ Importing this module is instant: torch and megatron-core are imported by the fi
 caller's is a `TideError` (`tide_megatron.base.errors`) whose message names the option and the remedy.
 
 `train` with several ranks starts processes, and each imports the calling script again, so a script must guard
-its entry with `if __name__ == "__main__":`. The others run in the calling process. Under torchrun or srun
-every process calls `train` alike.
+its entry with `if __name__ == "__main__":`; so do `preflight` and `evaluate`. The others run in the calling
+process; those that `prepare` starts import nothing of the script. Under torchrun or srun every process calls
+`train` alike.
 """
 
 from __future__ import annotations

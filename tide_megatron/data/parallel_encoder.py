@@ -3,17 +3,21 @@
 What becomes of a record depends on that record alone, so any number of processes writes the same bytes. The
 first records are encoded here: small data needs no process to be started. Later ones go to the workers in
 pieces, a few pieces a worker at a time, so that memory does not grow with the input. A worker imports neither
-torch nor megatron-core, hears no Ctrl-C (the parent does, and stops it), and ends when its parent is gone.
+torch nor megatron-core, nor the script that called, which may have no guard or be stdin. It hears no Ctrl-C
+(the parent does, and stops it), and ends when its parent is gone.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +30,9 @@ from tide_megatron.data.sample import Encoder, Sample
 ALONE = 1000
 """So many records are encoded before workers are started: about a second."""
 PIECE = 100
-"""Records that travel together."""
+"""So many records travel together at most,"""
+PIECE_BYTES = 2**20
+"""and no more once they have so many bytes: long ones fill no memory by their number."""
 PIECES_AHEAD = 3
 """Pieces a worker may have waiting, done or not."""
 
@@ -71,9 +77,13 @@ class ParallelEncoder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the processes, after an error without waiting for what they are at."""
+        """End the processes, after an error behind the pieces that they are at.
+
+        That is waited for: a command that was stopped exits at once, and would leave their semaphores behind.
+        """
         if self._pool is not None:
-            self._pool.shutdown(wait=error is None, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def encode(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, Outcome]]:
         """Yield (number, outcome) for (number, line), in the same order.
@@ -87,9 +97,11 @@ class ParallelEncoder:
             self._alone -= 1
             yield number, encode_line(line, self._encoder, normalize=self._normalize)
         waiting: collections.deque[tuple[Sequence[int], Future[list[Outcome]]]] = collections.deque()
-        while piece := list(itertools.islice(remaining, PIECE)):
+        while piece := _next_piece(remaining):
             numbers, texts = zip(*piece, strict=True)
-            waiting.append((numbers, self._started().submit(_encode_piece, texts)))
+            with _without_main():
+                future = self._started().submit(_encode_piece, texts)
+            waiting.append((numbers, future))
             if len(waiting) >= PIECES_AHEAD * self._number:
                 yield from _taken(*waiting.popleft())
         while waiting:
@@ -104,6 +116,27 @@ class ParallelEncoder:
                 initargs=(self._encoder, self._normalize),
             )
         return self._pool
+
+
+def _next_piece(lines: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Take the lines that travel together next; none: there are no more."""
+    piece: list[tuple[int, bytes]] = []
+    size = 0
+    while len(piece) < PIECE and size < PIECE_BYTES and (line := next(lines, None)) is not None:
+        piece.append(line)
+        size += len(line[1])
+    return piece
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the calling script from processes that are started meanwhile: they would run it again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _taken(numbers: Sequence[int], future: Future[list[Outcome]]) -> Iterator[tuple[int, Outcome]]:

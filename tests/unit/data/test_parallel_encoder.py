@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -101,6 +103,73 @@ def test_processes_end_with_the_preparation(tokenizer):
     while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
+SCRIPT = """
+from pathlib import Path
+from tide_megatron import api
+from tide_megatron.data import parallel_encoder
+parallel_encoder.ALONE = 5
+print("began")
+print(api.prepare(Path("out"), ["two.jsonl"], tokenizer="tokenizer", max_length=128, on_bad="skip",
+                  on_long="truncate", workers=2).samples)
+"""
+STOPPED = """
+import os
+from pathlib import Path
+from tide_megatron.data import parallel_encoder
+from tide_megatron.data.sample import Encoder, Window
+from tide_megatron.text.tokenizer import Tokenizer
+
+def lines():
+    for number in range(1200):
+        yield number, b"{}"
+    raise KeyboardInterrupt
+
+encoder = Encoder(Tokenizer.load(Path("tokenizer")), Window.of(128, "truncate"), {})
+try:
+    with parallel_encoder.ParallelEncoder(encoder, normalize=False, number=2) as pool:
+        list(pool.encode(lines()))
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("is_stdin", [False, True])
+def test_a_script_needs_no_guard_and_may_be_stdin(is_stdin, files, tmp_path):
+    assert said(SCRIPT, tmp_path, is_stdin=is_stdin)[0].split() == ["began", "36"]
+
+
+def test_a_command_that_is_stopped_leaves_no_semaphores(tmp_path):
+    assert said(STOPPED, tmp_path, is_stdin=False) == ("stopped\n", "")
+
+
+def said(script, folder, *, is_stdin):
+    """Run a script in a process of its own; return what it says on stdout and stderr."""
+    (folder / "script.py").write_text(script)
+    write_tokenizer(folder / "tokenizer")
+    run = subprocess.run(
+        [sys.executable, "-" if is_stdin else "script.py"],
+        input=script,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout, run.stderr
+
+
+def test_long_records_travel_in_small_pieces(tokenizer, monkeypatch):
+    monkeypatch.setattr(parallel_encoder, "PIECE_BYTES", 100)
+    lines = iter([(1, b"a" * 60), (2, b"b" * 60), (3, b"c"), (4, b"d"), (5, b"e"), (6, b"f")])
+    pieces = [
+        [number for number, _ in piece] for piece in iter(lambda: parallel_encoder._next_piece(lines), [])
+    ]
+    assert pieces == [[1, 2], [3, 4, 5], [6]]
 
 
 @pytest.mark.parametrize("error", [RecordError("no reply: add one", "no reply"), TooLong(300, 128)])
