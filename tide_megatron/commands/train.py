@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tide_megatron.base.errors import ConfigError
 from tide_megatron.commands.options import RanksOption, RanksPerNodeOption, Wanted
 
 BranchOption = Annotated[
@@ -61,6 +62,8 @@ def train(
 
     Example: torchrun --nproc-per-node 8 -m tide_megatron.commands train run.yaml
     """
+    if dry_run and preflight_only:
+        raise ConfigError("--dry-run starts no ranks and --preflight-only starts all: leave one of them out")
     words = [*(overrides or [])]
     words += [f"device={device}"] if device is not None else []
     words += [f"branch.folder={json.dumps(branch)}"] if branch is not None else []

@@ -119,8 +119,11 @@ class Loader:
 
     def microbatch(self, consumed: int, index: int) -> Batch:
         """Return the shard's microbatch `index` of the update that starts at position `consumed`."""
+        return self._taken(self.dealt(consumed), index)
+
+    def _taken(self, dealt: Sequence[tuple[int, int]], index: int) -> Batch:
+        """Take the shard's microbatch `index` of what was dealt."""
         assert 0 <= index < self.accumulate, f"microbatch {index} of {self.accumulate}"
-        dealt = self.dealt(consumed)
         first = (index * self.shard.size + self.shard.rank) * self.samples
         mine = dealt[first : first + self.samples]
         return self.batch_of([row for row, _ in mine], [epoch for _, epoch in mine])
@@ -142,7 +145,8 @@ class Loader:
 
     def update(self, consumed: int) -> list[Batch]:
         """Return all of the shard's microbatches of the update that starts at position `consumed`."""
-        return [self.microbatch(consumed, index) for index in range(self.accumulate)]
+        dealt = self.dealt(consumed)
+        return [self._taken(dealt, index) for index in range(self.accumulate)]
 
     def batch_of(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
         """Return the given samples, in the given order, padded to a common length.

@@ -337,3 +337,9 @@ def test_prepare_leaves_out_bad_records_when_told(tmp_path):
     done = CliRunner().invoke(app, [*words, "--on-bad", "skip", "--normalize"])
     assert "1 samples" in done.output.replace("\n", "")
     assert "1 left out" in done.output.replace("\n", " ")
+
+
+def test_a_dry_run_is_no_preflight():
+    fault = CliRunner().invoke(app, ["train", "run.yaml", "--dry-run", "--preflight-only"]).exception
+    assert isinstance(fault, ConfigError)
+    assert str(fault).startswith("--dry-run starts no ranks and --preflight-only")

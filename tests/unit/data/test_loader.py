@@ -92,6 +92,14 @@ def test_dealt_by_length_an_update_has_the_same_samples_and_like_stands_beside_l
         assert dealt == sorted(dealt, reverse=True) != lengths(columns, ordered.sample_ids.tolist())
 
 
+def test_an_update_is_dealt_once(columns, monkeypatch):
+    loader = Loader(columns=columns, samples=2, accumulate=6, seed=3, deal="length")
+    wanted = [loader.microbatch(12, index).sample_ids.tolist() for index in range(6)]
+    deals = iter([loader.dealt(12)])
+    monkeypatch.setattr(Loader, "dealt", lambda self, consumed: next(deals))
+    assert [batch.sample_ids.tolist() for batch in loader.update(12)] == wanted
+
+
 def test_an_epoch_reads_every_sample_once_and_goes_on(columns):
     seen = stream(columns, 6)  # 72 positions over epochs of 23
     assert [epoch for _, epoch in seen] == [position // 23 for position in range(72)]
