@@ -17,11 +17,18 @@ _DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 
 
 def pending_collective() -> str:
-    """Return the collective that was called first and is not done; empty: none, or nothing is recorded."""
+    """Return the collective that was called first and is not done; empty: none, or nothing is recorded.
+
+    The record is torch's own affair. One in another form is told as such, and ends nobody who asks: a rank
+    that stands still has to be ended whether or not it is known with whom it waits.
+    """
     dump = next((getattr(recorder, name) for name in _DUMPS if hasattr(recorder, name)), None)
-    entries = json.loads(dump()).get("entries", []) if dump else []
-    pending = [entry for entry in entries if not entry.get("retired", True)]
-    return _told(min(pending, key=lambda entry: int(entry["record_id"]))) if pending else ""
+    try:
+        entries = json.loads(dump()).get("entries", []) if dump else []
+        pending = [entry for entry in entries if not entry.get("retired", True)]
+        return _told(min(pending, key=lambda entry: int(entry["record_id"]))) if pending else ""
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as fault:
+        return f"what torch's flight recorder has in a form that is not known here ({fault!r})"
 
 
 def _told(entry: dict[str, Any]) -> str:

@@ -1,9 +1,13 @@
 """What a launcher sees beside its ranks: the time of day that jumps. Ranks: tests/parallel/test_launch.py."""
 
+import json
 import logging
 import time
 
-from tide_megatron.launch import watchdog
+import pytest
+
+from tide_megatron.launch import flight_recorder, watchdog
+from tide_megatron.launch.flight_recorder import pending_collective
 from tide_megatron.launch.watchdog import Watchdog
 
 
@@ -28,3 +32,12 @@ def test_a_jump_of_the_clock_is_told_and_a_small_step_is_not(monkeypatch, caplog
         "the clock of this machine jumped by +3600 s",
         "the clock of this machine jumped by -3610 s",
     ]
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", json.dumps({"entries": [{"retired": False, "name": "of another torch"}]})]
+)
+def test_a_record_that_is_not_known_keeps_no_rank_from_being_ended(monkeypatch, record):
+    (name, *_) = [name for name in flight_recorder._DUMPS if hasattr(flight_recorder.recorder, name)]
+    monkeypatch.setattr(flight_recorder.recorder, name, lambda: record)
+    assert pending_collective().startswith("what torch's flight recorder has in a form that is not known")
