@@ -99,8 +99,9 @@ class ParallelEncoder:
         waiting: collections.deque[tuple[Sequence[int], Future[list[Outcome]]]] = collections.deque()
         while piece := _next_piece(remaining):
             numbers, texts = zip(*piece, strict=True)
-            with _without_main():
-                future = self._started().submit(_encode_piece, texts)
+            pool = self._started()
+            with _starting():
+                future = pool.submit(_encode_piece, texts)
             waiting.append((numbers, future))
             if len(waiting) >= PIECES_AHEAD * self._number:
                 yield from _taken(*waiting.popleft())
@@ -129,14 +130,19 @@ def _next_piece(lines: Iterator[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
 
 
 @contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Hide the calling script from processes that are started meanwhile: they would run it again."""
+def _starting() -> Iterator[None]:
+    """Let processes that are started meanwhile run nothing of the calling script's, and hear no Ctrl-C.
+
+    They would import the script, which may prepare data again; and die of Ctrl-C while they import, loudly.
+    """
     main = sys.modules["__main__"]
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
 def _taken(numbers: Sequence[int], future: Future[list[Outcome]]) -> Iterator[tuple[int, Outcome]]:
@@ -152,7 +158,6 @@ def _taken(numbers: Sequence[int], future: Future[list[Outcome]]) -> Iterator[tu
 
 def _begin(encoder: Encoder, normalize: bool) -> None:
     """Make this process a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _ENCODER.append((encoder, normalize))
     threading.Thread(target=_end_with_parent, name="watch-parent", daemon=True).start()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -94,11 +95,15 @@ def test_a_process_that_is_killed_ends_it_with_the_line_and_the_remedy(tokenizer
         list(pool.encode(lines()))
 
 
-def test_processes_end_with_the_preparation(tokenizer):
+def test_processes_hear_no_ctrl_c_and_end_with_the_preparation(tokenizer):
     encoder = Encoder(tokenizer, Window.of(128, "truncate"), {})
     with ParallelEncoder(encoder, normalize=False, number=2) as pool:
         list(pool.encode((number, line(1).encode()) for number in range(40)))
         processes = [process.pid for process in pool._pool._processes.values()]
+        status = [Path(f"/proc/{pid}/status").read_text() for pid in processes]
+    blocked = [int(re.search(r"^SigBlk:\s*(\w+)", text, re.MULTILINE)[1], 16) for text in status]
+    assert all(mask >> (signal.SIGINT - 1) & 1 for mask in blocked), "Ctrl-C is the parent's, from the start"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     end = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < end:
         time.sleep(0.05)
