@@ -116,9 +116,11 @@ def read_status(folder: Path) -> RunStatus:
         raise CheckpointError(f"{folder}: cannot be read ({fault})") from None
 
 
-def _status(folder: Path, told: Told | None = None) -> RunStatus:
+def _status(folder: Path, told: Told | None = None, *, is_own: bool = False) -> RunStatus:
+    """Look at a run folder; `is_own`: as the run itself, whose lease says nothing once its end is written."""
     holder, starts, saved = holder_of(folder / LEASE), read_history(folder), listed(folder / CHECKPOINTS)
-    state, why = _state(starts, is_held=holder is not None)
+    has_ended = is_own and bool(starts) and starts[-1].end is not None
+    state, why = _state(starts, is_held=holder is not None and not has_ended)
     return RunStatus(
         folder=str(folder),
         state=state,
@@ -151,7 +153,7 @@ def write_status(folder: Path, told: Told | None = None) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    values = _status(folder, told).values()
+    values = _status(folder, told, is_own=True).values()
     if told is not None:
         write_text(folder / STATUS, json.dumps(values["told"]) + "\n", is_durable=False)
     write_text(folder / PAGE, render(values), is_durable=False)

@@ -57,6 +57,19 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path):
         read_status(tmp_path)
 
 
+def test_the_page_that_a_run_leaves_says_how_it_ended_though_it_still_holds_its_folder(folder):
+    note_start(folder, CLOCK, None, 2)
+    page = fill(folder)
+    with leased(folder / LEASE, "the run folder", CheckpointError):
+        page.close()
+        assert ">training<" in (folder / PAGE).read_text(encoding="utf-8")
+        note_end(folder, "finished", "", 25)
+        status_module.write_status(folder)
+        text = (folder / PAGE).read_text(encoding="utf-8")
+    assert ">finished<" in text
+    assert "it starts" not in text
+
+
 def test_what_became_of_a_run_is_seen_from_its_folder(folder):
     assert read_status(folder).state == "not started"
     with leased(folder / LEASE, "folder"):
