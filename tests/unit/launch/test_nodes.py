@@ -1,6 +1,7 @@
 """Which node a launcher is, and what launchers tell each other through the store."""
 
 import os
+import re
 import threading
 import time
 
@@ -11,7 +12,7 @@ from tide_megatron.base.device import Ranks
 from tide_megatron.base.errors import ConfigError, RanksFailed, RanksLost, TideError
 from tide_megatron.base.stop import Stopped
 from tide_megatron.launch import nodes as nodes_module
-from tide_megatron.launch.nodes import Nodes, read_node
+from tide_megatron.launch.nodes import LEAVE_SECONDS, Nodes, read_node
 from tide_megatron.launch.ranks import planned_ranks
 
 
@@ -179,7 +180,7 @@ def test_a_store_that_has_gone_is_the_end_of_node_0():
     nodes.leave()
 
 
-def until_an_end(nodes, seconds=8):
+def until_an_end(nodes, seconds=30):
     """Look as a launcher does, until an end is known."""
     started = time.monotonic()
     while nodes.end() is None:
@@ -193,11 +194,13 @@ def until_an_end(nodes, seconds=8):
 def test_a_store_that_never_answers_is_the_end_of_node_0():
     nodes = Nodes(place(1, 2), Silent(), silence_seconds=2.0)
     said, seconds = until_an_end(nodes)
-    assert said == ("node 0 failed first: no sign of life for 2 s: its machine or its network is down")
-    assert seconds < 6
+    assert re.fullmatch(
+        r"node 0 failed first: no sign of life for \d+ s: its machine or its network is down", said
+    )
+    assert seconds >= 2
     started = time.monotonic()
     nodes.leave()
-    assert time.monotonic() - started < 1, "nobody is left to say farewell to"
+    assert time.monotonic() - started < LEAVE_SECONDS / 2, "nobody is left to say farewell to"
 
 
 def test_a_node_without_signs_of_life_is_missed_by_node_0_and_told_to_the_others():
@@ -205,7 +208,7 @@ def test_a_node_without_signs_of_life_is_missed_by_node_0_and_told_to_the_others
     first, second, third = (Nodes(place(node, 3), store, silence_seconds=2.0) for node in range(3))
     second._tasks.put(None)  # its thread ends as in a process that was killed
     said, _ = until_an_end(first)
-    assert said.startswith("node 1 failed first: no sign of life for 2 s")
+    assert re.match(r"node 1 failed first: no sign of life for \d+ s", said)
     third.look(at_once=True)
     assert str(third.end().error) == said
     leave_all((first, second, third))
@@ -225,9 +228,9 @@ def test_where_ranks_have_lost_their_peers_a_silent_node_is_found_sooner(three_n
 
 def test_nodes_that_live_or_have_left_are_not_missed():
     store = HashStore()
-    first, second, third = (Nodes(place(node, 3), store, silence_seconds=1.5) for node in range(3))
+    first, second, third = (Nodes(place(node, 3), store, silence_seconds=3.0) for node in range(3))
     second.leave()
-    time.sleep(2.5)
+    time.sleep(3.5)
     for nodes in (first, third):
         nodes.look(at_once=True)
         assert nodes.end() is None
