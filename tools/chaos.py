@@ -1,7 +1,7 @@
 """Plant faults in runs, random in kind and moment, and see that each is noticed, told, and recovered from.
 
     python tools/chaos.py                      (40 faults, seed 1: about 20 minutes; make chaos)
-    python tools/chaos.py --faults 3 --kinds "a rank killed,a byte of" --page /tmp/page.md
+    python tools/chaos.py --faults 3 --kinds "a rank killed,a byte of" --page runs/page.md
 
 Every fault has a run of its own: `tide train` in real processes, a tiny model, 60 updates on 2 or 4 ranks, a
 save every 4. Ranks are killed, stopped and slowed by signals; nodes are network namespaces with launchers of

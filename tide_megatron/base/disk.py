@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,16 @@ _REMEDIES = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "this machine has too many files open; start again later",
 }
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return what the disk of a folder, which need not exist, has room for; quotas are not seen.
+
+    Raises:
+        OSError: the disk cannot say.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 def disk_words(fault: OSError, path: Path | None = None, remedy: str = "") -> str:

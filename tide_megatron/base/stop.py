@@ -14,6 +14,8 @@ It is a value that travels through the door, so no layer below `launch` knows ab
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -29,6 +31,22 @@ class Stopped(KeyboardInterrupt):
 def is_stop(error: BaseException) -> bool:
     """Whether an exception only says that the process was asked to end."""
     return any(isinstance(link, Stopped) for link in causes(error))
+
+
+def end_with_parent(end: Callable[[], None]) -> None:
+    """Watch, in a thread, for the end of the process that started this one, however it went.
+
+    Args:
+        end: ends this one then.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called by what multiprocessing has started"
+
+    def wait() -> None:
+        parent.join()
+        end()
+
+    threading.Thread(target=wait, name="watch-parent", daemon=True).start()
 
 
 class StopFlag:

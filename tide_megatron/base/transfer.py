@@ -34,10 +34,9 @@ def moved(value: Value, device: torch.device) -> Value:
     if device.type == "cpu":
         return value
     found = {id(tensor): tensor for tensor in tensors_in(value)}
-    arrived = from_bytes(
-        as_bytes(list(found.values()), is_pinned=device.type == "cuda").to(device, non_blocking=True),
-        list(found.values()),
-    )
+    tensors = list(found.values())
+    sent = as_bytes(tensors, is_pinned=device.type == "cuda")
+    arrived = from_bytes(sent.to(device, non_blocking=True), tensors)
     by_identity = dict(zip(found, arrived, strict=True))
     return cast(Value, _replaced(value, lambda tensor: by_identity[id(tensor)]))
 
@@ -78,12 +77,10 @@ def as_bytes(tensors: Sequence[Tensor], *, is_pinned: bool = False) -> Tensor:
         tensors: of any dtypes and strides.
         is_pinned: into page-locked memory, from which a copy need not be waited for.
     """
-    sizes = [_place(kept.numel() * kept.element_size()) for kept in map(_kept, tensors)]
-    whole = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=is_pinned)
-    for part, tensor in zip(torch.split(whole, sizes), tensors, strict=True):
-        kept = _kept(tensor)
-        size = kept.numel() * kept.element_size()
-        part[:size].view(kept.dtype).view(kept.shape).copy_(kept)
+    parts = [_kept(tensor) for tensor in tensors]
+    whole = torch.empty(sum(_place(part.nbytes) for part in parts), dtype=torch.uint8, pin_memory=is_pinned)
+    for room, part in zip(from_bytes(whole, parts), parts, strict=True):
+        room.copy_(part)
     return whole
 
 
@@ -97,10 +94,9 @@ def from_bytes(whole: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     found, start = [], 0
     for tensor in like:
         kept = _kept(tensor)
-        size = kept.numel() * kept.element_size()
-        part = whole[start : start + size].view(kept.dtype).view(kept.shape)
+        part = whole[start : start + kept.nbytes].view(kept.dtype).view(kept.shape)
         found.append(part.expand(tensor.shape))
-        start += _place(size)
+        start += _place(kept.nbytes)
     return found
 
 

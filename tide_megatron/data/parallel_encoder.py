@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 
 from tide_megatron.base.errors import DataError, RecordError
+from tide_megatron.base.stop import end_with_parent
 from tide_megatron.data.record import parse_record
 from tide_megatron.data.sample import Encoder, Sample
 
@@ -159,14 +159,7 @@ def _taken(numbers: Sequence[int], future: Future[list[Outcome]]) -> Iterator[tu
 def _begin(encoder: Encoder, normalize: bool) -> None:
     """Make this process a worker."""
     _ENCODER.append((encoder, normalize))
-    threading.Thread(target=_end_with_parent, name="watch-parent", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker is started by multiprocessing"
-    parent.join()
-    os._exit(1)
+    end_with_parent(lambda: os._exit(1))
 
 
 def _encode_piece(lines: Sequence[bytes]) -> list[Outcome]:

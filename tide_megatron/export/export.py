@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from rich.progress import DownloadColumn, Progress
 from torch import Tensor
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.disk import disk_faults, place_of
+from tide_megatron.base.disk import disk_faults, free_disk_bytes, place_of
 from tide_megatron.base.errors import CheckpointError, ConfigError, TideError
 from tide_megatron.base.files import replaced_folder
 from tide_megatron.base.lease import lease_beside, leased
@@ -132,8 +131,7 @@ def _check_place(out: Path, source: Path, options: ExportOptions) -> None:
 
 def _check_space(out: Path, wanted: int) -> None:
     """Refuse to begin what the disk cannot hold; an older export goes only when the new one stands."""
-    there = next(folder for folder in out.resolve().parents if folder.exists())
-    free = shutil.disk_usage(there).free
+    free = free_disk_bytes(out.resolve().parent)
     if free < wanted + _SPARE_BYTES:
         raise CheckpointError(
             f"{out}: needs {in_bytes(wanted + _SPARE_BYTES)}, the disk has {in_bytes(free)}; make room, "

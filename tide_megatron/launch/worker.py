@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -41,7 +40,7 @@ from tide_megatron.base.errors import ConfigError, TideError, causes
 from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.log import start_log
 from tide_megatron.base.startup import STARTUP
-from tide_megatron.base.stop import StopFlag, is_stop
+from tide_megatron.base.stop import StopFlag, end_with_parent, is_stop
 from tide_megatron.launch.rendezvous import meet
 from tide_megatron.launch.signals import STOPPED_CODE, leave, release_signals, watch_signals
 from tide_megatron.launch.squeue import job_end
@@ -133,7 +132,7 @@ def work(
     """
     os.setsid()
     _show(life)
-    threading.Thread(target=_end_with_parent, name="watch-parent", daemon=True).start()
+    end_with_parent(lambda: os.killpg(0, signal.SIGKILL))  # this rank and everything it started
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(local_rank))
     start_log(rank)
     with watch_signals(is_supervised=True) as stop:
@@ -157,14 +156,6 @@ def _show(life: Life) -> None:
         file = Path(life.stacks).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
         faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
         threading.Thread(target=answer_when_asked, args=(life,), name="asked", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Wait for the parent's end; then end this rank and everything it started."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a rank is started by multiprocessing"
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
 
 
 def _failure(rank: int, error: BaseException) -> Failure:

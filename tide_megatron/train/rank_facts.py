@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 
 import tide_megatron
 from tide_megatron.base.device import Device, read_job
+from tide_megatron.base.disk import free_disk_bytes
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.file_samples import take_in
 from tide_megatron.base.options import without_places
@@ -119,11 +119,10 @@ def _nccl() -> str:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Return what a folder's disk has room for; quotas are not seen. It need not exist."""
+    """Return what a folder's disk has room for; None: nobody can tell."""
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        return shutil.disk_usage(there).free
-    except (OSError, StopIteration):
+        return free_disk_bytes(folder)
+    except OSError:
         return None
 
 

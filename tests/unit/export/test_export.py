@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_run import recipe_tree, student_config, teacher_config, write_model
 from tests.unit.models.conftest import groups  # noqa: F401 - the fixture
 from tests.unit.models.shapes import CPU
+from tide_megatron.base import disk
 from tide_megatron.base.errors import CheckpointError, ConfigError, DataError, TideError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.diffusion.mask import Context
@@ -251,7 +252,7 @@ def test_only_an_export_is_replaced_and_only_when_told(student, tmp_path):
 
 def test_a_full_disk_is_seen_before_anything_is_written(student, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100_100_000)
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: usage)
     told = refused(student, tmp_path / "out", error=CheckpointError)
     assert "needs 100 MB, the disk has 100 MB; make room" in told
 
