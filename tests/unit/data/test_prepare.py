@@ -13,7 +13,7 @@ from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data import columns
 from tide_megatron.data import prepare as preparation
 from tide_megatron.data import sample as sampling
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.prepare import prepare
 from tide_megatron.text.chat import encode_chat
