@@ -31,7 +31,9 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, DataError
+from tide_megatron.data.blend import BlendedData
 from tide_megatron.data.dataset import PreparedData, Row
+from tide_megatron.data.sample import CUT_COLUMN
 from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch, pad_to_blocks, pad_to_length
 from tide_megatron.parallel.layout import DataShard
@@ -63,7 +65,7 @@ class Loader:
         ConfigError: sizes that cannot be, or a fixed length below the longest sample.
     """
 
-    columns: PreparedData
+    columns: PreparedData | BlendedData
     samples: int
     """Samples per microbatch."""
     accumulate: int = 1
@@ -92,14 +94,9 @@ class Loader:
                 raise ConfigError(f"{name}: {getattr(self, name)} is too few; use at least 1")
         if self.fixed_length is not None and self.fixed_length < self.longest:
             raise ConfigError(
-                f"fixed_length: {self.fixed_length} is below the longest sample of {self.columns.folder} "
+                f"fixed_length: {self.fixed_length} is below the longest sample of {self.columns.name} "
                 f"({self.longest} tokens in whole blocks of {self.block_size}); use {self.longest} or more"
             )
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in the data set: the length of an epoch."""
-        return len(self.columns)
 
     @property
     def longest(self) -> int:
@@ -191,7 +188,7 @@ class Loader:
         for row in read:
             ids = row[f"{prefix}ids"].tolist()
             labels = labels_of(ids, row[f"{prefix}replies"].tolist(), IGNORED)
-            if self.columns.is_cut(row, side):
+            if row[f"{prefix}{CUT_COLUMN}"][0]:
                 filled = -(-len(ids) // block_size) * block_size
                 examples.append(pad_to_length(ids, labels, filled, tokenizer.pad_id))
             else:
@@ -209,7 +206,7 @@ class Loader:
         if len(outside):
             sample, place = outside[0].tolist()
             raise DataError(
-                f"{self.columns.folder}: sample {rows[sample]} has the token id {int(ids[sample, place])}, "
+                f"{self.columns.where(rows[sample])} has the token id {int(ids[sample, place])}, "
                 f"but {reader} knows the ids 0 to {limit - 1}; prepare the data again with its tokenizer"
             )
 
@@ -219,7 +216,8 @@ class Loader:
         self._check_known(ids, rows, reading.known)
         spans = [torch.from_numpy(row[f"{reading.side}.chunks"]).long().view(-1, 4) for row in read]
         sizes = [len(row[f"{reading.side}.ids"]) for row in read]
-        blocks = [1 if self.columns.is_cut(row, reading.side) else reading.block_size for row in read]
+        cut = [row[f"{reading.side}.{CUT_COLUMN}"][0] for row in read]
+        blocks = [1 if is_cut else reading.block_size for is_cut in cut]
         return TeacherTokens(
             ids=ids,
             lengths=torch.tensor(
