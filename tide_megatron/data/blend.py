@@ -227,6 +227,10 @@ class BlendedData:
         """Return how many samples each source has given where a run stands, to within a block."""
         return dict(zip(self.members, self._counts(positions), strict=True))
 
+    def epochs(self, positions: int) -> dict[str, float]:
+        """Return how often each source was read where a run stands."""
+        return {name: given / len(self.members[name]) for name, given in self.given(positions).items()}
+
     def epoch_samples(self) -> int | None:
         """Return how many samples a run has that reads every source as often as it says.
 
@@ -243,8 +247,7 @@ class BlendedData:
             ConfigError: names the source, how often it would be read, and what to do.
         """
         for (name, member), share in zip(self.members.items(), self._shares, strict=True):
-            most = member.options.most_epochs
-            epochs = float(share * positions / len(member))
+            most, epochs = member.options.most_epochs, float(share * positions / len(member))
             if most is not None and epochs > most * (1 + 1e-9):
                 allowed = int(most * len(member) / share)
                 raise ConfigError(

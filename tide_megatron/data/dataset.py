@@ -129,6 +129,10 @@ class PreparedData:
             return tuple(numbered(files)), numpy.searchsorted(ends, samples, side="right")
         return (" + ".join(dict.fromkeys(files)),), numpy.zeros(len(samples), dtype=numpy.int64)
 
+    def epochs(self, positions: int) -> dict[str, float]:
+        """Return how often it was read where a run stands, under its folder's name."""
+        return {self.folder.name: positions / len(self)}
+
     @property
     def name(self) -> str:
         """What messages call it."""

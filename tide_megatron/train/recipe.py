@@ -139,11 +139,9 @@ class Data:
     def __post_init__(self) -> None:
         """Refuse a run that learns from nothing, or from two things."""
         if (self.train is None) != bool(self.blend):
-            given = "both are given" if self.blend else "neither is given"
-            raise ConfigError(
-                f"data.train: the folder to learn from, or data.blend, several with their shares: {given}; "
-                "set one of the two"
-            )
+            missing = "is required, or data.blend in its place"
+            fault = "give it or data.blend, not both" if self.blend else missing
+            raise ConfigError(f"data.train: {fault}; set one of the two in the recipe")
 
     @property
     def folders(self) -> dict[str, str]:

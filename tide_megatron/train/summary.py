@@ -76,16 +76,14 @@ def print_summary(recipe: Recipe, tree: Tree, world: int, *, resume: bool = True
 def _reach(recipe: Recipe, columns: PreparedData | BlendedData) -> str:
     """Say how often a run reads its data."""
     read, samples = recipe.steps * recipe.batch.samples, len(columns)
-    if isinstance(columns, BlendedData):
-        lines = [
-            f"  {name}: {given} samples, {given / read:.3g} of them; {given / len(member):.3g} epochs of "
-            f"{len(member)}"
-            for (name, member), given in zip(
-                columns.members.items(), columns.given(read).values(), strict=True
-            )
-        ]
-        return "\n".join([f"{recipe.steps} steps read {read} samples of a blend:", *lines])
-    return f"{recipe.steps} steps read {read} samples: {read / samples:.3g} epochs of {samples}"
+    if not isinstance(columns, BlendedData):
+        return f"{recipe.steps} steps read {read} samples: {read / samples:.3g} epochs of {samples}"
+    given, epochs = columns.given(read), columns.epochs(read)
+    lines = [
+        f"  {name}: {given[name]} ({given[name] / read:.1%}), {epochs[name]:.3g} epochs of {len(member)}"
+        for name, member in columns.members.items()
+    ]
+    return "\n".join([f"{recipe.steps} steps read {read} samples of a blend:", *lines])
 
 
 def _standing(recipe: Recipe, tree: Tree, found: Examination, *, resume: bool) -> str:
