@@ -4,9 +4,9 @@
 
 The columns are real files of megatron-core's form with real indices; the values are holes that the disk
 gives as zeros (sparse files), apart from what a row needs to be one. Seconds and memory are those of a fresh
-process for each part, from behind its imports: `private_bytes` is what it allocated, `mapped_bytes` the pages of files
-that it looked at, which all processes of a node share and the kernel may take away. After writing they lie in
-the page cache in large pieces, of which each touch maps a whole one.
+process for each part, from behind its imports: `private_bytes` is what it allocated, `mapped_bytes` the pages
+of files that it looked at, which all processes of a node share and the kernel may take away. After writing they
+lie in the page cache in large pieces, of which each touch maps a whole one.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def main() -> None:
             print(
                 f"{part}: opened in {found['open_seconds']:.3f} s, first update "
                 f"{found['first_update_seconds']:.3f} s, one far on {found['resumed_update_seconds']:.3f} s, "
-                f"{found['private_bytes'] / 2**20:.0f} MiB of its own, {found["mapped_bytes"] / 2**20:.0f} "
+                f"{found['private_bytes'] / 2**20:.0f} MiB of its own, {found['mapped_bytes'] / 2**20:.0f} "
                 "MiB of files"
             )
         within = all(
