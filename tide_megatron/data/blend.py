@@ -251,7 +251,7 @@ class BlendedData:
             if most is not None and epochs > most * (1 + 1e-9):
                 allowed = int(most * len(member) / share)
                 raise ConfigError(
-                    f"{name}.most_epochs: the run reads {positions} samples, {float(share):.3g} of them "
+                    f"{name}.most_epochs: the run reads {positions} samples, {float(share):.1%} of them "
                     f"from here, its {len(member)} samples {epochs:.3g} times, more than {most:g}: give it "
                     f"less weight, or read no more than {allowed} samples"
                 )

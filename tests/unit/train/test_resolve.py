@@ -159,33 +159,6 @@ def test_a_missing_key_is_named(tree, key):
         build_recipe(changed(tree, **{key: GONE}))
 
 
-BLEND = {"code": {"folder": "data/code", "weight": 2.0}, "chat": {"folder": "data/chat", "weight": 1.0}}
-
-
-def test_a_run_learns_from_a_folder_or_from_a_blend(tree):
-    with pytest.raises(ConfigError, match=r"^data\.train: is required, or data\.blend in its place; set one"):
-        build_recipe(changed(tree, data__train=GONE))
-    with pytest.raises(ConfigError, match=r"^data\.train: give it or data\.blend, not both; set one"):
-        build_recipe(changed(tree, data__blend=BLEND))
-    recipe, resolved = build_recipe(changed(tree, data__train=GONE, data__blend=BLEND))
-    assert recipe.data.folders == {"data.blend.code": "data/code", "data.blend.chat": "data/chat"}
-    assert resolved["data"]["blend"]["code"]["weight"] == 2.0
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"weight": 0}, r"^data\.blend\.code\.weight: 0 is not valid"),
-        ({"weigth": 1}, r"^data\.blend\.code\.weigth: unknown key; .*weight"),
-        ({"folder": ""}, r"^data\.blend\.code\.folder: '' is not valid"),
-    ],
-)
-def test_a_wrong_source_of_a_blend_is_named(tree, options, said):
-    blend = {"code": {"folder": "data/code"} | options}
-    with pytest.raises(ConfigError, match=said):
-        build_recipe(changed(tree, data__train=GONE, data__blend=blend))
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
