@@ -1,4 +1,4 @@
-"""Where a recipe meets its data: a folder or a blend, opened for its readers, read no more often than it may."""
+"""Where a recipe meets its data: a folder or a blend, opened for its readers, and not read too often."""
 
 import pytest
 import yaml
