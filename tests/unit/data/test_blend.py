@@ -256,7 +256,7 @@ def test_counts_of_sources_never_fall(folders):
 def test_two_sources_of_one_folder_have_orders_of_their_own(folders):
     data = PreparedData(folders / "chat")
     options = BlendSource(folder=str(folders / "chat"), weight=1.0)
-    seen = read(BlendedData({"one": (options, data), "two": (options, data)}, 3), range(80))
-    one, two = ([sample for name, sample, _ in seen if name == wanted] for wanted in ("one", "two"))
+    seen = read(BlendedData({"one": (options, data), "two": (options, data)}, 3), range(256))
+    one, two = ([sample for name, sample, _ in seen if name == wanted][:40] for wanted in ("one", "two"))
     assert sorted(one) == sorted(two) == list(range(40))
     assert one != two
