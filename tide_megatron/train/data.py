@@ -65,7 +65,10 @@ def open_loader(
             fixed_length=recipe.data.fixed_length,
             sides=sides,
         )
-        return _with_vocabularies(loader, plans)
+    with under("batch"):
+        if is_trained_on:
+            loader = dataclasses.replace(loader, tokens=recipe.batch.tokens)
+    return _with_vocabularies(loader, plans)
 
 
 def _opened(recipe: Recipe, folders: Mapping[str, str], tokenizer: Tokenizer) -> PreparedData | BlendedData:
