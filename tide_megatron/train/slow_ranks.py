@@ -5,8 +5,8 @@ rank is held against the median of all, phase by phase, and what it needs beyond
 ranks cannot be told apart in this way, and a rank that a layout gives more work than the others is told, too:
 the others do wait for it.
 
-What a step reads is made while the one before computes, so a rank that spends time in `data` has nothing to
-do meanwhile: that is told, too, for any number of ranks.
+What a step reads is made while the one before computes, so a rank that spends time in `data` has nothing
+to do meanwhile: that is told, too, for any number of ranks.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class SlowRanks:
         rank = max(range(len(waited)), key=waited.__getitem__)
         if waited[rank] > STARVED * window and self._is_due(_DATA):
             log.warning(
-                "rank %d (%s) waited %.1f of the last %.0f s for its data: the disk under data.train is slow, or "
-                "the host has too few cores to make the next step's input beside this one (docs/blends.md)",
+                "rank %d (%s) waited %.1f of the last %.0f s for its data: the disk under it is slow, or the "
+                "host has too few cores to make the next step's input beside this one (docs/blends.md)",
                 rank,
                 self._hosts[rank],
                 waited[rank],
