@@ -68,8 +68,8 @@ class TwoViews(Context):
 def may_attend(context: Context, length: int, query: Tensor, key: Tensor) -> Tensor:
     """Say whether `query` may attend to `key` (spec section 1 item 5 for block_diffusion).
 
-    Blocks are counted from the start of each part; the last one may be short. Padding is not considered
-    here: `dense_mask` adds it.
+    Blocks are counted from the start of each part; the last one may be short. Padding and the samples of a
+    pack, which begin at whole blocks, are not considered here: `dense_mask` adds them.
 
     Args:
         context: kind and block size.
@@ -106,26 +106,28 @@ def allowed_pairs(context: Context, length: int) -> int:
     )
 
 
-def dense_mask(context: Context, length: int, lengths: Tensor | None = None) -> Tensor:
+def dense_mask(context: Context, length: int, segments: Tensor | None = None) -> Tensor:
     """Render the predicate as a bool mask for SDPA; True where attention is allowed.
 
     Args:
         context: kind and block size.
         length: tokens of one part.
-        lengths: [samples] int64 real tokens of each part; the others are padding that nobody sees. A padded
-            query attends to itself alone, so that no softmax is empty; its output means nothing.
-            None: padding counts as ordinary tokens (what the reference does for the student).
+        segments: [samples, length] int64 (`Segments.numbers`): tokens see those of their own number only. The
+            negative ones are padding that nobody sees. A padded query attends to itself alone, so that no
+            softmax is empty; its output means nothing. None: all are of one segment, padding too (what the
+            reference does for the student).
 
     Returns:
-        [1, 1, S, S] without `lengths`, else [samples, 1, S, S], on the device of `lengths` (CPU without it);
+        [1, 1, S, S] without `segments`, else [samples, 1, S, S], on their device (CPU without them);
         S = parts * length.
     """
-    device = None if lengths is None else lengths.device
+    device = None if segments is None else segments.device
     position = torch.arange(context.parts * length, device=device)
     allowed = may_attend(context, length, position[:, None], position[None, :])  # [S, S]
-    if lengths is None:
+    if segments is None:
         return allowed[None, None]
-    real = position % length < lengths[:, None]  # [samples, S]
+    own = segments.repeat(1, context.parts)  # [samples, S]
+    real = own >= 0
     itself = torch.eye(len(position), dtype=torch.bool, device=device)
-    seen = allowed & real[:, :, None] & real[:, None, :]
+    seen = allowed & (own[:, :, None] == own[:, None, :]) & real[:, :, None]
     return (seen | (itself & ~real[:, :, None]))[:, None]

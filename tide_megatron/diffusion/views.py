@@ -24,6 +24,7 @@ from tide_megatron.diffusion.alignment import TeacherInput
 from tide_megatron.diffusion.batch import Batch, Noised
 from tide_megatron.diffusion.mask import Context, TwoViews
 from tide_megatron.diffusion.noise import uniforms
+from tide_megatron.diffusion.segments import Segments
 
 SPLIT_STREAM = "complementary"
 """Stream of the split: one draw per position, or per chunk of a teacher with its own tokens."""
@@ -34,32 +35,33 @@ class View:
     """One model's input for one microbatch."""
 
     ids: Tensor
-    """[samples, parts * length] int64."""
+    """[samples, parts * length] int64; a row of a packed view holds several samples."""
     positions: Tensor
-    """[samples, parts * length] int64: 0..length-1 in each part."""
+    """[samples, parts * length] int64: 0..length-1 in each part, or from 0 on in each segment of it."""
     context: Context
     length: int
     """Length of one part."""
-    lengths: Tensor | None
-    """[samples] int64 real tokens of each part, by which attention hides pads; None: no real token would see
-    one, so they are ordinary."""
+    segments: Segments | None
+    """Which positions belong together, by which attention hides pads and a pack's other samples; None: rows
+    hold one sample each, and no real token would see a pad, so pads are ordinary."""
     rows: Tensor
     """[rows] int64: flat indices into [samples * parts * length] of the positions to predict."""
 
     def shifted(self) -> View:
         """Return the view of a model whose state at a position predicts the token behind it.
 
-        It is asked for the states one position earlier; the first token of a part, which nothing stands
-        before, keeps its own. What is predicted stays the same, so nobody but the model needs to know.
+        It is asked for the states one position earlier; the first token of a segment in each part, which
+        nothing stands before, keeps its own. What is predicted stays the same, so nobody but the model needs
+        to know.
         """
-        is_first = self.rows % self.length == 0
+        is_first = self._own(self.positions) == 0
         return dataclasses.replace(self, rows=torch.where(is_first, self.rows, self.rows - 1))
 
     def padded(self, samples: int, length: int) -> View:
         """Return the view with more samples and longer parts, for models that want equal shapes.
 
         What the real tokens see does not change: pads that they would see, a bidirectional context's or those
-        in a last, unfinished block, are hidden by `lengths`.
+        in a last, unfinished block, are hidden by `segments`.
 
         Args:
             samples: at least as many as there are; further ones are one token long.
@@ -71,48 +73,69 @@ class View:
         parts = self.context.parts
         ids = self.ids.view(len(self.ids), parts, self.length)
         ids = torch.nn.functional.pad(ids, (0, more[1], 0, 0, 0, more[0])).flatten(1)
-        lengths = self.lengths
-        if lengths is None and _sees_pads(self.context, [self.length], length):
-            lengths = self.rows.new_full((len(self.ids),), self.length)
-        if lengths is not None:
-            lengths = torch.cat([lengths, lengths.new_ones(more[0])])
+        segments = self.segments
+        if segments is None and _sees_pads(self.context, [self.length], length):
+            segments = Segments.of_rows(self.rows.new_full((len(self.ids),), self.length))
+        if segments is not None:
+            segments = segments.with_rows(len(self.ids), more[0])
         rows = self.rows // self.length * length + self.rows % self.length
-        return view_of_parts(ids, self.context, lengths, rows)
+        return view_of_parts(ids, self.context, segments, rows)
 
     def rounded(self, multiple: int) -> View:
         """Return the view `padded` to a whole multiple of so many tokens a sample; rows stay the same."""
         step = multiple // math.gcd(multiple, self.context.parts)
         return self.padded(len(self.ids), -(-self.length // step) * step)
 
+    def numbers(self) -> Tensor | None:
+        """Render the segments for a mask, [samples, length] int64; None: there are none to tell apart."""
+        return None if self.segments is None else self.segments.numbers(len(self.ids), self.length)
 
-def view_of_parts(ids: Tensor, context: Context, lengths: Tensor | None, rows: Tensor) -> View:
-    """Build a view from its parts behind each other; positions restart in each, stored once for all samples.
+    def order(self) -> Tensor:
+        """Return [rows] int64 keys of the rows, by which they sort as their samples and positions do."""
+        numbers = self.numbers()
+        if numbers is None:
+            return self.rows
+        return self._own(numbers.repeat(1, self.context.parts)) * self.length + self._own(self.positions)
+
+    def _own(self, values: Tensor) -> Tensor:
+        """Pick what stands at the rows, [samples, parts * length] -> [rows]."""
+        tokens = self.ids.shape[1]
+        return values[self.rows // tokens, self.rows % tokens]
+
+
+def view_of_parts(ids: Tensor, context: Context, segments: Segments | None, rows: Tensor) -> View:
+    """Build a view from its parts behind each other; positions restart in each, and in each segment.
+
+    Where rows hold one sample each, positions are stored once for all of them.
 
     Args:
         ids: [samples, parts * length] int64.
         context: the model's context kind, with as many parts.
-        lengths: [samples] real tokens of each part, or None.
+        segments: of each part, or None.
         rows: [rows] int64 flat indices.
     """
     samples, tokens = ids.shape
     length = tokens // context.parts
-    positions = torch.arange(length, device=ids.device).repeat(context.parts).expand(samples, -1)
-    return View(ids=ids, positions=positions, context=context, length=length, lengths=lengths, rows=rows)
+    if segments is None or len(segments.pack) == samples:
+        positions = torch.arange(length, device=ids.device).repeat(context.parts).expand(samples, -1)
+    else:
+        positions = segments.positions(samples, length).repeat(1, context.parts)
+    return View(ids=ids, positions=positions, context=context, length=length, segments=segments, rows=rows)
 
 
-def plain_view(noised: Noised, context: Context, mask_id: int, lengths: Tensor | None = None) -> View:
+def plain_view(noised: Noised, context: Context, mask_id: int, segments: Segments | None = None) -> View:
     """Build the view in which every masked token is shown as `mask_id`.
 
     Args:
         noised: the microbatch, [samples, length].
         context: the model's context kind and block size.
         mask_id: the mask token of THIS model (teacher and student may differ).
-        lengths: [samples] real tokens where padding must not be attended to (teachers of the reference).
+        segments: one a row, where padding must not be attended to (teachers of the reference).
     """
     ids, masked = noised.batch.ids, noised.masked
     sample, position = noised.row_index
     copies = [ids.masked_fill(masked, mask_id), *[ids] * (context.parts - context.noised_parts)]
-    return _view(copies, context, lengths, sample * context.parts * ids.shape[1] + position)
+    return _view(copies, context, segments, sample * context.parts * ids.shape[1] + position)
 
 
 def trimmed_view(noised: Noised, context: Context, mask_id: int) -> View:
@@ -122,8 +145,8 @@ def trimmed_view(noised: Noised, context: Context, mask_id: int) -> View:
     is seen they stay ordinary tokens, as in the reference.
     """
     batch = noised.batch
-    lengths = _real_lengths(context, batch.lengths, batch.host_lengths, batch.ids.shape[1])
-    return plain_view(noised, context, mask_id, lengths)
+    segments = _segments(context, batch.lengths, batch.host_lengths, batch.ids.shape[1])
+    return plain_view(noised, context, mask_id, segments)
 
 
 def teacher_view(reading: TeacherInput, context: Context, mask_id: int) -> View:
@@ -152,15 +175,15 @@ def complementary_view(reading: TeacherInput, shown: Tensor, context: Context, m
     first = reading.ids.masked_fill(reading.masked & ~shown, mask_id)
     second = reading.ids.masked_fill(reading.masked & shown, mask_id)
     samples, length = reading.ids.shape
-    lengths = _real_lengths(context, reading.lengths, reading.host_lengths, length)
+    segments = _segments(context, reading.lengths, reading.host_lengths, length)
     sample, position = reading.index
     is_second = shown[sample, position].long()
     if context.kind == "block_diffusion":
         both = TwoViews(kind=context.kind, block_size=context.block_size)
         rows = (sample * both.parts + is_second) * length + position
-        return _view([first, second, reading.ids], both, lengths, rows)
+        return _view([first, second, reading.ids], both, segments, rows)
     rows = (is_second * samples + sample) * length + position
-    doubled = None if lengths is None else lengths.repeat(2)
+    doubled = None if segments is None else Segments.of_rows(segments.tokens.repeat(2))
     return _view([torch.cat([first, second])], context, doubled, rows)
 
 
@@ -200,19 +223,19 @@ def _pass(
     copies = [noisy, *[reading.ids] * (context.parts - context.noised_parts)]
     sample, position = targets
     length = reading.ids.shape[1]
-    lengths = _real_lengths(context, reading.lengths, reading.host_lengths, length)
-    return _view(copies, context, lengths, sample * context.parts * length + position)
+    segments = _segments(context, reading.lengths, reading.host_lengths, length)
+    return _view(copies, context, segments, sample * context.parts * length + position)
 
 
-def _view(copies: list[Tensor], context: Context, lengths: Tensor | None, rows: Tensor) -> View:
+def _view(copies: list[Tensor], context: Context, segments: Segments | None, rows: Tensor) -> View:
     """Join the copies of the sequence."""
-    return view_of_parts(torch.cat(copies, dim=1), context, lengths, rows)
+    return view_of_parts(torch.cat(copies, dim=1), context, segments, rows)
 
 
-def _real_lengths(context: Context, real: Tensor, host: Sequence[int], length: int) -> Tensor | None:
-    """Return the real lengths by which a view hides its pads; None where no real token would see one.
+def _segments(context: Context, real: Tensor, host: Sequence[int], length: int) -> Segments | None:
+    """Return the segments by which a view hides its pads; None where no real token would see one.
 
-    Decided on the host, for the whole microbatch: attention without lengths is cheaper.
+    Decided on the host, for the whole microbatch: attention without them is cheaper.
 
     Args:
         context: the model's.
@@ -220,7 +243,7 @@ def _real_lengths(context: Context, real: Tensor, host: Sequence[int], length: i
         host: the same as plain numbers.
         length: tokens of each part, pads included.
     """
-    return real if _sees_pads(context, host, length) else None
+    return Segments.of_rows(real) if _sees_pads(context, host, length) else None
 
 
 def _sees_pads(context: Context, real: Sequence[int], length: int) -> bool:

@@ -168,7 +168,7 @@ def _block_logits(model: TideModel, reading: Context, ids: torch.Tensor, first: 
         positions=positions[None],
         context=reading,
         length=length,
-        lengths=None,
+        segments=None,
         rows=positions[first:],
     )
     return (model.rows(view) @ model.head_weight.T).float()[None]

@@ -226,7 +226,7 @@ def _view(rank: int, device: Device, length: int = 8) -> View:
     positions = torch.arange(length, device=device.torch_device)
     context = Context(kind="bidirectional")
     return View(
-        ids=ids, positions=positions[None], context=context, length=length, lengths=None, rows=positions
+        ids=ids, positions=positions[None], context=context, length=length, segments=None, rows=positions
     )
 
 

@@ -50,9 +50,9 @@ class KernelMaker(Protocol):
     """One model's attention: makes the kernel of each view."""
 
     def __call__(
-        self, context: Context, length: int, lengths: Tensor | None, device: torch.device, /
+        self, context: Context, length: int, segments: Tensor | None, device: torch.device, /
     ) -> Kernel:
-        """Make the kernel of a view: context, length of one part, [samples] real lengths or None, device."""
+        """Make the kernel of a view: context, length of one part, its `numbers` or None, device."""
 
     def multiple(self, tokens: int) -> int:
         """Return of what number a view's tokens a sample should be a multiple, where it has so many."""
@@ -64,9 +64,11 @@ class AnyLength:
 
     make: Callable[[Context, int, Tensor | None, torch.device], Kernel]
 
-    def __call__(self, context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Kernel:
+    def __call__(
+        self, context: Context, length: int, segments: Tensor | None, device: torch.device
+    ) -> Kernel:
         """Make the kernel of a view; see `KernelMaker`."""
-        return self.make(context, length, lengths, device)
+        return self.make(context, length, segments, device)
 
     def multiple(self, tokens: int) -> int:
         """Return 1."""
@@ -111,23 +113,23 @@ class Structured:
         return torch.cat([answers[chunk] for chunk in range(len(self.sizes))], dim=2)
 
 
-def make_dense(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Kernel:
+def make_dense(context: Context, length: int, segments: Tensor | None, device: torch.device) -> Kernel:
     """Render the mask whole."""
-    if lengths is None:
+    if segments is None:
         return _cached_dense(context, length, device)
-    return Dense(mask=dense_mask(context, length, lengths.to(device)))
+    return Dense(mask=dense_mask(context, length, segments.to(device)))
 
 
-def make_structured(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Kernel:
-    """Render the mask in chunks. Padding only hides, so the chunks are those of the unpadded mask."""
-    if lengths is None:
+def make_structured(context: Context, length: int, segments: Tensor | None, device: torch.device) -> Kernel:
+    """Render the mask in chunks. Segments only hide, so the chunks are those of the mask without them."""
+    if segments is None:
         return _cached_structured(context, length, device)
-    unpadded = _cached_structured(context, length, device)
-    masks = dense_mask(context, length, lengths.to(device))
+    plain = _cached_structured(context, length, device)
+    masks = dense_mask(context, length, segments.to(device))
     calls = tuple(
-        (asking, seen, _between(masks, unpadded.sizes, asking, seen)) for asking, seen, _ in unpadded.calls
+        (asking, seen, _between(masks, plain.sizes, asking, seen)) for asking, seen, _ in plain.calls
     )
-    return dataclasses.replace(unpadded, calls=calls)
+    return dataclasses.replace(plain, calls=calls)
 
 
 KERNELS: dict[str, KernelMaker] = {
@@ -184,7 +186,7 @@ class AttentionPlan:
         """Make the plan of a view.
 
         Args:
-            view: context, lengths and positions.
+            view: context, segments and positions.
             make: the model's kernel.
             frequencies: [rotated / 2] fp32 from `rotary_frequencies`.
             dtype: of query and key.
@@ -196,7 +198,7 @@ class AttentionPlan:
         rows = view.rows if len(view.rows) else view.rows.new_zeros(1)
         angles = positions.T[:, :, None, None].to(frequencies.dtype) * frequencies
         return cls(
-            kernel=make(view.context, view.length, view.lengths, view.ids.device),
+            kernel=make(view.context, view.length, view.numbers(), view.ids.device),
             cosine=angles.cos().to(dtype),
             sine=angles.sin().to(dtype),
             rows=rows % tokens * samples + rows // tokens,

@@ -63,8 +63,8 @@ class KernelKey:
     context: Context
     length: int
     """Of one part."""
-    has_lengths: bool
-    """Whether pads are hidden, by numbers that differ from view to view."""
+    has_segments: bool
+    """Whether pads and other samples are hidden, by numbers that differ from view to view."""
     query: tuple[int, ...]
     """[samples, heads, tokens, head_dim]."""
     groups: int
@@ -79,7 +79,7 @@ class KernelKey:
         return (
             f"{samples} x {tokens} tokens, {heads} heads over {self.groups} of {head_dim} in "
             f"{str(self.dtype).removeprefix('torch.')}, {self.context.kind} ({self.context.parts} part(s), "
-            f"block {self.context.block_size}), {'real' if self.has_lengths else 'no'} lengths, "
+            f"block {self.context.block_size}), {'with' if self.has_segments else 'no'} segments, "
             f"{'with' if self.has_gradient else 'no'} gradient"
         )
 
@@ -100,10 +100,10 @@ class CompiledFlex:
         self._owner, self._most_kernels, self._backend = owner, most_kernels, backend
         self._kernels: dict[KernelKey, Attend] = {}
 
-    def __call__(self, context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Flex:
+    def __call__(self, context: Context, length: int, segments: Tensor | None, device: torch.device) -> Flex:
         """Make the kernel of a view; see `attention.KernelMaker`."""
-        attend = functools.partial(self._attend, context, length, lengths is not None)
-        return Flex(block_mask=block_mask(context, length, lengths, device), attend=attend)
+        attend = functools.partial(self._attend, context, length, segments is not None)
+        return Flex(block_mask=block_mask(context, length, segments, device), attend=attend)
 
     def multiple(self, tokens: int) -> int:
         """Return a block, or for longer views an eighth of the power of two below them: few shapes occur."""
@@ -114,7 +114,7 @@ class CompiledFlex:
         self,
         context: Context,
         length: int,
-        has_lengths: bool,
+        has_segments: bool,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -128,7 +128,7 @@ class CompiledFlex:
         shape = KernelKey(
             context=context,
             length=length,
-            has_lengths=has_lengths,
+            has_segments=has_segments,
             query=tuple(query.shape),
             groups=key.shape[1],
             dtype=query.dtype,
@@ -200,10 +200,10 @@ class CompiledFlex:
         return compiled
 
 
-def make_plain_flex(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Flex:
+def make_plain_flex(context: Context, length: int, segments: Tensor | None, device: torch.device) -> Flex:
     """Make an uncompiled kernel, which keeps every score: on CPU only, forward only, to compare with."""
     assert device.type == "cpu", "on CUDA FlexAttention is compiled: see choose_kernel"
-    return Flex(block_mask=block_mask(context, length, lengths, device), attend=_attend_uncompiled)
+    return Flex(block_mask=block_mask(context, length, segments, device), attend=_attend_uncompiled)
 
 
 def _attend_uncompiled(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
@@ -213,37 +213,41 @@ def _attend_uncompiled(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> 
     return answer
 
 
-def block_mask(context: Context, length: int, lengths: Tensor | None, device: torch.device) -> Any:
+def block_mask(context: Context, length: int, segments: Tensor | None, device: torch.device) -> Any:
     """Render the predicate as a BlockMask, by the same rule as `dense_mask`.
 
-    With lengths, only blocks are worked on and nothing of the size [S, S]: what the unpadded context says of
-    a block is known, and a block is seen in full where it was and both its sides are real.
+    With segments, only blocks are worked on and nothing of the size [S, S]: what the context alone says of a
+    block is known, and a block is seen in full where it was and both its sides are of one segment. Segments
+    of a block are taken for all numbers between the least and the greatest of them: what that lets through
+    wrongly the rule itself hides.
 
     Args:
         context: kind and block size.
         length: tokens of one part.
-        lengths: [samples] int64 real tokens of each part; None: pads are ordinary.
+        segments: [samples, length] int64 (`Segments.numbers`); None: all are of one, pads too.
         device: where to.
     """
-    if lengths is None:
+    if segments is None:
         return _whole(context, length, device)
     from torch.nn.attention.flex_attention import BlockMask
 
-    lengths = lengths.to(device)
+    own = segments.to(device).repeat(1, context.parts)  # [samples, S]
 
     def allowed(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        real_query, real_key = query % length < lengths[sample], key % length < lengths[sample]
-        seen = may_attend(context, length, query, key)
-        return (seen & real_query & real_key) | (~real_query & (query == key))
+        mine, other = own[sample, query], own[sample, key]
+        seen = may_attend(context, length, query, key) & (mine >= 0) & (mine == other)
+        return seen | ((mine < 0) & (query == key))
 
     some, every = _blocks(context, length, device)  # [blocks, blocks]
     size = context.parts * length
-    real = torch.arange(size, device=device) % length < lengths[:, None]  # [samples, S]
-    real = torch.nn.functional.pad(real, (0, len(some) * BLOCK - size)).view(len(lengths), -1, BLOCK)
-    partly, wholly = real.any(-1), real.all(-1)  # [samples, blocks]
-    itself = torch.eye(len(some), dtype=torch.bool, device=device) & ~wholly[:, :, None]
-    full = every & wholly[:, :, None] & wholly[:, None, :]
-    mixed = ((some & partly[:, :, None] & partly[:, None, :]) | itself) & ~full
+    blocks = torch.nn.functional.pad(own, (0, len(some) * BLOCK - size), value=-1).view(len(own), -1, BLOCK)
+    is_real, most = blocks >= 0, blocks.amax(-1)  # [samples, blocks]
+    least = blocks.where(is_real, len(own) * length).amin(-1)  # of a block of pads: above all
+    meet = (least[:, :, None] <= most[:, None, :]) & (least[:, None, :] <= most[:, :, None])
+    alone = is_real.all(-1) & (least == most)
+    itself = torch.eye(len(some), dtype=torch.bool, device=device) & ~is_real.all(-1)[:, :, None]
+    full = every & alone[:, :, None] & alone[:, None, :] & (least[:, :, None] == least[:, None, :])
+    mixed = ((some & meet) | itself) & ~full
     return BlockMask.from_kv_blocks(
         *_listed(mixed), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(size, size)
     )

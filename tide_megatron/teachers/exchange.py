@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.segments import Segments
 from tide_megatron.diffusion.views import View, view_of_parts
 from tide_megatron.parallel.exchange import broadcast_rows, gather_parts
 from tide_megatron.parallel.layout import Layout
@@ -32,14 +33,14 @@ class ViewSize(NamedTuple):
     """Of one part."""
     rows: int
     """Positions it asks for."""
-    lengths: int = 0
-    """Real lengths that it hides pads by: one a sample, or 0 where no pad would be seen."""
+    segments: int = 0
+    """By which it hides pads and tells the samples of a pack apart; 0: there is nothing to hide."""
 
     @classmethod
     def of(cls, view: View) -> ViewSize:
         """Measure a view."""
-        lengths = 0 if view.lengths is None else len(view.lengths)
-        return cls(len(view.ids), view.length, len(view.rows), lengths)
+        segments = 0 if view.segments is None else len(view.segments.pack)
+        return cls(len(view.ids), view.length, len(view.rows), segments)
 
 
 Sizes = Sequence[Sequence[ViewSize]]
@@ -93,27 +94,29 @@ def gather_views(
 
 
 class _Form:
-    """How a view of one teacher is written as a row of int32: ids, real lengths, rows."""
+    """How a view of one teacher is written as a row of int32: ids, segments, rows."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
 
-    def fields(self, size: ViewSize) -> tuple[int, int, int]:
+    def fields(self, size: ViewSize) -> tuple[int, int, int, int, int]:
         """Return how many numbers each part takes."""
-        return size.samples * self.context.parts * size.length, size.lengths, size.rows
+        ids = size.samples * self.context.parts * size.length
+        return ids, size.segments, size.segments, size.segments, size.rows
 
     def numbers(self, size: ViewSize) -> int:
         """Return how many numbers a view takes."""
         return sum(self.fields(size))
 
     def pack(self, view: View) -> Tensor:
-        lengths = view.rows[:0] if view.lengths is None else view.lengths
-        return torch.cat([view.ids.flatten(), lengths, view.rows]).to(torch.int32)
+        own = view.segments
+        segments = [] if own is None else [own.pack, own.start, own.tokens]
+        return torch.cat([view.ids.flatten(), *segments, view.rows]).to(torch.int32)
 
     def unpack(self, packed: Tensor, size: ViewSize) -> View:
-        ids, lengths, rows = torch.split(packed.long(), list(self.fields(size)))
-        known = lengths if size.lengths else None
-        return view_of_parts(ids.view(size.samples, -1), self.context, known, rows)
+        ids, pack, start, tokens, rows = torch.split(packed.long(), list(self.fields(size)))
+        segments = Segments(pack=pack, start=start, tokens=tokens) if size.segments else None
+        return view_of_parts(ids.view(size.samples, -1), self.context, segments, rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

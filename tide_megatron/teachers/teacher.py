@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from tide_megatron.base.phases import Phases
+from tide_megatron.diffusion.alignment import TeacherInput
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context, TwoViews
+from tide_megatron.diffusion.packing import packed
 from tide_megatron.diffusion.views import (
     Complementary,
     View,
@@ -52,10 +54,22 @@ class ViewBuilder:
     """Show half of the masked tokens at a time; None: all are masked in one view."""
     forwards: int = 1
     """Forward passes of complementary views: 1, or 2 (slower, equal; the oracle)."""
+    pack: bool = False
+    """Put several samples into one row of a view, as long as the microbatch is padded to."""
 
     def views(self, name: str, noised: Noised) -> tuple[View, ...]:
         """Build what the teacher of this name reads, one view per forward pass."""
         reading = noised.reading(name)
+        views = self._views(name, noised, reading)
+        if not self.pack:
+            return views
+        length = reading.ids.shape[1]
+        return tuple(
+            packed(view, reading.host_lengths * (len(view.ids) // len(reading.ids)), length) for view in views
+        )
+
+    def _views(self, name: str, noised: Noised, reading: TeacherInput) -> tuple[View, ...]:
+        """Build them of one sample a row."""
         if self.complementary is None:
             return (teacher_view(reading, self.context, self.mask_id),)
         shown = self.complementary.shown(noised.part(name).batch, reading)
@@ -79,12 +93,12 @@ def merge_passes(views: Sequence[View], hidden: Sequence[Tensor]) -> Tensor:
     """Put the rows of all passes of a microbatch into (sample, position) order, [rows, hidden size].
 
     Args:
-        views: of one shape, one per pass; every row is asked for in exactly one of them.
+        views: of one shape and the same samples, one per pass; every row is asked for in exactly one of them.
         hidden: [rows of the view, hidden size] each.
     """
     if len(views) == 1:
         return hidden[0]
-    order = torch.cat([view.rows for view in views]).argsort()
+    order = torch.cat([view.order() for view in views]).argsort()
     return torch.cat(list(hidden))[order]
 
 

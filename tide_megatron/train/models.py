@@ -161,7 +161,13 @@ def build_student(recipe: Recipe, plan: ModelPlan, device: Device) -> Student:
     """
     model = _build(recipe, plan, device)
     with STARTUP(plan.key):
-        return Student(model, recipe.student.context, plan.tokenizer.mask_id, recipe.optimizer)
+        return Student(
+            model,
+            recipe.student.context,
+            plan.tokenizer.mask_id,
+            recipe.optimizer,
+            pack=recipe.batch.pack,
+        )
 
 
 def build_teacher(
@@ -211,6 +217,7 @@ def _view_builder(recipe: Recipe, name: str, plan: ModelPlan) -> ViewBuilder:
         mask_id=plan.tokenizer.mask_id,
         complementary=Complementary(seed=recipe.seed, share=choice.shown_share) if is_split else None,
         forwards=2 if choice.forwards == "two" else 1,
+        pack=recipe.batch.pack,
     )
 
 

@@ -179,6 +179,10 @@ class BatchOptions:
     deal: Annotated[Deal, MACHINE] = "length"
     """How an update's samples are shared out to ranks and microbatches: `length`: like beside like, so that
     few positions are pads and ranks have even work; `order`: as they come. The update is the same."""
+    pack: Annotated[bool, MACHINE] = False
+    """Put several samples behind each other into one row of what a model reads, each seeing itself only. Rows
+    are as long as the longest sample read with them, `data.fixed_length`, or the longest of all under
+    `tokens`. The update is the same."""
 
     def accumulation(self, world: int) -> tuple[int, int]:
         """Return (samples per microbatch, microbatches per update) on `world` ranks.

@@ -18,6 +18,7 @@ from torch import Tensor
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.packing import packed
 from tide_megatron.diffusion.views import View, trimmed_view
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.models.build import TideModel
@@ -35,13 +36,24 @@ class Student:
         context: Context,
         mask_id: int,
         options: Optimizer,
+        *,
+        pack: bool = False,
     ) -> None:
-        """Wrap the model, whose weights are in place, and build its optimizer. All ranks do so together."""
+        """Wrap the model, whose weights are in place, and build its optimizer. All ranks do so together.
+
+        Args:
+            model: on this rank.
+            context: how it reads.
+            mask_id: its mask token.
+            options: of its optimizer.
+            pack: put several samples into one row of a view, as long as the microbatch is padded to.
+        """
         self.model = model
         self.groups = groups = model.groups
         self.context = context
         self.mask_id = mask_id
         self.options = options
+        self.pack = pack
         self.wrapped = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
@@ -65,7 +77,11 @@ class Student:
 
     def view(self, noised: Noised) -> View:
         """Build what the student reads: its own mask token, its own context."""
-        return trimmed_view(noised, self.context, self.mask_id)
+        view = trimmed_view(noised, self.context, self.mask_id)
+        if not self.pack:
+            return view
+        packs = packed(view, noised.batch.host_lengths, view.length)
+        return packs.padded(len(packs.ids), view.length)  # of the length that whoever dealt the samples chose
 
     def rows(self, view: View) -> HeadInput:
         """Run the body; return the hidden rows [rows, hidden] with the head's weight [vocabulary, hidden].

@@ -21,6 +21,7 @@ from torch.nn import functional
 from bench.plain_head import Microbatch, Model, Term, cross_entropy
 from tide_megatron.base.clock import Clock
 from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.segments import Segments
 from tide_megatron.diffusion.views import View, view_of_parts
 from tide_megatron.models.build import TideModel
 from tide_megatron.train.optimizer import Update
@@ -91,5 +92,6 @@ def _every_position(
     """Return final hidden states of all positions, [samples, positions, hidden]."""
     ids = torch.cat(parts, dim=1)
     rows = torch.arange(ids.numel(), device=ids.device)
-    view: View = view_of_parts(ids, context, lengths, rows)
+    segments = None if lengths is None else Segments.of_rows(lengths)
+    view: View = view_of_parts(ids, context, segments, rows)
     return model.rows(view).unflatten(0, ids.shape)

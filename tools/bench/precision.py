@@ -144,7 +144,7 @@ def goldens() -> list[Case]:
             positions=torch.arange(length).expand(samples, -1),
             context=Context(kind="bidirectional"),
             length=length,
-            lengths=None,
+            segments=None,
             rows=torch.arange(ids.numel()),
         )
         first = dataclasses.replace(

@@ -19,6 +19,7 @@ from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
 from tide_megatron.diffusion.mask import Context, dense_mask
 from tide_megatron.diffusion.noise import NoiseOptions, Noiser
+from tide_megatron.diffusion.segments import Segments
 from tide_megatron.diffusion.views import (
     Complementary,
     View,
@@ -125,7 +126,8 @@ def padded_mask(context: Context, real: Tensor) -> Tensor:
         context: with one noised sequence, or with [x_t ; x_0].
         real: [samples, length] bool.
     """
-    allowed = dense_mask(context, real.shape[1], real.sum(dim=1))
+    numbers = Segments.of_rows(real.sum(dim=1)).numbers(*real.shape)
+    allowed = dense_mask(context, real.shape[1], numbers)
     return allowed & real.repeat(1, context.parts)[:, None, :, None]
 
 

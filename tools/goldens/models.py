@@ -23,6 +23,7 @@ from torch import Tensor
 from goldens.engine import EVERYBODY, Context, View, block_diffusion, dense_mask, swap_halves
 from goldens.row import LOGIT_TOLERANCE, Golden, Row, error_of
 from tide_megatron.base.device import Device
+from tide_megatron.diffusion.segments import Segments
 from tide_megatron.models import Architecture
 from tide_megatron.models.build import TideModel, build_model
 from tide_megatron.models.params import hf_shapes
@@ -68,7 +69,7 @@ def one_rank_world() -> Iterator[None]:
 
 
 def view_of(
-    ids: Tensor, context: Context, positions: Tensor | None = None, lengths: Tensor | None = None
+    ids: Tensor, context: Context, positions: Tensor | None = None, segments: Segments | None = None
 ) -> View:
     """Ask for every position of `ids` [samples, parts * length]."""
     length = ids.shape[1] // context.parts
@@ -78,7 +79,7 @@ def view_of(
         positions=plain if positions is None else positions,
         context=context,
         length=length,
-        lengths=lengths,
+        segments=segments,
         rows=torch.arange(ids.numel()),
     )
 
@@ -156,13 +157,18 @@ class Replayed:
         for key in golden.keys("logits_(nomask|bidir|shifted)"):
             golden.compare_logits(key, self.logits(view_of(ids, EVERYBODY)))
         if "logits_mask2d" in golden:
-            real, lengths = _padding(golden.read("mask2d"))
-            self.compare_real("logits_mask2d", self.logits(view_of(ids, EVERYBODY, lengths=lengths)), real)
+            real, segments = _padding(golden.read("mask2d"))
+            self.compare_real("logits_mask2d", self.logits(view_of(ids, EVERYBODY, segments=segments)), real)
         if "mask4d_trainer" in golden:
             allowed = golden.read("mask4d_trainer") == 0
-            real, lengths = _padding(allowed[:, 0].any(dim=-1))
-            self.check_mask("mask4d_trainer", allowed, dense_mask(EVERYBODY, ids.shape[1], lengths), real)
-            logits = self.logits(view_of(ids, EVERYBODY, lengths=lengths))
+            real, segments = _padding(allowed[:, 0].any(dim=-1))
+            self.check_mask(
+                "mask4d_trainer",
+                allowed,
+                dense_mask(EVERYBODY, ids.shape[1], segments.numbers(*ids.shape)),
+                real,
+            )
+            logits = self.logits(view_of(ids, EVERYBODY, segments=segments))
             self.compare_real("logits_mask4d_trainer", logits, real)
 
     def causal(self) -> None:
@@ -174,8 +180,8 @@ class Replayed:
             self.check_mask("mask4d_blockcausal", allowed, dense_mask(context, ids.shape[1]))
             golden.compare_logits("logits_blockcausal", self.logits(view_of(ids, context)))
         if "logits_mask2d_is_causal" in golden:
-            ids, (real, lengths) = golden.read("ids"), _padding(golden.read("mask2d"))
-            logits = self.logits(view_of(ids, CAUSAL, lengths=lengths))
+            ids, (real, segments) = golden.read("ids"), _padding(golden.read("mask2d"))
+            logits = self.logits(view_of(ids, CAUSAL, segments=segments))
             self.compare_real("logits_mask2d_is_causal", logits, real)
         if "logits_native_causal" in golden:
             golden.compare_logits(
@@ -266,12 +272,12 @@ def _by_sample(value: Tensor, ids: Tensor) -> Tensor:
     return value.view(*ids.shape, -1) if len(value) == ids.numel() else value.transpose(0, 1)
 
 
-def _padding(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (real tokens [samples, tokens] bool, lengths [samples]) of a right-padded mask."""
+def _padding(mask: Tensor) -> tuple[Tensor, Segments]:
+    """Return (real tokens [samples, tokens] bool, segments that hide the others) of a right-padded mask."""
     real = mask.bool()
     lengths = real.sum(dim=1)
     assert torch.equal(real, torch.arange(real.shape[1]) < lengths[:, None]), "padding must be on the right"
-    return real, lengths
+    return real, Segments.of_rows(lengths)
 
 
 def _keep(seen: dict[str, Tensor], key: str) -> Callable[..., None]:

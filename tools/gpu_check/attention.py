@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gpu_check.rows import Place, Row, judged
 from gpu_check.timing import milliseconds
 from tide_megatron.diffusion.mask import Context, TwoViews
+from tide_megatron.diffusion.segments import Segments
 from tide_megatron.models.attention import make_dense
 from tide_megatron.models.flex import CompiledFlex
 
@@ -27,11 +28,11 @@ LIMITS = {"forward": 0.01, "backward": 0.02}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One call: a context, the tokens of all its parts, and real lengths or not."""
+    """One call: a context, the tokens of all its parts, and pads that are hidden or not."""
 
     context: Context
     tokens: int
-    has_lengths: bool
+    hides_pads: bool
 
     @property
     def length(self) -> int:
@@ -42,7 +43,7 @@ class Shape:
     def name(self) -> str:
         """For the table."""
         kind = "complementary" if self.context.noised_parts > 1 else self.context.kind
-        return f"{kind} {self.tokens}" + (" with lengths" if self.has_lengths else "")
+        return f"{kind} {self.tokens}" + (" with pads hidden" if self.hides_pads else "")
 
 
 def shapes(*, small: bool) -> list[Shape]:
@@ -50,11 +51,11 @@ def shapes(*, small: bool) -> list[Shape]:
     sizes = [(BOTH, 1_024), (BLOCKS, 1_024), (BLOCKS, 1_088), (VIEWS, 1_536)]
     if small:
         return [
-            Shape(context=BLOCKS, tokens=128, has_lengths=False),
-            Shape(context=VIEWS, tokens=192, has_lengths=True),
+            Shape(context=BLOCKS, tokens=128, hides_pads=False),
+            Shape(context=VIEWS, tokens=192, hides_pads=True),
         ]
     return [
-        Shape(context=context, tokens=tokens, has_lengths=has)
+        Shape(context=context, tokens=tokens, hides_pads=has)
         for context, tokens in sizes
         for has in (False, True)
     ]
@@ -82,11 +83,11 @@ def _flex(place: Place) -> CompiledFlex:
 
 def _compared(flex: CompiledFlex, shape: Shape, device: torch.device) -> Row:
     """Hold one shape's answer and gradients to a whole mask's in fp32."""
-    lengths = _lengths(shape, device)
+    segments = _segments(shape, device)
     parts = draw(shape, device)
     outer = torch.randn(parts[0].shape, generator=torch.Generator().manual_seed(9)).to(device)
-    kernel = flex(shape.context, shape.length, lengths, device)
-    oracle = make_dense(shape.context, shape.length, lengths, device)
+    kernel = flex(shape.context, shape.length, segments, device)
+    oracle = make_dense(shape.context, shape.length, segments, device)
     has_backward = device.type == "cuda"
     found, wanted = ([part.to(dtype) for part in parts] for dtype in (torch.bfloat16, torch.float32))
     ours = _differentiated(kernel, found, outer, has_backward=has_backward)
@@ -110,10 +111,11 @@ def draw(shape: Shape, device: torch.device) -> list[Tensor]:
     return [torch.randn(size, generator=generator).bfloat16().float().to(device) for size in sizes]
 
 
-def _lengths(shape: Shape, device: torch.device) -> Tensor | None:
-    if not shape.has_lengths:
+def _segments(shape: Shape, device: torch.device) -> Tensor | None:
+    if not shape.hides_pads:
         return None
-    return torch.tensor([shape.length, shape.length * 3 // 5], device=device)
+    lengths = torch.tensor([shape.length, shape.length * 3 // 5], device=device)
+    return Segments.of_rows(lengths).numbers(len(lengths), shape.length)
 
 
 def _differentiated(
@@ -135,9 +137,7 @@ def check_speed(place: Place) -> list[Row]:
     """Time FlexAttention beside whole masks and beside no mask at all, forward alone and with backward."""
     device = torch.device(place.device)
     flex = _flex(place)
-    return [
-        _timed(flex, shape, device) for shape in shapes(small=place.is_rehearsal) if not shape.has_lengths
-    ]
+    return [_timed(flex, shape, device) for shape in shapes(small=place.is_rehearsal) if not shape.hides_pads]
 
 
 def _timed(flex: CompiledFlex, shape: Shape, device: torch.device) -> Row:

@@ -125,6 +125,6 @@ def test_padding_behind_the_longest_sample_is_cut_in_whole_blocks():
     reading = Noiser(seed=1).at(short, 0.9).reading("another")
     assert [teacher_view(reading, context, MASK).length for context in CONTEXTS] == [9, 12, 12]
     for context in CONTEXTS:
-        assert teacher_view(reading, context, MASK).lengths.tolist() == [9, 9, 9]
+        assert teacher_view(reading, context, MASK).segments.tokens.tolist() == [9, 9, 9]
     blocks = dataclasses.replace(CONTEXTS[2], block_size=3)
-    assert teacher_view(reading, blocks, MASK).lengths is None
+    assert teacher_view(reading, blocks, MASK).segments is None

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.segments import numbers_of
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context, dense_mask, may_attend
 
@@ -65,7 +66,7 @@ def test_predicate_broadcasts_and_returns_bool():
 @pytest.mark.parametrize("kind", ["bidirectional", "block_causal", "block_diffusion"])
 def test_padding_is_seen_by_nobody_and_sees_itself(kind):
     context, length, lengths = Context(kind=kind, block_size=2), 5, torch.tensor([5, 3, 0])
-    mask = dense_mask(context, length, lengths)
+    mask = dense_mask(context, length, numbers_of(lengths, length))
     total = context.parts * length
     assert mask.shape == (3, 1, total, total)
     plain = dense_mask(context, length)[0, 0]
@@ -90,7 +91,7 @@ def test_attention_of_real_tokens_does_not_depend_on_padding():
     inputs = torch.randn(3, 1, 1, 16, 4)
     real = [*range(5), *range(8, 13)]
     padded = torch.nn.functional.scaled_dot_product_attention(
-        *inputs, dense_mask(context, 8, torch.tensor([5]))
+        *inputs, dense_mask(context, 8, numbers_of(torch.tensor([5]), 8))
     )
     short = torch.nn.functional.scaled_dot_product_attention(*inputs[:, :, :, real], dense_mask(context, 5))
     torch.testing.assert_close(padded[:, :, real], short)

@@ -8,6 +8,7 @@ import torch
 
 from tide_megatron.diffusion.batch import IGNORED, Batch, Noised
 from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.segments import Segments
 from tide_megatron.diffusion.views import plain_view, trimmed_view
 
 MASK = 99
@@ -48,10 +49,10 @@ def test_rows_pick_the_masked_copy_of_each_hidden_token():
         assert example.batch.ids[sample, position].tolist() == [11, 13, 20]
 
 
-def test_lengths_travel_with_the_view():
-    lengths = torch.tensor([4, 2])
-    assert plain_view(noised(), Context(kind="bidirectional"), MASK, lengths).lengths is lengths
-    assert plain_view(noised(), Context(kind="bidirectional"), MASK).lengths is None
+def test_segments_travel_with_the_view():
+    segments = Segments.of_rows(torch.tensor([4, 2]))
+    assert plain_view(noised(), Context(kind="bidirectional"), MASK, segments).segments is segments
+    assert plain_view(noised(), Context(kind="bidirectional"), MASK).segments is None
 
 
 def test_a_model_is_told_where_pads_begin_where_it_would_see_one():
@@ -61,11 +62,11 @@ def test_a_model_is_told_where_pads_begin_where_it_would_see_one():
     labels[0, 2:] = labels[1, 0] = labels[1, 2] = IGNORED
     example = dataclasses.replace(example, batch=dataclasses.replace(example.batch, labels=labels))
     assert example.batch.lengths.tolist() == [2, 4]
-    assert trimmed_view(example, Context(kind="bidirectional"), MASK).lengths.tolist() == [2, 4]
+    assert trimmed_view(example, Context(kind="bidirectional"), MASK).segments.tokens.tolist() == [2, 4]
     for kind in ("block_causal", "block_diffusion"):
         for block, lengths in ((1, None), (2, None), (3, [2, 4]), (4, [2, 4]), (32, [2, 4])):
-            found = trimmed_view(example, Context(kind=kind, block_size=block), MASK).lengths
-            assert (found if found is None else found.tolist()) == lengths
+            found = trimmed_view(example, Context(kind=kind, block_size=block), MASK).segments
+            assert (found if found is None else found.tokens.tolist()) == lengths
 
 
 def test_nothing_hidden_gives_no_rows():

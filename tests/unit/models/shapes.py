@@ -6,6 +6,7 @@ import torch
 
 from tide_megatron.base.device import Device
 from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.segments import Segments
 from tide_megatron.diffusion.views import View
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import build_model
@@ -129,6 +130,6 @@ def view(vocabulary, *, samples=2, length=24, kind="block_diffusion", block_size
         positions=torch.arange(length).repeat(context.parts).expand(samples, -1),
         context=context,
         length=length,
-        lengths=lengths,
+        segments=None if lengths is None else Segments.of_rows(lengths),
         rows=torch.arange(ids.numel()),
     )

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from tests.segments import numbers_of
 from tests.unit.models.shapes import DENSE, build, view
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.mask import Context, TwoViews, dense_mask
@@ -22,10 +23,10 @@ from tide_megatron.models.flex import CompiledFlex
 
 CPU = torch.device("cpu")
 CASES = [
-    (kind, length, block, lengths)
+    (kind, length, block, shares)
     for kind in ("bidirectional", "block_causal", "block_diffusion")
     for length, block in ((96, 16), (80, 48), (70, 4), (13, 32), (170, 8))
-    for lengths in (None, (1.0, 0.6, 0.02))
+    for shares in (None, (1.0, 0.6, 0.02))
 ]
 
 
@@ -42,20 +43,23 @@ def written_out(query, key, value, mask):
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ value
 
 
-def lengths_of(shares, length):
-    return None if shares is None else torch.tensor([max(1, int(share * length)) for share in shares])
+def segments_of(shares, length):
+    """Return the numbers of segments of rows of these shares of a length, as masks read them."""
+    if shares is None:
+        return None
+    return numbers_of(torch.tensor([max(1, int(share * length)) for share in shares]), length)
 
 
 @pytest.mark.parametrize(("kind", "length", "block", "shares"), CASES)
 def test_dense_and_structured_agree_with_gradients(kind, length, block, shares):
-    context, lengths = Context(kind=kind, block_size=block), lengths_of(shares, length)
+    context, segments = Context(kind=kind, block_size=block), segments_of(shares, length)
     parts = heads(context.parts * length)
     outer = torch.randn(parts[0].shape, generator=torch.Generator().manual_seed(9))
     found = {}
     for name, attend in {
-        "written out": lambda *p: written_out(*p, dense_mask(context, length, lengths)),
-        "dense": make_dense(context, length, lengths, CPU),
-        "structured": make_structured(context, length, lengths, CPU),
+        "written out": lambda *p: written_out(*p, dense_mask(context, length, segments)),
+        "dense": make_dense(context, length, segments, CPU),
+        "structured": make_structured(context, length, segments, CPU),
     }.items():
         answer = attend(*parts)
         found[name] = (answer, *torch.autograd.grad((answer * outer).sum(), parts))
@@ -68,26 +72,26 @@ def test_dense_and_structured_agree_with_gradients(kind, length, block, shares):
 @pytest.mark.parametrize("shares", [None, (1.0, 0.6, 0.02)])
 @pytest.mark.parametrize(("length", "block"), [(96, 16), (70, 4), (13, 32)])
 def test_all_kernels_render_two_views_beside_one_clean_part(length, block, shares):
-    context, lengths = TwoViews(kind="block_diffusion", block_size=block), lengths_of(shares, length)
+    context, segments = TwoViews(kind="block_diffusion", block_size=block), segments_of(shares, length)
     parts = [part.detach() for part in heads(3 * length)]
-    expected = written_out(*parts, dense_mask(context, length, lengths))
+    expected = written_out(*parts, dense_mask(context, length, segments))
     for name in ("dense", "structured", "flex"):
-        found = KERNELS[name](context, length, lengths, CPU)(*parts)
+        found = KERNELS[name](context, length, segments, CPU)(*parts)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
     alone = Context(kind="block_diffusion", block_size=block)
     for first in (0, length):  # each noised part with the clean one is the ordinary context
         own = torch.cat([torch.arange(first, first + length), torch.arange(2 * length, 3 * length)])
-        alike = written_out(*(part[:, :, own] for part in parts), dense_mask(alone, length, lengths))
+        alike = written_out(*(part[:, :, own] for part in parts), dense_mask(alone, length, segments))
         torch.testing.assert_close(expected[:, :, own], alike, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(("kind", "length", "block", "shares"), CASES[1::3])
 @pytest.mark.parametrize("name", ["dense", "structured"])
 def test_bf16_stays_near_fp32_with_gradients(name, kind, length, block, shares):
-    context, lengths = Context(kind=kind, block_size=block), lengths_of(shares, length)
+    context, segments = Context(kind=kind, block_size=block), segments_of(shares, length)
     exact = heads(context.parts * length)
     rounded = [part.detach().bfloat16().requires_grad_() for part in exact]
-    attend = KERNELS[name](context, length, lengths, CPU)
+    attend = KERNELS[name](context, length, segments, CPU)
     results = []
     for parts in (exact, rounded):
         answer = attend(*parts)
@@ -99,10 +103,10 @@ def test_bf16_stays_near_fp32_with_gradients(name, kind, length, block, shares):
 
 @pytest.mark.parametrize(("kind", "length", "block", "shares"), CASES[::3])
 def test_flex_agrees_forward(kind, length, block, shares):
-    context, lengths = Context(kind=kind, block_size=block), lengths_of(shares, length)
+    context, segments = Context(kind=kind, block_size=block), segments_of(shares, length)
     parts = [part.detach() for part in heads(context.parts * length)]
-    flex = KERNELS["flex"](context, length, lengths, CPU)
-    expected = written_out(*parts, dense_mask(context, length, lengths))
+    flex = KERNELS["flex"](context, length, segments, CPU)
+    expected = written_out(*parts, dense_mask(context, length, segments))
     torch.testing.assert_close(flex(*parts), expected, rtol=1e-5, atol=2e-6)
 
 

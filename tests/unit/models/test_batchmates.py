@@ -168,7 +168,7 @@ def test_pads_that_nobody_sees_cost_nothing(context):
     block = 1 if context.kind == "bidirectional" else context.block_size
     for samples, length in BATCHES:
         view = trimmed_view(noised(batch_of(samples, block, length=length)), context, MASK)
-        assert (view.lengths is None) == (context.kind != "bidirectional")
+        assert (view.segments is None) == (context.kind != "bidirectional")
 
 
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)

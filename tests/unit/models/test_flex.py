@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from tests.segments import numbers_of
 from tests.unit.models.shapes import DENSE, MIXTURE, build, view
 from tide_megatron.base.errors import TideError
 from tide_megatron.diffusion.mask import Context, TwoViews
@@ -36,7 +37,7 @@ def parts_of(context, length, samples=2, heads=4, head_dim=16):
 def check(make, context, length, lengths=None, samples=2):
     """Attend as dense attention does."""
     parts = parts_of(context, length, samples)
-    real = None if lengths is None else torch.tensor(lengths)
+    real = None if lengths is None else numbers_of(torch.tensor(lengths), length)
     found = make(context, length, real, CPU)(*parts)
     expected = make_dense(context, length, real, CPU)(*parts)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
@@ -59,9 +60,9 @@ def test_every_shape_is_one_graph_and_one_line(caplog):
     assert len(lines) == 5
     assert lines[0] == (
         "attention of a2d-qwen3: compiling FlexAttention, graph 1: 2 x 128 tokens, 4 heads over 2 of 16 in "
-        "float32, block_diffusion (2 part(s), block 16), no lengths, no gradient"
+        "float32, block_diffusion (2 part(s), block 16), no segments, no gradient"
     )
-    assert "bidirectional (1 part(s), block 32), real lengths" in lines[1]
+    assert "bidirectional (1 part(s), block 32), with segments" in lines[1]
 
 
 def by_dense(query, key, value, *, block_mask, enable_gqa):

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.segments import numbers_of
 from tests.unit.models.shapes import DENSE, LLADA_MOE, MIXTURE, architecture, build, view
 from tide_megatron.diffusion.mask import Context, TwoViews, allowed_pairs, dense_mask
 from tide_megatron.diffusion.views import view_of_parts
@@ -31,7 +32,7 @@ def test_pairs_are_those_of_the_mask(context, length):
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)
 def test_pads_make_no_pairs(context):
     lengths, length = torch.tensor([21, 24, 5]), 24
-    seen = int(dense_mask(context, length, lengths).sum())
+    seen = int(dense_mask(context, length, numbers_of(lengths, length)).sum())
     pads = context.parts * int((length - lengths).sum())  # each sees itself, for the softmax's sake
     assert sum(allowed_pairs(context, real) for real in lengths.tolist()) == seen - pads
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.segments import numbers_of
 from tests.unit.diffusion.sides import random_batch
 from tests.unit.models.shapes import DENSE, MIXTURE, architecture
 from tide_megatron.diffusion.mask import Context, allowed_pairs, dense_mask
@@ -26,7 +27,7 @@ def test_what_is_read_is_what_the_view_holds(kind, name, share):
     context, lengths = view_builder.reads(noised.reading(name).host_lengths)
     assert (context, len(lengths)) == (view.context, len(view.ids))
     real = torch.tensor(lengths)
-    seen = int(dense_mask(view.context, view.length, real).sum())
+    seen = int(dense_mask(view.context, view.length, numbers_of(real, view.length)).sum())
     pads = context.parts * int((view.length - real).sum())
     assert sum(allowed_pairs(context, length) for length in lengths) == seen - pads
 
