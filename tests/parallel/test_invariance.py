@@ -45,6 +45,10 @@ LAYOUTS = {  # name -> (ranks, layout words, samples a microbatch)
     "4 ranks, PP2xEP2 and TP2": (4, [*cut("moe", "own", pipeline=2, expert=2), *cut("dense", tensor=2)], 1),
     "4 ranks, heads over 4": (4, [*cut("moe", expert=4), "head.ranks=4"], 2),
 }
+PACKS = {  # name -> how microbatches are cut
+    "by samples": ["batch.deal=order", "data.fixed_length=96"],
+    "by positions": ["batch.microbatch=null", "batch.tokens=300"],
+}
 EIGHT = (8, [*cut("moe", "own", expert=8), *cut("dense", tensor=2, pipeline=2)], 1)
 
 
@@ -137,6 +141,18 @@ def test_a_budget_of_positions_is_the_same_update(pool, tiny, adamw, sgd, tmp_pa
         compare_losses(seen, adamw)
     words, wanted = sgd
     for _, weights, _ in pool(ranks).run(run_steps, tiny, tmp_path, layouts, 1, [*budget, *words], 1):
+        compare_weights(weights, wanted)
+
+
+@pytest.mark.parametrize("name", ["2 ranks, EP2, accumulation 2", "4 ranks, TP2xPP2"])
+@pytest.mark.parametrize("cutting", PACKS)
+def test_packs_are_the_same_update(pool, tiny, adamw, sgd, tmp_path, name, cutting):
+    ranks, layouts, microbatch = LAYOUTS[name]
+    packs = ["batch.pack=true", *PACKS[cutting]]
+    for seen, *_ in pool(ranks).run(run_steps, tiny, tmp_path, layouts, microbatch, packs, STEPS):
+        compare_losses(seen, adamw)
+    words, wanted = sgd
+    for _, weights, _ in pool(ranks).run(run_steps, tiny, tmp_path, layouts, microbatch, [*packs, *words], 1):
         compare_weights(weights, wanted)
 
 

@@ -3,7 +3,8 @@
 Like stands beside like, so that few positions are pads. Microbatches have a number of samples, or as many as
 a budget of positions has room for; then every shard has equally many of them, because ranks meet in each, and
 models see few lengths: a length is rounded up to one of at most eight (`Rungs`), for which kernels are
-compiled and memory is laid out once.
+compiled and memory is laid out once. Where several samples share a row (`diffusion.packing`), all rows are of
+the longest, and microbatches are filled by tokens, long and short samples together.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 
 import numpy
 from numpy.typing import NDArray
+
+from tide_megatron.diffusion.packing import Packs
 
 RUNGS = 8
 """Lengths that a model sees at most."""
@@ -101,6 +104,88 @@ def cut_by_budget(
         Dealt(places=tuple(order[place] for place in part), lengths=_lengths(padded, part)) for part in found
     ]
     return [dealt[shard::shards] for shard in range(shards)]
+
+
+def cut_into_packs(
+    tokens: NDArray[numpy.int64],
+    rungs: Sequence[Rungs],
+    block_sizes: Sequence[int],
+    budget: int,
+    shards: int,
+) -> list[list[Dealt]]:
+    """Cut an update into microbatches of as many rows of packs as the budget has room for, in every model.
+
+    Rows are as long as a model's longest sample. Samples go, longest first, where a row has room; else to the
+    microbatch that has the fewest rows, so that all have nearly equal work. As few microbatches are made as
+    suffice when they are filled so.
+
+    Args:
+        tokens: [samples, models] of an update; a multiple of `shards` samples.
+        rungs: of each model.
+        block_sizes: of each model: its samples begin at multiples of it.
+        budget: positions; every sample fits into it.
+        shards: that share the update.
+
+    Returns:
+        [shard][microbatch], equally many each; those of one number are of the most equal work.
+    """
+    order, lengths = by_length(tokens), tuple(rung.lengths[-1] for rung in rungs)
+    blocks = numpy.array(block_sizes)
+    filled = -(-tokens[order] // blocks) * blocks
+    room = [budget // length * length for length in lengths]
+    least = max(math.ceil(int(used) / own) for used, own in zip(filled.sum(axis=0), room, strict=True))
+    number, sizes = -(-least // shards) * shards, filled.tolist()
+    while True:
+        found = [_Microbatch(lengths, block_sizes, budget) for _ in range(number)]
+        if _share_out(order, sizes, found):
+            break
+        number += shards
+    found.sort(key=lambda one: (-one.positions, -one.tokens))
+    dealt = [Dealt(places=tuple(one.places), lengths=lengths) for one in found]
+    return [dealt[shard::shards] for shard in range(shards)]
+
+
+class _Microbatch:
+    """Packs of every model that are being filled with the same samples."""
+
+    def __init__(self, lengths: Sequence[int], block_sizes: Sequence[int], budget: int) -> None:
+        self.places: list[int] = []
+        self.tokens = self.positions = 0
+        self._packs = [Packs(length, block) for length, block in zip(lengths, block_sizes, strict=True)]
+        self._rows = [budget // length for length in lengths]
+
+    def needed(self, sizes: Sequence[int]) -> int | None:
+        """Return the positions that a sample of so many tokens of each model would add; None: no room."""
+        added = 0
+        for packs, rows, own in zip(self._packs, self._rows, sizes, strict=True):
+            if packs.find(own)[0] == len(packs.ends):
+                if len(packs.ends) == rows:
+                    return None
+                added += packs.length
+        return added
+
+    def take(self, place: int, sizes: Sequence[int], added: int) -> None:
+        """Take a sample, which adds positions."""
+        for packs, own in zip(self._packs, sizes, strict=True):
+            packs.place(own)
+        self.places.append(place)
+        self.tokens += sum(sizes)
+        self.positions += added
+
+
+def _share_out(order: Sequence[int], sizes: Sequence[Sequence[int]], found: Sequence[_Microbatch]) -> bool:
+    """Give every sample to a microbatch, and none nothing; say whether there was room for all."""
+    for place, own in zip(order, sizes, strict=True):
+        ways = [
+            (bool(one.places), added, one.positions, one.tokens, number)
+            for number, one in enumerate(found)
+            if (added := one.needed(own)) is not None
+        ]
+        if not ways:
+            return False
+        _, added, *_, number = min(ways)
+        found[number].take(place, own, added)
+    return True
 
 
 Padded = Sequence[tuple[int, ...]]

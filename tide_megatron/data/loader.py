@@ -28,12 +28,13 @@ from typing import Literal
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data.blend import BlendedData
 from tide_megatron.data.dataset import PreparedData, Row
-from tide_megatron.data.dealing import Dealt, Rungs, by_length, cut_by_budget
+from tide_megatron.data.dealing import Dealt, Rungs, by_length, cut_by_budget, cut_into_packs
 from tide_megatron.data.sample import CUT_COLUMN
 from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch, pad_to_blocks, pad_to_length
@@ -74,6 +75,8 @@ class Loader:
     tokens: int | None = None
     """Cut an update, of as many samples, anew: into microbatches of at most so many positions of any model;
     None: as `samples` and `accumulate` say. Needs `deal` = length."""
+    pack: bool = False
+    """Models put several samples into one row of a view: what `tokens` has room for is counted so."""
     shard: DataShard = dataclasses.field(default_factory=DataShard)
     """Whose microbatches these are."""
     deal: Deal = "order"
@@ -153,13 +156,20 @@ class Loader:
             sides = [self.main, *(reading.side for reading in self.sides.values())]
             tokens = self.columns.lengths([sample for sample, _ in samples], sides)
             if self.tokens is not None:
-                return samples, cut_by_budget(tokens, self.rungs, self.tokens, shards)
+                return samples, self._cut(tokens, self.tokens)
             places = by_length(tokens)
         cut = [
             Dealt(places=tuple(places[first : first + self.samples]))
             for first in range(0, len(places), self.samples)
         ]
         return samples, [cut[shard::shards] for shard in range(shards)]
+
+    def _cut(self, tokens: NDArray[numpy.int64], budget: int) -> list[list[Dealt]]:
+        """Cut an update, [samples, models] tokens, by a budget of positions."""
+        if not self.pack:
+            return cut_by_budget(tokens, self.rungs, budget, self.shard.size)
+        block_sizes = [self.block_size, *(side.block_size for side in self.sides.values())]
+        return cut_into_packs(tokens, self.rungs, block_sizes, budget, self.shard.size)
 
     def _batch(self, samples: Sequence[tuple[int, int]], dealt: Dealt) -> Batch:
         mine = [samples[place] for place in dealt.places]

@@ -69,7 +69,8 @@ def open_loader(
     if is_trained_on:
         taught = _taught(recipe, columns)
         with under("batch"):
-            loader = dataclasses.replace(loader, tokens=recipe.batch.tokens, taught=taught)
+            batch = recipe.batch
+            loader = dataclasses.replace(loader, tokens=batch.tokens, pack=batch.pack, taught=taught)
     return _with_vocabularies(loader, plans)
 
 

@@ -4,13 +4,17 @@ import itertools
 
 import numpy
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.data.dataset import PreparedData
-from tide_megatron.data.dealing import RUNGS, Rungs, by_length, cut_by_budget
+from tide_megatron.data.dealing import RUNGS, Rungs, by_length, cut_by_budget, cut_into_packs
 from tide_megatron.data.loader import Loader
+from tide_megatron.diffusion.mask import Context
+from tide_megatron.diffusion.packing import packed
+from tide_megatron.diffusion.views import view_of_parts
 from tide_megatron.parallel.layout import DataShard
 
 
@@ -77,19 +81,71 @@ def test_microbatches_of_one_turn_have_like_work():
     assert by_length(tokens)[0] == tokens[:, 0].argmax()
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_packs_of_every_model_fit_the_budget(data):
+    shards = data.draw(st.sampled_from([1, 2, 3, 8]))
+    samples = shards * data.draw(st.integers(1, 24))
+    lengths = st.tuples(st.integers(1, 500), st.integers(1, 300))
+    tokens = numpy.array(data.draw(st.lists(lengths, min_size=samples, max_size=samples)))
+    rungs, blocks = [Rungs.of(500, 32), Rungs.of(300, 1)], [32, 1]
+    budget = data.draw(st.sampled_from([512, 1000, 3000, 10**5]))
+    cut = cut_into_packs(tokens, rungs, blocks, budget, shards)
+    assert len(cut) == shards
+    assert len({len(shard) for shard in cut}) == 1
+    every = list(itertools.chain.from_iterable(cut))
+    assert sorted(place for dealt in every for place in dealt.places) == list(range(samples))
+    for dealt in every:
+        assert dealt.places
+        assert dealt.lengths == tuple(rung.lengths[-1] for rung in rungs)
+        for model, length in enumerate(dealt.lengths):
+            own = (-(-tokens[list(dealt.places), model] // blocks[model]) * blocks[model]).tolist()
+            view = view_of_parts(
+                torch.zeros(len(own), length, dtype=torch.int64),
+                Context(kind="block_causal", block_size=blocks[model]),
+                None,
+                torch.arange(0),
+            )
+            assert len(packed(view, own, length).ids) * length <= budget
+
+
+def test_packs_leave_few_positions_empty_and_nobody_waiting():
+    tokens = numpy.random.default_rng(3).lognormal(6, 0.8, (512, 1)).clip(1, 4096).astype(numpy.int64)
+    cut = cut_into_packs(tokens, [Rungs.of(4096, 32)], [32], 16384, 8)
+    rows = [[_rows(tokens[list(one.places), 0].tolist()) for one in turn] for turn in zip(*cut, strict=True)]
+    assert sum(map(sum, rows)) * 4096 < 1.05 * tokens.sum()
+    assert sum(max(turn) - min(turn) for turn in rows) <= 1
+    assert len(cut_by_budget(tokens, [Rungs.of(4096, 32)], 16384, 8)[0]) >= len(rows)
+
+
+def _rows(own):
+    """Return into how many rows of 4,096 positions samples are packed."""
+    context = Context(kind="block_causal", block_size=32)
+    ids = torch.zeros(len(own), 4096, dtype=torch.int64)
+    return len(packed(view_of_parts(ids, context, None, torch.arange(0)), own, 4096).ids)
+
+
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_budget_reads_the_same_update(prepared, world):
+def test_a_budget_reads_the_same_update(prepared, world, pack):
     columns = PreparedData(prepared)
     wanted = Loader(columns=columns, samples=12, seed=3).microbatch(12, 0)
     found, shapes = [], set()
     for rank in range(world):
         shard = DataShard(rank=rank, size=world)
         loader = Loader(
-            columns=columns, samples=12 // world, shard=shard, deal="length", tokens=300, block_size=8, seed=3
+            columns=columns,
+            samples=12 // world,
+            shard=shard,
+            deal="length",
+            tokens=300,
+            pack=pack,
+            block_size=8,
+            seed=3,
         )
         for batch in loader.update(12):
             found += zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True)
-            assert batch.ids.numel() <= 300
+            assert pack or batch.ids.numel() <= 300
             shapes.add(batch.ids.shape[1])
     assert sorted(found) == sorted(zip(wanted.sample_ids.tolist(), wanted.epochs.tolist(), strict=True))
     assert shapes <= set(Rungs.of(loader.longest, 8).lengths)
