@@ -61,7 +61,7 @@ def packed(view: View, tokens: Sequence[int], length: int) -> View:
         samples have room in one row.
     """
     block_size = _block_size(view.context)
-    places, packs = _best(tokens, length, block_size)
+    places, packs = place_samples(tokens, length, block_size)
     if len(packs.ends) in (0, len(tokens)):
         return view
     own = min(length, -(-max(packs.ends) // block_size) * block_size)
@@ -87,10 +87,17 @@ def _block_size(context: Context) -> int:
     return 1 if context.kind == "bidirectional" else context.block_size
 
 
-def _best(tokens: Sequence[int], length: int, block_size: int) -> tuple[dict[int, tuple[int, int]], Packs]:
+def place_samples(
+    tokens: Sequence[int], length: int, block_size: int
+) -> tuple[dict[int, tuple[int, int]], Packs]:
     """Place samples longest first, or as they come where that takes fewer rows.
 
     So they never take more than whoever dealt them counted, one after the other.
+
+    Args:
+        tokens: of each sample; of one without any no place is given.
+        length: positions of a row.
+        block_size: samples begin at multiples of it.
 
     Returns:
         Sample -> (row, first position), in the samples' order; the rows.

@@ -1,14 +1,15 @@
 """What dealing an update's samples by length saves: positions that are pads, and the time they take.
 
-    python tools/bench/dealing.py --json               (counts pads, then trains both ways in turns)
+    python tools/bench/dealing.py --json               (counts pads, then trains all ways in turns)
     python tools/bench/dealing.py --pairs 0 --json     (counts only)
 
-Counts the student's positions of whole updates over one epoch, as they come (`order`, the baseline), dealt by
-length (`length`), and cut by a budget of positions (`tokens`: what the longest samples need in the others),
-for several ranks and microbatches: of the quickstart's data, and of chats of mixed lengths made of it
-(functions joined until a log-normal length is reached: median 96 tokens, sigma 0.9, at most 480). Then trains
-the quickstart's student beside its mixture on two CPU ranks on the mixed lengths, all ways in turns, and
-compares CPU seconds. Needs the quickstart's data (`python examples/quickstart/data.py`).
+Counts the student's positions of whole updates over one epoch, as they come (`order`, the baseline), dealt
+by length (`length`), cut by a budget of positions (`tokens`: what the longest samples need in the others),
+and by that budget with several samples in a row (`pack`), for several ranks and microbatches: of the
+quickstart's data, and of chats of mixed lengths made of it (functions joined until a log-normal length is
+reached: median 96 tokens, sigma 0.9, at most 480). Then trains the quickstart's student beside its mixture
+on two CPU ranks on the mixed lengths, all ways in turns, and compares CPU seconds. Needs the quickstart's
+data (`python examples/quickstart/data.py`).
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from tide_megatron import api
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.data.prepare import prepare
+from tide_megatron.diffusion.packing import place_samples
 from tide_megatron.parallel.layout import DataShard
 from tide_megatron.text.tokenizer import Tokenizer
 
 STUDENT = Path("examples/quickstart/models/student")
-WAYS = ("order", "length", "tokens")
+WAYS = ("order", "length", "tokens", "pack")
 CUTS = ((1, 64, 1), (2, 8, 4), (8, 8, 1), (8, 8, 4), (64, 8, 1))
 """(ranks, samples a microbatch, microbatches an update)."""
 
@@ -46,7 +48,7 @@ def pads(data: PreparedData, way: str, cut: tuple[int, int, int], block_size: in
 
     Args:
         data: prepared.
-        way: how updates are shared out, of `WAYS`; `tokens` has as many positions as `order` may need.
+        way: how updates are shared out, of `WAYS`; the last two have as many positions as `order` may need.
         cut: of `CUTS`.
         block_size: samples are filled up to whole ones.
     """
@@ -59,8 +61,9 @@ def pads(data: PreparedData, way: str, cut: tuple[int, int, int], block_size: in
         deal="order" if way == "order" else "length",
         block_size=block_size,
     )
-    if way == "tokens":
-        loader = dataclasses.replace(loader, tokens=samples * loader.rungs[0].lengths[-1])
+    if way in ("tokens", "pack"):
+        budget = samples * loader.rungs[0].lengths[-1]
+        loader = dataclasses.replace(loader, tokens=budget, pack=way == "pack")
     tokens = positions = waited = passes = updates = 0
     lengths = set()
     for consumed in range(0, len(data) - loader.update_samples, loader.update_samples):
@@ -69,9 +72,16 @@ def pads(data: PreparedData, way: str, cut: tuple[int, int, int], block_size: in
         real = -(-real // block_size) * block_size
         tokens, updates = tokens + int(real.sum()), updates + 1
         for turn in zip(*dealt, strict=True):
-            own = [(len(one.places), one.lengths or [real[list(one.places)].max()]) for one in turn]
-            work = [number * int(length[0]) for number, length in own]
-            lengths |= {int(length[0]) for _, length in own}
+            read = [real[list(one.places)] for one in turn]
+            own = [
+                int(one.lengths[0] if one.lengths else of.max()) for one, of in zip(turn, read, strict=True)
+            ]
+            rows = [
+                len(place_samples(of.tolist(), length, block_size)[1].ends) if way == "pack" else len(of)
+                for of, length in zip(read, own, strict=True)
+            ]
+            work = [number * length for number, length in zip(rows, own, strict=True)]
+            lengths |= set(own)
             positions, waited, passes = positions + sum(work), waited + len(work) * max(work), passes + 1
     return {
         "pads": 1 - tokens / positions,
@@ -83,7 +93,8 @@ def pads(data: PreparedData, way: str, cut: tuple[int, int, int], block_size: in
 
 def cpu_seconds(folder: Path, data: Path, way: str, steps: int) -> tuple[float, float]:
     """Train on two ranks; return CPU seconds and the last update's loss."""
-    cut = ["batch.tokens=4096"] if way == "tokens" else ["batch.microbatch=8", f"batch.deal={way}"]
+    budget = ["batch.tokens=4096", f"batch.pack={str(way == 'pack').lower()}"]
+    cut = budget if way in ("tokens", "pack") else ["batch.microbatch=8", f"batch.deal={way}"]
     words = [f"folder={folder}", f"data.train={data}", f"steps={steps}", "device=cpu", *cut]
     words += ["batch.samples=64", "evaluation.samples=16", "metrics.every=1"]
     result = api.train(RECIPE, [*words, *TEACHER], ranks=2, resume=False)
@@ -135,7 +146,7 @@ def main() -> None:
             }
             ratios.append({way: spent["order"][0] / spent[way][0] for way in WAYS[1:]})
             print(f"pair {number}: CPU seconds, last loss {spent}: {ratios[-1]} times", flush=True)
-    for way, name in zip(WAYS[1:], ("dealt_ratio", "budget_ratio"), strict=True):
+    for way, name in zip(WAYS[1:], ("dealt_ratio", "budget_ratio", "packed_ratio"), strict=True):
         found[name] = statistics.median(ratio[way] for ratio in ratios) if ratios else None
     if given.json:
         print(json.dumps(found))
