@@ -28,11 +28,11 @@ LIMITS = {"forward": 0.01, "backward": 0.02}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One call: a context, the tokens of all its parts, and pads that are hidden or not."""
+    """One call: a context, the tokens of all its parts, and packs with pads that are hidden or not."""
 
     context: Context
     tokens: int
-    hides_pads: bool
+    has_packs: bool
 
     @property
     def length(self) -> int:
@@ -43,7 +43,7 @@ class Shape:
     def name(self) -> str:
         """For the table."""
         kind = "complementary" if self.context.noised_parts > 1 else self.context.kind
-        return f"{kind} {self.tokens}" + (" with pads hidden" if self.hides_pads else "")
+        return f"{kind} {self.tokens}" + (" in packs" if self.has_packs else "")
 
 
 def shapes(*, small: bool) -> list[Shape]:
@@ -51,11 +51,11 @@ def shapes(*, small: bool) -> list[Shape]:
     sizes = [(BOTH, 1_024), (BLOCKS, 1_024), (BLOCKS, 1_088), (VIEWS, 1_536)]
     if small:
         return [
-            Shape(context=BLOCKS, tokens=128, hides_pads=False),
-            Shape(context=VIEWS, tokens=192, hides_pads=True),
+            Shape(context=BLOCKS, tokens=128, has_packs=False),
+            Shape(context=VIEWS, tokens=192, has_packs=True),
         ]
     return [
-        Shape(context=context, tokens=tokens, hides_pads=has)
+        Shape(context=context, tokens=tokens, has_packs=has)
         for context, tokens in sizes
         for has in (False, True)
     ]
@@ -112,10 +112,12 @@ def draw(shape: Shape, device: torch.device) -> list[Tensor]:
 
 
 def _segments(shape: Shape, device: torch.device) -> Tensor | None:
-    if not shape.hides_pads:
+    if not shape.has_packs:
         return None
-    lengths = torch.tensor([shape.length, shape.length * 3 // 5], device=device)
-    return Segments.of_rows(lengths).numbers(len(lengths), shape.length)
+    second = shape.length // 2 // shape.context.block_size * shape.context.block_size
+    pack, start = torch.tensor([0, 0, 1]), torch.tensor([0, second, 0])
+    tokens = torch.tensor([second - 3, shape.length - second, shape.length * 3 // 5])
+    return Segments(pack=pack, start=start, tokens=tokens).numbers(SAMPLES, shape.length).to(device)
 
 
 def _differentiated(
@@ -137,7 +139,7 @@ def check_speed(place: Place) -> list[Row]:
     """Time FlexAttention beside whole masks and beside no mask at all, forward alone and with backward."""
     device = torch.device(place.device)
     flex = _flex(place)
-    return [_timed(flex, shape, device) for shape in shapes(small=place.is_rehearsal) if not shape.hides_pads]
+    return [_timed(flex, shape, device) for shape in shapes(small=place.is_rehearsal) if not shape.has_packs]
 
 
 def _timed(flex: CompiledFlex, shape: Shape, device: torch.device) -> Row:

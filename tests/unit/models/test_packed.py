@@ -8,10 +8,11 @@ import torch
 
 from tests.unit.models.shapes import DENSE, DREAM, MIXTURE, build
 from tests.unit.models.test_batchmates import FORMS, MASK, SIZES, batch_of, noised
-from tide_megatron.diffusion.mask import Context, TwoViews
+from tide_megatron.diffusion.mask import Context, TwoViews, dense_mask
 from tide_megatron.diffusion.packing import packed
 from tide_megatron.diffusion.segments import Segments
 from tide_megatron.models.attention import KERNELS, make_dense
+from tide_megatron.models.flex import BLOCK, block_mask
 from tide_megatron.teachers.teacher import ViewBuilder, merge_passes
 from tide_megatron.train.student import Student
 
@@ -85,15 +86,50 @@ def test_a_state_before_a_sample_is_no_other_samples(model, context):
     torch.testing.assert_close(model.rows(found), model.rows(view), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("context", [*CONTEXTS, TwoViews(kind="block_diffusion", block_size=4)], ids=str)
-@torch.no_grad()
-def test_flex_hides_other_samples_over_many_blocks(context):
-    """Its own blocks hold several segments, one, or pads, and reach from one part into the next."""
-    length = 400
+def many_blocks():
+    """Return the numbers of packs whose blocks of 128 hold several segments, one, or pads."""
     start = torch.tensor([0, 12, 140, 388, 0, 0, 256])
     tokens = torch.tensor([11, 120, 244, 8, 400, 256, 100])
     pack = torch.tensor([0, 0, 0, 0, 1, 2, 2])
-    numbers = Segments(pack=pack, start=start, tokens=tokens).numbers(3, length)
+    return Segments(pack=pack, start=start, tokens=tokens).numbers(3, 400)
+
+
+TWO_VIEWS = TwoViews(kind="block_diffusion", block_size=4)
+
+
+@pytest.mark.parametrize("context", [*CONTEXTS, TWO_VIEWS], ids=str)
+def test_flex_leaves_out_no_block_and_fills_only_what_is_seen_whole(context):
+    """Uncompiled it looks at the rule alone; compiled, at the lists of blocks."""
+    length, numbers = 400, many_blocks()
+    found = block_mask(context, length, numbers, CPU)
+    mask = dense_mask(context, length, numbers)
+    missing = -mask.shape[-1] % BLOCK
+    mask = torch.nn.functional.pad(mask, (0, missing, 0, missing))
+    blocks = mask.shape[-1] // BLOCK
+    tiles = mask.view(3, blocks, BLOCK, blocks, BLOCK).transpose(2, 3).flatten(3)
+    some, every = (
+        listed(found.kv_num_blocks, found.kv_indices),
+        listed(found.full_kv_num_blocks, found.full_kv_indices),
+    )
+    assert not (some & every).any()
+    assert (tiles.any(-1) <= (some | every)).all()
+    assert (every <= tiles.all(-1)).all()
+    assert every.any()
+    assert (some | every).sum() < (tiles.any(-1).sum() * 1.2), "and works on few that nobody sees into"
+
+
+def listed(number, which):
+    """Return [samples, blocks, blocks]: whether a key block is in the list of a query block."""
+    found = torch.zeros(which[:, 0].shape, dtype=torch.bool)
+    is_in = torch.arange(which.shape[-1]) < number[:, 0, :, None]
+    return found.scatter(2, which[:, 0].long(), is_in)
+
+
+@pytest.mark.parametrize("context", [*CONTEXTS, TWO_VIEWS], ids=str)
+@torch.no_grad()
+def test_flex_hides_other_samples_over_many_blocks(context):
+    """Its own blocks hold several segments, one, or pads, and reach from one part into the next."""
+    length, numbers = 400, many_blocks()
     draw = torch.Generator().manual_seed(2)
     parts = [torch.randn(3, 2, context.parts * length, 16, generator=draw) for _ in range(3)]
     wanted = make_dense(context, length, numbers, CPU)(*parts)
