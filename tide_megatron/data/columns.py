@@ -22,9 +22,8 @@ conversation. Padding is not stored either; it depends on a run's block size and
 
 from __future__ import annotations
 
-import collections
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,62 +32,19 @@ import tide_megatron.platform
 import numpy
 from numpy.typing import NDArray
 
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
+from megatron.core.datasets.indexed_dataset import IndexedDataset  # isort: skip
 
 
 from tide_megatron.base.errors import DataError
 from tide_megatron.base.files import digest_of
+from tide_megatron.data.column_files import SOURCE, numbered
 from tide_megatron.data.manifest import Manifest, read_manifest
 from tide_megatron.data.sample import CUT_COLUMN
 from tide_megatron.text.tokenizer import Tokenizer
 
-SOURCE = "source"
 HASHED_AT_OPEN_BYTES = 64 * 2**20
 """Data sets up to this size are compared with their digests whenever they are opened (a fifth of a
 second)."""
-
-
-class ColumnWriter:
-    """Writes columns row by row into an existing folder; `finish` closes them and digests the files."""
-
-    def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        self._folder = folder
-        self._builders = {
-            name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=numpy.int32) for name in names
-        }
-        self._values = dict.fromkeys(self._builders, 0)
-        self.samples = 0
-
-    def add(self, row: Mapping[str, Sequence[int]]) -> None:
-        """Append one sample: a value for every column."""
-        assert row.keys() == self._builders.keys(), f"columns {set(self._builders)}, row {set(row)}"
-        for name, values in row.items():
-            self._builders[name].add_document(numpy.asarray(values, dtype=numpy.int32), [len(values)])
-            self._values[name] += len(values)
-        self.samples += 1
-
-    def add_column(self, name: str, values: Sequence[int]) -> None:
-        """Write a column of one number a sample that was not known before all samples were."""
-        assert len(values) == self.samples, f"{len(values)} values of {self.samples} samples"
-        builder = IndexedDatasetBuilder(str(self._folder / f"{name}.bin"), dtype=numpy.int32)
-        self._builders[name], self._values[name] = builder, len(values)
-        for value in values:
-            builder.add_document(numpy.asarray([value], dtype=numpy.int32), [1])
-
-    def finish(self) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
-        """Write the indices; return values per column and {bytes, sha256} per file."""
-        for name, builder in self._builders.items():
-            builder.finalize(str(self._folder / f"{name}.idx"))
-        files = [f"{name}.{ending}" for name in self._builders for ending in ("bin", "idx")]
-        return dict(self._values), {
-            file: {"bytes": (self._folder / file).stat().st_size, "sha256": digest_file(self._folder / file)}
-            for file in files
-        }
-
-    def close(self) -> None:
-        """Close the files without finishing, so that an abandoned folder can be removed."""
-        for builder in self._builders.values():
-            builder.data_file.close()
 
 
 class PreparedData:
@@ -230,16 +186,6 @@ class PreparedData:
         if counts.any():  # an empty file cannot be mapped
             values = numpy.memmap(self.folder / f"{ragged}.bin", dtype=numpy.int32, mode="r")
         return self._readers[ids].sequence_lengths, counts, values
-
-
-def numbered(names: Sequence[str]) -> list[str]:
-    """Return names that differ: the second `a` is `a#2`."""
-    seen: collections.Counter[str] = collections.Counter()
-    found = []
-    for name in names:
-        seen[name] += 1
-        found.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return found
 
 
 def digest_file(file: Path) -> str:

@@ -1,7 +1,9 @@
 """Prepare data: JSONL chats -> tokens and reply ranges -> columns on disk.
 
 All or nothing: everything is written into a hidden folder beside the target, flushed, and renamed into place
-at the end. An error or Ctrl-C removes it; the target is either the old state or the whole new one.
+at the end; the target is either the old state or the whole new one. Bad data leaves nothing behind. Whatever
+else ends it (a kill, Ctrl-C, a full disk), the hidden folder stays once something in it is certain, and the
+same call goes on there, to the same bytes. Other options, records or code begin anew.
 
 A record that cannot be used, or is longer than `max_length`, is an error by default, because losing data
 should be a decision. Even then all records are looked at first, so that the message counts all faults by
@@ -14,37 +16,27 @@ Each sample remembers its source, for scores by source: what the record's `sourc
 
 from __future__ import annotations
 
-import array
-import collections
+import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import rich
-import rich.progress
-
-from tide_megatron.base.disk import disk_faults, place_of
-from tide_megatron.base.errors import ConfigError, DataError, RecordError, nearest
-from tide_megatron.base.files import replaced_folder
-from tide_megatron.base.lease import lease_beside, leased
-from tide_megatron.data.columns import SOURCE, ColumnWriter, numbered
-from tide_megatron.data.manifest import (
-    MANIFEST_FILE,
-    DataStatistics,
-    Manifest,
-    SideMetadata,
-    TokenizerMetadata,
-)
-from tide_megatron.data.parallel_encoder import ParallelEncoder
-from tide_megatron.data.rejects import REJECTS_FILE, OnBad, Rejects
-from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
-from tide_megatron.data.source import Source
+from tide_megatron.base.disk import disk_faults, disk_words, place_of
+from tide_megatron.base.errors import ConfigError, DataError, nearest
+from tide_megatron.base.lease import Lease, lease_beside, leased
+from tide_megatron.base.stop import is_stop
+from tide_megatron.base.unfinished import DamagedWork, Unfinished, unfinished_folder
+from tide_megatron.data.filling import Filling, RecordsChanged, can_be_read_again, listed
+from tide_megatron.data.manifest import MANIFEST_FILE, Manifest
+from tide_megatron.data.parallel_encoder import EncoderKilled, ParallelEncoder
+from tide_megatron.data.plan import Plan, differences
+from tide_megatron.data.rejects import REJECTS_FILE, OnBad
+from tide_megatron.data.sample import Encoder, OnLong, SideChoice, Window
 from tide_megatron.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-_MOST_SOURCES = 1000
-"""More different words in records' `source` name no sources (they are addresses): the files are."""
 
 
 def prepare(
@@ -89,24 +81,109 @@ def prepare(
     words = [word.value for word in OnBad]
     if on_bad not in words:
         raise ConfigError(f"on_bad: {on_bad!r} is unknown: {nearest(on_bad, words)}")
-    out, inputs = place_of(out, DataError), [Source(Path(source)) for source in sources]
+    plan = Plan(encoder=encoder, paths=list(sources), on_bad=OnBad(on_bad), normalize=normalize)
+    out = place_of(out, DataError)
     with disk_faults(out, DataError), leased(lease_beside(out), str(out), DataError) as lease:
         _check_target(out, replace=replace)
-        if not inputs:
-            raise DataError("sources: no such file: name at least one JSONL file, or - for stdin")
-        for source in inputs:
-            source.check()
+        check_sources(plan)
         with (
-            replaced_folder(out, fault_kind=DataError) as folder,
+            unfinished_folder(out) as work,
+            _told(work, lease, out),
             ParallelEncoder(encoder, normalize=normalize, number=workers) as processes,
+            _filled(work, plan, processes, lease, out) as filling,
         ):
-            manifest = _Preparation(
-                folder, encoder, OnBad(on_bad), normalize=normalize, workers=processes
-            ).run(inputs)
-            manifest.write(folder)
+            manifest = filling.finish()
+            manifest.write(work.data)
             lease.check()
     _report(out, manifest)
     return manifest
+
+
+def check_sources(plan: Plan) -> None:
+    """Refuse sources that are not there, before anything is read.
+
+    Raises:
+        DataError: names the first.
+    """
+    if not plan.paths:
+        raise DataError("sources: no such file: name at least one JSONL file, or - for stdin")
+    for source in plan.sources():
+        source.check()
+
+
+@contextlib.contextmanager
+def _filled(
+    work: Unfinished, plan: Plan, processes: ParallelEncoder, lease: Lease, out: Path
+) -> Iterator[Filling]:
+    """Give a filling that has read all records, going on with an earlier start's work if that is of use."""
+    with contextlib.ExitStack() as stack:
+        try:
+            state = _certain(work, plan)
+            if state is not None:
+                work.go_on(state)
+                filling = stack.enter_context(Filling(work, plan, processes, lease, state))
+                logger.info("%s: goes on behind record %d of an earlier start", out, state["records"])
+                filling.read(out.name)
+        except (DamagedWork, RecordsChanged) as why:
+            logger.warning("%s: an earlier start's work is of no use, begins anew: %s", out, why)
+            stack.close()
+            state = None
+        if state is None:
+            work.begin()
+            filling = stack.enter_context(Filling(work, plan, processes, lease))
+            filling.read(out.name)
+        yield filling
+
+
+def _certain(work: Unfinished, plan: Plan) -> dict[str, Any] | None:
+    """Return what an earlier start has done; None: nothing.
+
+    Raises:
+        DamagedWork: something, but it is of no use here; the message says why.
+    """
+    state = work.committed()
+    if state is None:
+        return None
+    if others := differences(state.get("identity") or {}, plan.identity()):
+        raise DamagedWork(f"it was made with another {', another '.join(others)}")
+    if not all(can_be_read_again(source) for source in plan.sources()):
+        raise DamagedWork("a pipe cannot be read again")
+    return state
+
+
+@contextlib.contextmanager
+def _told(work: Unfinished, lease: Lease, out: Path) -> Iterator[None]:
+    """Decide what becomes of the work when the block ends early, and say so.
+
+    Raises:
+        DataError: of the block; or the disk refused.
+    """
+    try:
+        yield
+    except EncoderKilled as fault:
+        raise DataError(f"{fault}{_promise(work)}") from None
+    except DataError:
+        work.is_kept = not _is_held(lease)  # what another process has taken over is left to it
+        raise
+    except OSError as fault:
+        raise DataError(disk_words(fault, out, _promise(work))) from fault
+    except BaseException as end:
+        if is_stop(end) or isinstance(end, KeyboardInterrupt):
+            logger.warning("%s: stopped%s", out, _promise(work) or "; nothing was written")
+        raise
+
+
+def _promise(work: Unfinished) -> str:
+    """Say what the next start will do with the work."""
+    return f"; the same command goes on behind record {work.state['records']}" if work.is_kept else ""
+
+
+def _is_held(lease: Lease) -> bool:
+    try:
+        lease.check()
+    except DataError:
+        return False
+    return True
 
 
 def _report(out: Path, manifest: Manifest) -> None:
@@ -119,7 +196,7 @@ def _report(out: Path, manifest: Manifest) -> None:
     if manifest.rejected:
         logger.warning(
             "%s: %d bad records were left out (%s); %s has their lines",
-            *(out, sum(manifest.rejected.values()), _listed(manifest.rejected), out / REJECTS_FILE),
+            *(out, sum(manifest.rejected.values()), listed(manifest.rejected), out / REJECTS_FILE),
         )
     kept = manifest.statistics
     logger.info(
@@ -139,128 +216,3 @@ def _check_target(out: Path, *, replace: bool) -> None:
         )
     if not replace:
         raise DataError(f"{out}: exists: choose another folder, or ask for it to be replaced (--replace)")
-
-
-class _Preparation:
-    """Fills a folder with the columns of all records."""
-
-    def __init__(
-        self, folder: Path, encoder: Encoder, on_bad: OnBad, *, normalize: bool, workers: ParallelEncoder
-    ) -> None:
-        self._encoder, self._normalize, self._workers = encoder, normalize, workers
-        self._writer = ColumnWriter(folder, encoder.columns)
-        self._rejects = Rejects(folder, on_bad)
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._skipped: collections.Counter[str] = collections.Counter()
-        self._side_counts = {name: collections.Counter[str]() for name in encoder.sides}
-        self._longest: collections.Counter[str] = collections.Counter()
-        self._named: dict[str | None, int] = {}
-        self._files, self._words = array.array("i"), array.array("i")
-
-    def run(self, sources: Sequence[Source]) -> Manifest:
-        """Read all sources; return the manifest (not written yet)."""
-        try:
-            described = [source.describe(self._read(number, source)) for number, source in enumerate(sources)]
-            self._rejects.raise_if_fatal(sum(int(str(source["records"])) for source in described))
-            self._check_enough(sources)
-            names = self._write_sources([source.name for source in sources])
-            columns, files = self._writer.finish()
-        finally:
-            self._writer.close()
-        encoder, sides = self._encoder, self._side_counts
-        return Manifest(
-            samples=self._writer.samples,
-            columns=columns,
-            files=files,
-            tokenizer=TokenizerMetadata.of(encoder.tokenizer),
-            max_length=encoder.window.max_length,
-            on_long=encoder.window.on_long.value,
-            sources=described,
-            statistics=DataStatistics(**self._counts, longest=self._longest[""], skipped=dict(self._skipped)),
-            sides={
-                name: SideMetadata(
-                    tokenizer=TokenizerMetadata.of(side.tokenizer),
-                    max_length=encoder.side_length(name),
-                    longest=self._longest[name],
-                    **sides[name],
-                )
-                for name, side in encoder.sides.items()
-            },
-            source_names=names,
-            rejected=self._rejects.close(),
-            normalized=self._normalize,
-        )
-
-    def _read(self, number: int, source: Source) -> int:
-        """Encode one source's records; return how many it has."""
-        records = 0
-        for line_number, (found, said) in self._workers.encode(_with_progress(source)):
-            records += 1
-            if isinstance(found, RecordError):
-                self._rejects.add(found, source.name, source.place, line_number)
-            elif self._rejects.is_fatal:
-                continue
-            elif isinstance(found, str):
-                self._skipped[found] += 1
-            else:
-                self._add(found, number, said)
-        return records
-
-    def _add(self, sample: Sample, file: int, source: str | None) -> None:
-        self._writer.add(sample.row)
-        self._counts.update(sample.counts)
-        self._longest |= sample.longest
-        for name, found in sample.side_counts.items():
-            self._side_counts[name].update(found)
-        if len(self._named) <= _MOST_SOURCES:
-            self._named.setdefault(source, len(self._named))
-        self._files.append(file)
-        self._words.append(self._named.get(source, 0))
-
-    def _check_enough(self, sources: Sequence[Source]) -> None:
-        """Refuse data without samples, and sides without chunks."""
-        if not self._writer.samples:
-            names = ", ".join(source.place for source in sources)
-            left_out = _listed({**self._skipped, **self._rejects.counts}) or "the files are empty"
-            raise DataError(f"{names}: no samples ({left_out}): give records, or raise max_length")
-        for name, found in self._side_counts.items():
-            if not found["chunks"]:
-                raise DataError(
-                    f"teacher {name}: no chunk of any reply is spelled by both sides within its window: "
-                    f"raise its max_length above {self._encoder.side_length(name)}, or look at both templates"
-                )
-
-    def _write_sources(self, files: Sequence[str]) -> list[str]:
-        """Write which source each sample is from, if there are several; return their names."""
-        files = numbered(files)
-        is_said = len(self._named) <= _MOST_SOURCES
-        if not is_said:
-            logger.warning(
-                "more than %d different words in the records' `source`: the files count as the sources",
-                _MOST_SOURCES,
-            )
-        words = {number: word for word, number in self._named.items()} if is_said else {}
-        numbers: dict[str, int] = {}
-        column = [
-            numbers.setdefault(words.get(word) or files[file], len(numbers))
-            for file, word in zip(self._files, self._words, strict=True)
-        ]
-        if len(numbers) < 2 and not any(words.values()):
-            return []
-        self._writer.add_column(SOURCE, column)
-        return list(numbers)
-
-
-def _with_progress(source: Source) -> Iterator[tuple[int, bytes]]:
-    """Yield a source's lines, on a terminal under a progress bar over its bytes."""
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
-    is_watched = rich.get_console().is_terminal
-    with rich.progress.Progress(*columns, transient=True, disable=not is_watched) as bar:
-        task = bar.add_task(source.name, total=source.total_bytes)
-        for number, line in source.lines():
-            yield number, line
-            bar.update(task, completed=source.read_bytes)
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())

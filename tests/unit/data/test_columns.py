@@ -11,7 +11,8 @@ from tests.small_tokenizer import write_chats
 from tide_megatron.base.errors import DataError
 from tide_megatron.data import columns as module
 from tide_megatron.data import manifest
-from tide_megatron.data.columns import ColumnWriter, PreparedData
+from tide_megatron.data.column_files import ColumnWriter
+from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.manifest import read_manifest
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import COLUMNS
@@ -132,8 +133,8 @@ def test_columns_with_different_samples_are_refused(prepared, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize("replies", [[0, 9], [1], [], [0, 0], [2, 3, 4, 99]])
-def test_replies_outside_the_tokens_are_refused(prepared, replies):
-    writer = ColumnWriter(prepared, COLUMNS)
+def test_replies_outside_the_tokens_are_refused(prepared, replies, tmp_path):
+    writer = ColumnWriter(prepared, COLUMNS, tmp_path)
     for sample in range(3):
         good = {"ids": [1, 2, 3], "replies": [1, 3], "reply_bytes": [4]}
         writer.add(good | {"replies": replies} if sample == 1 else good)
