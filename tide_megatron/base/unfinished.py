@@ -1,4 +1,4 @@
-"""Work that takes hours and goes on after a kill: a hidden folder beside its place, and what is certain there.
+"""Work that takes hours and goes on after a kill: a hidden folder beside its place, and what is certain.
 
 What is being made only grows: files are appended to, and now and then all of them are flushed and one small
 file, which is replaced in one piece, says how long each of them is, with its digest, and what that holds. A

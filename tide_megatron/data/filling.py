@@ -8,7 +8,6 @@ encoding, and needs no format, filter or decompressor to know how to begin in th
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
@@ -170,7 +169,7 @@ class Filling:
                     "identity": self._plan.identity(),
                     "records": self._done,
                     "prefix": self._prefix,
-                    "tally": dataclasses.asdict(self._tally),
+                    "tally": self._tally.values(),
                     "words": self._origins.words,
                     "rejects": self._rejects.state(),
                     "files": files,

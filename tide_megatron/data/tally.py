@@ -28,9 +28,14 @@ class Tally:
         """Begin to count."""
         return cls(side_counts={side: collections.Counter() for side in sides})
 
+    def values(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        sides = {name: dict(found) for name, found in self.side_counts.items()}
+        return {**vars(self), "counts": dict(self.counts), "side_counts": sides}
+
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Tally:
-        """Return what `dataclasses.asdict` wrote down."""
+        """Return what `values` returned."""
         sides = {name: collections.Counter(found) for name, found in content["side_counts"].items()}
         return cls(**{**content, "counts": collections.Counter(content["counts"]), "side_counts": sides})
 
