@@ -27,7 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
 
+from typer.testing import CliRunner
+
 from tests.small_tokenizer import write_other, write_tokenizer
+from tide_megatron.commands import app
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
@@ -132,8 +135,8 @@ def torment(folder: Path, kills: int, seed: int, records: int) -> Tally:
     """Kill and go on until there were so many kills, and finish what was begun."""
     words, draw, tally = write_inputs(folder, records), random.Random(seed), Tally()
     places = folder / "places"
-    whole = Life(folder / "whole" / "data", [*words, "--workers", "1"])
-    assert whole.ended() == 0, whole.said()
+    whole = CliRunner().invoke(app, ["prepare", str(folder / "whole" / "data"), *words, "--workers", "1"])
+    assert not whole.exit_code, whole.exception
     wanted = contents(folder / "whole" / "data")
     while tally.kills < kills or (places.exists() and any(places.iterdir())):
         is_last = tally.kills >= kills
