@@ -18,174 +18,217 @@ and for every side, a teacher with its own tokenizer or template, under the side
 
 Labels are not stored: they follow from `ids` and `replies`, which also leaves room for several replies in a
 conversation. Padding is not stored either; it depends on a run's block size and is the loader's.
+
+Files are to the last byte those of megatron-core's IndexedDatasetBuilder, which keeps every length of every
+column in Python lists until the end, half a kilobyte a sample. Here lengths go to a file beside the column
+while it grows, from which its index is made a piece at a time; both can be cut back to where a commit saw
+them. NAME.bin holds the values, int32. NAME.idx: magic, version (1), code of int32 (4), number of samples,
+number of document bounds; then length (int32) and start in bytes (int64) of every sample, and the bounds
+(int64; every sample is a document of its own).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+import collections
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import tide_megatron.platform
 
 import numpy
 from numpy.typing import NDArray
 
-from megatron.core.datasets.indexed_dataset import IndexedDataset  # isort: skip
-
-
 from tide_megatron.base.errors import DataError
 from tide_megatron.base.files import digest_of
-from tide_megatron.data.column_files import SOURCE, numbered
-from tide_megatron.data.manifest import Manifest, read_manifest
-from tide_megatron.data.sample import CUT_COLUMN
-from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.base.unfinished import GrowingFile
 
-HASHED_AT_OPEN_BYTES = 64 * 2**20
-"""Data sets up to this size are compared with their digests whenever they are opened (a fifth of a
-second)."""
+SOURCE = "source"
+"""The column that says which source a sample is from; `data.columns` lists the others."""
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC, _VERSION, _INT32 = b"MMIDIDX\x00\x00", 1, 4
+_PIECE = 2**20
+"""Samples, or bytes, that are in memory at a time."""
 
 
-class PreparedData:
-    """A prepared data folder, opened and checked; rows are read when asked for.
+class ColumnWriter:
+    """Writes columns row by row; `finish` makes their indices and digests all files.
 
     Args:
-        folder: what `prepare` wrote.
-        tokenizer: of the model that will read the ids; None: not compared.
-        compare_digests: read every file and compare its sha256; None: only small data sets
-            (HASHED_AT_OPEN_BYTES). Sizes are always compared.
+        folder: of the columns.
+        names: of the columns.
+        spool: folder of what is needed while they are written; it does not belong to the data.
+        known: facts of every file, by its name, that a commit saw; none: it begins with no samples.
 
     Raises:
-        DataError: a file is missing, cut, changed or disagrees with the others, or the data was prepared
-            with another tokenizer. Names the file and the remedy.
+        DamagedWork: a file is not what a commit saw.
+        OSError: the disk refuses.
     """
 
     def __init__(
-        self, folder: Path, *, tokenizer: Tokenizer | None = None, compare_digests: bool | None = None
+        self, folder: Path, names: Iterable[str], spool: Path, known: Mapping[str, Any] | None = None
     ) -> None:
-        self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(self.folder)
-        prepared_with = self.manifest.tokenizer
-        if tokenizer is not None and (differences := prepared_with.differences(tokenizer)):
-            raise DataError(
-                f"{self.folder}: prepared with another tokenizer or chat template "
-                f"({prepared_with.name}, digest {prepared_with.digest[:12]}, not {tokenizer.digest[:12]}; "
-                f"{'; '.join(differences)}): prepare the data again with this model's tokenizer"
-            )
-        total_bytes = sum(recorded["bytes"] for recorded in self.manifest.files.values())
-        is_compared = total_bytes <= HASHED_AT_OPEN_BYTES if compare_digests is None else compare_digests
-        for name, recorded in self.manifest.files.items():
-            _check_file(self.folder / name, recorded, is_compared=is_compared)
-        self._readers = {
-            name: _open_column(self.folder, name, self.manifest) for name in self.manifest.columns
+        self._folder, self._spool, known = folder, spool, known or {}
+        self._names = list(names)
+        self._values = {
+            name: GrowingFile(folder / f"{name}.bin", known.get(f"{name}.bin")) for name in self._names
         }
-        self._check_spans("")
-        self._check_sources()
-        for name in self.manifest.sides:
-            self._check_spans(f"{name}.")
-            self._check_chunks(name)
+        self._lengths = {
+            name: GrowingFile(spool / f"{name}.lengths", known.get(f"{name}.lengths")) for name in self._names
+        }
 
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return self.manifest.samples
+    @property
+    def samples(self) -> int:
+        """Rows that were written."""
+        return self._lengths[self._names[0]].size // 4
 
-    def row(self, sample: int) -> dict[str, NDArray[numpy.int32]]:
-        """Return one sample's values in every column (copies: they outlive the memory map)."""
-        return {name: numpy.array(reader[sample]) for name, reader in self._readers.items()}
+    def add(self, row: Mapping[str, Sequence[int]]) -> None:
+        """Append one sample: a value for every column."""
+        assert row.keys() == self._values.keys(), f"columns {set(self._values)}, row {set(row)}"
+        for name, values in row.items():
+            self._values[name].write(numpy.asarray(values, dtype=numpy.int32).tobytes())
+            self._lengths[name].write(len(values).to_bytes(4, "little"))
 
-    def lengths(self, samples: Sequence[int], sides: Sequence[str | None]) -> NDArray[numpy.int64]:
-        """Return how many tokens samples have, [samples, sides], without reading them.
-
-        Args:
-            samples: their numbers.
-            sides: whose tokens; None: the student's.
-        """
-        columns = [self._readers[f"{side}.ids" if side else "ids"] for side in sides]
-        return numpy.stack([column.sequence_lengths[list(samples)] for column in columns], axis=1).astype(
-            numpy.int64
-        )
-
-    def is_cut(self, row: Mapping[str, NDArray[numpy.int32]], side: str | None = None) -> bool:
-        """Say whether `max_length` cut a sample's tokens, so that no end token may follow them.
-
-        Data of earlier releases does not say it sample by sample: where some were cut, those that are as long
-        as a cut one count, on their sides too.
+    def extend(self, name: str, lengths: NDArray[numpy.int32], values: Iterable[bytes]) -> None:
+        """Append samples to one column.
 
         Args:
-            row: what `row` returned.
-            side: whose tokens; None: the student's.
+            name: of the column.
+            lengths: [samples] values of each.
+            values: pieces of their values, as they stand in a file.
         """
-        name = f"{side}.{CUT_COLUMN}" if side else CUT_COLUMN
-        if name in row:
-            return bool(row[name][0])
-        manifest = self.manifest
-        return manifest.statistics.truncated > 0 and len(row["ids"]) >= manifest.max_length
+        self._lengths[name].write(lengths.astype("<i4").tobytes())
+        for piece in values:
+            self._values[name].write(piece)
 
-    @functools.cached_property
-    def sources(self) -> tuple[tuple[str, ...], NDArray[numpy.int64]]:
-        """Names of the sources, and for every sample the number of its own in them.
+    def sync(self) -> dict[str, tuple[int, str]]:
+        """Wait until all rows are on the disk; return the facts of every file by its name."""
+        return {file.path.name: file.sync() for file in (*self._values.values(), *self._lengths.values())}
 
-        Data of earlier releases has no such column: its files are the sources, where the records of each are
-        known by their number; else all is of one source, which is named after the files.
+    def add_column(self, name: str, values: Iterable[NDArray[numpy.int32]]) -> None:
+        """Write a column of one number a sample that was not known before all samples were.
+
+        Args:
+            name: of the column.
+            values: the numbers, in pieces.
         """
-        manifest, files = self.manifest, [str(source["name"]) for source in self.manifest.sources]
-        if SOURCE in self._readers:
-            _, _, values = self._whole_column("ids", SOURCE)
-            return tuple(manifest.source_names), values.astype(numpy.int64)
-        records = [int(source["records"]) for source in manifest.sources]
-        if sum(records) == len(self) and len(files) > 1 and not manifest.rejected:
-            return tuple(numbered(files)), numpy.repeat(numpy.arange(len(files)), records)
-        return (" + ".join(dict.fromkeys(files)),), numpy.zeros(len(self), dtype=numpy.int64)
+        samples = self.samples
+        self._names.append(name)
+        self._values[name] = GrowingFile(self._folder / f"{name}.bin")
+        self._lengths[name] = GrowingFile(self._spool / f"{name}.lengths")
+        for piece in values:
+            self.extend(name, numpy.ones(len(piece), dtype=numpy.int32), [piece.astype("<i4").tobytes()])
+        assert self._lengths[name].size == 4 * samples, f"{self._lengths[name].size // 4} of {samples}"
 
-    def _check_sources(self) -> None:
-        """Refuse numbers that no source has."""
-        if SOURCE not in self._readers:
+    def finish(self) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+        """Write the indices; return values per column and {bytes, sha256} per file.
+
+        Raises:
+            DataError: a file does not hold what was written.
+        """
+        files = {}
+        for name in self._names:
+            values, lengths = self._values[name], self._lengths[name]
+            for file in (values, lengths):
+                file.close()
+                if digest_of(file.path) != file.facts():
+                    raise DataError(
+                        f"{file.path}: does not hold what was written: another process or a failing disk has "
+                        "changed it; start again, on another disk if it happens again"
+                    )
+            index = self._folder / f"{name}.idx"
+            write_index(index, lengths.path)
+            size, digest = values.facts()
+            files[values.path.name] = {"bytes": size, "sha256": digest}
+            files[index.name] = facts_of(index)
+        return {name: file.size // 4 for name, file in self._values.items()}, files
+
+    def abandon(self) -> None:
+        """Close the files without finishing."""
+        for file in (*self._values.values(), *self._lengths.values()):
+            file.abandon()
+
+
+class ColumnFile:
+    """A column on disk, of which samples are read by ranges.
+
+    Args:
+        folder: of the columns.
+        name: of the column.
+
+    Raises:
+        DataError: its index is none.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / f"{name}.bin"
+        index = folder / f"{name}.idx"
+        with index.open("rb") as stream:
+            header = stream.read(_HEADER.size)
+        try:
+            magic, version, code, self.samples, bounds = _HEADER.unpack(header)
+        except struct.error:
+            magic = b""
+        if magic != _MAGIC or (version, code, bounds) != (_VERSION, _INT32, self.samples + 1):
+            raise DataError(f"{index}: not an index of int32 values: prepare the data again")
+        self.lengths: NDArray[numpy.int32] = _mapped(index, numpy.int32, _HEADER.size, self.samples)
+        self._starts = _mapped(index, numpy.int64, _HEADER.size + 4 * self.samples, self.samples)
+
+    def values(self, first: int, last: int) -> NDArray[numpy.int32]:
+        """Return the values of samples first <= n < last, one after the other."""
+        return numpy.frombuffer(b"".join(self.pieces(first, last)), dtype="<i4")
+
+    def pieces(self, first: int, last: int) -> Iterator[bytes]:
+        """Yield the bytes of samples first <= n < last, a piece at a time."""
+        if first >= last:
             return
-        _, counts, values = self._whole_column("ids", SOURCE)
-        names = len(self.manifest.source_names)
-        if (counts != 1).any() or values.min(initial=0) < 0 or values.max(initial=-1) >= names:
-            raise DataError(
-                f"{self.folder}: column {SOURCE} has numbers outside its {names} sources: "
-                "prepare the data again"
-            )
+        start, end = int(self._starts[first]), int(self._starts[last - 1]) + 4 * int(self.lengths[last - 1])
+        with self.path.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            while start < end:
+                piece = stream.read(min(_PIECE, end - start))
+                if not piece:
+                    raise DataError(f"{self.path}: cut off: copy it again or prepare the data again")
+                start += len(piece)
+                yield piece
 
-    def _check_spans(self, side: str) -> None:
-        """Refuse columns whose rows cannot belong together: replies outside the tokens."""
-        lengths, counts, spans = self._whole_column(f"{side}ids", f"{side}replies")
-        ends = spans[numpy.cumsum(counts, dtype=numpy.int64) - 1]
-        bad = numpy.flatnonzero((counts < 2) | (counts % 2 != 0) | (ends > lengths) | (ends < 1))
-        if bad.size:
-            raise DataError(
-                f"{self.folder}: columns {side}ids and {side}replies disagree at sample {bad[0]} "
-                f"({lengths[bad[0]]} tokens, a reply that ends at {ends[bad[0]]}): prepare the data again"
-            )
 
-    def _check_chunks(self, side: str) -> None:
-        """Refuse chunks that end outside either side's tokens."""
-        lengths, counts, places = self._whole_column(f"{side}.ids", f"{side}.chunks")
-        bad = numpy.flatnonzero(counts % 4)
-        if not bad.size:
-            sample = numpy.repeat(numpy.arange(len(counts)), counts // 4)
-            spans = places.reshape(-1, 4)
-            outside = (spans[:, 1] > self._readers["ids"].sequence_lengths[sample]) | (
-                spans[:, 3] > lengths[sample]
-            )
-            empty = (spans[:, 0] >= spans[:, 1]) | (spans[:, 2] >= spans[:, 3]) | (spans.min(axis=1) < 0)
-            bad = sample[outside | empty]
-        if bad.size:
-            raise DataError(
-                f"{self.folder}: column {side}.chunks of sample {bad[0]} points outside the tokens: "
-                "prepare the data again"
-            )
+def write_index(index: Path, lengths: Path) -> None:
+    """Write a column's index.
 
-    def _whole_column(self, ids: str, ragged: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Return the token counts of a column of ids, and counts and values of another column."""
-        counts = self._readers[ragged].sequence_lengths
-        values: NDArray[Any] = numpy.empty(0, dtype=numpy.int32)
-        if counts.any():  # an empty file cannot be mapped
-            values = numpy.memmap(self.folder / f"{ragged}.bin", dtype=numpy.int32, mode="r")
-        return self._readers[ids].sequence_lengths, counts, values
+    Args:
+        index: the file to write.
+        lengths: file of the number of values of every sample, int32.
+    """
+    samples, start = lengths.stat().st_size // 4, 0
+    with index.open("wb") as out:
+        out.write(_HEADER.pack(_MAGIC, _VERSION, _INT32, samples, samples + 1))
+        for piece in pieces_of(lengths, numpy.dtype("<i4")):
+            out.write(piece.tobytes())
+        for piece in pieces_of(lengths, numpy.dtype("<i4")):
+            ends = start + numpy.cumsum(piece, dtype=numpy.int64) * 4
+            out.write((ends - piece.astype(numpy.int64) * 4).astype("<i8").tobytes())
+            start = int(ends[-1])
+        for first in range(0, samples + 1, _PIECE):
+            out.write(numpy.arange(first, min(first + _PIECE, samples + 1), dtype="<i8").tobytes())
+
+
+def pieces_of(file: Path, kind: numpy.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """Yield the numbers of a file in pieces.
+
+    Args:
+        file: of numbers, one after the other.
+        kind: of a number.
+    """
+    with file.open("rb") as stream:
+        while data := stream.read(_PIECE * kind.itemsize):
+            yield numpy.frombuffer(data, dtype=kind)
+
+
+def facts_of(file: Path) -> dict[str, Any]:
+    """Return {bytes, sha256} of a file."""
+    size, digest = digest_of(file)
+    return {"bytes": size, "sha256": digest}
 
 
 def digest_file(file: Path) -> str:
@@ -193,33 +236,18 @@ def digest_file(file: Path) -> str:
     return digest_of(file)[1]
 
 
-def _check_file(file: Path, recorded: Mapping[str, Any], *, is_compared: bool) -> None:
-    """Compare one file with the manifest."""
-    if not file.is_file():
-        raise DataError(f"{file}: missing: prepare the data again or copy the whole folder")
-    size = file.stat().st_size
-    if size != recorded["bytes"]:
-        change = "cut" if size < recorded["bytes"] else "changed"
-        raise DataError(
-            f"{file}: {size} bytes, the manifest says {recorded['bytes']}: it was {change} after "
-            "preparation; copy it again or prepare the data again"
-        )
-    if is_compared and digest_file(file) != recorded["sha256"]:
-        raise DataError(
-            f"{file}: its content changed after preparation (sha256 differs): prepare the data again"
-        )
+def numbered(names: Sequence[str]) -> list[str]:
+    """Return names that differ: the second `a` is `a#2`."""
+    seen: collections.Counter[str] = collections.Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return found
 
 
-def _open_column(folder: Path, name: str, manifest: Manifest) -> Any:
-    """Open one column and compare its counts with the manifest."""
-    try:
-        reader = IndexedDataset(str(folder / name), mmap=True)
-    except Exception as error:  # megatron-core asserts, struct and numpy complain, each in its own way
-        raise DataError(f"{folder / name}.idx: not an index ({error}): prepare the data again") from None
-    values = int(reader.sequence_lengths.sum(dtype=numpy.int64))
-    if len(reader) != manifest.samples or values != manifest.columns[name]:
-        raise DataError(
-            f"{folder / name}.idx: {len(reader)} samples with {values} values, the manifest says "
-            f"{manifest.samples} with {manifest.columns[name]}: the columns disagree; prepare the data again"
-        )
-    return reader
+def _mapped(file: Path, kind: Any, offset: int, number: int) -> NDArray[Any]:
+    """Map numbers of a file into memory."""
+    if not number:
+        return numpy.empty(0, dtype=kind)
+    return numpy.memmap(file, dtype=kind, mode="r", offset=offset, shape=(number,))

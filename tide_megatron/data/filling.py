@@ -17,12 +17,12 @@ from typing import Any
 from tide_megatron.base.errors import DataError, RecordError
 from tide_megatron.base.lease import Lease
 from tide_megatron.base.unfinished import Unfinished
-from tide_megatron.data.column_files import SOURCE, ColumnWriter
+from tide_megatron.data.columns import SOURCE, ColumnWriter
+from tide_megatron.data.identity import Plan
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.origins import ORIGINS_FILE, Origins
 from tide_megatron.data.parallel_encoder import ParallelEncoder
-from tide_megatron.data.plan import Plan
-from tide_megatron.data.progress import Progress
+from tide_megatron.data.progress import ProgressLine
 from tide_megatron.data.rejects import Rejects
 from tide_megatron.data.source import Source
 from tide_megatron.data.tally import Tally, manifest_of
@@ -96,7 +96,7 @@ class Filling:
             RecordsChanged: what a commit saw is not there any more.
             DataError: bad records, or a source that cannot be read.
         """
-        with Progress(name, self._sources) as progress:
+        with ProgressLine(name, self._sources) as progress:
             for number, source in enumerate(self._sources):
                 first = self._seen
                 for line, (found, said) in self._processes.encode(self._lines(source)):

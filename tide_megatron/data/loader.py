@@ -23,17 +23,15 @@ view (`diffusion.views`), so no row depends on its batchmates.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData, Row
 from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch, pad_to_blocks, pad_to_length
 from tide_megatron.parallel.layout import DataShard
@@ -43,8 +41,6 @@ Deal = Literal["length", "order"]
 """How an update's samples are shared out to microbatches: like beside like, or as they come."""
 Readers = tuple[int, str]
 """How many ids the models that read some tokens all know, and the model that knows the fewest."""
-Row = Mapping[str, NDArray[numpy.int32]]
-"""One sample's values in every column."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,9 +104,7 @@ class Loader:
     @property
     def longest(self) -> int:
         """Tokens of the longest sample after its last block is filled."""
-        manifest = self.columns.manifest
-        longest = manifest.sides[self.main].longest if self.main else manifest.statistics.longest
-        return -(-longest // self.block_size) * self.block_size
+        return -(-self.columns.longest(self.main) // self.block_size) * self.block_size
 
     @property
     def update_samples(self) -> int:
@@ -131,16 +125,11 @@ class Loader:
     def dealt(self, consumed: int) -> list[tuple[int, int]]:
         """Return (sample, epoch) of a whole update, in the order in which microbatches take them."""
         positions = range(consumed, consumed + self.update_samples)
-        epochs = [position // self.num_samples for position in positions]
-        rows = [
-            int(order_of_epoch(self.seed, epoch, self.num_samples)[position % self.num_samples])
-            for position, epoch in zip(positions, epochs, strict=True)
-        ]
-        found = list(zip(rows, epochs, strict=True))
+        found = self.columns.samples_at(self.seed, positions)
         if self.deal == "order":
             return found
         sides = [self.main, *(reading.side for reading in self.sides.values())]
-        tokens = self.columns.lengths(rows, sides).sum(axis=1)
+        tokens = self.columns.lengths([sample for sample, _ in found], sides).sum(axis=1)
         return [found[place] for place in numpy.argsort(-tokens, kind="stable")]
 
     def update(self, consumed: int) -> list[Batch]:
@@ -197,8 +186,7 @@ class Loader:
         The last block of a sample that was cut is filled with pads: end tokens would teach that the text ends
         where the window did.
         """
-        manifest, prefix = self.columns.manifest, f"{side}." if side else ""
-        tokenizer = manifest.sides[side].tokenizer if side else manifest.tokenizer
+        tokenizer, prefix = self.columns.tokenizer_of(side), f"{side}." if side else ""
         examples = []
         for row in read:
             ids = row[f"{prefix}ids"].tolist()
@@ -241,17 +229,3 @@ class Loader:
             sample=torch.repeat_interleave(torch.tensor([len(span) for span in spans])),
             number=torch.cat([torch.arange(len(span)) for span in spans]),
         )
-
-
-@functools.lru_cache(maxsize=4)
-def order_of_epoch(seed: int, epoch: int, num_samples: int) -> NDArray[numpy.int64]:
-    """Return the order in which an epoch reads the samples, a permutation, from (seed, epoch) alone.
-
-    Sorts one 64-bit draw per sample of a counter-based generator keyed by (seed, epoch). The raw stream of
-    a bit generator is the part of numpy.random that is promised to stay the same (NEP 19); `permutation` is
-    not.
-    """
-    draws = numpy.random.Philox(key=[seed & (2**64 - 1), epoch]).random_raw(num_samples)
-    order = numpy.argsort(draws, kind="stable")
-    order.flags.writeable = False
-    return order

@@ -16,7 +16,7 @@ import numpy
 from numpy.typing import NDArray
 
 from tide_megatron.base.unfinished import GrowingFile
-from tide_megatron.data.column_files import numbered, pieces_of
+from tide_megatron.data.columns import numbered, pieces_of
 
 logger = logging.getLogger(__name__)
 MOST = 1000

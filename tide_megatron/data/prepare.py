@@ -29,9 +29,9 @@ from tide_megatron.base.lease import Lease, lease_beside, leased
 from tide_megatron.base.stop import is_stop
 from tide_megatron.base.unfinished import DamagedWork, Unfinished, unfinished_folder
 from tide_megatron.data.filling import Filling, RecordsChanged, can_be_read_again, listed
+from tide_megatron.data.identity import Plan, differences
 from tide_megatron.data.manifest import MANIFEST_FILE, Manifest
 from tide_megatron.data.parallel_encoder import EncoderKilled, ParallelEncoder
-from tide_megatron.data.plan import Plan, differences
 from tide_megatron.data.rejects import REJECTS_FILE, OnBad
 from tide_megatron.data.sample import Encoder, OnLong, SideChoice, Window
 from tide_megatron.text.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 EVERY_SECONDS = 30.0
 
 
-class Progress:
+class ProgressLine:
     """Tells people how far it is; a context manager.
 
     Args:
@@ -46,7 +46,7 @@ class Progress:
         self._bar = rich.progress.Progress(*columns, transient=True, disable=not is_watched)
         self._task = self._bar.add_task(name, total=self._total, rate="")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressLine:
         self._bar.start()
         return self
 

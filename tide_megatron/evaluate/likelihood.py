@@ -26,7 +26,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.segments import segment_sums
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context

@@ -39,7 +39,7 @@ def identity_of(tree: Tree, setup: Setup) -> RunIdentity:
     return RunIdentity(
         recipe=tree,
         recipe_digest=digest(tree),
-        data=setup.loader.columns.manifest.digest,
+        data=setup.loader.columns.digest,
         contents=setup.contents,
     )
 

@@ -19,7 +19,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.errors import ConfigError, TideError, nearest
 from tide_megatron.base.phases import Phases
 from tide_megatron.base.startup import STARTUP
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import Noiser
@@ -177,7 +177,7 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
     readers = {name: plan for name, plan in plans.items() if name != "student"}
     loader, held_out, shapes = found.data["train"], found.data.get("held_out"), found.shapes
     if held_out:
-        contents["data.held_out"] = held_out.columns.manifest.digest
+        contents["data.held_out"] = held_out.columns.digest
     phases = Phases(device.torch_device)
     with STARTUP("groups"):
         group = make_vocab_group([plan.architecture.vocabulary for plan in plans.values()], ranks)
@@ -243,16 +243,16 @@ def open_loader(
         columns = PreparedData(Path(folder), tokenizer=tokenizer)
         sides = {}
         for name, plan in readers.items():
-            side = columns.manifest.side_of(plan.tokenizer.digest)
+            side = columns.side_of(plan.tokenizer.digest)
             if side is None:
                 _check_mask_of_side(columns, name, plan)
             else:
                 sides[name] = SideReading(side=side, block_size=_filled_blocks(plan.choice.context))
         for side in (recipe.noise.chunks_of or ()) if is_trained_on else ():
-            if side not in columns.manifest.sides:
+            if side not in columns.sides:
                 raise ConfigError(
                     f"train: {folder} has no side {side!r}, which noise.chunks_of names; "
-                    f"{nearest(side, columns.manifest.sides)}"
+                    f"{nearest(side, columns.sides)}"
                 )
             sides.setdefault(f"{side} chunks", SideReading(side=side))
         return Loader(
@@ -273,7 +273,7 @@ def _check_mask_of_side(columns: PreparedData, name: str, plan: ModelPlan) -> No
 
     Otherwise the teacher would be taken for one that reads the student's tokens.
     """
-    side = columns.manifest.sides.get(name)
+    side = columns.sides.get(name)
     differences = side.tokenizer.differences(plan.tokenizer) if side else []
     if len(differences) == 1 and differences[0].startswith("its mask token"):
         raise ConfigError(

@@ -95,8 +95,8 @@ def _standing(recipe: Recipe, tree: Tree, found: Examination, *, resume: bool) -
         return f"{folder}: {len(checkpoints)} checkpoint(s), not compared because of the faults"
     contents = model_contents(found.plans)
     if "held_out" in found.data:
-        contents["data.held_out"] = found.data["held_out"].columns.manifest.digest
-    data = found.data["train"].columns.manifest.digest
+        contents["data.held_out"] = found.data["held_out"].columns.digest
+    data = found.data["train"].columns.digest
     run = RunIdentity(recipe=tree, recipe_digest=digest(tree), data=data, contents=contents)
     clock = with_steps(checked_clock(checkpoints[-1], run), recipe)
     if finished_result(folder, tree) is not None:

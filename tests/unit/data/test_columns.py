@@ -1,167 +1,127 @@
-"""Opening prepared data: whatever was cut, changed or mixed up is found before a row is read."""
+"""Files of columns: megatron-core's reader and writer judge; memory is flat, foreign bytes are seen."""
 
-import dataclasses
-import json
-import shutil
+import itertools
+import tracemalloc
+
+import tide_megatron.platform
 
 import numpy
 import pytest
 
-from tests.small_tokenizer import write_chats
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # isort: skip
+
 from tide_megatron.base.errors import DataError
-from tide_megatron.data import columns as module
-from tide_megatron.data import manifest
-from tide_megatron.data.column_files import ColumnWriter
-from tide_megatron.data.columns import PreparedData
-from tide_megatron.data.manifest import read_manifest
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import COLUMNS
+from tide_megatron.base.unfinished import DamagedWork
+from tide_megatron.data import columns
+from tide_megatron.data.columns import ColumnFile, ColumnWriter, pieces_of
+
+ROWS = [[5, 6, 7], [], [2**31 - 1, -(2**31)], list(range(40)), [9]]
 
 
-def edit(folder, change, *, sign=False):
-    """Change the manifest; with `sign`, its digest too, as a fault of ours would."""
-    file = folder / "manifest.json"
-    content = json.loads(file.read_text())
-    change(content)
-    if sign:
-        content.pop("digest")
-        body = {key: value for key, value in content.items() if key not in ("format", "version")}
-        content["digest"] = manifest._digest(body)
-    file.write_text(json.dumps(content))
+def written(folder, rows, name="ids"):
+    folder.mkdir()
+    (folder / "spool").mkdir()
+    writer = ColumnWriter(folder, [name], folder / "spool")
+    for row in rows:
+        writer.add({name: row})
+    return writer
 
 
-def refused(folder, **options):
-    with pytest.raises(DataError) as caught:
-        PreparedData(folder, **options)
-    return str(caught.value)
+@pytest.mark.parametrize("piece", [1, 2, 2**20])
+def test_both_files_are_those_of_megatrons_builder(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(columns, "_PIECE", piece)
+    writer = written(tmp_path / "ours", ROWS)
+    values, facts = writer.finish()
+    (tmp_path / "theirs").mkdir()
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs/ids.bin"), dtype=numpy.int32)
+    for row in ROWS:
+        builder.add_document(numpy.asarray(row, dtype=numpy.int32), [len(row)])
+    builder.finalize(str(tmp_path / "theirs/ids.idx"))
+    for name in ("ids.bin", "ids.idx"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+        assert facts[name]["bytes"] == (tmp_path / "ours" / name).stat().st_size
+    assert values == {"ids": sum(map(len, ROWS))}
+    reader = IndexedDataset(str(tmp_path / "ours/ids"), mmap=True)
+    assert [reader[n].tolist() for n in range(len(reader))] == ROWS
 
 
-@pytest.mark.parametrize("file", ["ids.bin", "ids.idx", "replies.bin", "replies.idx", "reply_bytes.bin"])
-def test_a_file_cut_in_the_middle_is_refused(prepared, file):
-    content = (prepared / file).read_bytes()
-    (prepared / file).write_bytes(content[: len(content) // 2])
-    message = refused(prepared, compare_digests=False)
-    assert f"{file}: {len(content) // 2} bytes, the manifest says {len(content)}: it was cut" in message
+def test_no_samples_are_an_index_too(tmp_path):
+    written(tmp_path / "ours", []).finish()
+    column = ColumnFile(tmp_path / "ours", "ids")
+    assert (column.samples, column.values(0, 0).tolist()) == (0, [])
 
 
-def test_a_file_that_grew_is_refused(prepared):
-    with (prepared / "ids.bin").open("ab") as stream:
-        stream.write(b"more")
-    assert "it was changed after preparation" in refused(prepared)
+@pytest.mark.parametrize("piece", [1, 4, 2**20])
+def test_ranges_of_samples_are_read(tmp_path, monkeypatch, piece):
+    written(tmp_path / "ours", ROWS).finish()
+    monkeypatch.setattr(columns, "_PIECE", piece)
+    column = ColumnFile(tmp_path / "ours", "ids")
+    for first in range(len(ROWS)):
+        for last in range(first, len(ROWS) + 1):
+            assert column.values(first, last).tolist() == [*itertools.chain(*ROWS[first:last])]
+    assert column.lengths.tolist() == [len(row) for row in ROWS]
 
 
-def test_changed_content_of_equal_size_is_refused(prepared):
-    content = bytearray((prepared / "ids.bin").read_bytes())
-    content[40] ^= 1
-    (prepared / "ids.bin").write_bytes(content)
-    assert "ids.bin: its content changed" in refused(prepared)
-    assert "ids.bin: its content changed" in refused(prepared, compare_digests=True)
+def test_a_file_that_is_no_index_is_refused(tmp_path):
+    written(tmp_path / "ours", ROWS).finish()
+    for content in (b"", b"x" * 200, (tmp_path / "ours/ids.idx").read_bytes().replace(b"\4", b"\5", 1)):
+        (tmp_path / "ours/ids.idx").write_bytes(content)
+        with pytest.raises(DataError, match=r"ids\.idx: not an index of int32 values"):
+            ColumnFile(tmp_path / "ours", "ids")
 
 
-def test_large_data_is_hashed_only_on_demand(prepared, monkeypatch):
-    monkeypatch.setattr(module, "HASHED_AT_OPEN_BYTES", 100)
-    monkeypatch.setattr(module, "digest_file", lambda file: pytest.fail(f"hashed {file}"))
-    PreparedData(prepared)
-    monkeypatch.setattr(module, "digest_file", lambda file: "other")
-    assert "its content changed" in refused(prepared, compare_digests=True)
+def test_a_column_that_is_known_late_has_a_number_a_sample(tmp_path):
+    writer = written(tmp_path / "ours", ROWS)
+    writer.add_column("source", iter([numpy.array([3, 1], dtype=numpy.int32), numpy.array([0, 0, 2])]))
+    writer.finish()
+    reader = IndexedDataset(str(tmp_path / "ours/source"), mmap=True)
+    assert [int(reader[n][0]) for n in range(len(reader))] == [3, 1, 0, 0, 2]
 
 
-@pytest.mark.parametrize("file", ["ids.bin", "replies.idx"])
-def test_a_missing_file_is_named(prepared, file):
-    (prepared / file).unlink()
-    assert f"{file}: missing" in refused(prepared)
+def test_it_goes_on_behind_what_was_synced(tmp_path):
+    whole = written(tmp_path / "whole", ROWS)
+    whole.finish()
+    first = written(tmp_path / "cut", ROWS[:3])
+    known = first.sync()
+    first.add({"ids": [1, 2, 3, 4]})  # nobody knows of it
+    first.abandon()
+    second = ColumnWriter(tmp_path / "cut", ["ids"], tmp_path / "cut/spool", known)
+    assert second.samples == 3
+    for row in ROWS[3:]:
+        second.add({"ids": row})
+    second.finish()
+    for name in ("ids.bin", "ids.idx"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_an_edited_manifest_is_refused(prepared):
-    edit(prepared, lambda content: content.update(max_length=7))
-    assert "manifest.json: was edited after preparation" in refused(prepared)
+@pytest.mark.parametrize("damage", [b"", b"xxxx"])
+def test_it_does_not_go_on_behind_other_bytes(tmp_path, damage):
+    writer = written(tmp_path / "ours", ROWS)
+    known = writer.sync()
+    writer.abandon()
+    file = tmp_path / "ours/ids.bin"
+    file.write_bytes(file.read_bytes()[:-4] + damage)
+    with pytest.raises(DamagedWork, match=r"ids\.bin has other bytes"):
+        ColumnWriter(tmp_path / "ours", ["ids"], tmp_path / "ours/spool", known)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("{", "as JSON"), ("[]", "not a manifest"), ('{"format": "other"}', "not a manifest")],
-)
-def test_other_manifests_are_refused(prepared, text, message):
-    (prepared / "manifest.json").write_text(text)
-    assert message in refused(prepared)
+def test_bytes_of_another_process_are_seen_at_the_end(tmp_path):
+    writer = written(tmp_path / "ours", ROWS)
+    writer.sync()
+    with (tmp_path / "ours/ids.bin").open("r+b") as stream:
+        stream.write(b"\1")
+    with pytest.raises(DataError, match=r"ids\.bin: does not hold what was written"):
+        writer.finish()
 
 
-def test_a_later_format_is_refused(prepared):
-    edit(prepared, lambda content: content.update(version=99))
-    assert "format version 99" in refused(prepared)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda content: content.update(packed=True), "packed: Unexpected keyword argument (True)"),
-        (lambda content: content["tokenizer"].pop("eos_id"), "tokenizer.eos_id: Field required: prepare"),
-        (lambda content: content["statistics"].update(longest="far"), "statistics.longest: Input should be"),
-    ],
-)
-def test_a_manifest_of_another_shape_names_file_key_and_value(prepared, change, message):
-    edit(prepared, change, sign=True)
-    assert f"manifest.json: {message}" in refused(prepared)
-
-
-def test_a_folder_without_data_is_refused(tmp_path):
-    assert "run `tide prepare`" in refused(tmp_path / "nothing")
-
-
-def test_another_tokenizer_is_refused(prepared, tokenizer):
-    PreparedData(prepared, tokenizer=tokenizer)
-    message = refused(prepared, tokenizer=dataclasses.replace(tokenizer, vocabulary_digest="0" * 64))
-    assert "prepared with another tokenizer or chat template (tokenizer, digest" in message
-    assert "entries or template differ): prepare" in message
-    message = refused(
-        prepared, tokenizer=dataclasses.replace(tokenizer, mask_id=1, vocabulary_digest="0" * 64)
-    )
-    assert "its mask token has id 3 (<|mask|>), this model's has 1 (<|mask|>)): prepare" in message
-
-
-def test_columns_with_different_samples_are_refused(prepared, tokenizer, tmp_path):
-    other = write_chats(tmp_path / "other.jsonl", [("a", "b"), ("c", "d")])
-    prepare([other], tokenizer, tmp_path / "two", max_length=64)
-    facts = read_manifest(tmp_path / "two").files
-    for file in ("replies.bin", "replies.idx"):
-        shutil.copy(tmp_path / "two" / file, prepared / file)
-        edit(prepared, lambda content, file=file: content["files"].update({file: facts[file]}), sign=True)
-    message = refused(prepared)
-    assert (
-        "replies.idx: 2 samples with 4 values, the manifest says 23 with 46: the columns disagree" in message
-    )
-
-
-@pytest.mark.parametrize("replies", [[0, 9], [1], [], [0, 0], [2, 3, 4, 99]])
-def test_replies_outside_the_tokens_are_refused(prepared, replies, tmp_path):
-    writer = ColumnWriter(prepared, COLUMNS, tmp_path)
-    for sample in range(3):
-        good = {"ids": [1, 2, 3], "replies": [1, 3], "reply_bytes": [4]}
-        writer.add(good | {"replies": replies} if sample == 1 else good)
-    values, files = writer.finish()
-    edit(prepared, lambda content: content.update(samples=3, columns=values, files=files), sign=True)
-    assert "columns ids and replies disagree at sample 1 (3 tokens" in refused(prepared)
-
-
-def test_an_index_that_is_none_is_refused(prepared):
-    size = (prepared / "ids.idx").stat().st_size
-    (prepared / "ids.idx").write_bytes(b"x" * size)
-    facts = {"bytes": size, "sha256": module.digest_file(prepared / "ids.idx")}
-    edit(prepared, lambda content: content["files"].update({"ids.idx": facts}), sign=True)
-    assert "ids.idx: not an index" in refused(prepared)
-
-
-def test_rows_outlive_the_columns(prepared):
-    columns = PreparedData(prepared)
-    row, again = columns.row(5), columns.row(5)
-    row["ids"][0] = 77
-    del columns
-    assert again["ids"][0] != 77
-    assert again["ids"].dtype == numpy.int32
-
-
-def test_the_data_set_has_one_name(prepared, chats, tokenizer, tmp_path):
-    prepare([chats], tokenizer, tmp_path / "other", max_length=127)
-    first, second = PreparedData(prepared).manifest, PreparedData(tmp_path / "other").manifest
-    assert first.digest == json.loads((prepared / "manifest.json").read_text())["digest"]
-    assert first.digest != second.digest
+def test_memory_does_not_grow_with_the_samples(tmp_path):
+    rows = [[1, 2, 3]] * 50
+    writer = written(tmp_path / "ours", rows)
+    tracemalloc.start()
+    for _ in range(20_000):
+        writer.add({"ids": rows[0]})
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 10_000, "megatron-core's builder keeps 16 bytes a sample and column"
+    writer.finish()
+    assert sum(len(piece) for piece in pieces_of(tmp_path / "ours/ids.bin", numpy.dtype("<i4"))) == 60_150

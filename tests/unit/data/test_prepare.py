@@ -10,9 +10,9 @@ from tests.small_tokenizer import write_chats, write_tokenizer
 from tests.unit.data.conftest import PAIRS
 from tide_megatron.base import unfinished
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data import column_files, origins
+from tide_megatron.data import columns, origins
 from tide_megatron.data import sample as sampling
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.prepare import prepare
 from tide_megatron.text.chat import encode_chat
@@ -145,7 +145,7 @@ def test_an_interrupt_leaves_nothing(monkeypatch, chats, tokenizer, tmp_path, wh
 
     place, name = {
         "encode": (sampling, "encode_chat"),
-        "finish": (column_files, "digest_of"),
+        "finish": (columns, "digest_of"),
         "rename": (unfinished, "commit_folder"),
     }[where]
     monkeypatch.setattr(place, name, interrupt)

@@ -12,7 +12,7 @@ from tests.small_tokenizer import write_other
 from tests.unit.data.conftest import PAIRS
 from tide_megatron.base import unfinished
 from tide_megatron.base.errors import DataError
-from tide_megatron.data import filling, plan
+from tide_megatron.data import filling, identity
 from tide_megatron.data.parallel_encoder import EncoderKilled
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import Encoder, SideChoice
@@ -135,7 +135,7 @@ def test_another_plan_begins_anew_and_says_why(run, tmp_path, interrupted, monke
     if options == "other":
         options = {"tokenizer": Tokenizer.load(write_other(tmp_path / "other")), "max_length": 256}
     elif options == "code":
-        monkeypatch.setattr(plan, "code_digest", lambda: "another")
+        monkeypatch.setattr(identity, "code_digest", lambda: "another")
         options = {}
     elif options == "two":
         options = {"sources": [source, source]}

@@ -14,7 +14,7 @@ import pytest
 
 from tests.small_tokenizer import write_chats
 from tide_megatron.base.errors import DataError
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.source import Frames, Source
 

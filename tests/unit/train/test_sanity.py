@@ -13,7 +13,7 @@ import torch
 from tests.small_tokenizer import write_chats, write_other, write_tokenizer
 from tests.tiny_run import student_config, write_folder
 from tide_megatron.base.errors import TideError
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import SideChoice

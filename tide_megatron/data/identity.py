@@ -29,7 +29,7 @@ _LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "tiktoken", "jinja2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class TaskPart:
     """Which records one of several tasks encodes: every so many blocks."""
 
     number: int
@@ -37,7 +37,7 @@ class Part:
     total: int
 
     @classmethod
-    def read(cls, word: str) -> Part:
+    def read(cls, word: str) -> TaskPart:
         """Read K/N.
 
         Raises:
@@ -67,7 +67,7 @@ class Plan:
     paths: Sequence[Path]
     on_bad: OnBad
     normalize: bool
-    part: Part | None = None
+    part: TaskPart | None = None
     """None: all records."""
 
     def sources(self) -> list[Source]:
