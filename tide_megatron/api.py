@@ -21,11 +21,12 @@ from tide_megatron.base.files import local_path
 
 if TYPE_CHECKING:
     from tide_megatron.base.device import Wanted
+    from tide_megatron.data.inspection import DataFacts, ShownSample
     from tide_megatron.data.manifest import Manifest
     from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
-__all__ = ["evaluate", "export", "preflight", "prepare", "sample", "train"]
+__all__ = ["evaluate", "export", "inspect_data", "preflight", "prepare", "sample", "train"]
 
 Place = str | Path
 Options = TypeVar("Options")
@@ -86,6 +87,48 @@ def prepare(
         replace=replace,
         workers=workers,
     )
+
+
+def inspect_data(
+    data: Place,
+    *,
+    sample: int = 0,
+    page: Place | None = None,
+    tokenizer: Place | None = None,
+    teachers: Mapping[str, str] | None = None,
+) -> tuple[DataFacts, ShownSample]:
+    """Look into prepared data.
+
+    Args:
+        data: its folder.
+        sample: number of the one that is shown.
+        page: HTML file to write, with all of it; None: none.
+        tokenizer: the student's, as `prepare` had it; None: its tokens are shown as ids.
+        teachers: name -> tokenizer, likewise.
+
+    Returns:
+        What is known of the whole folder, and the sample as the student and the teachers see it.
+
+    Raises:
+        DataError: no prepared data, no such sample, or a tokenizer that did not make the ids.
+    """
+    from tide_megatron.base.disk import disk_faults
+    from tide_megatron.base.errors import DataError
+    from tide_megatron.base.files import write_text
+    from tide_megatron.data.inspection import Inspection
+    from tide_megatron.data.inspection_page import render
+    from tide_megatron.data.sample import SideChoice
+
+    inspection = Inspection(local_path(data))
+    places = {**(teachers or {}), **({"": str(tokenizer)} if tokenizer is not None else {})}
+    tokenizers = {name: SideChoice.read(place, add_mask=not name).tokenizer for name, place in places.items()}
+    facts, shown = inspection.facts(), inspection.sample(sample, tokenizers)
+    if page is not None:
+        has_text = {name: name in tokenizers for name in ("", *inspection.manifest.sides)}
+        with disk_faults(local_path(page), DataError):
+            text = render(inspection.folder.name, facts, shown, has_text=has_text)
+            write_text(local_path(page), text, is_durable=False)
+    return facts, shown
 
 
 def train(

@@ -42,6 +42,7 @@ SURFACE = {
     "checkpoint inspect": "path --tensors --json",
     "checkpoint verify": "path --record",
     "checkpoint diff": "first second --json",
+    "data inspect": "data --sample --html --tokenizer --teacher --json",
     "model add-mask": "folder target --token --noise --seed",
 }
 """What users type. Changing it is a decision: change it here too, and say so in the changelog."""
