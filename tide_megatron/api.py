@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
-__all__ = ["evaluate", "export", "inspect_data", "preflight", "prepare", "sample", "train"]
+__all__ = ["evaluate", "export", "inspect_data", "merge_data", "preflight", "prepare", "sample", "train"]
 
 Place = str | Path
 Options = TypeVar("Options")
@@ -45,7 +45,8 @@ def prepare(
     add_mask: bool = False,
     replace: bool = False,
     workers: int | None = None,
-) -> Manifest:
+    part: str | None = None,
+) -> Manifest | None:
     """Turn chats into tokens on disk, all or nothing.
 
     Args:
@@ -63,30 +64,69 @@ def prepare(
             recipe does the same when the student is read.
         replace: put the new data in the place of a data folder that is there.
         workers: processes that encode, once there are more than a thousand records; None: one a core.
+        part: "K/N": only blocks of records that belong to this task of several, into OUT.parts; the last
+            task puts all together. None: all records.
 
     Returns:
-        What was written: `samples`, `statistics`, and `sides` by teacher.
+        What was written: `samples`, `statistics`, and `sides` by teacher. None: a part, and the whole is not
+        there yet, or is another task's.
 
     Raises:
         ConfigError: an option that cannot be.
         DataError: bad records (with file and line of the first), no tokenizer, or a folder that may not be
             replaced.
     """
+    from tide_megatron.data.identity import TaskPart
+    from tide_megatron.data.prepare import plan_of, prepare_part
     from tide_megatron.data.prepare import prepare as write
     from tide_megatron.data.sample import SideChoice
 
+    files, place = [local_path(source) for source in sources], local_path(out)
+    student = SideChoice.read(str(tokenizer), add_mask=add_mask).tokenizer
+    sides = {name: SideChoice.read(found) for name, found in (teachers or {}).items()}
+    if part is not None:
+        plan = plan_of(
+            files,
+            student,
+            max_length=max_length,
+            on_long=on_long,
+            on_bad=on_bad,
+            normalize=normalize,
+            sides=sides,
+        )
+        return prepare_part(plan, TaskPart.read(part), place, replace=replace, workers=workers)
     return write(
-        [local_path(source) for source in sources],
-        SideChoice.read(str(tokenizer), add_mask=add_mask).tokenizer,
-        local_path(out),
+        files,
+        student,
+        place,
         max_length=max_length,
         on_long=on_long,
         on_bad=on_bad,
         normalize=normalize,
-        sides={name: SideChoice.read(place) for name, place in (teachers or {}).items()},
+        sides=sides,
         replace=replace,
         workers=workers,
     )
+
+
+def merge_data(out: Place, folders: Sequence[Place], *, replace: bool = False) -> Manifest:
+    """Put prepared data together in a new folder, by bytes; what it is made of stays.
+
+    Args:
+        out: folder to make.
+        folders: all parts of one `prepare`, in any order, or data sets of one tokenizer, window and teachers,
+            whose samples follow one another.
+        replace: put it in the place of a data folder that is there.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: they do not belong together, one is damaged or missing, or the folder may not be replaced.
+    """
+    from tide_megatron.data.merging import merge
+
+    return merge(local_path(out), [local_path(folder) for folder in folders], replace=replace)
 
 
 def inspect_data(

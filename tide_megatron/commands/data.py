@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Data = Annotated[Path, typer.Argument(help="A data folder of `tide prepare`.")]
 
+Replace = Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")]
+
 app = typer.Typer(help="Look into prepared data, put it together, take it apart.", no_args_is_help=True)
 _COLOURS = ("blue", "yellow", "green", "magenta", "red", "cyan")
 
@@ -63,6 +65,29 @@ def inspect(
         typer.echo(f"{page}: written")
 
 
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="Data folder to make.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="All parts of one preparation, or data folders of one tokenizer.")
+    ],
+    replace: Replace = False,
+) -> None:
+    """Put prepared data together, by bytes; what it is made of stays.
+
+    Parts (`tide prepare --part`) become what one process would have written. Data folders with the same
+    tokenizer, window and teachers follow one another; their samples keep the names of their sources.
+
+    Example: tide data merge data/all data/code data/chats
+
+    Example: tide data merge data/train data/train.parts/*
+    """
+    from tide_megatron import api
+    from tide_megatron.commands.prepare import print_manifest
+
+    print_manifest(out, api.merge_data(out, folders, replace=replace))
+
+
 def _split(word: str) -> tuple[str, str]:
     from tide_megatron.data.sample import SideChoice
 
@@ -76,6 +101,7 @@ def _print(data: Path, facts: DataFacts, shown: ShownSample) -> None:
     from rich.table import Table
 
     from tide_megatron.data.inspection import shares
+    from tide_megatron.data.manifest import in_share
 
     counts = facts.manifest.statistics
     rich.print(
@@ -91,7 +117,7 @@ def _print(data: Path, facts: DataFacts, shown: ShownSample) -> None:
         table = Table("teacher", "reply bytes in chunks", "chunks", "single-token", "equal id", box=None)
         for name, covered in facts.coverage.items():
             numbers = (str(covered.chunks), str(covered.single), str(covered.equal))
-            table.add_row(escape(name), f"{covered.share_of_bytes:.1%}", *numbers)
+            table.add_row(escape(name), in_share(covered.share_of_bytes), *numbers)
         print_whole(table)
     for title, rows in (("records", shares(facts)), ("samples by source", list(facts.sources.items()))):
         if rows:

@@ -28,6 +28,15 @@ WorkersOption = Annotated[
     ),
 ]
 
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K/N",
+        help="Only the K-th of N parts, into OUT.parts; the last to finish puts them together. slurm: of a "
+        "job array or of srun's tasks.",
+    ),
+]
+
 
 def prepare(
     out: Annotated[Path, typer.Argument(help="Data folder to make.")],
@@ -52,8 +61,9 @@ def prepare(
     add_mask: AddMask = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")] = False,
     workers: WorkersOption = None,
+    part: PartOption = None,
 ) -> None:
-    """Turn chats into tokens on disk, all or nothing.
+    """Turn chats into tokens on disk, all or nothing. After a kill the same command goes on.
 
     Each line is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is the reply to learn.
     What a record says is used (tools, documents, tool_calls, reasoning_content, chat_template_kwargs, source)
@@ -67,6 +77,7 @@ def prepare(
     """
     from tide_megatron import api
     from tide_megatron.data.sample import SideChoice
+    from tide_megatron.launch.array import read_part
 
     manifest = api.prepare(
         out,
@@ -80,14 +91,20 @@ def prepare(
         add_mask=add_mask,
         replace=replace,
         workers=workers,
+        part=None if part is None else read_part(part),
     )
-    _print(out, manifest)
+    if manifest is None:
+        typer.echo(f"{out}: a part of it is done; the last one puts all together")
+    else:
+        print_manifest(out, manifest)
 
 
-def _print(out: Path, manifest: Manifest) -> None:
+def print_manifest(out: Path, manifest: Manifest) -> None:
     """Say what was written."""
     import rich
     from rich.markup import escape
+
+    from tide_megatron.data.manifest import in_share
 
     counts = manifest.statistics
     left_out = sum(counts.skipped.values()) + sum(manifest.rejected.values())
@@ -97,8 +114,8 @@ def _print(out: Path, manifest: Manifest) -> None:
         f"{counts.truncated} cut, {left_out} left out"
     )
     for name, side in manifest.sides.items():
-        share = side.aligned_bytes / max(1, counts.reply_bytes)
+        share = in_share(side.share_of(counts.reply_bytes))
         rich.print(
             f"teacher {name}: {side.tokens} tokens, {side.chunks} chunks ({side.pairs} of one equal token) "
-            f"over {share:.1%} of the reply bytes; {side.cut} cut, {side.without_chunks} without chunks"
+            f"over {share} of the reply bytes; {side.cut} cut, {side.without_chunks} without chunks"
         )

@@ -14,18 +14,20 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from tide_megatron.base.errors import DataError, RecordError
+from tide_megatron.base.errors import RecordError
 from tide_megatron.base.lease import Lease
 from tide_megatron.base.unfinished import Unfinished
-from tide_megatron.data.columns import SOURCE, ColumnWriter
+from tide_megatron.data.columns import ColumnWriter
 from tide_megatron.data.identity import Plan
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.origins import ORIGINS_FILE, Origins
 from tide_megatron.data.parallel_encoder import ParallelEncoder
+from tide_megatron.data.part import write_part
 from tide_megatron.data.progress import ProgressLine
 from tide_megatron.data.rejects import Rejects
+from tide_megatron.data.sealing import sealed
 from tide_megatron.data.source import Source
-from tide_megatron.data.tally import Tally, manifest_of
+from tide_megatron.data.tally import Tally
 
 COMMIT_SECONDS = 10.0
 """How much work a kill may cost."""
@@ -62,9 +64,10 @@ class Filling:
         self._sources = plan.sources()
         self._can_go_on = all(can_be_read_again(source) for source in self._sources)
         known, found = (state["files"], state) if state else ({}, {})
+        numbers = work.data if plan.part else work.spool  # of records, which put parts together
         self._writer = ColumnWriter(work.data, plan.encoder.columns, work.spool, known)
-        self._origins = Origins(work.spool, found.get("words", ()), known.get(ORIGINS_FILE))
-        self._rejects = Rejects(work.data, work.spool, plan.on_bad, found.get("rejects"), known)
+        self._origins = Origins(numbers, found.get("words", ()), known.get(ORIGINS_FILE))
+        self._rejects = Rejects(work.data, numbers, plan.on_bad, found.get("rejects"), known)
         self._tally = Tally.read(found["tally"]) if found else Tally.of(plan.encoder.sides)
         self._start, self._prefix = int(found.get("records", 0)), str(found.get("prefix", ""))
         self._done = self._start
@@ -128,21 +131,35 @@ class Filling:
         Raises:
             DataError: no samples, or a side without chunks.
         """
-        description = self._plan.description()
-        places = [source.place for source in self._sources]
-        check_enough(description, self._writer.samples, self._tally, self._rejects.counts, places)
-        names, column = self._origins.resolved([source.name for source in self._sources])
-        if names:
-            self._writer.add_column(SOURCE, column)
         self._rejects.close()
-        return manifest_of(
-            description,
+        return sealed(
+            self._plan.description(),
+            self._writer,
+            self._origins,
             self._tally,
-            self._writer.finish(),
-            samples=self._writer.samples,
-            sources=self._described,
-            source_names=names,
             rejected=self._rejects.counts,
+            sources=self._described,
+            places=[source.place for source in self._sources],
+        )
+
+    def finish_part(self) -> None:
+        """Write what the part says about itself, for those who put the parts together."""
+        self._rejects.close()
+        self._origins.close()
+        columns, files = self._writer.finish()
+        write_part(
+            self._work.data,
+            {
+                "identity": self._plan.identity(),
+                "samples": self._writer.samples,
+                "records": self._seen,
+                "sources": self._described,
+                "tally": self._tally.values(),
+                "words": self._origins.words,
+                "kinds": self._rejects.kinds(),
+                "columns": columns,
+                "files": files,
+            },
         )
 
     def _lines(self, source: Source) -> Iterator[tuple[int, bytes]]:
@@ -181,38 +198,3 @@ class Filling:
 def can_be_read_again(source: Source) -> bool:
     """Say whether a source gives the same records a second time; a pipe does not."""
     return not source.is_stdin and source.path.is_file()
-
-
-def check_enough(
-    description: Mapping[str, Any],
-    samples: int,
-    tally: Tally,
-    rejected: Mapping[str, int],
-    places: list[str],
-) -> None:
-    """Refuse data without samples, and sides without chunks.
-
-    Args:
-        description: of the data (`Plan.description`).
-        samples: how many there are.
-        tally: of all records.
-        rejected: kind of fault -> records.
-        places: of the sources, for the message.
-
-    Raises:
-        DataError: says what is missing.
-    """
-    if not samples:
-        left_out = listed({**tally.skipped_counts(), **rejected}) or "the files are empty"
-        raise DataError(f"{', '.join(places)}: no samples ({left_out}): give records, or raise max_length")
-    for name, found in tally.side_counts.items():
-        if not found["chunks"]:
-            raise DataError(
-                f"teacher {name}: no chunk of any reply is spelled by both sides within its window: raise "
-                f"its max_length above {description['sides'][name]['max_length']}, or look at both templates"
-            )
-
-
-def listed(counts: Mapping[str, int]) -> str:
-    """Return counts for a message."""
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())

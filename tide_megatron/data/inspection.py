@@ -46,8 +46,8 @@ class Coverage:
     """Of one token on each side."""
     equal: int
     """Of these, of the same id."""
-    share_of_bytes: float
-    """Of the replies' bytes, those in chunks."""
+    share_of_bytes: float | None
+    """Of the replies' bytes, those in chunks; None: nobody has counted them."""
     without_chunks: int
     """Samples."""
     cut: int
@@ -240,7 +240,7 @@ class Inspection:
             chunks=side.chunks,
             single=single,
             equal=side.pairs,
-            share_of_bytes=side.aligned_bytes / max(1, self.manifest.statistics.reply_bytes),
+            share_of_bytes=side.share_of(self.manifest.statistics.reply_bytes),
             without_chunks=side.without_chunks,
             cut=side.cut,
             tokens=side.tokens,

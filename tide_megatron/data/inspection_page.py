@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tide_megatron.base.units import in_bytes
 from tide_megatron.data.inspection import Coverage, DataFacts, Lengths, ShownSample, Token, shares
+from tide_megatron.data.manifest import in_share
 
 HUES = (210, 35, 140, 285, 0, 175)
 """Of chunks, in turns."""
@@ -134,7 +135,7 @@ def _coverage(coverage: Mapping[str, Coverage]) -> str:
     rows = [
         (
             name,
-            f"{found.share_of_bytes:.1%}",
+            in_share(found.share_of_bytes),
             f"{found.chunks:,}",
             f"{found.single:,} ({found.single / max(1, found.chunks):.0%})",
             f"{found.equal:,}",

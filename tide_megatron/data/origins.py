@@ -74,6 +74,10 @@ class Origins:
         """Wait until all is on the disk; return the facts of the file by its name."""
         return {ORIGINS_FILE: self._file.sync()}
 
+    def close(self) -> None:
+        """Hand what was written to the system."""
+        self._file.close()
+
     def abandon(self) -> None:
         """Write no more."""
         self._file.abandon()
@@ -87,7 +91,7 @@ class Origins:
         Returns:
             No names: all samples are of one source that no record names.
         """
-        self._file.close()
+        self.close()
         files = numbered(files)
         is_said = len(self._words) <= MOST
         if not is_said:

@@ -11,29 +11,31 @@ kind. `on_bad: skip` leaves bad records out and lists them in rejects.jsonl; `on
 out, `truncate` cuts them, and a prompt that leaves no room for its reply is then left out (spec section 4.1).
 What was left out is counted in the manifest.
 
+Several tasks may share the records, by blocks: each writes a part, which the same rules hold for.
+
 Each sample remembers its source, for scores by source: what the record's `source` says, else its file.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from tide_megatron.base.disk import disk_faults, disk_words, place_of
+from tide_megatron.base.disk import disk_faults, place_of
 from tide_megatron.base.errors import ConfigError, DataError, nearest
-from tide_megatron.base.lease import Lease, lease_beside, leased
-from tide_megatron.base.stop import is_stop
-from tide_megatron.base.unfinished import DamagedWork, Unfinished, unfinished_folder
-from tide_megatron.data.filling import Filling, RecordsChanged, can_be_read_again, listed
-from tide_megatron.data.identity import Plan, differences
-from tide_megatron.data.manifest import MANIFEST_FILE, Manifest
-from tide_megatron.data.parallel_encoder import EncoderKilled, ParallelEncoder
-from tide_megatron.data.rejects import REJECTS_FILE, OnBad
+from tide_megatron.base.lease import lease_beside, leased
+from tide_megatron.data.filling import can_be_read_again
+from tide_megatron.data.going_on import filled_folder
+from tide_megatron.data.identity import Plan, TaskPart
+from tide_megatron.data.manifest import Manifest
+from tide_megatron.data.merging import folders_of_parts, is_done, merge_if_last
+from tide_megatron.data.part_merge import is_part
+from tide_megatron.data.rejects import OnBad
 from tide_megatron.data.sample import Encoder, OnLong, SideChoice, Window
+from tide_megatron.data.target import check_target, report
 from tide_megatron.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -73,30 +75,91 @@ def prepare(
         DataError: bad records (with file and line of the first), no records, or a target that may not be
             replaced.
     """
+    number = _processes(workers)
+    plan = plan_of(
+        sources,
+        tokenizer,
+        max_length=max_length,
+        on_long=on_long,
+        on_bad=on_bad,
+        normalize=normalize,
+        sides=sides,
+    )
+    out = place_of(out, DataError)
+    with disk_faults(out, DataError), leased(lease_beside(out), str(out), DataError) as lease:
+        check_target(out, replace=replace)
+        check_sources(plan)
+        with filled_folder(out, plan, number, lease) as (work, filling):
+            manifest = filling.finish()
+            manifest.write(work.data)
+    report(out, manifest)
+    return manifest
+
+
+def prepare_part(
+    plan: Plan, part: TaskPart, out: Path, *, replace: bool = False, workers: int | None = None
+) -> Manifest | None:
+    """Prepare one part of a data folder beside it, in OUT.parts; put all together if it was the last.
+
+    Args:
+        plan: of the whole.
+        part: which records are encoded here.
+        out: the folder that the parts become.
+        replace: put the new data in the place of a data folder that is there.
+        workers: as for `prepare`.
+
+    Returns:
+        What was put together; None: parts are missing, or another task has done it or does it.
+
+    Raises:
+        ConfigError, DataError: as `prepare`; a source that can be read only once.
+    """
+    number, plan = _processes(workers), dataclasses.replace(plan, part=part)
+    out = place_of(out, DataError)
+    folder = folders_of_parts(out, part.total)[part.number - 1]
+    with disk_faults(folder, DataError), leased(lease_beside(folder), str(folder), DataError) as lease:
+        check_sources(plan)
+        if not all(can_be_read_again(source) for source in plan.sources()):
+            raise DataError(
+                "part: every task reads the sources, and a pipe can be read once: write it to a file"
+            )
+        if is_done(folder, plan):
+            logger.info("%s: is there already, from the same records", folder)
+        else:
+            if not is_part(folder):
+                check_target(folder, replace=False)
+            with filled_folder(folder, plan, number, lease) as (_, filling):
+                filling.finish_part()
+    return merge_if_last(out, part.total, replace=replace)
+
+
+def plan_of(
+    sources: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    on_long: str = OnLong.ERROR,
+    on_bad: str = OnBad.STOP,
+    normalize: bool = False,
+    sides: Mapping[str, SideChoice] | None = None,
+) -> Plan:
+    """Check options; the arguments are those of `prepare`.
+
+    Raises:
+        ConfigError: an option that cannot be.
+    """
     encoder = Encoder(tokenizer, Window.of(max_length, on_long), sides or {})
-    if workers is None:
-        workers = len(os.sched_getaffinity(0))
-    if workers < 1:
-        raise ConfigError(f"workers: {workers} is not a number of processes; use 1 or more")
     words = [word.value for word in OnBad]
     if on_bad not in words:
         raise ConfigError(f"on_bad: {on_bad!r} is unknown: {nearest(on_bad, words)}")
-    plan = Plan(encoder=encoder, paths=list(sources), on_bad=OnBad(on_bad), normalize=normalize)
-    out = place_of(out, DataError)
-    with disk_faults(out, DataError), leased(lease_beside(out), str(out), DataError) as lease:
-        _check_target(out, replace=replace)
-        check_sources(plan)
-        with (
-            unfinished_folder(out) as work,
-            _told(work, lease, out),
-            ParallelEncoder(encoder, normalize=normalize, number=workers) as processes,
-            _filled(work, plan, processes, lease, out) as filling,
-        ):
-            manifest = filling.finish()
-            manifest.write(work.data)
-            lease.check()
-    _report(out, manifest)
-    return manifest
+    return Plan(encoder=encoder, paths=list(sources), on_bad=OnBad(on_bad), normalize=normalize)
+
+
+def _processes(workers: int | None) -> int:
+    number = len(os.sched_getaffinity(0)) if workers is None else workers
+    if number < 1:
+        raise ConfigError(f"workers: {workers} is not a number of processes; use 1 or more")
+    return number
 
 
 def check_sources(plan: Plan) -> None:
@@ -109,110 +172,3 @@ def check_sources(plan: Plan) -> None:
         raise DataError("sources: no such file: name at least one JSONL file, or - for stdin")
     for source in plan.sources():
         source.check()
-
-
-@contextlib.contextmanager
-def _filled(
-    work: Unfinished, plan: Plan, processes: ParallelEncoder, lease: Lease, out: Path
-) -> Iterator[Filling]:
-    """Give a filling that has read all records, going on with an earlier start's work if that is of use."""
-    with contextlib.ExitStack() as stack:
-        try:
-            state = _certain(work, plan)
-            if state is not None:
-                work.go_on(state)
-                filling = stack.enter_context(Filling(work, plan, processes, lease, state))
-                logger.info("%s: goes on behind record %d of an earlier start", out, state["records"])
-                filling.read(out.name)
-        except (DamagedWork, RecordsChanged) as why:
-            logger.warning("%s: an earlier start's work is of no use, begins anew: %s", out, why)
-            stack.close()
-            state = None
-        if state is None:
-            work.begin()
-            filling = stack.enter_context(Filling(work, plan, processes, lease))
-            filling.read(out.name)
-        yield filling
-
-
-def _certain(work: Unfinished, plan: Plan) -> dict[str, Any] | None:
-    """Return what an earlier start has done; None: nothing.
-
-    Raises:
-        DamagedWork: something, but it is of no use here; the message says why.
-    """
-    state = work.committed()
-    if state is None:
-        return None
-    if others := differences(state.get("identity") or {}, plan.identity()):
-        raise DamagedWork(f"it was made with another {', another '.join(others)}")
-    if not all(can_be_read_again(source) for source in plan.sources()):
-        raise DamagedWork("a pipe cannot be read again")
-    return state
-
-
-@contextlib.contextmanager
-def _told(work: Unfinished, lease: Lease, out: Path) -> Iterator[None]:
-    """Decide what becomes of the work when the block ends early, and say so.
-
-    Raises:
-        DataError: of the block; or the disk refused.
-    """
-    try:
-        yield
-    except EncoderKilled as fault:
-        raise DataError(f"{fault}{_promise(work)}") from None
-    except DataError:
-        work.is_kept = not _is_held(lease)  # what another process has taken over is left to it
-        raise
-    except OSError as fault:
-        raise DataError(disk_words(fault, out, _promise(work))) from fault
-    except BaseException as end:
-        if is_stop(end) or isinstance(end, KeyboardInterrupt):
-            logger.warning("%s: stopped%s", out, _promise(work) or "; nothing was written")
-        raise
-
-
-def _promise(work: Unfinished) -> str:
-    """Say what the next start will do with the work."""
-    return f"; the same command goes on behind record {work.state['records']}" if work.is_kept else ""
-
-
-def _is_held(lease: Lease) -> bool:
-    try:
-        lease.check()
-    except DataError:
-        return False
-    return True
-
-
-def _report(out: Path, manifest: Manifest) -> None:
-    """Log what was written and what was left out."""
-    for name, side in manifest.sides.items():
-        logger.info(
-            "%s: side %s: %d chunks (%d of one token on both sides) over %d tokens, %d cut, %d without any",
-            *(out, name, side.chunks, side.pairs, side.tokens, side.cut, side.without_chunks),
-        )
-    if manifest.rejected:
-        logger.warning(
-            "%s: %d bad records were left out (%s); %s has their lines",
-            *(out, sum(manifest.rejected.values()), listed(manifest.rejected), out / REJECTS_FILE),
-        )
-    kept = manifest.statistics
-    logger.info(
-        "%s: %d samples, %d tokens (%d to learn, %d bytes), %d cut, %d left out",
-        *(out, manifest.samples, kept.tokens, kept.reply_tokens, kept.reply_bytes),
-        *(kept.truncated, sum(kept.skipped.values()) + sum(manifest.rejected.values())),
-    )
-
-
-def _check_target(out: Path, *, replace: bool) -> None:
-    """Refuse a target that exists, unless it is prepared data and may be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / MANIFEST_FILE).is_file():
-        raise DataError(
-            f"{out}: exists and is no prepared data, so it is never replaced: choose another folder"
-        )
-    if not replace:
-        raise DataError(f"{out}: exists: choose another folder, or ask for it to be replaced (--replace)")

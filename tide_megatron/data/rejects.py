@@ -80,6 +80,10 @@ class Rejects:
         """Return the counts, for a commit."""
         return {"kinds": self._kinds, "longest": self._longest}
 
+    def kinds(self) -> dict[str, list[int]]:
+        """Return kind of fault -> [records, number of the first]."""
+        return {kind: found[:2] for kind, found in self._kinds.items()}
+
     def sync(self) -> dict[str, tuple[int, str]]:
         """Wait until all is on the disk; return the facts of every file by its name."""
         return {file.path.name: file.sync() for file in self._files}

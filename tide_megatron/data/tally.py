@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tide_megatron.data.manifest import DataStatistics, Manifest, SideMetadata, TokenizerMetadata
 from tide_megatron.data.sample import Sample
 
 
@@ -76,51 +75,3 @@ def merge_firsts(found: dict[str, list[int]], more: Mapping[str, list[int]]) -> 
     for key, (number, first) in more.items():
         there = found.setdefault(key, [0, first])
         there[0], there[1] = there[0] + number, min(there[1], first)
-
-
-def manifest_of(
-    description: Mapping[str, Any],
-    tally: Tally,
-    written: tuple[dict[str, int], dict[str, dict[str, Any]]],
-    *,
-    samples: int,
-    sources: list[dict[str, Any]],
-    source_names: list[str],
-    rejected: dict[str, int],
-) -> Manifest:
-    """Return the manifest of data that was written.
-
-    Args:
-        description: what does not depend on the records (`Plan.description`).
-        tally: of all records.
-        written: values per column and facts per file.
-        samples: how many there are.
-        sources: every source file, as `Source.describe` does it.
-        source_names: what the numbers of the column `source` mean.
-        rejected: kind of fault -> records.
-    """
-    columns, files = written
-    described = dict(description)
-    sides = {
-        name: SideMetadata(
-            tokenizer=TokenizerMetadata(**side["tokenizer"]),
-            max_length=side["max_length"],
-            longest=tally.longest.get(name, 0),
-            **tally.side_counts[name],
-        )
-        for name, side in described.pop("sides").items()
-    }
-    return Manifest(
-        samples=samples,
-        columns=columns,
-        files=files,
-        tokenizer=TokenizerMetadata(**described.pop("tokenizer")),
-        sources=sources,
-        statistics=DataStatistics(
-            **tally.counts, longest=tally.longest.get("", 0), skipped=tally.skipped_counts()
-        ),
-        sides=sides,
-        source_names=source_names,
-        rejected=rejected,
-        **described,
-    )
