@@ -25,6 +25,12 @@ from tide_megatron.data.source import Source
 BLOCK = 1000
 """Records that stand together in one part."""
 _PACKAGES = ("text", "data")
+_IN_WORDS = {
+    "sides": "list of teachers",
+    "normalized": "choice of --normalize",
+    "sources": "list of files",
+    "code": "release, Python or library",
+}
 _LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "tiktoken", "jinja2")
 
 
@@ -104,8 +110,9 @@ class Plan:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Name the keys in which two identities differ."""
-    return [key for key in dict.fromkeys((*one, *other)) if one.get(key) != other.get(key)]
+    """Name in what two identities differ."""
+    keys = (key for key in dict.fromkeys((*one, *other)) if one.get(key) != other.get(key))
+    return [_IN_WORDS.get(key, key) for key in keys]
 
 
 @functools.cache

@@ -139,7 +139,13 @@ def test_another_plan_begins_anew_and_says_why(run, tmp_path, interrupted, monke
         options = {}
     elif options == "two":
         options = {"sources": [source, source]}
-    said = {"on_bad": "normalized"}.get(kind, kind)
+    names = {
+        "on_bad": "--normalize",
+        "sides": "list of teachers",
+        "code": "release",
+        "sources": "list of files",
+    }
+    said = names.get(kind, kind)
     run(**options)
     assert "begins anew: it was made with another " in caplog.text
     assert said in caplog.text
