@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
-__all__ = ["evaluate", "export", "inspect_data", "merge_data", "preflight", "prepare", "sample", "train"]
+__all__ = [
+    "evaluate",
+    "export",
+    "inspect_data",
+    "merge_data",
+    "preflight",
+    "prepare",
+    "sample",
+    "split_data",
+    "train",
+]
 
 Place = str | Path
 Options = TypeVar("Options")
@@ -169,6 +179,44 @@ def inspect_data(
             text = render(inspection.folder.name, facts, shown, has_text=has_text)
             write_text(local_path(page), text, is_durable=False)
     return facts, shown
+
+
+def split_data(
+    data: Place,
+    first: Place,
+    second: Place,
+    *,
+    share: float | None = None,
+    samples: int | None = None,
+    held_out: int | None = None,
+    sources: Sequence[str] = (),
+    seed: int = 0,
+    replace: bool = False,
+) -> tuple[Manifest, Manifest]:
+    """Divide the samples of prepared data among two new folders; say one of four: what the first one gets.
+
+    Args:
+        data: the folder, which stays.
+        first: folder to make.
+        second: folder to make of the rest.
+        share: so many of all samples, drawn: a number between 0 and 1.
+        samples: so many samples, drawn.
+        held_out: all samples but so many, drawn.
+        sources: the samples of these sources.
+        seed: of the draw; equal seeds draw alike.
+        replace: put them in the place of data folders that are there.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: not one choice, or one that leaves a folder empty.
+        DataError: the data is damaged, or a folder may not be replaced.
+    """
+    from tide_megatron.data.splitting import Division, split
+
+    division = Division(share=share, samples=samples, held_out=held_out, sources=sources, seed=seed)
+    return split(local_path(data), local_path(first), local_path(second), division, replace=replace)
 
 
 def train(

@@ -88,6 +88,42 @@ def merge(
     print_manifest(out, api.merge_data(out, folders, replace=replace))
 
 
+@app.command()
+def split(
+    data: Data,
+    first: Annotated[Path, typer.Argument(help="Data folder to make.")],
+    second: Annotated[Path, typer.Argument(help="Data folder to make of the rest.")],
+    share: Annotated[float | None, typer.Option(help="The first gets so many of all: 0.9.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="The first gets so many.")] = None,
+    held_out: Annotated[int | None, typer.Option(min=1, help="The second gets so many.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="The first gets this source; repeat.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw; equal seeds draw alike.")] = 0,
+    replace: Replace = False,
+) -> None:
+    """Divide prepared data among two new folders: by a draw, or by source. What is divided stays.
+
+    Example: tide data split data/all data/train data/held-out --held-out 2000
+    """
+    from tide_megatron import api
+    from tide_megatron.commands.prepare import print_manifest
+
+    manifests = api.split_data(
+        data,
+        first,
+        second,
+        share=share,
+        samples=samples,
+        held_out=held_out,
+        sources=source or (),
+        seed=seed,
+        replace=replace,
+    )
+    for folder, manifest in zip((first, second), manifests, strict=True):
+        print_manifest(folder, manifest)
+
+
 def _split(word: str) -> tuple[str, str]:
     from tide_megatron.data.sample import SideChoice
 

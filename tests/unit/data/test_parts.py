@@ -159,7 +159,7 @@ def test_what_does_not_belong_together_is_refused(run, inputs):
         [*parts, other]
     )
     run("number", "1/3")
-    assert "one of 4 parts" in refused([*parts, inputs / "places/number.parts/1-of-3"])
+    assert "1-of-3: is one of 3 parts, " in refused([*parts, inputs / "places/number.parts/1-of-3"])
     run("whole")
     assert "is none: merge parts with parts" in refused([*parts, inputs / "places/whole"])
     (inputs / "two.jsonl").write_text("\n".join(line(number) for number in range(50, 90)))

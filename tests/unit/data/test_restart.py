@@ -139,13 +139,8 @@ def test_another_plan_begins_anew_and_says_why(run, tmp_path, interrupted, monke
         options = {}
     elif options == "two":
         options = {"sources": [source, source]}
-    names = {
-        "on_bad": "--normalize",
-        "sides": "list of teachers",
-        "code": "release",
-        "sources": "list of files",
-    }
-    said = names.get(kind, kind)
+    names = {"on_bad": "--normalize", "sides": "list of teachers", "sources": "list of files"}
+    said = names.get(kind, "release" if kind == "code" else kind)
     run(**options)
     assert "begins anew: it was made with another " in caplog.text
     assert said in caplog.text
