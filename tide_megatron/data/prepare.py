@@ -75,7 +75,6 @@ def prepare(
         DataError: bad records (with file and line of the first), no records, or a target that may not be
             replaced.
     """
-    number = _processes(workers)
     plan = plan_of(
         sources,
         tokenizer,
@@ -85,7 +84,12 @@ def prepare(
         normalize=normalize,
         sides=sides,
     )
-    out = place_of(out, DataError)
+    return prepare_whole(plan, out, replace=replace, workers=workers)
+
+
+def prepare_whole(plan: Plan, out: Path, *, replace: bool = False, workers: int | None = None) -> Manifest:
+    """Prepare a data folder; arguments and errors are those of `prepare`."""
+    number, out = _processes(workers), place_of(out, DataError)
     with disk_faults(out, DataError), leased(lease_beside(out), str(out), DataError) as lease:
         check_target(out, replace=replace)
         check_sources(plan)
