@@ -77,7 +77,7 @@ def prepare(
             task puts all together. None: all records.
 
     Returns:
-        What was written: `samples`, `statistics`, and `sides` by teacher. None: a part, the whole is not here.
+        What was written: `samples`, `statistics`, and `sides` by teacher. None: a part alone.
 
     Raises:
         ConfigError: an option that cannot be.
