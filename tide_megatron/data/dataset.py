@@ -8,7 +8,6 @@ is read.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +82,9 @@ class PreparedData:
     def row(self, sample: int) -> Row:
         """Return one sample's values in every column (copies: they outlive the memory map).
 
+        Data of earlier releases does not say sample by sample which ones `max_length` cut: where some were,
+        those that are as long as a cut one count, on their sides too.
+
         Raises:
             DataError: they do not belong together.
         """
@@ -90,6 +92,10 @@ class PreparedData:
         if not self._is_checked:
             counts = {name: numpy.array([len(values)]) for name, values in row.items()}
             self._check(counts, row, first=sample)
+        manifest = self.manifest
+        is_cut = manifest.statistics.truncated > 0 and len(row["ids"]) >= manifest.max_length
+        for prefix in ("", *(f"{side}." for side in self.sides)):
+            row.setdefault(f"{prefix}{CUT_COLUMN}", numpy.array([is_cut], dtype=numpy.int32))
         return row
 
     def lengths(self, samples: Sequence[int], sides: Sequence[str | None]) -> NDArray[numpy.int64]:
@@ -104,36 +110,37 @@ class PreparedData:
             numpy.int64
         )
 
-    def is_cut(self, row: Mapping[str, NDArray[numpy.int32]], side: str | None = None) -> bool:
-        """Say whether `max_length` cut a sample's tokens, so that no end token may follow them.
+    def spread(self, most: int) -> NDArray[numpy.int64]:
+        """Return about `most` samples, evenly from the whole; all, where there are no more."""
+        return numpy.arange(0, len(self), -(-len(self) // most))
 
-        Data of earlier releases does not say it sample by sample: where some were cut, those that are as long
-        as a cut one count, on their sides too.
-
-        Args:
-            row: what `row` returned.
-            side: whose tokens; None: the student's.
-        """
-        name = f"{side}.{CUT_COLUMN}" if side else CUT_COLUMN
-        if name in row:
-            return bool(row[name][0])
-        manifest = self.manifest
-        return manifest.statistics.truncated > 0 and len(row["ids"]) >= manifest.max_length
-
-    @functools.cached_property
-    def sources(self) -> tuple[tuple[str, ...], NDArray[numpy.int64]]:
-        """Names of the sources, and for every sample the number of its own in them.
+    def sources_of(self, samples: NDArray[numpy.int64]) -> tuple[tuple[str, ...], NDArray[numpy.int64]]:
+        """Return names of the sources, and the number of each sample's own in them.
 
         Data of earlier releases has no such column: its files are the sources, where the records of each are
         known by their number; else all is of one source, which is named after the files.
         """
         manifest, files = self.manifest, [str(source["name"]) for source in self.manifest.sources]
         if SOURCE in self._readers:
-            return tuple(manifest.source_names), self._values(SOURCE).astype(numpy.int64)
+            return tuple(manifest.source_names), self._values(SOURCE)[samples].astype(numpy.int64)
         records = [int(source["records"]) for source in manifest.sources]
         if sum(records) == len(self) and len(files) > 1 and not manifest.rejected:
-            return tuple(numbered(files)), numpy.repeat(numpy.arange(len(files)), records)
-        return (" + ".join(dict.fromkeys(files)),), numpy.zeros(len(self), dtype=numpy.int64)
+            ends = numpy.cumsum(records)
+            return tuple(numbered(files)), numpy.searchsorted(ends, samples, side="right")
+        return (" + ".join(dict.fromkeys(files)),), numpy.zeros(len(samples), dtype=numpy.int64)
+
+    def epochs(self, positions: int) -> dict[str, float]:
+        """Return how often it was read where a run stands, under its folder's name."""
+        return {self.folder.name: positions / len(self)}
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.folder)
+
+    def where(self, sample: int) -> str:
+        """Say where a sample is."""
+        return f"{self.folder}: sample {sample}"
 
     @property
     def digest(self) -> str:

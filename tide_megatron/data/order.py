@@ -50,16 +50,19 @@ def order_of_epoch(seed: int, epoch: int, num_samples: int) -> NDArray[numpy.int
     a bit generator is the part of numpy.random that is promised to stay the same (NEP 19); `permutation` is
     not.
     """
-    draws = numpy.random.Philox(key=[seed & _WORD, epoch]).random_raw(num_samples)
-    order = numpy.argsort(draws, kind="stable")
+    order = numpy.argsort(_draws(seed, epoch, num_samples), kind="stable")
     order.flags.writeable = False
     return order
+
+
+def _draws(seed: int, epoch: int, number: int) -> Numbers:
+    return numpy.random.Philox(key=[seed & _WORD, epoch]).random_raw(number)
 
 
 def _permuted(seed: int, epoch: int, places: Sequence[int], num_samples: int) -> Numbers:
     """Return where a permutation of `num_samples` numbers sends some of them."""
     half = numpy.uint64((num_samples - 1).bit_length() + 1 >> 1)
-    keys = numpy.random.Philox(key=[seed & _WORD, epoch]).random_raw(_ROUNDS)
+    keys = _draws(seed, epoch, _ROUNDS)
     found = _feistel(numpy.asarray(places, dtype=numpy.uint64), keys, half)
     while (outside := found >= num_samples).any():
         found[outside] = _feistel(found[outside], keys, half)
