@@ -6,8 +6,8 @@
 Each life is a process group of its own, with one or two encoding processes, killed by SIGKILL as a whole:
 half of the lives at a random time, the others as they are about to make, open, rename or remove the n-th file
 of their work, so that every moment between two changes of the disk can be met. A commit is made every few
-records. When a life ends by itself, its folder must be the undisturbed one's, byte for byte, and nothing may
-lie beside it; then another round begins. Exit code 1 if anything is wrong.
+records, or behind every one. When a life ends by itself, its folder must be the undisturbed one's, byte for
+byte, and nothing may lie beside it; then another round begins. Exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from tests.small_tokenizer import write_other, write_tokenizer
 from tide_megatron.commands import app
 
 ROOT = Path(__file__).resolve().parents[1]
-LEASE_REST = ".data.lease-"
+TARGET = "prepared-here"
+LEASE_REST = f".{TARGET}.lease-"
 """So begin names of files that a lease tidies up after a minute, if a kill falls between two of its calls."""
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 CHILD = """
 import os, signal, sys
 from tide_megatron import commands
 from tide_megatron.data import filling, parallel_encoder
-filling.COMMIT_SECONDS, parallel_encoder.ALONE, parallel_encoder.PIECE = 0.01, 20, 10
 changes, last, target = CHANGES, int(sys.argv.pop(1)), os.path.basename(sys.argv[2])
+filling.COMMIT_SECONDS, parallel_encoder.ALONE, parallel_encoder.PIECE = 0.0 if last else 0.01, 20, 10
 met = 0
 def look(event, args):
     global met
@@ -133,33 +134,41 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def torment(folder: Path, kills: int, seed: int, records: int) -> Tally:
-    """Kill and go on until there were so many kills, and finish what was begun."""
+def torment(folder: Path, kills: int, seed: int, records: int, by_time: float = 0.5) -> Tally:
+    """Kill and go on until there were so many kills, and finish what was begun.
+
+    Args:
+        folder: to work in.
+        kills: how many.
+        seed: of the draws.
+        records: of the larger of two files.
+        by_time: share of the lives that are killed at a random time.
+    """
     words, draw, tally = write_inputs(folder, records), random.Random(seed), Tally()
     places = folder / "places"
-    whole = CliRunner().invoke(app, ["prepare", str(folder / "whole" / "data"), *words, "--workers", "1"])
+    whole = CliRunner().invoke(app, ["prepare", str(folder / "whole" / TARGET), *words, "--workers", "1"])
     assert not whole.exit_code, whole.exception
-    wanted = contents(folder / "whole" / "data")
+    wanted = contents(folder / "whole" / TARGET)
     while tally.kills < kills or (places.exists() and any(places.iterdir())):
         is_last = tally.kills >= kills
-        last = 0 if is_last or draw.random() < 0.5 else draw.randint(1, records // 2)
+        last = 0 if is_last or draw.random() < by_time else draw.randint(1, max(200, records // 2))
         seconds = None if last or is_last else draw.uniform(0.0, 3.0)
-        life = Life(places / "data", [*words, "--workers", str(draw.choice((1, 2)))], last)
+        life = Life(places / TARGET, [*words, "--workers", str(draw.choice((1, 2)))], last)
         code = life.ended(seconds)
         if found := re.search(r"goes on behind record (\d+)", life.said()):
             tally.went_on += 1
             tally.farthest = max(tally.farthest, int(found[1]))
         if code == -signal.SIGKILL:
             tally.kills += 1
-            if (places / "data").exists():  # it had its name already: that must be the whole one
-                tally.wrong += [] if contents(places / "data") == wanted else [f"kill {tally.kills}: a half"]
-                (places / "data").rename(folder / f"done{tally.kills}")
+            if (places / TARGET).exists():  # it had its name already: that must be the whole one
+                tally.wrong += [] if contents(places / TARGET) == wanted else [f"kill {tally.kills}: a half"]
+                (places / TARGET).rename(folder / f"done{tally.kills}")
             print(f"kill {tally.kills}: change {last}, {seconds} s", file=sys.stderr)
             continue
         tally.rounds += 1
-        if code or contents(places / "data") != wanted:
+        if code or contents(places / TARGET) != wanted:
             tally.wrong.append(f"round {tally.rounds}: exit code {code}, other bytes; {life.said()}")
-        left = [path.name for path in places.iterdir() if not path.name.startswith(("data", LEASE_REST))]
+        left = [path.name for path in places.iterdir() if not path.name.startswith((TARGET, LEASE_REST))]
         tally.wrong += [f"round {tally.rounds}: left behind {left}"] if left else []
         places.rename(folder / f"round{tally.rounds}")
     return tally

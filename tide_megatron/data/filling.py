@@ -18,6 +18,7 @@ from tide_megatron.base.errors import RecordError
 from tide_megatron.base.lease import Lease
 from tide_megatron.base.unfinished import Unfinished
 from tide_megatron.data.columns import ColumnWriter
+from tide_megatron.data.completion import sealed
 from tide_megatron.data.identity import Plan
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.origins import ORIGINS_FILE, Origins
@@ -25,7 +26,6 @@ from tide_megatron.data.parallel_encoder import ParallelEncoder
 from tide_megatron.data.part import write_part
 from tide_megatron.data.progress import ProgressLine
 from tide_megatron.data.rejects import Rejects
-from tide_megatron.data.sealing import sealed
 from tide_megatron.data.source import Source
 from tide_megatron.data.tally import Tally
 

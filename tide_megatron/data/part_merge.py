@@ -15,12 +15,12 @@ import numpy
 from tide_megatron.base.errors import DataError, some_of
 from tide_megatron.base.unfinished import Unfinished
 from tide_megatron.data.columns import ColumnFile, ColumnWriter
+from tide_megatron.data.completion import sealed
 from tide_megatron.data.identity import TaskPart, differences
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.origins import ORIGIN, ORIGINS_FILE, Origins
 from tide_megatron.data.part import PART_FILE, check_files, read_part
 from tide_megatron.data.rejects import RECORDS_FILE, REJECTS_FILE, OnBad, Rejects, most_frequent
-from tide_megatron.data.sealing import sealed
 from tide_megatron.data.tally import Tally, merge_firsts
 
 _OF_RUN = ("on_bad", "sources", "part", "block", "code")

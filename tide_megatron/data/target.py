@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from tide_megatron.base.errors import DataError
+from tide_megatron.data.completion import listed
 from tide_megatron.data.manifest import MANIFEST_FILE, Manifest
 from tide_megatron.data.rejects import REJECTS_FILE
-from tide_megatron.data.sealing import listed
 
 logger = logging.getLogger(__name__)
 

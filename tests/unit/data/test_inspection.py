@@ -75,7 +75,7 @@ def test_counts_are_those_of_the_rows(folder, data):
     assert covered.chunks == len(chunks)
     assert covered.single == sum(b - a == d - c == 1 for a, b, c, d in chunks) > 0
     assert 0.5 < covered.share_of_bytes <= 1
-    names, numbers = data.sources
+    names, numbers = data.sources_of(numpy.arange(len(data)))
     assert facts.sources == {name: (numbers == n).sum() for n, name in enumerate(names)}
     assert module.shares(facts)[2:] == [("not JSON", 1), ("no messages", 1)]
 

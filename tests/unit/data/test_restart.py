@@ -284,6 +284,6 @@ def test_work_that_another_process_took_over_is_left_to_it(run, tmp_path, monkey
 
 
 def test_three_kills_and_the_same_bytes(tmp_path):
-    tally = prepare_kills.torment(tmp_path, kills=3, seed=5, records=120)
+    tally = prepare_kills.torment(tmp_path, kills=3, seed=4, records=120, by_time=0.0)
     assert not tally.wrong
-    assert tally.went_on
+    assert tally.went_on >= 2
