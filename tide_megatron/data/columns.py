@@ -46,7 +46,7 @@ SOURCE = "source"
 """The column that says which source a sample is from; `data.columns` lists the others."""
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC, _VERSION, _INT32 = b"MMIDIDX\x00\x00", 1, 4
-_PIECE = 2**20
+_PIECE = 2**18
 """Samples, or bytes, that are in memory at a time."""
 
 
