@@ -22,6 +22,7 @@ from tide_megatron.base.files import local_path
 if TYPE_CHECKING:
     from tide_megatron.base.device import Wanted
     from tide_megatron.data.manifest import Manifest
+    from tide_megatron.data.sources.mixture import DataMixture
     from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
@@ -33,15 +34,19 @@ Options = TypeVar("Options")
 
 def prepare(
     out: Place,
-    sources: Sequence[Place],
+    sources: Sequence[Place] = (),
     *,
-    tokenizer: Place,
-    max_length: int,
-    on_long: str = "error",
-    on_bad: str = "stop",
+    config: Place | None = None,
+    tokenizer: Place | None = None,
+    max_length: int | None = None,
+    on_long: str | None = None,
+    on_bad: str | None = None,
     normalize: bool = False,
     teachers: Mapping[str, str] | None = None,
     add_mask: bool = False,
+    shape: str = "auto",
+    dedup: bool = False,
+    part: tuple[float, float] | None = None,
     replace: bool = False,
     workers: int | None = None,
 ) -> Manifest:
@@ -49,17 +54,21 @@ def prepare(
 
     Args:
         out: data folder to make.
-        sources: JSONL files (also .gz and .zst), pipes, or "-" for stdin, read in this order; a line is
-            {"messages": [{"role": ..., "content": ...}, ...]} and its last message is the reply to learn.
+        sources: files of chats, folders, globs, "hub:OWNER/NAME", pipes, or "-" for stdin, read in this order
+            (docs/data.md). The last message of a chat is learnt.
+        config: a data file in YAML, in the place of `sources`; what is given beside it goes before it.
         tokenizer: the student's, as FOLDER[,mask=TOKEN][,template=NAME][,chat_template_kwargs.KEY=VALUE].
         max_length: most tokens a sample may have.
-        on_long: what happens to longer samples: `error`, `skip` or `truncate`.
-        on_bad: what happens to records that cannot be used: `stop`, or `skip` (rejects.jsonl lists them).
+        on_long: what happens to longer samples: `error` (the default), `skip` or `truncate`.
+        on_bad: what happens to records that cannot be used: `stop` (the default) or `skip`.
         normalize: put all text into NFC, for tokenizers that do so themselves.
         teachers: name -> a place as for `tokenizer`, also with [,max_length=N], of each teacher that reads
             tokens of its own; twice `max_length` tokens unless said otherwise.
-        add_mask: add the mask token to the student's tokenizer where it has none; `student.add_mask` of the
-            recipe does the same when the student is read.
+        add_mask: add the mask token to the student's tokenizer where it has none; a recipe's
+            `student.add_mask` does the same when the student is read.
+        shape: how rows of `sources` become conversations; `auto`: their columns tell.
+        dedup: leave out conversations that were there before.
+        part: keep conversations whose digest, read as a number of [0, 1), lies between these two.
         replace: put the new data in the place of a data folder that is there.
         workers: processes that encode, once there are more than a thousand records; None: one a core.
 
@@ -71,18 +80,39 @@ def prepare(
         DataError: bad records (with file and line of the first), no tokenizer, or a folder that may not be
             replaced.
     """
+    from tide_megatron.data.sources.mixture import chosen_mixture
+
+    file = None if config is None else local_path(config)
+    given: dict[str, Any] = {
+        "tokenizer": tokenizer and str(tokenizer),
+        "max_length": max_length,
+        "on_long": on_long,
+    }
+    given |= {"on_bad": on_bad, "normalize": normalize or None, "add_mask": add_mask or None}
+    given |= {"teachers": dict(teachers or {}) or None, "dedup": dedup or None, "part": part}
+    mixture = chosen_mixture([str(source) for source in sources], file, shape, given)
+    return _write(mixture, local_path(out), replace=replace, workers=workers)
+
+
+def _write(mixture: DataMixture, out: Path, *, replace: bool, workers: int | None) -> Manifest:
+    """Prepare what a data file says.
+
+    Raises:
+        ConfigError, DataError: as `prepare` does.
+    """
     from tide_megatron.data.prepare import prepare as write
     from tide_megatron.data.sample import SideChoice
+    from tide_megatron.data.sources.opening import open_sources
 
     return write(
-        [local_path(source) for source in sources],
-        SideChoice.read(str(tokenizer), add_mask=add_mask).tokenizer,
-        local_path(out),
-        max_length=max_length,
-        on_long=on_long,
-        on_bad=on_bad,
-        normalize=normalize,
-        sides={name: SideChoice.read(place) for name, place in (teachers or {}).items()},
+        open_sources(mixture.sources, mixture.of_all),
+        SideChoice.read(mixture.student, add_mask=mixture.add_mask).tokenizer,
+        out,
+        max_length=mixture.length,
+        on_long=mixture.on_long,
+        on_bad=mixture.on_bad,
+        normalize=mixture.normalize,
+        sides={name: SideChoice.read(place) for name, place in mixture.teachers.items()},
         replace=replace,
         workers=workers,
     )

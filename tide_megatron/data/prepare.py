@@ -39,7 +39,9 @@ from tide_megatron.data.manifest import (
 from tide_megatron.data.parallel_encoder import ParallelEncoder
 from tide_megatron.data.rejects import REJECTS_FILE, OnBad, Rejects
 from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
-from tide_megatron.data.source import Source
+from tide_megatron.data.source import Line
+from tide_megatron.data.sources.encoding import encoded
+from tide_megatron.data.sources.opening import ChatSource, opened
 from tide_megatron.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ _MOST_SOURCES = 1000
 
 
 def prepare(
-    sources: Sequence[Path],
+    sources: Sequence[Path | ChatSource],
     tokenizer: Tokenizer,
     out: Path,
     *,
@@ -63,8 +65,8 @@ def prepare(
     """Prepare a data folder from chats.
 
     Args:
-        sources: JSONL files, plain or compressed, pipes, or `-` for stdin, read in this order (see
-            `data.record`); sample ids follow it.
+        sources: files of chats, folders or globs of them, pipes, `-` for stdin, or what was opened of such
+            (`data.sources`), read in this order; sample ids follow it.
         tokenizer: the student's, with a chat template.
         out: the folder to make.
         max_length: most tokens a sample may have.
@@ -89,11 +91,11 @@ def prepare(
     words = [word.value for word in OnBad]
     if on_bad not in words:
         raise ConfigError(f"on_bad: {on_bad!r} is unknown: {nearest(on_bad, words)}")
-    out, inputs = place_of(out, DataError), [Source(Path(source)) for source in sources]
+    out, inputs = place_of(out, DataError), opened(sources)
     with disk_faults(out, DataError), leased(lease_beside(out), str(out), DataError) as lease:
         _check_target(out, replace=replace)
         if not inputs:
-            raise DataError("sources: no such file: name at least one JSONL file, or - for stdin")
+            raise DataError("sources: no such file: name at least one file of chats, or - for stdin")
         for source in inputs:
             source.check()
         with (
@@ -157,7 +159,7 @@ class _Preparation:
         self._named: dict[str | None, int] = {}
         self._files, self._words = array.array("i"), array.array("i")
 
-    def run(self, sources: Sequence[Source]) -> Manifest:
+    def run(self, sources: Sequence[ChatSource]) -> Manifest:
         """Read all sources; return the manifest (not written yet)."""
         try:
             described = [source.describe(self._read(number, source)) for number, source in enumerate(sources)]
@@ -191,19 +193,20 @@ class _Preparation:
             normalized=self._normalize,
         )
 
-    def _read(self, number: int, source: Source) -> int:
+    def _read(self, number: int, source: ChatSource) -> int:
         """Encode one source's records; return how many it has."""
         records = 0
-        for line_number, (found, said) in self._workers.encode(_with_progress(source)):
+        for line_number, (found, said) in encoded(source, _with_progress(source), self._workers):
             records += 1
             if isinstance(found, RecordError):
-                self._rejects.add(found, source.name, source.place, line_number)
+                self._rejects.add(found, source.name, source.at(line_number), line_number)
             elif self._rejects.is_fatal:
                 continue
             elif isinstance(found, str):
                 self._skipped[found] += 1
             else:
                 self._add(found, number, said)
+        self._skipped.update(source.left_out)
         return records
 
     def _add(self, sample: Sample, file: int, source: str | None) -> None:
@@ -217,7 +220,7 @@ class _Preparation:
         self._files.append(file)
         self._words.append(self._named.get(source, 0))
 
-    def _check_enough(self, sources: Sequence[Source]) -> None:
+    def _check_enough(self, sources: Sequence[ChatSource]) -> None:
         """Refuse data without samples, and sides without chunks."""
         if not self._writer.samples:
             names = ", ".join(source.place for source in sources)
@@ -251,7 +254,7 @@ class _Preparation:
         return list(numbers)
 
 
-def _with_progress(source: Source) -> Iterator[tuple[int, bytes]]:
+def _with_progress(source: ChatSource) -> Iterator[Line]:
     """Yield a source's lines, on a terminal under a progress bar over its bytes."""
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
     is_watched = rich.get_console().is_terminal

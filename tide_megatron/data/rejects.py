@@ -60,16 +60,16 @@ class Rejects:
         Args:
             fault: what is wrong.
             name: of its source, for the list.
-            place: of its source, for the message.
+            place: source and line, for the message.
             line: its number there.
         """
         self.counts[fault.kind] += 1
-        self._first.setdefault(fault.kind, f"{place}:{line}")
+        self._first.setdefault(fault.kind, place)
         if isinstance(fault, TooLong):
             self._longest = max(self._longest, fault.tokens)
         if self._on_bad is OnBad.STOP or isinstance(fault, TooLong):
             if not self._stopping:
-                self._reason = f"{place}:{line}: {fault}"
+                self._reason = f"{place}: {fault}"
                 logger.warning(
                     "%s; nothing will be written, the rest is read to count all faults", self._reason
                 )
