@@ -22,7 +22,6 @@ from tide_megatron.base.files import local_path
 if TYPE_CHECKING:
     from tide_megatron.base.device import Wanted
     from tide_megatron.data.manifest import Manifest
-    from tide_megatron.data.sources.mixture import DataMixture
     from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
@@ -80,6 +79,7 @@ def prepare(
         DataError: bad records (with file and line of the first), no tokenizer, or a folder that may not be
             replaced.
     """
+    from tide_megatron.data.mixture_preparation import prepare_mixture
     from tide_megatron.data.sources.mixture import chosen_mixture
 
     file = None if config is None else local_path(config)
@@ -91,31 +91,7 @@ def prepare(
     given |= {"on_bad": on_bad, "normalize": normalize or None, "add_mask": add_mask or None}
     given |= {"teachers": dict(teachers or {}) or None, "dedup": dedup or None, "part": part}
     mixture = chosen_mixture([str(source) for source in sources], file, shape, given)
-    return _write(mixture, local_path(out), replace=replace, workers=workers)
-
-
-def _write(mixture: DataMixture, out: Path, *, replace: bool, workers: int | None) -> Manifest:
-    """Prepare what a data file says.
-
-    Raises:
-        ConfigError, DataError: as `prepare` does.
-    """
-    from tide_megatron.data.prepare import prepare as write
-    from tide_megatron.data.sample import SideChoice
-    from tide_megatron.data.sources.opening import open_sources
-
-    return write(
-        open_sources(mixture.sources, mixture.of_all),
-        SideChoice.read(mixture.student, add_mask=mixture.add_mask).tokenizer,
-        out,
-        max_length=mixture.length,
-        on_long=mixture.on_long,
-        on_bad=mixture.on_bad,
-        normalize=mixture.normalize,
-        sides={name: SideChoice.read(place) for name, place in mixture.teachers.items()},
-        replace=replace,
-        workers=workers,
-    )
+    return prepare_mixture(mixture, local_path(out), replace=replace, workers=workers)
 
 
 def train(

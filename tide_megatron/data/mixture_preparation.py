@@ -1,0 +1,39 @@
+"""From what a data file says to a prepared folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tide_megatron.data.manifest import Manifest
+from tide_megatron.data.prepare import prepare
+from tide_megatron.data.sample import SideChoice
+from tide_megatron.data.sources.mixture import DataMixture
+from tide_megatron.data.sources.opening import open_sources
+
+
+def prepare_mixture(mixture: DataMixture, out: Path, *, replace: bool, workers: int | None) -> Manifest:
+    """Find the sources, load the tokenizers, and prepare.
+
+    Args:
+        mixture: what is read, for whom, and what is left out.
+        out: the folder to make.
+        replace: put the new data in the place of a data folder that is already there.
+        workers: processes that encode; None: as many as there are cores.
+
+    Raises:
+        ConfigError: an option that cannot be, or that nobody says.
+        DataError: bad records, no records, or a target that may not be replaced.
+    """
+    sources = open_sources(mixture.sources, mixture.of_all)
+    return prepare(
+        sources,
+        SideChoice.read(mixture.student, add_mask=mixture.add_mask).tokenizer,
+        out,
+        max_length=mixture.length,
+        on_long=mixture.on_long,
+        on_bad=mixture.on_bad,
+        normalize=mixture.normalize,
+        sides={name: SideChoice.read(place) for name, place in mixture.teachers.items()},
+        replace=replace,
+        workers=workers,
+    )
