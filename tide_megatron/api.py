@@ -45,7 +45,7 @@ def prepare(
     add_mask: bool = False,
     shape: str = "auto",
     dedup: bool = False,
-    part: tuple[float, float] | None = None,
+    portion: tuple[float, float] | None = None,
     replace: bool = False,
     workers: int | None = None,
 ) -> Manifest:
@@ -67,7 +67,7 @@ def prepare(
             `student.add_mask` does the same when the student is read.
         shape: how rows of `sources` become conversations; `auto`: their columns tell.
         dedup: leave out conversations that were there before.
-        part: keep conversations whose digest, read as a number of [0, 1), lies between these two.
+        portion: keep conversations whose digest, read as a number of [0, 1), lies between these two.
         replace: put the new data in the place of a data folder that is there.
         workers: processes that encode, once there are more than a thousand records; None: one a core.
 
@@ -89,7 +89,7 @@ def prepare(
         "on_long": on_long,
     }
     given |= {"on_bad": on_bad, "normalize": normalize or None, "add_mask": add_mask or None}
-    given |= {"teachers": dict(teachers or {}) or None, "dedup": dedup or None, "part": part}
+    given |= {"teachers": dict(teachers or {}) or None, "dedup": dedup or None, "portion": portion}
     mixture = chosen_mixture([str(source) for source in sources], file, shape, given)
     return prepare_mixture(mixture, local_path(out), replace=replace, workers=workers)
 

@@ -57,7 +57,7 @@ ShapeOption = Annotated[
         help="How rows become chats: auto, messages, sharegpt, instruction, prompt_response, question_answer."
     ),
 ]
-PartOption = Annotated[
+PortionOption = Annotated[
     str | None,
     typer.Option(metavar="FROM:TO", help="Keep a part of the chats, by digest: 0:0.95 and 0.95:1."),
 ]
@@ -73,7 +73,7 @@ def prepare(
     on_bad: OnBadOption = None,
     shape: ShapeOption = "auto",
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out chats that were there before.")] = False,
-    part: PartOption = None,
+    portion: PortionOption = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Put all text into NFC.")] = False,
     teacher: TeacherOption = None,
     add_mask: AddMask = False,
@@ -93,7 +93,7 @@ def prepare(
     Example: tide prepare data/train chats.jsonl --tokenizer models/student --max-length 512
     --teacher llada=models/llada2
 
-    Example: tide prepare data/train --config configs/data/paper.yaml --part 0:0.95
+    Example: tide prepare data/train --config configs/data/paper.yaml --portion 0:0.95
     """
     from tide_megatron import api
     from tide_megatron.data.sample import SideChoice
@@ -111,20 +111,20 @@ def prepare(
         add_mask=add_mask,
         shape=shape,
         dedup=dedup,
-        part=None if part is None else _part(part),
+        portion=None if portion is None else _portion(portion),
         replace=replace,
         workers=workers,
     )
     _print(out, manifest)
 
 
-def _part(word: str) -> tuple[float, float]:
+def _portion(word: str) -> tuple[float, float]:
     """Read FROM:TO."""
     try:
         first, last = map(float, word.split(":"))
     except ValueError:
         raise typer.BadParameter(
-            f"{word!r} is not FROM:TO; write for example 0:0.95", param_hint="--part"
+            f"{word!r} is not FROM:TO; write for example 0:0.95", param_hint="--portion"
         ) from None
     return first, last
 

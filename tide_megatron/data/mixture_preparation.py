@@ -8,7 +8,7 @@ from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import SideChoice
 from tide_megatron.data.sources.mixture import DataMixture
-from tide_megatron.data.sources.opening import open_sources
+from tide_megatron.data.sources.opening import find_sources
 
 
 def prepare_mixture(mixture: DataMixture, out: Path, *, replace: bool, workers: int | None) -> Manifest:
@@ -24,7 +24,7 @@ def prepare_mixture(mixture: DataMixture, out: Path, *, replace: bool, workers: 
         ConfigError: an option that cannot be, or that nobody says.
         DataError: bad records, no records, or a target that may not be replaced.
     """
-    sources = open_sources(mixture.sources, mixture.of_all)
+    sources = find_sources(mixture.sources, mixture.of_all)
     return prepare(
         sources,
         SideChoice.read(mixture.student, add_mask=mixture.add_mask).tokenizer,

@@ -41,7 +41,7 @@ from tide_megatron.data.rejects import REJECTS_FILE, OnBad, Rejects
 from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
 from tide_megatron.data.source import Line
 from tide_megatron.data.sources.encoding import encoded
-from tide_megatron.data.sources.opening import ChatSource, opened
+from tide_megatron.data.sources.opening import ChatSource, FoundSources, find_sources
 from tide_megatron.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ _MOST_SOURCES = 1000
 
 
 def prepare(
-    sources: Sequence[Path | ChatSource],
+    sources: Sequence[Path] | FoundSources,
     tokenizer: Tokenizer,
     out: Path,
     *,
@@ -65,7 +65,7 @@ def prepare(
     """Prepare a data folder from chats.
 
     Args:
-        sources: files of chats, folders or globs of them, pipes, `-` for stdin, or what was opened of such
+        sources: files of chats, folders or globs of them, pipes, `-` for stdin, or what was found of such
             (`data.sources`), read in this order; sample ids follow it.
         tokenizer: the student's, with a chat template.
         out: the folder to make.
@@ -91,7 +91,8 @@ def prepare(
     words = [word.value for word in OnBad]
     if on_bad not in words:
         raise ConfigError(f"on_bad: {on_bad!r} is unknown: {nearest(on_bad, words)}")
-    out, inputs = place_of(out, DataError), opened(sources)
+    found = sources if isinstance(sources, FoundSources) else find_sources(sources)
+    out, inputs = place_of(out, DataError), found.open()
     with disk_faults(out, DataError), leased(lease_beside(out), str(out), DataError) as lease:
         _check_target(out, replace=replace)
         if not inputs:
@@ -206,7 +207,6 @@ class _Preparation:
                 self._skipped[found] += 1
             else:
                 self._add(found, number, said)
-        self._skipped.update(source.left_out)
         return records
 
     def _add(self, sample: Sample, file: int, source: str | None) -> None:

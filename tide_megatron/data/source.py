@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, cast
 from tide_megatron.base.errors import DataError, RecordError
 
 STDIN = "-"
-Line = tuple[int, bytes | RecordError]
-"""Number from 1, and what stands there, or what is wrong with it."""
+Line = tuple[int, bytes | RecordError | str]
+"""Number from 1, and what stands there, or what is wrong with it, or why it is left out."""
 _LINE_BYTES = 2**28
 """A longer line is no record: such a file has no lines."""
 _CHUNK_BYTES = 2**20

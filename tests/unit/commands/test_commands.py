@@ -22,7 +22,7 @@ from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
-    "prepare": "out sources --config --tokenizer --max-length --on-long --on-bad --shape --dedup --part "
+    "prepare": "out sources --config --tokenizer --max-length --on-long --on-bad --shape --dedup --portion "
     "--normalize --teacher --add-mask --replace --workers",
     "train": "recipe overrides --ranks --ranks-per-node --device --folder --branch --resume/--fresh "
     "--dry-run --preflight-only",

@@ -176,13 +176,18 @@ class OfAll:
     filters: Filters = dataclasses.field(default_factory=Filters)
     dedup: bool = False
     """Leave out conversations that were there before, whatever source they are of."""
-    part: tuple[float, float] | None = None
-    """Keep those whose digest falls into this part of [0, 1)."""
+    portion: tuple[float, float] | None = None
+    """Keep those whose digest, as a number of [0, 1), is not below the one and below the other."""
+
+    def said(self) -> dict[str, Any]:
+        """Return what is asked, for the manifest."""
+        asked = {"dedup": self.dedup, "portion": self.portion, "filters_of_all": self.filters.said()}
+        return {key: value for key, value in asked.items() if value}
 
     @property
     def is_plain(self) -> bool:
         """Whether no row need be read for it."""
-        return not self.dedup and self.part is None and self.filters.are_of_tokens
+        return not self.dedup and self.portion is None and self.filters.are_of_tokens
 
 
 def read_word(word: str, shape: str = "auto") -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Sources on their way through the processes that encode: faults and left-out samples in their places."""
+"""Sources on their way through the processes that encode: what needs no encoding comes back in its place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from tide_megatron.data.parallel_encoder import Outcome, ParallelEncoder
 from tide_megatron.data.sample import Sample
 from tide_megatron.data.source import Line
 from tide_megatron.data.sources.opening import ChatSource
+
+_MOST_ASIDE = 50_000
+"""So many rows in a row may be left out before what is being encoded is waited for: memory has an end."""
 
 
 def encoded(
@@ -25,20 +28,28 @@ def encoded(
     Raises:
         DataError: no record can be encoded, or the source cannot be read.
     """
-    faults: collections.deque[tuple[int, RecordError]] = collections.deque()
+    remaining = iter(lines)
+    aside: collections.deque[tuple[int, RecordError | str]] = collections.deque()
+    is_open = True
 
     def whole() -> Iterator[tuple[int, bytes]]:
-        for number, line in lines:
-            if isinstance(line, RecordError):
-                faults.append((number, line))
-            else:
+        nonlocal is_open
+        for number, line in remaining:
+            if isinstance(line, bytes):
                 yield number, line
+                continue
+            aside.append((number, line))
+            if len(aside) >= _MOST_ASIDE:
+                return
+        is_open = False
 
-    for number, (found, said) in workers.encode(whole()):
-        while faults and faults[0][0] < number:
-            place, fault = faults.popleft()
-            yield place, (fault, None)
-        reason = source.sample_left_out(len(found.row["ids"])) if isinstance(found, Sample) else None
-        yield number, (found if reason is None else reason, said)
-    for number, fault in faults:
-        yield number, (fault, None)
+    while is_open:
+        for number, (found, said) in workers.encode(whole()):
+            while aside and aside[0][0] < number:
+                place, reason = aside.popleft()
+                yield place, (reason, None)
+            short = source.sample_left_out(len(found.row["ids"])) if isinstance(found, Sample) else None
+            yield number, (found if short is None else short, said)
+        while aside:
+            place, reason = aside.popleft()
+            yield place, (reason, None)

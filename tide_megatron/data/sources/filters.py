@@ -19,7 +19,7 @@ from tide_megatron.data.sources.choice import Filters
 
 _FULL = 0.75
 """Share of a table that is filled before it grows."""
-DUPLICATE, OUTSIDE, UNTAKEN = "duplicate", "outside part", "beyond take"
+DUPLICATE, OUTSIDE, UNTAKEN = "duplicate", "outside portion", "beyond take"
 TOO_FEW_TOKENS, TOO_MANY_TOKENS = "below min_tokens", "above max_tokens"
 
 
@@ -151,12 +151,10 @@ def left_out_by_tokens(filters: Filters, tokens: int) -> str | None:
     return TOO_MANY_TOKENS if filters.max_tokens is not None and tokens > filters.max_tokens else None
 
 
-def is_in_part(digest: bytes, part: tuple[float, float]) -> bool:
-    """Say whether a digest, read as a number of [0, 1), lies in a part of it."""
-    place = (
-        int.from_bytes(hashlib.blake2b(digest, digest_size=8, person=b"tide part").digest(), "big") / 2**64
-    )
-    return part[0] <= place < part[1]
+def is_in_portion(digest: bytes, portion: tuple[float, float]) -> bool:
+    """Say whether a digest, read as a number of [0, 1), lies in a portion of it."""
+    number = hashlib.blake2b(digest, digest_size=8, person=b"tide portion").digest()
+    return portion[0] <= (int.from_bytes(number, "big") >> 11) / 2**53 < portion[1]
 
 
 def drawn(total: Iterable[int], number: int, seed: int) -> set[int]:

@@ -41,7 +41,7 @@ class DataMixture:
     """What is left out of all sources."""
     dedup: bool = False
     """Leave out conversations that were there before, in whatever source: the first one stays."""
-    part: tuple[Share, Share] | None = None
+    portion: tuple[Share, Share] | None = None
     """[FROM, TO]: keep conversations whose digest falls there, of 0 to 1: [0, 0.95] and [0.95, 1] have no
     chat in common."""
     tokenizer: str | None = None
@@ -61,14 +61,14 @@ class DataMixture:
 
     @model_validator(mode="after")
     def _is_possible(self) -> DataMixture:
-        if self.part is not None and not self.part[0] < self.part[1]:
-            raise ValueError(f"part: {list(self.part)} is empty; write the smaller number first")
+        if self.portion is not None and not self.portion[0] < self.portion[1]:
+            raise ValueError(f"portion: {list(self.portion)} is empty; write the smaller number first")
         return self
 
     @property
     def of_all(self) -> OfAll:
         """What holds for all sources."""
-        return OfAll(filters=self.filters, dedup=self.dedup, part=self.part)
+        return OfAll(filters=self.filters, dedup=self.dedup, portion=self.portion)
 
     @property
     def student(self) -> str:

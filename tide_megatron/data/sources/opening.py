@@ -9,6 +9,7 @@ taken and what is a duplicate depends on all that was read before.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import itertools
 import json
@@ -32,36 +33,45 @@ Judged = tuple[int, Row | bytes | RecordError | str]
 """Number of a row, and its record, or a line to hand on, or what is wrong with it, or why it is left out."""
 
 
-def open_sources(choices: Sequence[SourceChoice], of_all: OfAll | None = None) -> list[ChatSource]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoundSources:
+    """Which files are read, in this order, and what is asked of their rows."""
+
+    files: tuple[tuple[SourceChoice, tuple[Path, ...]], ...]
+    of_all: OfAll = dataclasses.field(default_factory=OfAll)
+
+    def open(self) -> list[ChatSource]:
+        """Return one source a file, none read yet; what is kept of one may depend on those before it."""
+        seen = reasons.Seen()
+        found: list[ChatSource] = []
+        for choice, paths in self.files:
+            entry = _Entry(choice, self.of_all, seen)
+            entry.sources = [ChatSource(path, entry) for path in paths]
+            found += entry.sources
+        return found
+
+    def said(self) -> list[dict[str, Any]]:
+        """Return what is asked, by source, as plain values; of paths only those on the hub."""
+        return [{**choice.said(), **self.of_all.said(), "files": len(paths)} for choice, paths in self.files]
+
+
+def find_sources(choices: Sequence[SourceChoice | Path], of_all: OfAll | None = None) -> FoundSources:
     """Find the files of sources, in the order in which they are read.
+
+    Args:
+        choices: what is said of each, or its path alone.
+        of_all: what is asked of the rows of all.
 
     Raises:
         DataError: a source without files, or of which it must be said which are meant.
         ConfigError: a path that cannot be, or a name that two sources have.
     """
-    of_all = of_all or OfAll()
-    names = [choice.name for choice in choices if choice.name is not None]
+    chosen = [each if isinstance(each, SourceChoice) else SourceChoice(path=str(each)) for each in choices]
+    names = [choice.name for choice in chosen if choice.name is not None]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"sources: two are called {double!r}: give each a name of its own")
-    seen = reasons.Seen()
-    found: list[ChatSource] = []
-    for choice in choices:
-        entry = _Entry(choice, of_all, seen)
-        entry.sources = [ChatSource(path, entry) for path in files_of(choice)]
-        found += entry.sources
-    return found
-
-
-def opened(sources: Sequence[Path | ChatSource]) -> list[ChatSource]:
-    """Return sources as they were opened, and those that are named by their paths, read as they tell.
-
-    Raises:
-        DataError, ConfigError: as `open_sources` does.
-    """
-    found: list[ChatSource] = []
-    for each in sources:
-        found += [each] if isinstance(each, ChatSource) else open_sources([SourceChoice(path=str(each))])
-    return found
+    files = tuple((choice, tuple(files_of(choice))) for choice in chosen)
+    return FoundSources(files=files, of_all=of_all or OfAll())
 
 
 class _Entry:
@@ -89,15 +99,6 @@ class _Entry:
         take, seed = self.choice.take, self.choice.take_seed
         return take is not None and seed is None and self._taken >= take
 
-    def said(self) -> dict[str, Any]:
-        """Return what was asked of the rows, for the manifest."""
-        of_all = {
-            "dedup": self.of_all.dedup,
-            "part": self.of_all.part,
-            "filters_of_all": self.of_all.filters.said(),
-        }
-        return self.choice.said() | {key: value for key, value in of_all.items() if value}
-
     def judge(self, row: Row, mapping: RowMapping, seen: reasons.Seen | None = None) -> Row | str:
         """Return a row's record, or why it is left out.
 
@@ -116,9 +117,10 @@ class _Entry:
         for filters in self.filters:
             if reason := reasons.left_out_by_text(filters, record):
                 return reason
-        if self.of_all.dedup or self.of_all.part is not None:
+        portion = self.of_all.portion
+        if self.of_all.dedup or portion is not None:
             digest = reasons.chat_digest(record)
-            if self.of_all.part is not None and not reasons.is_in_part(digest, self.of_all.part):
+            if portion is not None and not reasons.is_in_portion(digest, portion):
                 return reasons.OUTSIDE
             if self.of_all.dedup and not (self._seen if seen is None else seen).add(digest):
                 return reasons.DUPLICATE
@@ -202,7 +204,7 @@ class ChatSource(Source):
             self._columns(Table(self.path))
 
     def lines(self) -> Iterator[Line]:
-        """Yield (number from 1, a line of JSON, or what is wrong with that row).
+        """Yield (number from 1, a line of JSON, or what is wrong with that row, or why it is left out).
 
         Raises:
             DataError: it cannot be read, is damaged, or of a kind that is not known.
@@ -210,15 +212,14 @@ class ChatSource(Source):
         self._entry.prepare_draw()
         self.left_out.clear()
         for number, found in self.judged():
+            line: bytes | RecordError | str
             if isinstance(found, dict):
-                if self._entry.takes(found):
-                    yield number, as_line(found)
-                else:
-                    self.left_out[reasons.UNTAKEN] += 1
-            elif isinstance(found, str):
-                self.left_out[found] += 1
+                line = as_line(found) if self._entry.takes(found) else reasons.UNTAKEN
             else:
-                yield number, found
+                line = found
+            if isinstance(line, str):
+                self.left_out[line] += 1
+            yield number, line
         self._log()
 
     def judged(self, seen: reasons.Seen | None = None) -> Iterator[Judged]:
@@ -243,11 +244,11 @@ class ChatSource(Source):
 
     def describe(self, records: int) -> dict[str, object]:
         """Describe what was read, how, and what was left out of it."""
-        said = super().describe(records + self.left_out.total())
+        said = super().describe(records)
         if self._digest is not None:
             said |= {"bytes": self._digest[0], "sha256": self._digest[1]}
         if not self._is_raw:
-            options, shapes = self._entry.said(), self._mapping.shapes
+            options, shapes = self._entry.choice.said() | self._entry.of_all.said(), self._mapping.shapes
             said |= {"shape": " ".join(sorted(shapes))} if shapes else {}
             said |= {"options": options} if options else {}
             said |= {"left_out": dict(self.left_out)} if self.left_out else {}
@@ -270,7 +271,7 @@ class ChatSource(Source):
         first = next(lines, None)
         self._is_raw = self._entry.is_plain and (first is None or _has_messages(first[1]))
         for number, line in itertools.chain([] if first is None else [first], lines):
-            if self._is_raw or isinstance(line, RecordError):
+            if self._is_raw or not isinstance(line, bytes):
                 yield number, line
             elif self._entry.is_full:
                 yield number, reasons.UNTAKEN
@@ -314,7 +315,7 @@ class ChatSource(Source):
             logger.info("%s: read as %s", self.place, " and ".join(sorted(shapes)))
 
 
-def _has_messages(line: bytes | RecordError) -> bool:
+def _has_messages(line: bytes | RecordError | str) -> bool:
     """Say whether a first line is for `data.record` to judge: it has messages, or no keys at all."""
     row = _row_of(line) if isinstance(line, bytes) else line
     return not isinstance(row, dict) or "messages" in row
