@@ -63,8 +63,7 @@ def prepare(
         normalize: put all text into NFC, for tokenizers that do so themselves.
         teachers: name -> a place as for `tokenizer`, also with [,max_length=N], of each teacher that reads
             tokens of its own; twice `max_length` tokens unless said otherwise.
-        add_mask: add the mask token to the student's tokenizer where it has none; a recipe's
-            `student.add_mask` does the same when the student is read.
+        add_mask: add the mask token to the student's tokenizer where it has none (as `student.add_mask`).
         shape: how rows of `sources` become conversations; `auto`: their columns tell.
         dedup: leave out conversations that were there before.
         portion: keep conversations whose digest, read as a number of [0, 1), lies between these two.

@@ -91,8 +91,7 @@ def prepare(
     words = [word.value for word in OnBad]
     if on_bad not in words:
         raise ConfigError(f"on_bad: {on_bad!r} is unknown: {nearest(on_bad, words)}")
-    found = sources if isinstance(sources, FoundSources) else find_sources(sources)
-    out, inputs = place_of(out, DataError), found.open()
+    out, inputs = place_of(out, DataError), find_sources(sources).open()
     with disk_faults(out, DataError), leased(lease_beside(out), str(out), DataError) as lease:
         _check_target(out, replace=replace)
         if not inputs:

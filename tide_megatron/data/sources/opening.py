@@ -55,8 +55,10 @@ class FoundSources:
         return [{**choice.said(), **self.of_all.said(), "files": len(paths)} for choice, paths in self.files]
 
 
-def find_sources(choices: Sequence[SourceChoice | Path], of_all: OfAll | None = None) -> FoundSources:
-    """Find the files of sources, in the order in which they are read.
+def find_sources(
+    choices: FoundSources | Sequence[SourceChoice | Path], of_all: OfAll | None = None
+) -> FoundSources:
+    """Find the files of sources, in the order in which they are read; what was found already stays.
 
     Args:
         choices: what is said of each, or its path alone.
@@ -66,6 +68,8 @@ def find_sources(choices: Sequence[SourceChoice | Path], of_all: OfAll | None = 
         DataError: a source without files, or of which it must be said which are meant.
         ConfigError: a path that cannot be, or a name that two sources have.
     """
+    if isinstance(choices, FoundSources):
+        return choices
     chosen = [each if isinstance(each, SourceChoice) else SourceChoice(path=str(each)) for each in choices]
     names = [choice.name for choice in chosen if choice.name is not None]
     if double := next((name for name in names if names.count(name) > 1), None):
