@@ -20,6 +20,8 @@ PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 EXTRA = "pip install 'tide-megatron[data]'"
 Row = dict[str, Any]
+_SPARING = {"pre_buffer": False, "buffer_size": 2**20, "page_checksum_verification": True}
+"""How Parquet is read: piece by piece, and checked where it says how."""
 
 
 def table_kind(first: bytes) -> str | None:
@@ -134,7 +136,7 @@ class Table:
     def _batches(self, columns: list[str]) -> Iterator[Any]:
         if self._first.startswith(PARQUET):
             parquet = importlib.import_module("pyarrow.parquet")
-            with parquet.ParquetFile(self._path, pre_buffer=False, buffer_size=2**20) as file:
+            with parquet.ParquetFile(self._path, **_SPARING) as file:
                 yield from file.iter_batches(batch_size=BATCH, columns=columns, use_threads=False)
             return
         ipc = importlib.import_module("pyarrow.ipc")

@@ -76,6 +76,7 @@ def test_nulls_that_arrow_adds_say_nothing(tmp_path):
     ]
     rows.append(chat(3, tools=[{"name": "f", "parameters": {"x": {"type": "int"}}}]))
     rows[2]["messages"][1]["reasoning_content"] = "r"
+    rows[0]["tools"] = None  # the first row's keys are the columns
     found = [record for _, record in read(write_parquet(tmp_path / "a", rows))]
     assert [parse_record(json.dumps(record).encode()).messages for record in found] == [
         tuple(row["messages"]) for row in rows
@@ -161,7 +162,7 @@ def test_a_stream_that_was_cut_between_two_batches_is_refused(tmp_path):
 
 
 def test_damage_inside_is_refused_with_its_row(tmp_path):
-    rows = [chat(number, noise=hashlib.sha256(b"%d" % number).hexdigest()) for number in range(600)]
+    rows = [chat(hashlib.sha256(b"%d" % number).hexdigest()) for number in range(600)]
     file = write_parquet(tmp_path / "a", rows, group=100)
     content = bytearray(file.read_bytes())
     for place in range(len(content) // 2, len(content) // 2 + 800):
@@ -217,8 +218,8 @@ def test_lines_need_no_library_of_tables(tmp_path):
         f"[source] = find_sources([Path({str(tmp_path / 'a')!r})]).open()\n"
         "source.check(); print(len([*source.lines()]), sorted({'pyarrow', 'datasets'} & {*sys.modules}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "1 []\n", done.stderr
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True, timeout=60)
+    assert done.stdout == "1 []\n"
 
 
 @pytest.mark.parametrize("kind", ["parquet", "stream"])
@@ -226,9 +227,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     """Ten times as many rows, in ten times as many groups: the same most memory, but for the allocator's air."""
     peaks = []
     for groups in (2, 20):
-        rows = [
-            chat(n) | {"messages": [{"role": "user", "content": f"{n}" * 4000}]} for n in range(groups * 100)
-        ]
+        rows = [chat(str(number) * 2000) for number in range(groups * 100)]
         file = tmp_path / f"{kind}-{groups}"
         WRITERS[kind](file, rows)
         code = (
@@ -238,7 +237,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
             "for line in source.lines(): pass\n"
             "print(pyarrow.default_memory_pool().max_memory())"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
+        done = subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True, timeout=60)
         peaks.append(int(done.stdout))
     assert peaks[1] < 2 * max(peaks[0], 2**20)
