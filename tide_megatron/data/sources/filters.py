@@ -33,7 +33,7 @@ class Seen:
             below: what was seen before; it is asked and never changed.
         """
         self._below, self._count, self._size = below, 0, 1024
-        self._words = array.array("Q", bytes(16 * self._size))
+        self._words = array.array("Q", [0]) * (2 * self._size)
 
     def __len__(self) -> int:
         return self._count
@@ -64,7 +64,7 @@ class Seen:
     def _grow(self) -> None:
         old = self._words
         self._size *= 2
-        self._words = array.array("Q", bytes(16 * self._size))
+        self._words = array.array("Q", [0]) * (2 * self._size)
         for position in range(0, len(old), 2):
             first, second = old[position], old[position + 1]
             if second:

@@ -224,7 +224,7 @@ def test_lines_need_no_library_of_tables(tmp_path):
 
 @pytest.mark.parametrize("kind", ["parquet", "stream"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
-    """Ten times as many rows, in ten times as many groups: the same most memory, but for the allocator's air."""
+    """Ten times as many rows, in ten times as many groups: the same most memory, within a factor of two."""
     peaks = []
     for groups in (2, 20):
         rows = [chat(str(number) * 2000) for number in range(groups * 100)]
