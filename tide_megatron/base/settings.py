@@ -42,7 +42,7 @@ def yaml_mapping(file: Path, noun: str, examples: str) -> DictConfig:
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as fault:
         raise ConfigError(f"{file}: not readable as YAML: {told(fault)}; fix the file") from None
     if not isinstance(tree, DictConfig):
-        raise ConfigError(f"{file}: a {noun} is a mapping; write one `key: value` a line")
+        raise ConfigError(f"{file}: a {noun} file is a mapping; write one `key: value` a line")
     return tree
 
 

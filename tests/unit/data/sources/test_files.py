@@ -1,4 +1,4 @@
-"""Which files a source means: globs, folders, splits, what `datasets` saved, the hub when it cannot be had."""
+"""Which files a source means: globs, folders, splits, what `datasets` saved, the hub that cannot be had."""
 
 import json
 import types
