@@ -23,17 +23,17 @@ view (`diffusion.views`), so no row depends on its batchmates.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.blend import BlendedData
+from tide_megatron.data.dataset import PreparedData, Row
+from tide_megatron.data.sample import CUT_COLUMN
 from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch, pad_to_blocks, pad_to_length
 from tide_megatron.parallel.layout import DataShard
@@ -43,8 +43,6 @@ Deal = Literal["length", "order"]
 """How an update's samples are shared out to microbatches: like beside like, or as they come."""
 Readers = tuple[int, str]
 """How many ids the models that read some tokens all know, and the model that knows the fewest."""
-Row = Mapping[str, NDArray[numpy.int32]]
-"""One sample's values in every column."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ class Loader:
         ConfigError: sizes that cannot be, or a fixed length below the longest sample.
     """
 
-    columns: PreparedData
+    columns: PreparedData | BlendedData
     samples: int
     """Samples per microbatch."""
     accumulate: int = 1
@@ -96,21 +94,14 @@ class Loader:
                 raise ConfigError(f"{name}: {getattr(self, name)} is too few; use at least 1")
         if self.fixed_length is not None and self.fixed_length < self.longest:
             raise ConfigError(
-                f"fixed_length: {self.fixed_length} is below the longest sample of {self.columns.folder} "
+                f"fixed_length: {self.fixed_length} is below the longest sample of {self.columns.name} "
                 f"({self.longest} tokens in whole blocks of {self.block_size}); use {self.longest} or more"
             )
 
     @property
-    def num_samples(self) -> int:
-        """Samples in the data set: the length of an epoch."""
-        return len(self.columns)
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest sample after its last block is filled."""
-        manifest = self.columns.manifest
-        longest = manifest.sides[self.main].longest if self.main else manifest.statistics.longest
-        return -(-longest // self.block_size) * self.block_size
+        return -(-self.columns.longest(self.main) // self.block_size) * self.block_size
 
     @property
     def update_samples(self) -> int:
@@ -131,16 +122,11 @@ class Loader:
     def dealt(self, consumed: int) -> list[tuple[int, int]]:
         """Return (sample, epoch) of a whole update, in the order in which microbatches take them."""
         positions = range(consumed, consumed + self.update_samples)
-        epochs = [position // self.num_samples for position in positions]
-        rows = [
-            int(order_of_epoch(self.seed, epoch, self.num_samples)[position % self.num_samples])
-            for position, epoch in zip(positions, epochs, strict=True)
-        ]
-        found = list(zip(rows, epochs, strict=True))
+        found = self.columns.samples_at(self.seed, positions)
         if self.deal == "order":
             return found
         sides = [self.main, *(reading.side for reading in self.sides.values())]
-        tokens = self.columns.lengths(rows, sides).sum(axis=1)
+        tokens = self.columns.lengths([sample for sample, _ in found], sides).sum(axis=1)
         return [found[place] for place in numpy.argsort(-tokens, kind="stable")]
 
     def update(self, consumed: int) -> list[Batch]:
@@ -197,13 +183,12 @@ class Loader:
         The last block of a sample that was cut is filled with pads: end tokens would teach that the text ends
         where the window did.
         """
-        manifest, prefix = self.columns.manifest, f"{side}." if side else ""
-        tokenizer = manifest.sides[side].tokenizer if side else manifest.tokenizer
+        tokenizer, prefix = self.columns.tokenizer_of(side), f"{side}." if side else ""
         examples = []
         for row in read:
             ids = row[f"{prefix}ids"].tolist()
             labels = labels_of(ids, row[f"{prefix}replies"].tolist(), IGNORED)
-            if self.columns.is_cut(row, side):
+            if row[f"{prefix}{CUT_COLUMN}"][0]:
                 filled = -(-len(ids) // block_size) * block_size
                 examples.append(pad_to_length(ids, labels, filled, tokenizer.pad_id))
             else:
@@ -221,7 +206,7 @@ class Loader:
         if len(outside):
             sample, place = outside[0].tolist()
             raise DataError(
-                f"{self.columns.folder}: sample {rows[sample]} has the token id {int(ids[sample, place])}, "
+                f"{self.columns.where(rows[sample])} has the token id {int(ids[sample, place])}, "
                 f"but {reader} knows the ids 0 to {limit - 1}; prepare the data again with its tokenizer"
             )
 
@@ -231,7 +216,8 @@ class Loader:
         self._check_known(ids, rows, reading.known)
         spans = [torch.from_numpy(row[f"{reading.side}.chunks"]).long().view(-1, 4) for row in read]
         sizes = [len(row[f"{reading.side}.ids"]) for row in read]
-        blocks = [1 if self.columns.is_cut(row, reading.side) else reading.block_size for row in read]
+        cut = [row[f"{reading.side}.{CUT_COLUMN}"][0] for row in read]
+        blocks = [1 if is_cut else reading.block_size for is_cut in cut]
         return TeacherTokens(
             ids=ids,
             lengths=torch.tensor(
@@ -241,17 +227,3 @@ class Loader:
             sample=torch.repeat_interleave(torch.tensor([len(span) for span in spans])),
             number=torch.cat([torch.arange(len(span)) for span in spans]),
         )
-
-
-@functools.lru_cache(maxsize=4)
-def order_of_epoch(seed: int, epoch: int, num_samples: int) -> NDArray[numpy.int64]:
-    """Return the order in which an epoch reads the samples, a permutation, from (seed, epoch) alone.
-
-    Sorts one 64-bit draw per sample of a counter-based generator keyed by (seed, epoch). The raw stream of
-    a bit generator is the part of numpy.random that is promised to stay the same (NEP 19); `permutation` is
-    not.
-    """
-    draws = numpy.random.Philox(key=[seed & (2**64 - 1), epoch]).random_raw(num_samples)
-    order = numpy.argsort(draws, kind="stable")
-    order.flags.writeable = False
-    return order

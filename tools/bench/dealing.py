@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from bench.cost import machine
 from bench.fp8_students import RECIPE, TEACHER
 from tide_megatron import api
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Deal, Loader
 from tide_megatron.data.prepare import prepare
 from tide_megatron.parallel.layout import DataShard

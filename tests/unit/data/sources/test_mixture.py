@@ -13,7 +13,7 @@ from tide_megatron import api
 from tide_megatron.base.errors import ConfigError, DataError, TideError
 from tide_megatron.base.options import options_of
 from tide_megatron.commands import app
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import read_manifest
 from tide_megatron.data.sources.choice import ColumnNames, Filters, SourceChoice
 from tide_megatron.data.sources.mixture import DataMixture, chosen_mixture
@@ -220,7 +220,8 @@ def test_the_papers_mixture_from_its_files_to_columns(tmp_path, monkeypatch):
     options = {"tokenizer": write_tokenizer(tmp_path / "student"), "teachers": {"llada": teacher}}
     manifest = api.prepare(tmp_path / "out", config=file, **options)
     assert (manifest.max_length, manifest.on_long) == (512, "truncate")
-    names, numbers = PreparedData(tmp_path / "out").sources
+    data = PreparedData(tmp_path / "out")
+    names, numbers = data.sources_of(data.spread(len(data)))
     assert [*names] == ["tulu", "smoltalk", "opencoder_1", "opencoder_2"]
     assert [numbers.tolist().count(n) for n in range(4)] == [20, 10, 6, 8]
     assert manifest.statistics.skipped == {"reply without 'python'": 14}

@@ -12,7 +12,7 @@ import pytest
 
 from tests.small_tables import chat, write_arrow, write_parquet
 from tide_megatron.base.errors import DataError, RecordError
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.record import parse_record
 from tide_megatron.data.sources import tables
