@@ -84,6 +84,7 @@ class _Entry:
     def __init__(self, choice: SourceChoice, of_all: OfAll, seen: reasons.Seen) -> None:
         self.choice, self.of_all = choice, of_all
         self.filters = (of_all.filters, choice.filters)
+        self._asking = tuple(filters for filters in self.filters if not filters.are_of_tokens)
         self.sources: list[ChatSource] = []
         self.told: tuple[Path, str] | None = None
         """The first table, and its shape."""
@@ -114,11 +115,11 @@ class _Entry:
         Raises:
             RecordError: it is no conversation.
         """
-        for filters in self.filters:
+        for filters in self._asking:
             if reason := reasons.left_out_by_columns(filters, row):
                 return reason
         record = mapping.record(row)
-        for filters in self.filters:
+        for filters in self._asking:
             if reason := reasons.left_out_by_text(filters, record):
                 return reason
         portion = self.of_all.portion
@@ -336,8 +337,11 @@ def _row_of(line: bytes) -> Row | bytes | RecordError:
 
 def as_line(record: Row) -> bytes:
     """Write a record as JSON; what has no JSON (bytes, times) as text."""
-    return json.dumps(record, ensure_ascii=False, default=_as_text).encode("utf-8", "surrogatepass")
+    return _JSON.encode(record).encode("utf-8", "surrogatepass")
 
 
 def _as_text(value: Any) -> str:
     return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, default=_as_text)

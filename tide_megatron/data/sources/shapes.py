@@ -105,6 +105,7 @@ class RowMapping:
     def __init__(self, choice: SourceChoice) -> None:
         self._choice = choice
         self._known: dict[tuple[str, ...], ColumnNames] = {}
+        self._used: dict[ColumnNames, frozenset[str]] = {}
         self.shapes: set[str] = set()
         """What was told."""
 
@@ -123,7 +124,8 @@ class RowMapping:
         if key not in self._known:
             if len(self._known) >= _MOST_KINDS:
                 self._known.clear()
-            self._known[key] = self._columns_of(names)
+            self._known[key] = columns = self._columns_of(names)
+            self._used[columns] = frozenset(columns.names.values())
         return self._known[key]
 
     def _columns_of(self, names: Sequence[str]) -> ColumnNames:
@@ -149,7 +151,7 @@ class RowMapping:
             RecordError: it has no shape, or a column of another kind.
         """
         columns = self.columns_of([*row])
-        used = columns.names.values()
+        used = self._used[columns]
         record = {name: row[name] for name in MEANINGFUL if name in row and name not in used}
         for what in ("tools", "documents", "source"):
             if (column := getattr(columns, what)) is not None:
