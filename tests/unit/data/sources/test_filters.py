@@ -10,6 +10,7 @@ from tests.small_tables import chat, write_parquet
 from tide_megatron.base.errors import DataError
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.prepare import prepare
+from tide_megatron.data.sources import encoding
 from tide_megatron.data.sources.choice import Filters, OfAll, SourceChoice
 from tide_megatron.data.sources.filters import Seen, chat_digest, drawn, is_in_portion
 from tide_megatron.data.sources.opening import find_sources
@@ -107,6 +108,12 @@ def test_the_same_chat_is_kept_once_whatever_stands_around_it(tmp_path):
     assert numbers(kept) == [1, 2]
     assert left_out == ["duplicate"] * 3
     assert chat_digest(chat(1)) != chat_digest(chat(1, tools=[{"name": "f"}]))
+    assert chat_digest(chat("a bc")) != chat_digest(chat("ab c"))
+    calls = [[{"name": "f", "arguments": each}] for each in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 2})]
+    one, turned, other = (chat(1, tools=None) for _ in calls)
+    for record, call in zip((one, turned, other), calls, strict=True):
+        record["messages"][1]["tool_calls"] = call
+    assert chat_digest(one) == chat_digest(turned) != chat_digest(other)
     swapped = {"messages": [{**chat(1)["messages"][0], "role": "assistant"}, chat(1)["messages"][1]]}
     assert chat_digest(chat(1)) != chat_digest(swapped)
 
@@ -210,10 +217,21 @@ def test_left_out_rows_are_counted_by_reason_and_source(tokenizer, tmp_path):
     assert (again.files, again.digest) == (manifest.files, manifest.digest)
 
 
+def test_what_needs_no_encoding_comes_back_between_what_does(tmp_path):
+    """Though what encodes may read far ahead."""
+
+    class ReadsAhead:
+        def encode(self, lines):
+            return iter([(number, (line.decode(), None)) for number, line in lines])
+
+    [source] = find_sources([SourceChoice(path=write_lines(tmp_path / "a", [chat(1)]))]).open()
+    lines = [(1, "out"), (2, b"two"), (3, "out"), (5, "out"), (6, b"six"), (7, b"seven"), (9, "out")]
+    found = [(number, said) for number, (said, _) in encoding.encoded(source, lines, ReadsAhead())]
+    assert found == [(n, line if isinstance(line, str) else line.decode()) for n, line in lines]
+
+
 def test_bad_and_left_out_rows_keep_their_places(tokenizer, tmp_path, monkeypatch):
     """Whatever the number of rows in a row that are no chat."""
-    from tide_megatron.data.sources import encoding
-
     monkeypatch.setattr(encoding, "_MOST_ASIDE", 3)
     good, bad, out = chat(1, lang="en"), {"prompt": "a", "lang": "en"}, chat(2, lang="de")
     rows = [bad, out, good, *[out] * 9, bad, bad, good, *[bad] * 7]

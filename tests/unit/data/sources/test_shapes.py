@@ -45,6 +45,7 @@ def record(row, **options):
         ({"conversations": json.dumps(TURNS)}, [ASK, REPLY]),
         ({"conversations": TURNS, "system": "s"}, [SYSTEM, ASK, REPLY]),
         ({"conversations": TURNS, "system": ""}, [ASK, REPLY]),
+        ({"conversations": [{"from": "system", "value": "s"}, *TURNS], "system": "s"}, [SYSTEM, ASK, REPLY]),
         ({"conversations": [ASK, REPLY]}, [ASK, REPLY]),
         ({"conversation": TURNS}, [ASK, REPLY]),
         ({"messages": TURNS}, [ASK, REPLY]),

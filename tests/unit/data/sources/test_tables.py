@@ -190,6 +190,16 @@ def test_columns_of_another_kind_are_refused_at_once(tmp_path, rows, said):
     assert said in fault_of(write_parquet(tmp_path / "a", rows))
 
 
+def test_a_changed_byte_is_noticed_where_the_file_has_checksums(tmp_path):
+    table = pyarrow.Table.from_pylist([{"prompt": "ask", "response": "a certain reply"}])
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a", write_page_checksum=True, compression="none", use_dictionary=False
+    )
+    content = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(content.replace(b"certain", b"curtain", 1))
+    assert "damaged or cut short, at row 1" in fault_of(tmp_path / "a")
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["prompt", "response", "prompt"])
     pyarrow.parquet.write_table(table, tmp_path / "a")
