@@ -193,7 +193,12 @@ def test_columns_of_another_kind_are_refused_at_once(tmp_path, rows, said):
 def test_a_changed_byte_is_noticed_where_the_file_has_checksums(tmp_path):
     table = pyarrow.Table.from_pylist([{"prompt": "ask", "response": "a certain reply"}])
     pyarrow.parquet.write_table(
-        table, tmp_path / "a", write_page_checksum=True, compression="none", use_dictionary=False
+        table,
+        tmp_path / "a",
+        write_page_checksum=True,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
     )
     content = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(content.replace(b"certain", b"curtain", 1))
