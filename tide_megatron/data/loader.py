@@ -6,9 +6,8 @@ microbatch m of data shard r takes `samples` of them, from place (m * shards + r
 with the same product reads the same samples, and resuming is calling with a larger p: there is no state to
 save.
 
-An update's samples are dealt by length: the longest stand first, so that those of a microbatch, and those
-that the shards read at the same time, are of nearly one length, and few positions are pads. A loss adds up
-items of the whole update, so that nothing but the order of sums depends on it.
+An update's samples are dealt by length (`data.dealing`): a loss adds up items of the whole update, so that
+nothing but the order of sums depends on who reads which.
 
 Position q lies in epoch q // N; the order within an epoch depends on (seed, epoch) only. An update that
 crosses an epoch's end goes on in the next epoch, so nothing is dropped, and each sample carries its own
@@ -23,6 +22,7 @@ view (`diffusion.views`), so no row depends on its batchmates.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -33,6 +33,7 @@ from torch import Tensor
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data.blend import BlendedData
 from tide_megatron.data.dataset import PreparedData, Row
+from tide_megatron.data.dealing import Dealt, Rungs, by_length, cut_by_budget
 from tide_megatron.data.sample import CUT_COLUMN
 from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch, pad_to_blocks, pad_to_length
@@ -70,6 +71,9 @@ class Loader:
     """Samples per microbatch."""
     accumulate: int = 1
     """Microbatches per update and shard."""
+    tokens: int | None = None
+    """Cut an update, of as many samples, anew: into microbatches of at most so many positions of any model;
+    None: as `samples` and `accumulate` say. Needs `deal` = length."""
     shard: DataShard = dataclasses.field(default_factory=DataShard)
     """Whose microbatches these are."""
     deal: Deal = "order"
@@ -81,6 +85,8 @@ class Loader:
     """Pad every microbatch to this many tokens; None: to its own longest sample."""
     sides: Mapping[str, SideReading] = dataclasses.field(default_factory=dict)
     """Teacher name -> the side it reads; every batch carries them."""
+    taught: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """Teacher name -> the sources whose samples it teaches; a teacher without an entry teaches all."""
     main: str | None = None
     """Read this side in the student's place (`of_teacher`); None: the student's tokens."""
     known: Readers | None = None
@@ -97,6 +103,27 @@ class Loader:
                 f"fixed_length: {self.fixed_length} is below the longest sample of {self.columns.name} "
                 f"({self.longest} tokens in whole blocks of {self.block_size}); use {self.longest} or more"
             )
+        if self.tokens is not None:
+            self._check_budget(self.tokens)
+
+    def _check_budget(self, tokens: int) -> None:
+        if self.deal != "length":
+            raise ConfigError("tokens: a budget of positions needs samples dealt by length; use deal=length")
+        longest = max(rungs.lengths[-1] for rungs in self.rungs)
+        if tokens < longest:
+            raise ConfigError(
+                f"tokens: {tokens} positions have no room for the longest sample of {self.columns.name} "
+                f"({longest} with its pads); use {longest} or more"
+            )
+
+    @functools.cached_property
+    def rungs(self) -> list[Rungs]:
+        """The lengths that the samples of each model are padded to under a budget; sides behind the rest."""
+        own = Rungs.of(self.columns.longest(self.main), self.block_size, self.fixed_length)
+        return [
+            own,
+            *(Rungs.of(self.columns.longest(side.side), side.block_size) for side in self.sides.values()),
+        ]
 
     @property
     def longest(self) -> int:
@@ -110,42 +137,55 @@ class Loader:
 
     def microbatch(self, consumed: int, index: int) -> Batch:
         """Return the shard's microbatch `index` of the update that starts at position `consumed`."""
-        return self._taken(self.dealt(consumed), index)
-
-    def _taken(self, dealt: Sequence[tuple[int, int]], index: int) -> Batch:
-        """Take the shard's microbatch `index` of what was dealt."""
-        assert 0 <= index < self.accumulate, f"microbatch {index} of {self.accumulate}"
-        first = (index * self.shard.size + self.shard.rank) * self.samples
-        mine = dealt[first : first + self.samples]
-        return self.batch_of([row for row, _ in mine], [epoch for _, epoch in mine])
-
-    def dealt(self, consumed: int) -> list[tuple[int, int]]:
-        """Return (sample, epoch) of a whole update, in the order in which microbatches take them."""
-        positions = range(consumed, consumed + self.update_samples)
-        found = self.columns.samples_at(self.seed, positions)
-        if self.deal == "order":
-            return found
-        sides = [self.main, *(reading.side for reading in self.sides.values())]
-        tokens = self.columns.lengths([sample for sample, _ in found], sides).sum(axis=1)
-        return [found[place] for place in numpy.argsort(-tokens, kind="stable")]
+        samples, dealt = self.dealt(consumed)
+        return self._batch(samples, dealt[self.shard.rank][index])
 
     def update(self, consumed: int) -> list[Batch]:
         """Return all of the shard's microbatches of the update that starts at position `consumed`."""
-        dealt = self.dealt(consumed)
-        return [self._taken(dealt, index) for index in range(self.accumulate)]
+        samples, dealt = self.dealt(consumed)
+        return [self._batch(samples, microbatch) for microbatch in dealt[self.shard.rank]]
 
-    def batch_of(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
+    def dealt(self, consumed: int) -> tuple[list[tuple[int, int]], list[list[Dealt]]]:
+        """Return (sample, epoch) of a whole update as they come, and who reads which: [shard][microbatch]."""
+        samples = self.columns.samples_at(self.seed, range(consumed, consumed + self.update_samples))
+        shards, places = self.shard.size, list(range(len(samples)))
+        if self.deal == "length":
+            sides = [self.main, *(reading.side for reading in self.sides.values())]
+            tokens = self.columns.lengths([sample for sample, _ in samples], sides)
+            if self.tokens is not None:
+                return samples, cut_by_budget(tokens, self.rungs, self.tokens, shards)
+            places = by_length(tokens)
+        cut = [
+            Dealt(places=tuple(places[first : first + self.samples]))
+            for first in range(0, len(places), self.samples)
+        ]
+        return samples, [cut[shard::shards] for shard in range(shards)]
+
+    def _batch(self, samples: Sequence[tuple[int, int]], dealt: Dealt) -> Batch:
+        mine = [samples[place] for place in dealt.places]
+        return self.batch_of([sample for sample, _ in mine], [epoch for _, epoch in mine], dealt.lengths)
+
+    def batch_of(
+        self,
+        rows: Sequence[int],
+        epochs: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Batch:
         """Return the given samples, in the given order, padded to a common length.
 
         Args:
             rows: sample numbers; what evaluation asks for.
             epochs: of each sample; default 0.
+            lengths: what the tokens in the student's place, and those of each side, are padded to; None: the
+                fixed length, or the longest of these samples.
 
         Raises:
             DataError: a token id that a model which reads it does not know.
         """
         read = [self.columns.row(row) for row in rows]
-        ids, labels = self._pad(read, self.main, self.block_size, self.fixed_length)
+        padded = [self.fixed_length, *(None for _ in self.sides)] if lengths is None else list(lengths)
+        own, *others = padded
+        ids, labels = self._pad(read, self.main, self.block_size, own)
         self._check_known(ids, rows, self.known)
         return Batch(
             sample_ids=torch.tensor(rows, dtype=torch.int64),
@@ -153,8 +193,20 @@ class Loader:
             ids=ids,
             labels=labels,
             reply_bytes=torch.tensor([int(row["reply_bytes"][0]) for row in read], dtype=torch.int64),
-            sides={name: self._side(read, rows, reading) for name, reading in self.sides.items()},
+            sides={
+                name: self._side(read, rows, reading, length)
+                for (name, reading), length in zip(self.sides.items(), others, strict=True)
+            },
+            taught=self._who_teaches(rows),
         )
+
+    def _who_teaches(self, rows: Sequence[int]) -> dict[str, tuple[bool, ...]]:
+        """Return whether each teacher that teaches some sources only teaches these samples."""
+        if not self.taught:
+            return {}
+        names, numbers = self.columns.sources_of(numpy.array(rows, dtype=numpy.int64))
+        sources = [names[number] for number in numbers]
+        return {name: tuple(source in wanted for source in sources) for name, wanted in self.taught.items()}
 
     def of_teacher(self, teacher: str, block_size: int) -> Loader:
         """Return a loader of the tokens that one teacher reads, as if they were the student's.
@@ -165,10 +217,11 @@ class Loader:
         """
         reading = self.sides.get(teacher)
         if reading is None:
-            return dataclasses.replace(self, sides={}, block_size=block_size)
+            return dataclasses.replace(self, sides={}, taught={}, block_size=block_size)
         return dataclasses.replace(
             self,
             sides={},
+            taught={},
             main=reading.side,
             block_size=reading.block_size,
             fixed_length=None,
@@ -210,9 +263,11 @@ class Loader:
                 f"but {reader} knows the ids 0 to {limit - 1}; prepare the data again with its tokenizer"
             )
 
-    def _side(self, read: Sequence[Row], rows: Sequence[int], reading: SideReading) -> TeacherTokens:
+    def _side(
+        self, read: Sequence[Row], rows: Sequence[int], reading: SideReading, length: int | None
+    ) -> TeacherTokens:
         """Return the same samples in a teacher's tokens, with their chunks."""
-        ids, _ = self._pad(read, reading.side, reading.block_size, None)
+        ids, _ = self._pad(read, reading.side, reading.block_size, length)
         self._check_known(ids, rows, reading.known)
         spans = [torch.from_numpy(row[f"{reading.side}.chunks"]).long().view(-1, 4) for row in read]
         sizes = [len(row[f"{reading.side}.ids"]) for row in read]

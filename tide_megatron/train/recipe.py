@@ -90,6 +90,9 @@ class TeacherModel(Model):
     fp8: Annotated[Fp8Options | None, ADDED] = None
     """Hold and multiply the matrices of its layers in FP8: about half of bf16's bytes; null: in `precision`.
     docs/precision.md says how far answers move."""
+    sources: Annotated[tuple[str, ...] | None, ADDED] = Field(default=None, min_length=1)
+    """Teach only samples of these sources of the training data (names in `data.blend`, or of the prepared
+    folder's own sources); null: all. What is not taught it does not read."""
     sanity: Annotated[Literal["refuse", "warn", "off"], Off, MACHINE] = "refuse"
     """What to do when the teacher predicts held-out tokens no better than their frequencies would, or worse
     than the student does before its first step, or better with another mask token."""
@@ -168,7 +171,11 @@ class BatchOptions:
     samples: int = Field(default=64, ge=1)
     """Samples per update, over all ranks and accumulation."""
     microbatch: Annotated[int | None, MACHINE] = Field(default=None, ge=1)
-    """Samples per rank and forward pass; None: everything at once."""
+    """Samples per rank and forward pass; None: everything at once, or what `tokens` has room for."""
+    tokens: Annotated[int | None, MACHINE] = Field(default=None, ge=1)
+    """In place of `microbatch`: most positions of a forward pass, pads among them, of the student and of any
+    teacher's own tokens. Few long samples are read together, or many short ones, padded to at most eight
+    lengths, and every rank has equally many microbatches."""
     deal: Annotated[Deal, MACHINE] = "length"
     """How an update's samples are shared out to ranks and microbatches: `length`: like beside like, so that
     few positions are pads and ranks have even work; `order`: as they come. The update is the same."""
@@ -176,9 +183,13 @@ class BatchOptions:
     def accumulation(self, world: int) -> tuple[int, int]:
         """Return (samples per microbatch, microbatches per update) on `world` ranks.
 
+        With `tokens` it is one microbatch, which the loader cuts.
+
         Raises:
             ConfigError: when the update cannot be cut evenly; names the nearest size that can.
         """
+        if self.tokens is not None and self.microbatch is not None:
+            raise ConfigError("batch.tokens: give it or batch.microbatch, not both")
         if self.samples % world:
             good = max(world, round(self.samples / world) * world)
             raise ConfigError(

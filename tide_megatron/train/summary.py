@@ -56,6 +56,8 @@ def print_summary(recipe: Recipe, tree: Tree, world: int, *, resume: bool = True
     with contextlib.suppress(ConfigError):  # it is among the faults
         samples, microbatches = recipe.batch.accumulation(world)
         split = f"{world} rank(s) x {microbatches} microbatch(es) x {samples}"
+        if recipe.batch.tokens is not None:
+            split = f"{world} rank(s) x microbatches of at most {recipe.batch.tokens} positions"
         console.print(f"{recipe.batch.samples} samples an update = {split}", highlight=False)
     if "train" in found.data:
         console.print(_reach(recipe, found.data["train"].columns), highlight=False)
