@@ -62,6 +62,15 @@ PortionOption = Annotated[
     typer.Option(metavar="FROM:TO", help="Keep a part of the chats, by digest: 0:0.95 and 0.95:1."),
 ]
 
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K/N",
+        help="Only the K-th of N parts, into OUT.parts; the last to finish puts them together. slurm: of a "
+        "job array or of srun's tasks.",
+    ),
+]
+
 
 def prepare(
     out: Annotated[Path, typer.Argument(help="Data folder to make.")],
@@ -79,8 +88,9 @@ def prepare(
     add_mask: AddMask = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")] = False,
     workers: WorkersOption = None,
+    part: PartOption = None,
 ) -> None:
-    """Turn chats into tokens on disk, all or nothing.
+    """Turn chats into tokens on disk, all or nothing. After a kill the same command goes on.
 
     A chat is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is the reply to learn. Rows
     of other shapes (prompt and response, instruction and output, ShareGPT) are told by their columns.
@@ -97,6 +107,7 @@ def prepare(
     """
     from tide_megatron import api
     from tide_megatron.data.sample import SideChoice
+    from tide_megatron.launch.array import read_part
 
     manifest = api.prepare(
         out,
@@ -114,8 +125,12 @@ def prepare(
         portion=None if portion is None else _portion(portion),
         replace=replace,
         workers=workers,
+        part=None if part is None else read_part(part),
     )
-    _print(out, manifest)
+    if manifest is None:
+        typer.echo(f"{out}: a part of it is done; the last one puts all together")
+    else:
+        print_manifest(out, manifest)
 
 
 def _portion(word: str) -> tuple[float, float]:
@@ -129,10 +144,12 @@ def _portion(word: str) -> tuple[float, float]:
     return first, last
 
 
-def _print(out: Path, manifest: Manifest) -> None:
+def print_manifest(out: Path, manifest: Manifest) -> None:
     """Say what was written."""
     import rich
     from rich.markup import escape
+
+    from tide_megatron.data.manifest import in_share
 
     counts = manifest.statistics
     left_out = sum(counts.skipped.values()) + sum(manifest.rejected.values())
@@ -142,8 +159,8 @@ def _print(out: Path, manifest: Manifest) -> None:
         f"{counts.truncated} cut, {left_out} left out"
     )
     for name, side in manifest.sides.items():
-        share = side.aligned_bytes / max(1, counts.reply_bytes)
+        share = in_share(side.share_of(counts.reply_bytes))
         rich.print(
             f"teacher {name}: {side.tokens} tokens, {side.chunks} chunks ({side.pairs} of one equal token) "
-            f"over {share:.1%} of the reply bytes; {side.cut} cut, {side.without_chunks} without chunks"
+            f"over {share} of the reply bytes; {side.cut} cut, {side.without_chunks} without chunks"
         )

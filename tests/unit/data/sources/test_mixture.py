@@ -246,3 +246,21 @@ def test_the_page_names_every_key():
     for kind in (DataMixture, SourceChoice, ColumnNames, Filters):
         for option in options_of(kind):
             assert f"`{option.name}`" in page, option.name
+
+
+def test_tasks_that_share_a_mixture_write_what_one_would(places, monkeypatch):
+    """What is left out counts among the records, so parts, draws and duplicates agree."""
+    from tide_megatron.data import identity
+
+    monkeypatch.setattr(identity, "BLOCK", 3)
+    (places / "c.jsonl").write_text("\n".join(json.dumps(chat(n) if n % 5 else {"x": 1}) for n in range(40)))
+    content = mixture(places, dedup=True, on_bad="skip", portion=[0.0, 0.9])
+    content["sources"] += [{"path": str(places / "c.jsonl"), "take": 9, "take_seed": 2, "shape": "messages"}]
+    file = write_yaml(places / "data.yaml", content)
+    whole = api.prepare(places / "whole", config=file)
+    assert {"duplicate", "outside portion", "beyond take"} <= set(whole.statistics.skipped)
+    assert whole.rejected
+    for number in (2, 3, 1):
+        parts = api.prepare(places / "parts", config=file, part=f"{number}/3")
+    assert parts.digest == whole.digest
+    assert parts.files == whole.files

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from tide_megatron.api.data import Place, inspect_data, merge_data, split_data
 from tide_megatron.base.files import local_path
 
 if TYPE_CHECKING:
@@ -25,9 +26,18 @@ if TYPE_CHECKING:
     from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
-__all__ = ["evaluate", "export", "preflight", "prepare", "sample", "train"]
+__all__ = [
+    "evaluate",
+    "export",
+    "inspect_data",
+    "merge_data",
+    "preflight",
+    "prepare",
+    "sample",
+    "split_data",
+    "train",
+]
 
-Place = str | Path
 Options = TypeVar("Options")
 
 
@@ -48,7 +58,8 @@ def prepare(
     portion: tuple[float, float] | None = None,
     replace: bool = False,
     workers: int | None = None,
-) -> Manifest:
+    part: str | None = None,
+) -> Manifest | None:
     """Turn chats into tokens on disk, all or nothing.
 
     Args:
@@ -69,28 +80,26 @@ def prepare(
         portion: keep conversations whose digest, read as a number of [0, 1), lies between these two.
         replace: put the new data in the place of a data folder that is there.
         workers: processes that encode, once there are more than a thousand records; None: one a core.
+        part: "K/N": only blocks of records that belong to this task of several, into OUT.parts; the last
+            task puts all together. None: all records.
 
     Returns:
-        What was written: `samples`, `statistics`, and `sides` by teacher.
+        What was written: `samples`, `statistics`, and `sides` by teacher. None: a part alone.
 
     Raises:
         ConfigError: an option that cannot be.
-        DataError: bad records (with file and line of the first), no tokenizer, or a folder that may not be
-            replaced.
+        DataError: bad records (with the first's line), no tokenizer, or a folder that may not be replaced.
     """
     from tide_megatron.data.mixture_preparation import prepare_mixture
     from tide_megatron.data.sources.mixture import chosen_mixture
 
     file = None if config is None else local_path(config)
-    given: dict[str, Any] = {
-        "tokenizer": tokenizer and str(tokenizer),
-        "max_length": max_length,
-        "on_long": on_long,
-    }
-    given |= {"on_bad": on_bad, "normalize": normalize or None, "add_mask": add_mask or None}
-    given |= {"teachers": dict(teachers or {}) or None, "dedup": dedup or None, "portion": portion}
+    given: dict[str, Any] = {"tokenizer": tokenizer and str(tokenizer), "max_length": max_length}
+    given |= {"on_long": on_long, "on_bad": on_bad, "normalize": normalize or None}
+    given |= {"add_mask": add_mask or None, "teachers": dict(teachers or {}) or None}
+    given |= {"dedup": dedup or None, "portion": portion}
     mixture = chosen_mixture([str(source) for source in sources], file, shape, given)
-    return prepare_mixture(mixture, local_path(out), replace=replace, workers=workers)
+    return prepare_mixture(mixture, local_path(out), replace=replace, workers=workers, part=part)
 
 
 def train(
