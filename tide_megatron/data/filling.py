@@ -26,7 +26,9 @@ from tide_megatron.data.parallel_encoder import ParallelEncoder
 from tide_megatron.data.part import write_part
 from tide_megatron.data.progress import ProgressLine
 from tide_megatron.data.rejects import Rejects
-from tide_megatron.data.source import Source
+from tide_megatron.data.source import Line
+from tide_megatron.data.sources.encoding import encoded
+from tide_megatron.data.sources.opening import ChatSource
 from tide_megatron.data.tally import Tally
 
 COMMIT_SECONDS = 10.0
@@ -62,7 +64,7 @@ class Filling:
     ) -> None:
         self._work, self._plan, self._processes, self._lease = work, plan, processes, lease
         self._sources = plan.sources()
-        self._can_go_on = all(can_be_read_again(source) for source in self._sources)
+        self._can_go_on = all(source.can_be_read_again for source in self._sources)
         known, found = (state["files"], state) if state else ({}, {})
         numbers = work.data if plan.part else work.spool  # of records, which put parts together
         self._writer = ColumnWriter(work.data, plan.encoder.columns, work.spool, known)
@@ -102,10 +104,10 @@ class Filling:
         with ProgressLine(name, self._sources) as progress:
             for number, source in enumerate(self._sources):
                 first = self._seen
-                for line, (found, said) in self._processes.encode(self._lines(source)):
+                for line, (found, said) in encoded(source, self._lines(source), self._processes):
                     record, digest = self._ahead.popleft()
                     if isinstance(found, RecordError):
-                        self._rejects.add(found, record, source.name, source.place, line)
+                        self._rejects.add(found, record, source.name, source.at(line), line)
                     elif self._rejects.is_fatal:
                         continue
                     elif isinstance(found, str):
@@ -162,13 +164,13 @@ class Filling:
             },
         )
 
-    def _lines(self, source: Source) -> Iterator[tuple[int, bytes]]:
+    def _lines(self, source: ChatSource) -> Iterator[Line]:
         """Yield the lines of a source that are to be encoded; the others are only digested."""
         self._hash.update(f"\n{source.name}\n".encode(errors="surrogateescape"))
         for number, line in source.lines():
             record = self._seen
             self._seen += 1
-            self._hash.update(b"%d " % number + line)
+            self._hash.update(b"%d " % number + (line if isinstance(line, bytes) else str(line).encode()))
             if self._seen == self._start and self._hash.hexdigest() != self._prefix:
                 raise RecordsChanged(f"the first {self._start} records are others now")
             if record < self._start or not (self._plan.part is None or self._plan.part.takes(record)):
@@ -193,8 +195,3 @@ class Filling:
                 }
             )
         self._due = time.monotonic() + COMMIT_SECONDS
-
-
-def can_be_read_again(source: Source) -> bool:
-    """Say whether a source gives the same records a second time; a pipe does not."""
-    return not source.is_stdin and source.path.is_file()

@@ -13,7 +13,7 @@ from tide_megatron.base.errors import DataError
 from tide_megatron.base.lease import Lease
 from tide_megatron.base.stop import is_stop
 from tide_megatron.base.unfinished import DamagedWork, Unfinished, unfinished_folder
-from tide_megatron.data.filling import Filling, RecordsChanged, can_be_read_again
+from tide_megatron.data.filling import Filling, RecordsChanged
 from tide_megatron.data.identity import Plan, differences
 from tide_megatron.data.parallel_encoder import EncoderKilled, ParallelEncoder
 
@@ -79,7 +79,7 @@ def _certain(work: Unfinished, plan: Plan) -> dict[str, Any] | None:
         return None
     if others := differences(state.get("identity") or {}, plan.identity()):
         raise DamagedWork(f"it was made with another {', another '.join(others)}")
-    if not all(can_be_read_again(source) for source in plan.sources()):
+    if not all(source.can_be_read_again for source in plan.sources()):
         raise DamagedWork("a pipe cannot be read again")
     return state
 

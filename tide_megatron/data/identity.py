@@ -12,7 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.data.manifest import TokenizerMetadata
 from tide_megatron.data.rejects import OnBad
 from tide_megatron.data.sample import Encoder
-from tide_megatron.data.source import Source
+from tide_megatron.data.sources.opening import ChatSource, FoundSources
 
 BLOCK = 1000
 """Records that stand together in one part."""
@@ -29,6 +29,7 @@ _IN_WORDS = {
     "sides": "list of teachers",
     "normalized": "choice of --normalize",
     "sources": "list of files",
+    "asked": "choice of columns or filters",
     "code": "release, Python or library",
 }
 _LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "tiktoken", "jinja2")
@@ -70,15 +71,15 @@ class Plan:
     """One preparation."""
 
     encoder: Encoder
-    paths: Sequence[Path]
+    found: FoundSources
     on_bad: OnBad
     normalize: bool
     part: TaskPart | None = None
     """None: all records."""
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[ChatSource]:
         """Return the sources, not read yet."""
-        return [Source(path) for path in self.paths]
+        return self.found.open()
 
     def description(self) -> dict[str, Any]:
         """Return what the manifest says that does not depend on the records."""
@@ -103,6 +104,7 @@ class Plan:
             **self.description(),
             "on_bad": self.on_bad.value,
             "sources": [source.name for source in self.sources()],
+            "asked": self.found.said(),
             "part": str(self.part) if self.part else "",
             "block": BLOCK,
             "code": code_digest(),

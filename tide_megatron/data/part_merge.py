@@ -23,7 +23,7 @@ from tide_megatron.data.part import PART_FILE, check_files, read_part
 from tide_megatron.data.rejects import RECORDS_FILE, REJECTS_FILE, OnBad, Rejects, most_frequent
 from tide_megatron.data.tally import Tally, merge_firsts
 
-_OF_RUN = ("on_bad", "sources", "part", "block", "code")
+_OF_RUN = ("on_bad", "sources", "asked", "part", "block", "code")
 """Keys of an identity that no manifest has."""
 
 

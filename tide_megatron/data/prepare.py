@@ -27,7 +27,6 @@ from pathlib import Path
 from tide_megatron.base.disk import disk_faults, place_of
 from tide_megatron.base.errors import ConfigError, DataError, nearest
 from tide_megatron.base.lease import lease_beside, leased
-from tide_megatron.data.filling import can_be_read_again
 from tide_megatron.data.going_on import filled_folder
 from tide_megatron.data.identity import Plan, TaskPart
 from tide_megatron.data.manifest import Manifest
@@ -35,6 +34,7 @@ from tide_megatron.data.merging import folders_of_parts, is_done, merge_if_last
 from tide_megatron.data.part_merge import is_part
 from tide_megatron.data.rejects import OnBad
 from tide_megatron.data.sample import Encoder, OnLong, SideChoice, Window
+from tide_megatron.data.sources.opening import FoundSources, find_sources
 from tide_megatron.data.target import check_target, report
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    sources: Sequence[Path],
+    sources: Sequence[Path] | FoundSources,
     tokenizer: Tokenizer,
     out: Path,
     *,
@@ -57,8 +57,8 @@ def prepare(
     """Prepare a data folder from chats.
 
     Args:
-        sources: JSONL files, plain or compressed, pipes, or `-` for stdin, read in this order (see
-            `data.record`); sample ids follow it.
+        sources: files of chats, folders or globs of them, pipes, `-` for stdin, or what was found of such
+            (`data.sources`), read in this order; sample ids follow it.
         tokenizer: the student's, with a chat template.
         out: the folder to make.
         max_length: most tokens a sample may have.
@@ -123,7 +123,7 @@ def prepare_part(
     folder = folders_of_parts(out, part.total)[part.number - 1]
     with disk_faults(folder, DataError), leased(lease_beside(folder), str(folder), DataError) as lease:
         check_sources(plan)
-        if not all(can_be_read_again(source) for source in plan.sources()):
+        if not all(source.can_be_read_again for source in plan.sources()):
             raise DataError(
                 "part: every task reads the sources, and a pipe can be read once: write it to a file"
             )
@@ -138,7 +138,7 @@ def prepare_part(
 
 
 def plan_of(
-    sources: Sequence[Path],
+    sources: Sequence[Path] | FoundSources,
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -156,7 +156,7 @@ def plan_of(
     words = [word.value for word in OnBad]
     if on_bad not in words:
         raise ConfigError(f"on_bad: {on_bad!r} is unknown: {nearest(on_bad, words)}")
-    return Plan(encoder=encoder, paths=list(sources), on_bad=OnBad(on_bad), normalize=normalize)
+    return Plan(encoder=encoder, found=find_sources(sources), on_bad=OnBad(on_bad), normalize=normalize)
 
 
 def _processes(workers: int | None) -> int:
@@ -172,7 +172,7 @@ def check_sources(plan: Plan) -> None:
     Raises:
         DataError: names the first.
     """
-    if not plan.paths:
-        raise DataError("sources: no such file: name at least one JSONL file, or - for stdin")
+    if not plan.found.files:
+        raise DataError("sources: no such file: name at least one file of chats, or - for stdin")
     for source in plan.sources():
         source.check()

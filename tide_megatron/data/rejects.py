@@ -95,15 +95,15 @@ class Rejects:
             fault: what is wrong.
             record: its number among all.
             name: of its source, for the list.
-            place: of its source, for the message.
+            place: source and line, for the message.
             line: its number there.
         """
-        self._kinds.setdefault(fault.kind, [0, record, f"{place}:{line}"])[0] += 1
+        self._kinds.setdefault(fault.kind, [0, record, place])[0] += 1
         if isinstance(fault, TooLong):
             self._longest = max(self._longest, fault.tokens)
         if self._on_bad is OnBad.STOP or isinstance(fault, TooLong):
             if not self._stopping:
-                self._reason = f"{place}:{line}: {fault}"
+                self._reason = f"{place}: {fault}"
                 logger.warning(
                     "%s; nothing will be written, the rest is read to count all faults", self._reason
                 )
