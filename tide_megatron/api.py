@@ -75,20 +75,16 @@ def prepare(
 
     Raises:
         ConfigError: an option that cannot be.
-        DataError: bad records (with file and line of the first), no tokenizer, or a folder that may not be
-            replaced.
+        DataError: bad records (with the first's line), no tokenizer, or a folder that may not be replaced.
     """
     from tide_megatron.data.mixture_preparation import prepare_mixture
     from tide_megatron.data.sources.mixture import chosen_mixture
 
     file = None if config is None else local_path(config)
-    given: dict[str, Any] = {
-        "tokenizer": tokenizer and str(tokenizer),
-        "max_length": max_length,
-        "on_long": on_long,
-    }
-    given |= {"on_bad": on_bad, "normalize": normalize or None, "add_mask": add_mask or None}
-    given |= {"teachers": dict(teachers or {}) or None, "dedup": dedup or None, "portion": portion}
+    given: dict[str, Any] = {"tokenizer": tokenizer and str(tokenizer), "max_length": max_length}
+    given |= {"on_long": on_long, "on_bad": on_bad, "normalize": normalize or None}
+    given |= {"add_mask": add_mask or None, "teachers": dict(teachers or {}) or None}
+    given |= {"dedup": dedup or None, "portion": portion}
     mixture = chosen_mixture([str(source) for source in sources], file, shape, given)
     return prepare_mixture(mixture, local_path(out), replace=replace, workers=workers)
 
