@@ -40,8 +40,13 @@ def waits(file, folder, words):
         (write_cross_run, 1, ["batch.samples=4", "batch.microbatch=4"]),
         (write_cross_run, 2, ["batch.samples=8", "batch.microbatch=1"]),
         (write_pair_run, 4, PAIR_ON_FOUR),
+        (
+            write_pair_run,
+            4,
+            [*PAIR_ON_FOUR, "batch.microbatch=2", "batch.pack=true", "data.fixed_length=160"],
+        ),
     ],
-    ids=["two teachers", "four microbatches", "three layouts, two microbatches"],
+    ids=["two teachers", "four microbatches", "three layouts, two microbatches", "three layouts, packs"],
 )
 def test_a_step_waits_for_its_terms_and_nothing_else(pool, tmp_path, write, ranks, words):
     for places in pool(ranks).run(waits, write(tmp_path / "models"), tmp_path / "run", list(words)):

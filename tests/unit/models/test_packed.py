@@ -1,6 +1,7 @@
 """Packed views: samples that share a row are answered as if each had one of its own."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from tide_megatron.diffusion.mask import Context, TwoViews, dense_mask
 from tide_megatron.diffusion.packing import packed
 from tide_megatron.diffusion.segments import Segments
 from tide_megatron.models.attention import KERNELS, make_dense
-from tide_megatron.models.flex import BLOCK, block_mask
+from tide_megatron.models.flex import BLOCK, CompiledFlex, block_mask
 from tide_megatron.teachers.teacher import ViewBuilder, merge_passes
 from tide_megatron.train.student import Student
 
@@ -86,12 +87,12 @@ def test_a_state_before_a_sample_is_no_other_samples(model, context):
     torch.testing.assert_close(model.rows(found), model.rows(view), rtol=1e-5, atol=1e-5)
 
 
-def many_blocks():
+def many_blocks(length=400):
     """Return the numbers of packs whose blocks of 128 hold several segments, one, or pads."""
     start = torch.tensor([0, 12, 140, 388, 0, 0, 256])
     tokens = torch.tensor([11, 120, 244, 8, 400, 256, 140])
     pack = torch.tensor([0, 0, 0, 0, 1, 2, 2])
-    return Segments(pack=pack, start=start, tokens=tokens).numbers(3, 400)
+    return Segments(pack=pack, start=start, tokens=tokens).numbers(3, length)
 
 
 TWO_VIEWS = TwoViews(kind="block_diffusion", block_size=4)
@@ -136,3 +137,18 @@ def test_flex_hides_other_samples_over_many_blocks(context):
     for kernel in ("structured", "flex"):
         found = KERNELS[kernel](context, length, numbers, CPU)(*parts)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_flex_hides_other_samples():
+    make = CompiledFlex("m")
+    for context, length in ((CONTEXTS[0], 512), (CONTEXTS[2], 448)):
+        for numbers in (many_blocks(length), many_blocks(length).flip(0)):
+            draw = torch.Generator().manual_seed(2)
+            parts = [torch.randn(3, 2, context.parts * length, 16, generator=draw) for _ in range(3)]
+            found = make(context, length, numbers, CPU)(*parts)
+            wanted = make_dense(context, length, numbers, CPU)(*parts)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+    assert make.compilations == 2
