@@ -118,11 +118,17 @@ FAULTS = {
         mistake="key_clean & (query_block >= key_block)",
         tests=MASKS,
     ),
-    "pads are seen": Fault(
+    "pads and other samples of a pack are seen": Fault(
         below="tide_megatron/diffusion",
-        pattern=r"(& real\[:, :, None\]) & real\[:, None, :\]",
+        pattern=r"\(own\[:, :, None\] == own\[:, None, :\]\) & (real\[:, :, None\])",
         mistake=r"\1",
         tests=MASKS,
+    ),
+    "rows of a pack point into its first sample": Fault(
+        below="tide_megatron/diffusion",
+        pattern=r"\+ to_start\[row\] ",
+        mistake="",
+        tests=("tests/unit/diffusion/test_packing.py",),
     ),
     # Shards.
     "a rank's range of the vocabulary begins one too late": Fault(
