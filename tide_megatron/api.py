@@ -40,6 +40,7 @@ def prepare(
     on_long: str = "error",
     on_bad: str = "stop",
     normalize: bool = False,
+    learn: str = "last",
     teachers: Mapping[str, str] | None = None,
     add_mask: bool = False,
     replace: bool = False,
@@ -50,12 +51,13 @@ def prepare(
     Args:
         out: data folder to make.
         sources: JSONL files (also .gz and .zst), pipes, or "-" for stdin, read in this order; a line is
-            {"messages": [{"role": ..., "content": ...}, ...]} and its last message is the reply to learn.
+            {"messages": [{"role": ..., "content": ...}, ...]} and its last message is a reply to learn.
         tokenizer: the student's, as FOLDER[,mask=TOKEN][,template=NAME][,chat_template_kwargs.KEY=VALUE].
         max_length: most tokens a sample may have.
         on_long: what happens to longer samples: `error`, `skip` or `truncate`.
         on_bad: what happens to records that cannot be used: `stop`, or `skip` (rejects.jsonl lists them).
         normalize: put all text into NFC, for tokenizers that do so themselves.
+        learn: which replies of a conversation are learnt: the `last`, or `all` but those of weight 0.
         teachers: name -> a place as for `tokenizer`, also with [,max_length=N], of each teacher that reads
             tokens of its own; twice `max_length` tokens unless said otherwise.
         add_mask: add the mask token to the student's tokenizer where it has none; `student.add_mask` of the
@@ -72,6 +74,7 @@ def prepare(
             replaced.
     """
     from tide_megatron.data.prepare import prepare as write
+    from tide_megatron.data.record import Reading
     from tide_megatron.data.sample import SideChoice
 
     return write(
@@ -81,7 +84,7 @@ def prepare(
         max_length=max_length,
         on_long=on_long,
         on_bad=on_bad,
-        normalize=normalize,
+        reading=Reading.of(normalize=normalize, learn=learn),
         sides={name: SideChoice.read(place) for name, place in (teachers or {}).items()},
         replace=replace,
         workers=workers,

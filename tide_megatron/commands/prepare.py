@@ -48,6 +48,9 @@ def prepare(
         str, typer.Option(help="Bad records: stop, or skip (rejects.jsonl lists them).")
     ] = "stop",
     normalize: Annotated[bool, typer.Option("--normalize", help="Put all text into NFC.")] = False,
+    learn: Annotated[
+        str, typer.Option(help="Replies to learn: the last, or all but those of weight 0.")
+    ] = "last",
     teacher: TeacherOption = None,
     add_mask: AddMask = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")] = False,
@@ -55,7 +58,7 @@ def prepare(
 ) -> None:
     """Turn chats into tokens on disk, all or nothing.
 
-    Each line is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is the reply to learn.
+    Each line is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is a reply to learn.
     What a record says is used (tools, documents, tool_calls, reasoning_content, chat_template_kwargs, source)
     or refused by name. All faults are counted before the first one ends it.
 
@@ -76,6 +79,7 @@ def prepare(
         on_long=on_long,
         on_bad=on_bad,
         normalize=normalize,
+        learn=learn,
         teachers=dict(SideChoice.split(word) for word in teacher or []),
         add_mask=add_mask,
         replace=replace,

@@ -39,18 +39,18 @@ PIECES_AHEAD = 3
 Outcome = tuple[Sample | str | RecordError, str | None]
 """A sample, or why the record is left out, or what is wrong with it; and what it calls its source."""
 
-_ENCODER: list[tuple[Encoder, bool]] = []
-"""A worker's, and whether text is put into NFC."""
+_ENCODER: list[Encoder] = []
+"""A worker's."""
 
 
-def encode_line(line: bytes, encoder: Encoder, *, normalize: bool) -> Outcome:
+def encode_line(line: bytes, encoder: Encoder) -> Outcome:
     """Encode one line of JSON.
 
     Raises:
         DataError: no record can be encoded.
     """
     try:
-        record = parse_record(line, normalize=normalize)
+        record = parse_record(line, encoder.reading)
         return encoder.encode(record), record.source
     except RecordError as fault:
         return fault, None
@@ -59,15 +59,14 @@ def encode_line(line: bytes, encoder: Encoder, *, normalize: bool) -> Outcome:
 class ParallelEncoder:
     """Encodes the lines of one preparation; a context manager, which ends the processes."""
 
-    def __init__(self, encoder: Encoder, *, normalize: bool, number: int) -> None:
+    def __init__(self, encoder: Encoder, *, number: int) -> None:
         """Start with no process.
 
         Args:
             encoder: what every process does.
-            normalize: put all text of the records into NFC.
             number: processes; with 1 all is done here.
         """
-        self._encoder, self._normalize, self._number = encoder, normalize, number
+        self._encoder, self._number = encoder, number
         self._alone = ALONE
         self._pool: ProcessPoolExecutor | None = None
 
@@ -95,7 +94,7 @@ class ParallelEncoder:
         here = remaining if self._number == 1 else itertools.islice(remaining, self._alone)
         for number, line in here:
             self._alone -= 1
-            yield number, encode_line(line, self._encoder, normalize=self._normalize)
+            yield number, encode_line(line, self._encoder)
         waiting: collections.deque[tuple[Sequence[int], Future[list[Outcome]]]] = collections.deque()
         while piece := _next_piece(remaining):
             numbers, texts = zip(*piece, strict=True)
@@ -114,7 +113,7 @@ class ParallelEncoder:
                 self._number,
                 multiprocessing.get_context("spawn"),  # a fork would copy what libraries hold in threads
                 initializer=_begin,
-                initargs=(self._encoder, self._normalize),
+                initargs=(self._encoder,),
             )
         return self._pool
 
@@ -156,12 +155,12 @@ def _taken(numbers: Sequence[int], future: Future[list[Outcome]]) -> Iterator[tu
     return zip(numbers, outcomes, strict=True)
 
 
-def _begin(encoder: Encoder, normalize: bool) -> None:
+def _begin(encoder: Encoder) -> None:
     """Make this process a worker."""
-    _ENCODER.append((encoder, normalize))
+    _ENCODER.append(encoder)
     end_with_parent(lambda: os._exit(1))
 
 
 def _encode_piece(lines: Sequence[bytes]) -> list[Outcome]:
-    [(encoder, normalize)] = _ENCODER
-    return [encode_line(line, encoder, normalize=normalize) for line in lines]
+    [encoder] = _ENCODER
+    return [encode_line(line, encoder) for line in lines]

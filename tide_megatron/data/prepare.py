@@ -37,6 +37,7 @@ from tide_megatron.data.manifest import (
     TokenizerMetadata,
 )
 from tide_megatron.data.parallel_encoder import ParallelEncoder
+from tide_megatron.data.record import Reading
 from tide_megatron.data.rejects import REJECTS_FILE, OnBad, Rejects
 from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
 from tide_megatron.data.source import Source
@@ -55,7 +56,7 @@ def prepare(
     max_length: int,
     on_long: str = OnLong.ERROR,
     on_bad: str = OnBad.STOP,
-    normalize: bool = False,
+    reading: Reading | None = None,
     sides: Mapping[str, SideChoice] | None = None,
     replace: bool = False,
     workers: int | None = None,
@@ -70,7 +71,7 @@ def prepare(
         max_length: most tokens a sample may have.
         on_long: a word of `OnLong`.
         on_bad: a word of `OnBad`.
-        normalize: put all text of the records into NFC, for tokenizers that do so themselves.
+        reading: how lines are read, and which replies are learnt.
         sides: name -> tokenizer of a teacher that reads its own tokens; its columns carry the name.
         replace: put the new data in the place of a data folder that is already there.
         workers: processes that encode, once there are many records; None: as many as there are cores. What is
@@ -81,7 +82,7 @@ def prepare(
         DataError: bad records (with file and line of the first), no records, or a target that may not be
             replaced.
     """
-    encoder = Encoder(tokenizer, Window.of(max_length, on_long), sides or {})
+    encoder = Encoder(tokenizer, Window.of(max_length, on_long), sides or {}, reading)
     if workers is None:
         workers = len(os.sched_getaffinity(0))
     if workers < 1:
@@ -98,11 +99,9 @@ def prepare(
             source.check()
         with (
             replaced_folder(out, fault_kind=DataError) as folder,
-            ParallelEncoder(encoder, normalize=normalize, number=workers) as processes,
+            ParallelEncoder(encoder, number=workers) as processes,
         ):
-            manifest = _Preparation(
-                folder, encoder, OnBad(on_bad), normalize=normalize, workers=processes
-            ).run(inputs)
+            manifest = _Preparation(folder, encoder, OnBad(on_bad), processes).run(inputs)
             manifest.write(folder)
             lease.check()
     _report(out, manifest)
@@ -115,6 +114,12 @@ def _report(out: Path, manifest: Manifest) -> None:
         logger.info(
             "%s: side %s: %d chunks (%d of one token on both sides) over %d tokens, %d cut, %d without any",
             *(out, name, side.chunks, side.pairs, side.tokens, side.cut, side.without_chunks),
+        )
+    if manifest.unprompted:
+        logger.info(
+            "%s: %d earlier replies are learnt without their generation prompt, which the template does not "
+            "write in earlier turns",
+            *(out, manifest.unprompted),
         )
     if manifest.rejected:
         logger.warning(
@@ -144,10 +149,8 @@ def _check_target(out: Path, *, replace: bool) -> None:
 class _Preparation:
     """Fills a folder with the columns of all records."""
 
-    def __init__(
-        self, folder: Path, encoder: Encoder, on_bad: OnBad, *, normalize: bool, workers: ParallelEncoder
-    ) -> None:
-        self._encoder, self._normalize, self._workers = encoder, normalize, workers
+    def __init__(self, folder: Path, encoder: Encoder, on_bad: OnBad, workers: ParallelEncoder) -> None:
+        self._encoder, self._workers = encoder, workers
         self._writer = ColumnWriter(folder, encoder.columns)
         self._rejects = Rejects(folder, on_bad)
         self._counts: collections.Counter[str] = collections.Counter()
@@ -168,6 +171,7 @@ class _Preparation:
         finally:
             self._writer.close()
         encoder, sides = self._encoder, self._side_counts
+        unprompted = self._counts.pop("unprompted", 0)
         return Manifest(
             samples=self._writer.samples,
             columns=columns,
@@ -188,7 +192,9 @@ class _Preparation:
             },
             source_names=names,
             rejected=self._rejects.close(),
-            normalized=self._normalize,
+            normalized=encoder.reading.normalize,
+            learn=encoder.reading.learn.value,
+            unprompted=unprompted,
         )
 
     def _read(self, number: int, source: Source) -> int:

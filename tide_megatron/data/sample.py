@@ -11,11 +11,11 @@ import collections
 import dataclasses
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.base.files import local_path
-from tide_megatron.data.record import ChatRecord
+from tide_megatron.data.record import ChatRecord, Reading
 from tide_megatron.data.rejects import TooLong
 from tide_megatron.text.align import Chunk, align_chats
 from tide_megatron.text.chat import Encoded, encode_chat
@@ -139,13 +139,19 @@ class Sample:
 class Encoder:
     """Turns records into samples for one student and any number of sides."""
 
-    def __init__(self, tokenizer: Tokenizer, window: Window, sides: Mapping[str, SideChoice]) -> None:
-        """Take the student's tokenizer and window, and the sides by name.
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        window: Window,
+        sides: Mapping[str, SideChoice],
+        reading: Reading | None = None,
+    ) -> None:
+        """Take the student's tokenizer and window, the sides by name, and how lines are read.
 
         Raises:
             ConfigError: a side's name that cannot be part of a file's name, or its window too small.
         """
-        self.tokenizer, self.window = tokenizer, window
+        self.tokenizer, self.window, self.reading = tokenizer, window, reading or Reading()
         self.sides = dict(sides)
         for name, side in self.sides.items():
             if not name.replace("-", "").replace("_", "").isalnum():
@@ -178,7 +184,13 @@ class Encoder:
             RecordError: it cannot be encoded; `TooLong`: it is longer than it may be.
             DataError: no record can be.
         """
-        encoded = encode_chat(self.tokenizer, record.messages, inputs=record.inputs, aligned=bool(self.sides))
+        encoded = encode_chat(
+            self.tokenizer,
+            record.messages,
+            inputs=record.inputs,
+            learnt=record.learnt,
+            aligned=bool(self.sides),
+        )
         if reason := _reason_to_skip(encoded, self.window):
             return reason
         is_cut = len(encoded.ids) > self.window.max_length
@@ -187,6 +199,7 @@ class Encoder:
                 self.tokenizer,
                 record.messages,
                 inputs=record.inputs,
+                learnt=record.learnt,
                 max_tokens=self.window.max_length,
                 aligned=bool(self.sides),
             )
@@ -206,15 +219,21 @@ class Encoder:
         self, sample: Sample, name: str, record: ChatRecord, student: Encoded, *, student_is_cut: bool
     ) -> None:
         """Add one side's columns and counts to a sample."""
-        teacher = encode_chat(self.sides[name].tokenizer, record.messages, inputs=record.inputs, aligned=True)
+        teacher = encode_chat(
+            self.sides[name].tokenizer,
+            record.messages,
+            inputs=record.inputs,
+            learnt=record.learnt,
+            aligned=True,
+        )
         limit = self.side_length(name)
         chunks = [chunk for chunk in align_chats(student, teacher) if chunk.teacher_end <= limit]
         end = len(teacher.ids)
         if student_is_cut or end > limit:
             end = max((chunk.teacher_end for chunk in chunks), default=min(end, limit))
-        learnt = [chunk for chunk in chunks if chunk.student_start >= student.replies[0]]
+        learnt = [chunk for chunk in chunks if _is_within(chunk, student.replies)]
         sample.row[f"{name}.ids"] = teacher.ids[:end]
-        sample.row[f"{name}.replies"] = [min(place, end) for place in teacher.replies]
+        sample.row[f"{name}.replies"] = _cut_ranges(teacher.replies, end)
         sample.row[f"{name}.{CUT_COLUMN}"] = [int(end < len(teacher.ids))]
         sample.row[f"{name}.chunks"] = [place for chunk in learnt for place in chunk]
         sample.longest[name] = end
@@ -235,6 +254,18 @@ def _json_or_text(value: str) -> object:
         return json.loads(value)
     except ValueError:
         return value
+
+
+def _is_within(chunk: Chunk, replies: Sequence[int]) -> bool:
+    """Say whether a chunk's student tokens are of one reply."""
+    ranges = zip(replies[::2], replies[1::2], strict=True)
+    return any(start <= chunk.student_start and chunk.student_end <= end for start, end in ranges)
+
+
+def _cut_ranges(ranges: Sequence[int], end: int) -> list[int]:
+    """Cut flat ranges (start, end, start, ...) at `end`; what is behind it goes, but the first stays."""
+    kept = max(1, sum(start < end for start in ranges[::2]))
+    return [min(place, end) for place in ranges[: 2 * kept]]
 
 
 def _is_pair(chunk: Chunk, student: Encoded, teacher: Encoded) -> bool:
@@ -269,4 +300,5 @@ def _counts(encoded: Encoded, *, is_cut: bool) -> collections.Counter[str]:
         reply_tokens=reply_tokens,
         reply_bytes=encoded.reply_bytes,
         truncated=int(is_cut),
+        unprompted=encoded.unprompted,
     )

@@ -22,8 +22,8 @@ from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
-    "prepare": "out sources --tokenizer --max-length --on-long --on-bad --normalize --teacher --add-mask "
-    "--replace --workers",
+    "prepare": "out sources --tokenizer --max-length --on-long --on-bad --normalize --learn --teacher "
+    "--add-mask --replace --workers",
     "train": "recipe overrides --ranks --ranks-per-node --device --folder --branch --resume/--fresh "
     "--dry-run --preflight-only",
     "submit": "recipe overrides --nodes --ranks-per-node --shape --partition --account --time --name "

@@ -16,6 +16,7 @@ from tide_megatron.data import sample as sampling
 from tide_megatron.data.columns import PreparedData
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.prepare import prepare
+from tide_megatron.data.record import Reading
 from tide_megatron.text.chat import encode_chat
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -289,7 +290,7 @@ def test_text_is_put_into_the_form_of_a_tokenizer_with_nfc(tmp_path):
         DataError, match="normalises text to NFC: write the record in NFC, prepare with --norm"
     ):
         run([file], loose, tmp_path / "out")
-    assert run([file], loose, tmp_path / "out", on_bad="skip", normalize=True).normalized
+    assert run([file], loose, tmp_path / "out", on_bad="skip", reading=Reading(normalize=True)).normalized
     row = PreparedData(tmp_path / "out").row(0)
     assert loose.decode(row["ids"][row["replies"][0] :].tolist()) == "\uac00 \u00fc\n"
     composed = write_chats(tmp_path / "composed.jsonl", [("\u00fc", "\uac00 \u00fc")])
