@@ -39,7 +39,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from tide_megatron.base.errors import DataError
 from tide_megatron.base.files import digest_of
 from tide_megatron.data.manifest import Manifest, read_manifest
-from tide_megatron.data.sample import CUT_COLUMN
+from tide_megatron.data.side import CUT_COLUMN
 from tide_megatron.text.tokenizer import Tokenizer
 
 SOURCE = "source"
@@ -59,7 +59,7 @@ class ColumnWriter:
         self._values = dict.fromkeys(self._builders, 0)
         self.samples = 0
 
-    def add(self, row: Mapping[str, Sequence[int]]) -> None:
+    def add(self, row: Mapping[str, Sequence[int] | NDArray[numpy.int32]]) -> None:
         """Append one sample: a value for every column."""
         assert row.keys() == self._builders.keys(), f"columns {set(self._builders)}, row {set(row)}"
         for name, values in row.items():

@@ -125,7 +125,9 @@ def _load(line: bytes) -> Any:
     """Read the line's JSON, in which every key stands once."""
     try:
         text = line.decode("utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        if text.startswith("\ufeff"):
+            json.loads(text)  # raises: a second byte order mark is no JSON
+        content = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         _refuse(f"not UTF-8 ({error.reason}): convert the file to UTF-8", "not UTF-8")
     except ValueError as error:
@@ -136,13 +138,17 @@ def _load(line: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if (double := doubled_key(pairs)) is not None:
-        _refuse(f"the key {double!r} stands twice in one object: remove one", "a doubled key")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        _refuse(f"the key {doubled_key(pairs)!r} stands twice in one object: remove one", "a doubled key")
+    return found
 
 
 def _no_number(word: str) -> NoReturn:
     _refuse(f"not JSON ({word} is no JSON number): write null or a number", "not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def _check_characters(content: Any) -> None:

@@ -19,10 +19,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy
+from numpy.typing import NDArray
 
 from tide_megatron.base.errors import DataError
 from tide_megatron.text.backends import Backend, find_file, open_backend
@@ -37,6 +41,10 @@ OPTIONS = "chat_template_kwargs"
 """Key of `tokenizer_config.json` that keeps options of the chat template for those who read the folder
 next."""
 DEFAULT_OPTIONS = {"enable_thinking": False}
+_MOST_ENDS = 4096
+"""Most ends of prompts whose ids are remembered."""
+Ends = NDArray[numpy.int64]
+"""Byte of a text behind each of its tokens, never descending."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,42 @@ class Tokenizer:
         """
         return self.backend.encode(text, opening=opening)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, as `encode` does."""
+        return self.backend.encode_batch(texts)
+
+    def behind_special(self, token_id: int, text: str) -> list[int]:
+        """Return the ids of a special token's spelling and of the text that follows it.
+
+        What follows a special token is encoded alike whatever stands before it, so these ids stand at the end
+        of every text that ends in both. The last few are remembered: prompts end in the same few ways.
+        """
+        key = (token_id, text)
+        found = self._ends_of_prompts.get(key)
+        if found is None:
+            if len(self._ends_of_prompts) >= _MOST_ENDS:
+                self._ends_of_prompts.clear()
+            found = self._ends_of_prompts[key] = self.encode(self.backend.special[token_id] + text)
+        return found
+
+    def all_ends(self, ids: Sequence[Sequence[int]], texts: Sequence[bytes]) -> list[Ends | None]:
+        """Return, for many texts in UTF-8, the byte behind each of the ids that stand for each.
+
+        None: the bytes of its tokens are not the text just so; `ends` says whether they are with a space in
+        front, and else what is wrong.
+        """
+        counts = [len(some) for some in ids]
+        flat = numpy.fromiter(itertools.chain.from_iterable(ids), dtype=numpy.int64, count=sum(counts))
+        behind = numpy.cumsum(self._bytes.lengths_of(flat))
+        found: list[Ends | None] = []
+        first = 0
+        for some, count, text in zip(ids, counts, texts, strict=True):
+            fits = b"".join(map(self._bytes.__getitem__, some)) == text
+            start = behind[first - 1] if first else 0
+            found.append(behind[first : first + count] - start if fits else None)
+            first += count
+        return found
+
     def ends(self, ids: Sequence[int], text: str) -> list[int]:
         """Return the byte of `text` behind each of the ids that stand for it, never descending.
 
@@ -177,6 +221,10 @@ class Tokenizer:
         return self._bytes[token_id]
 
     @functools.cached_property
+    def _ends_of_prompts(self) -> dict[tuple[int, str], list[int]]:
+        return {}
+
+    @functools.cached_property
     def _bytes(self) -> _Pieces:
         return _Pieces(self)
 
@@ -197,6 +245,16 @@ class _Pieces(dict[int, bytes]):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self._tokenizer = tokenizer
+        self._lengths = numpy.full(tokenizer.vocabulary_size, -1, dtype=numpy.int64)
+
+    def lengths_of(self, ids: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
+        """Return how many bytes each token has."""
+        lengths: NDArray[numpy.int64] = self._lengths[ids]
+        if lengths.min(initial=0) < 0:
+            for token in dict.fromkeys(ids[lengths < 0].tolist()):
+                self._lengths[token] = len(self[token])
+            lengths = self._lengths[ids]
+        return lengths
 
     def __missing__(self, token_id: int) -> bytes:
         known = 0 <= token_id < self._tokenizer.vocabulary_size

@@ -24,8 +24,22 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tide_megatron.base.errors import DataError, RecordError
-from tide_megatron.text.templates import ChatTemplate, Content, Inputs, Message, template_names
+from tide_megatron.text.templates import ChatTemplate, Inputs, Message, template_names
+from tide_megatron.text.templates.places import Content
 from tide_megatron.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat:
+    """One conversation to encode, whose last message is a reply to learn."""
+
+    messages: Sequence[Message]
+    """At least one before the reply; see `data.record` for what a record may be."""
+    inputs: Inputs = dataclasses.field(default_factory=Inputs)
+    """What the template is given beside them."""
+    learnt: Sequence[int] | None = None
+    """Which messages are replies to learn, by index, ascending, the last message among them, the first not;
+    None: the last alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +62,7 @@ class Turn:
 class Rendered:
     """A conversation as text."""
 
+    messages: Sequence[Message]
     whole: str
     contents: Sequence[Content]
     """Place of each text, by message and in each its reasoning before its content."""
@@ -55,16 +70,8 @@ class Rendered:
     """The replies to learn, in order; the last message is the last one."""
 
 
-def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], inputs: Inputs, learnt: Sequence[int]
-) -> Rendered:
+def render_chat(tokenizer: Tokenizer, conversation: Chat) -> Rendered:
     """Render a conversation and find what is to be learnt.
-
-    Args:
-        tokenizer: must have a chat template.
-        messages: see `data.record` for what a record may be.
-        inputs: what the template is given beside them.
-        learnt: as for `text.chat.encode_chat`.
 
     Raises:
         DataError: no template, or one that does not parse.
@@ -75,6 +82,8 @@ def render_chat(
             f"{tokenizer.name} has no chat template: add chat_template.jinja beside it, or name one "
             f"of this package (template=...: {', '.join(template_names())})"
         )
+    messages, inputs = conversation.messages, conversation.inputs
+    learnt = (len(messages) - 1,) if conversation.learnt is None else conversation.learnt
     tokenizer.chat.check(messages, inputs)
     chat = _Conversation(tokenizer.chat, messages, inputs)
     contents, tail = tokenizer.chat.pieces(messages, chat.whole, inputs)
@@ -84,7 +93,7 @@ def render_chat(
     for turn, following in itertools.pairwise(turns):
         if turn.end is None or turn.end > following.start:
             refuse_earlier(messages, turn.message, "runs into the next one")
-    return Rendered(whole=chat.whole, contents=contents, turns=turns)
+    return Rendered(messages=messages, whole=chat.whole, contents=contents, turns=turns)
 
 
 class _Conversation:
