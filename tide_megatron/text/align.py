@@ -93,19 +93,20 @@ class _Contents:
 
     def __init__(self, chats: Sequence[Encoded]) -> None:
         sizes = numpy.array([len(chat.ends) + 1 for chat in chats], dtype=numpy.int64)
-        bytes_of = numpy.array([chat.ends[-1] + 1 if len(chat.ends) else 1 for chat in chats], numpy.int64)
-        self._first = starts_of(sizes)  # boundary of each conversation, in the list of all
-        base = starts_of(bytes_of)
-        zero = numpy.zeros(1, dtype=numpy.int64)
-        self._boundaries = numpy.concatenate([zero, *(part for chat in chats for part in (zero, chat.ends))])[
-            1:
+        self._first = starts_of(sizes)  # of each conversation, its first boundary in the list of all
+        # Bytes of each conversation. A cut one has texts behind its last token.
+        lengths = [
+            max([*chat.ends[-1:], *(one.end for one in chat.contents[-1:])], default=0) for chat in chats
         ]
-        self._boundaries += numpy.repeat(base, sizes)
+        base = starts_of(numpy.array(lengths, dtype=numpy.int64) + 1)
+        zero = numpy.zeros(1, dtype=numpy.int64)
+        found = [part for chat in chats for part in (zero, chat.ends)]
+        self._boundaries = numpy.concatenate(found or [zero[:0]]) + numpy.repeat(base, sizes)
         counts = [len(chat.contents) for chat in chats]
         self.conversation: Numbers = numpy.repeat(numpy.arange(len(chats)), counts)
         """[contents]: whose each is."""
-        found = [(one.start, one.end, one.skipped) for chat in chats for one in chat.contents]
-        start, end, self._skipped = numpy.array(found, dtype=numpy.int64).reshape(-1, 3).T
+        places = [(one.start, one.end, one.skipped) for chat in chats for one in chat.contents]
+        start, end, self._skipped = numpy.array(places, dtype=numpy.int64).reshape(-1, 3).T
         self.extents: Numbers = self._skipped + end - start
         """[contents]: bytes of the original text, up to the end of what is shown."""
         self._start, self._end = start + base[self.conversation], end + base[self.conversation]

@@ -82,9 +82,11 @@ def behind(between: Sequence[str | None], rest: str) -> list[str | None]:
     """
     places = [place for place, piece in enumerate(between) if piece is not None]
     behind: list[str | None] = [None] * len(between)
+    if not places:
+        return [rest, *behind]
     for place, following in zip(places, [*places[1:], len(between)], strict=True):
         behind[place] = between[following] if following < len(between) else rest
-    return [between[places[0]] if places else rest, *behind]
+    return [between[places[0]], *behind]
 
 
 def _shown_forms(content: str) -> Sequence[tuple[str, int]]:
