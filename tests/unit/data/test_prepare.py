@@ -146,7 +146,7 @@ def test_an_interrupt_leaves_nothing(monkeypatch, chats, tokenizer, tmp_path, wh
         raise KeyboardInterrupt
 
     place, name = {
-        "encode": (sampling, "encode_chat"),
+        "encode": (sampling, "encode_chats"),
         "finish": (columns, "digest_file"),
         "rename": (files, "commit_folder"),
     }[where]
