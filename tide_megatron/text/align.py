@@ -94,11 +94,8 @@ class _Contents:
     def __init__(self, chats: Sequence[Encoded]) -> None:
         sizes = numpy.array([len(chat.ends) + 1 for chat in chats], dtype=numpy.int64)
         self._first = starts_of(sizes)  # of each conversation, its first boundary in the list of all
-        # Bytes of each conversation. A cut one has texts behind its last token.
-        lengths = [
-            max([*chat.ends[-1:], *(one.end for one in chat.contents[-1:])], default=0) for chat in chats
-        ]
-        base = starts_of(numpy.array(lengths, dtype=numpy.int64) + 1)
+        lengths = numpy.fromiter(map(_length, chats), dtype=numpy.int64, count=len(chats))
+        base = starts_of(lengths + 1)
         zero = numpy.zeros(1, dtype=numpy.int64)
         found = [part for chat in chats for part in (zero, chat.ends)]
         self._boundaries = numpy.concatenate(found or [zero[:0]]) + numpy.repeat(base, sizes)
@@ -129,6 +126,12 @@ class _Contents:
         is_first = numpy.ones(len(found), dtype=bool)
         is_first[1:] = found[1:] != found[:-1]
         return found[is_first], token[is_first]
+
+
+def _length(chat: Encoded) -> int:
+    """Return the bytes of a conversation, of a cut one with the texts behind its last token."""
+    last = int(chat.ends[-1]) if len(chat.ends) else 0
+    return max(last, chat.contents[-1].end) if chat.contents else last
 
 
 def starts_of(sizes: Numbers) -> Numbers:

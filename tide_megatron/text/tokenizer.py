@@ -171,17 +171,19 @@ class Tokenizer:
         None: the bytes of its tokens are not the text just so; `ends` says whether they are with a space in
         front, and else what is wrong.
         """
-        counts = [len(some) for some in ids]
-        flat = numpy.fromiter(itertools.chain.from_iterable(ids), dtype=numpy.int64, count=sum(counts))
-        behind = numpy.cumsum(self._bytes.lengths_of(flat))
-        found: list[Ends | None] = []
-        first = 0
-        for some, count, text in zip(ids, counts, texts, strict=True):
-            fits = b"".join(map(self._bytes.__getitem__, some)) == text
-            start = behind[first - 1] if first else 0
-            found.append(behind[first : first + count] - start if fits else None)
-            first += count
-        return found
+        counts = numpy.fromiter(map(len, ids), dtype=numpy.int64, count=len(ids))
+        flat = numpy.fromiter(itertools.chain.from_iterable(ids), numpy.int64, int(counts.sum()))
+        last = numpy.cumsum(counts)
+        behind = numpy.zeros(len(flat) + 1, dtype=numpy.int64)
+        spelt = self._bytes.spell(flat, behind[1:])
+        places = behind[numpy.concatenate([last[:1] * 0, last])].tolist()
+        ends = behind[1:] - numpy.repeat(behind[last - counts], counts)
+        return [
+            ends[stop - count : stop] if spelt[begin:end] == text else None
+            for stop, count, (begin, end), text in zip(
+                last.tolist(), counts.tolist(), itertools.pairwise(places), texts, strict=True
+            )
+        ]
 
     def ends(self, ids: Sequence[int], text: str) -> list[int]:
         """Return the byte of `text` behind each of the ids that stand for it, never descending.
@@ -246,15 +248,27 @@ class _Pieces(dict[int, bytes]):
         super().__init__()
         self._tokenizer = tokenizer
         self._lengths = numpy.full(tokenizer.vocabulary_size, -1, dtype=numpy.int64)
+        self._starts = numpy.zeros(tokenizer.vocabulary_size, dtype=numpy.int64)
+        self._all = bytearray()
+        """Bytes of the tokens that were asked for; `_starts` and `_lengths` say where each stands."""
 
-    def lengths_of(self, ids: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
-        """Return how many bytes each token has."""
-        lengths: NDArray[numpy.int64] = self._lengths[ids]
-        if lengths.min(initial=0) < 0:
-            for token in dict.fromkeys(ids[lengths < 0].tolist()):
-                self._lengths[token] = len(self[token])
-            lengths = self._lengths[ids]
-        return lengths
+    def spell(self, ids: NDArray[numpy.int64], behind: NDArray[numpy.int64]) -> bytes:
+        """Return the bytes of tokens, one behind the other.
+
+        Args:
+            ids: [tokens].
+            behind: [tokens], filled with the number of bytes up to the end of each.
+        """
+        if self._lengths[ids].min(initial=0) < 0:
+            for token in dict.fromkeys(ids[self._lengths[ids] < 0].tolist()):
+                self._starts[token], self._lengths[token] = len(self._all), len(self[token])
+                self._all += self[token]
+        lengths = self._lengths[ids]
+        numpy.cumsum(lengths, out=behind)
+        known = numpy.frombuffer(self._all, dtype=numpy.uint8)
+        index = numpy.repeat(self._starts[ids] - behind + lengths, lengths)
+        index += numpy.arange(len(index))
+        return known[index].tobytes()
 
     def __missing__(self, token_id: int) -> bytes:
         known = 0 <= token_id < self._tokenizer.vocabulary_size

@@ -167,6 +167,7 @@ def check_batch(tokenizers, chats, limit, side_limit, counts):
                 counts["chunks"] += numbers["chunks"]
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", [150, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_random_chats_in_all_pairs_of_tokenizers(tokenizers, number):
     counts = dict.fromkeys(("faults", "cut", "several", "pairs", "chunks"), 0)
