@@ -272,6 +272,8 @@ def _check_weight(
     holder: Mapping[str, Any], place: str, *, is_learnt: bool, learn: Learn = Learn.LAST
 ) -> None:
     """Refuse a weight that contradicts what is learnt."""
+    if holder.keys().isdisjoint(_WEIGHTS):
+        return
     for name in _WEIGHTS:
         value = holder.get(name)
         if value is None or (value in (int(is_learnt),) and isinstance(value, int | float)):
@@ -302,6 +304,8 @@ def _check_keys(
         place: start of the message.
         same: values that say nothing new.
     """
+    if instead.keys().isdisjoint(holder):
+        return
     for name, remedy in instead.items():
         value = holder.get(name)
         if value not in (None, "", [], {}, False) and value != same.get(name):

@@ -126,7 +126,8 @@ class _Conversation:
         """Return the turn of an earlier message, or refuse to learn it."""
         message = self._messages[number]
         own = [content for content in contents if content.message == number]
-        if message.get("reasoning_content") and not any(content.key != "content" for content in own):
+        is_shown = any(content.key != "content" and content.end > content.start for content in own)
+        if message.get("reasoning_content") and not is_shown:
             refuse_earlier(
                 self._messages, number, "has reasoning, which the template does not show in earlier turns"
             )

@@ -7,16 +7,14 @@ through the whole conversation, and the path that ends where the text ends is th
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 MARK = "\ue000"
 """Begins what stands for a text where a skeleton is rendered."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Content:
+class Content(NamedTuple):
     """The place of one text of a conversation in the rendered text, in bytes of UTF-8."""
 
     start: int
@@ -47,6 +45,8 @@ def fill(
     Returns:
         The places in order; or, where the texts do not fill the skeleton to the whole, how many do.
     """
+    if (found := _as_they_are(between, texts, messages, whole)) is not None:
+        return found
     # For each text: places where it may start, each with the (place, shown, skipped) that led there.
     paths: list[dict[int, tuple[int, str, int]]] = []
     places = {len(between[0] or "")} if whole.startswith(between[0] or "") else set()
@@ -63,6 +63,26 @@ def fill(
         paths.append(reached)
         places = set(reached)
     return _walk_back(paths, whole, texts) if len(whole) in places else len(paths)
+
+
+def _as_they_are(
+    between: Sequence[str | None],
+    texts: Sequence[tuple[int, str]],
+    messages: Sequence[Mapping[str, Any]],
+    whole: str,
+) -> list[Content] | None:
+    """Return the places where every text is shown and has no ends to strip, so that there is one way only."""
+    contents, written = [], [between[0] or ""]
+    place = _bytes_of(written[0])
+    for (number, key), piece in zip(texts, between[1:], strict=True):
+        text = messages[number][key]
+        if piece is None or len(text) != len(text.strip()):
+            return None
+        end = place + _bytes_of(text)
+        contents.append(Content(start=place, end=end, skipped=0, message=number, key=key))
+        written += (text, piece)
+        place = end + _bytes_of(piece)
+    return contents if "".join(written) == whole else None
 
 
 def mark_for(whole: str) -> str:
