@@ -72,6 +72,8 @@ def side_rows(students: Sequence[Encoded], teachers: Sequence[Encoded], limit: i
 
 
 def _chosen(alignment: Alignment, which: NDArray[numpy.bool_]) -> Alignment:
+    if which.all():
+        return alignment
     return Alignment(spans=alignment.spans[which], conversation=alignment.conversation[which])
 
 

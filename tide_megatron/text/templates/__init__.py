@@ -39,6 +39,7 @@ TEXTS = ("reasoning_content", "content")
 """Keys of a message that hold text, in the order in which templates show them."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of the reasoning before a reply; templates read the first (gpt-oss the second)."""
+_BARE_KEYS = {"role", "content"}
 _PLAIN_KEYS = {"role", *TEXTS}
 _MOST_SHAPES = 4096
 """Most kinds of conversations that are remembered."""
@@ -87,16 +88,24 @@ class ChatTemplate:
             RecordError: it refuses these messages.
         """
         inputs = inputs or Inputs()
-        options = {**self.variables, **inputs.chat_template_kwargs}
         values = {
-            **self.special_tokens,
-            **{name: value for name, value in options.items() if value is not None},
+            **(self._with(inputs.chat_template_kwargs) if inputs.chat_template_kwargs else self._fixed),
             "messages": [_as_seen(message) for message in messages],
             "tools": inputs.tools,
             "documents": inputs.documents,
             "add_generation_prompt": add_generation_prompt,
         }
         return rendering.render(self._source_for(inputs), self.origin, values)
+
+    def _with(self, options: Mapping[str, object]) -> dict[str, object]:
+        """Return the variables of a conversation with options of its own."""
+        chosen = {**self.variables, **options}
+        return {**self.special_tokens, **{name: value for name, value in chosen.items() if value is not None}}
+
+    @functools.cached_property
+    def _fixed(self) -> dict[str, object]:
+        """Variables of a conversation without options of its own."""
+        return self._with({})
 
     def check(self, messages: Sequence[Message], inputs: Inputs) -> None:
         """Refuse a conversation of which the template would drop something.
@@ -329,6 +338,8 @@ def _shape(messages: Sequence[Message], inputs: Inputs | None) -> Shape | None:
 
 def _as_seen(message: Message) -> dict[str, Any]:
     """Return a message as templates see it: without keys that hold nothing, its reasoning under all names."""
+    if type(message) is dict and message.keys() == _BARE_KEYS and message["content"] is not None:
+        return message  # as most are: nothing to change
     seen = {key: value for key, value in message.items() if value is not None}
     thought = next((seen[name] for name in REASONING if name in seen), None)
     return seen if thought is None else {"thinking": thought, **seen, "reasoning_content": thought}
