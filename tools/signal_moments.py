@@ -78,7 +78,7 @@ MOMENTS = {
     "groups wait for rank 1": Moment(where="tide_megatron.launch.worker:start_distributed", **WAITS),
     "folder is looked at": Moment(where="tide_megatron.train.folder:check_folder", ranks=(0,)),
     "folder is leased": Moment(where="tide_megatron.train.folder:leased", ranks=(0,)),
-    "data is opened": Moment(where="tide_megatron.train.setup:open_loader"),
+    "data is opened": Moment(where="tide_megatron.train.data:open_loader"),
     "student is loaded": Moment(where="tide_megatron.train.setup:build_student"),
     "teacher is loaded": Moment(where="tide_megatron.train.setup:build_teacher"),
     "loading waits for rank 1": Moment(where="tide_megatron.train.setup:build_teacher", **WAITS),

@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 from corpus import write_corpus
 
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import MANIFEST_FILE
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import OnLong, SideChoice

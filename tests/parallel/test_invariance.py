@@ -129,6 +129,17 @@ def test_one_sgd_step_moves_the_weights_as_on_one_rank(pool, tiny, sgd, tmp_path
         compare_weights(weights, wanted)
 
 
+@pytest.mark.parametrize("name", ["2 ranks, EP2, accumulation 2", "4 ranks, TP2xPP2"])
+def test_a_budget_of_positions_is_the_same_update(pool, tiny, adamw, sgd, tmp_path, name):
+    ranks, layouts, _ = LAYOUTS[name]
+    budget = ["batch.microbatch=null", "batch.tokens=300"]
+    for seen, *_ in pool(ranks).run(run_steps, tiny, tmp_path, layouts, 1, budget, STEPS):
+        compare_losses(seen, adamw)
+    words, wanted = sgd
+    for _, weights, _ in pool(ranks).run(run_steps, tiny, tmp_path, layouts, 1, [*budget, *words], 1):
+        compare_weights(weights, wanted)
+
+
 def test_eight_ranks_are_one_with_accumulation(pool, tmp_path):
     file = write_pair_run(tmp_path / "tiny")
     ranks, layouts, microbatch = EIGHT

@@ -9,6 +9,9 @@ import pytest
 from tests.tiny_run import PAIR_ON_FOUR, write_pair_run
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.data.prepare import prepare
+from tide_megatron.data.sample import SideChoice
+from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import load_recipe
 
@@ -21,7 +24,32 @@ WORDS = [
     "checkpoints.every=1",
     "losses.tidal.kind=tidal",
     "losses.tidal.teacher=moe",
+    "data.train=null",
 ]
+
+
+EPOCHS = {"old": 3, "new": 1}
+"""Two sources of a blend, and how often they are read."""
+SOURCES = ("even", "odd")
+"""Two sources of the held-out data."""
+
+
+def write_blended_run(folder):
+    """Write the pair run with held-out data of two sources."""
+    file = write_pair_run(folder)
+    records = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    lines = [json.dumps(record | {"source": SOURCES[at % 2]}) for at, record in enumerate(records)]
+    (folder / "held_out.jsonl").write_text("\n".join(lines))
+    student, other = (Tokenizer.load(folder / name) for name in ("student", "own"))
+    prepare(
+        [folder / "held_out.jsonl"],
+        student,
+        folder / "data/held_out",
+        max_length=128,
+        sides={"other": SideChoice(tokenizer=other)},
+        replace=True,
+    )
+    return file
 
 
 def names_of_page(text):
@@ -31,29 +59,36 @@ def names_of_page(text):
 
 
 def run(file, folder):
-    recipe, tree = load_recipe(file, [f"folder={folder}/run", *WORDS])
+    data = file.parent / "data"
+    words = [
+        f"data.blend.{name}={{folder: {data}/train, epochs: {epochs}}}" for name, epochs in EPOCHS.items()
+    ]
+    recipe, tree = load_recipe(file, [f"folder={folder}/run", *WORDS, *words])
     train(recipe, tree, True, device=choose_device("cpu"), stop=StopFlag())
 
 
 @pytest.fixture(scope="module")
 def lines(pool, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    pool(4).run(run, write_pair_run(folder / "pair"), folder)
+    pool(4).run(run, write_blended_run(folder / "pair"), folder)
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def _with_placeholder(name, terms):
+    patterns = {
+        rf"^(loss|items|lambda)/({'|'.join(terms)})$": r"\1/TERM",
+        rf"^(nll_per_byte|masked_accuracy|epochs)/({'|'.join([*EPOCHS, *SOURCES])})$": r"\1/SOURCE",
+        r"^(nll_per_byte|masked_accuracy)/0\.\d+$": r"\1/LEVEL",
+    }
+    for pattern, written in patterns.items():
+        name = re.sub(pattern, written, name)
+    return name
 
 
 def test_the_page_has_every_name_and_no_other(lines):
     terms = {name.removeprefix("loss/") for line in lines for name in line if name.startswith("loss/")}
     assert terms == {"ce", "kl", "reverse", "mixed", "dense", "tidal"}
-    told = {
-        re.sub(
-            r"^(nll_per_byte|masked_accuracy)/0\.\d+$",
-            r"\1/LEVEL",
-            re.sub(rf"^(loss|items|lambda)/({'|'.join(terms)})$", r"\1/TERM", name),
-        )
-        for line in lines
-        for name in line
-    }
+    told = {_with_placeholder(name, terms) for line in lines for name in line}
     assert told == names_of_page(PAGE.read_text(encoding="utf-8"))
 
 
@@ -73,3 +108,14 @@ def test_every_mixture_tells_its_lambda(lines):
     for line in records:
         assert {name for name in line if name.startswith("lambda/")} == {"lambda/tidal", "lambda/mixed"}
     assert [line["lambda/mixed"] for line in records] == pytest.approx([0.1, 0.3, 0.7])
+
+
+def test_sources_tell_how_often_they_were_read_and_how_they_score(lines):
+    trained = [line for line in lines if line["kind"] == "train"]
+    for line in trained:  # 40 samples each; the update has 8
+        read = [line[f"epochs/{name}"] * 40 for name in EPOCHS]
+        assert read == pytest.approx([line["step"] * 6, line["step"] * 2])
+    for line in lines:
+        if line["kind"] == "evaluate":
+            low, high = sorted(line[f"nll_per_byte/{name}"] for name in SOURCES)
+            assert low < line["nll_per_byte"] < high

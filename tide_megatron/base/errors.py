@@ -6,6 +6,7 @@ every other exception is a bug of ours and keeps its traceback. `assert` is for 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -94,3 +95,12 @@ def some_of(names: Sequence[str]) -> str:
     """Return names for a message: the first of them, and how many more there are."""
     more = f", and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
     return ", ".join(names[:_MOST_LISTED]) + more
+
+
+@contextlib.contextmanager
+def under(key: str) -> Iterator[None]:
+    """Put the key of the recipe's part before what a lower layer says of its field."""
+    try:
+        yield
+    except ConfigError as fault:
+        raise ConfigError(f"{key}.{fault}") from None

@@ -22,11 +22,26 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
+
+from tide_megatron.base.errors import ConfigError
+from tide_megatron.base.files import local_path
+
+
+def _local(word: str) -> str:
+    """Return a folder as it is meant (`local_path`), with pydantic's kind of error."""
+    try:
+        path = local_path(word)
+    except ConfigError as fault:
+        raise ValueError(str(fault)) from None
+    return str(path) if word.startswith("~") else word  # as written else: `./~x` must not become `~x`
+
 
 Off = BeforeValidator(lambda value: "off" if value is False else value)
 """For choices that have an `off`: YAML reads the bare word as False."""
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_local)]
+"""A folder; the empty string would silently be the current one, and `~` a folder of that name."""
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 

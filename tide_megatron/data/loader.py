@@ -6,9 +6,8 @@ microbatch m of data shard r takes `samples` of them, from place (m * shards + r
 with the same product reads the same samples, and resuming is calling with a larger p: there is no state to
 save.
 
-An update's samples are dealt by length: the longest stand first, so that those of a microbatch, and those
-that the shards read at the same time, are of nearly one length, and few positions are pads. A loss adds up
-items of the whole update, so that nothing but the order of sums depends on it.
+An update's samples are dealt by length (`data.dealing`): a loss adds up items of the whole update, so that
+nothing but the order of sums depends on who reads which.
 
 Position q lies in epoch q // N; the order within an epoch depends on (seed, epoch) only. An update that
 crosses an epoch's end goes on in the next epoch, so nothing is dropped, and each sample carries its own
@@ -27,13 +26,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.blend import BlendedData
+from tide_megatron.data.dataset import PreparedData, Row
+from tide_megatron.data.dealing import Dealt, Rungs, by_length, cut_by_budget
+from tide_megatron.data.side import CUT_COLUMN
 from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch, pad_to_blocks, pad_to_length
 from tide_megatron.parallel.layout import DataShard
@@ -43,8 +43,6 @@ Deal = Literal["length", "order"]
 """How an update's samples are shared out to microbatches: like beside like, or as they come."""
 Readers = tuple[int, str]
 """How many ids the models that read some tokens all know, and the model that knows the fewest."""
-Row = Mapping[str, NDArray[numpy.int32]]
-"""One sample's values in every column."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +65,14 @@ class Loader:
         ConfigError: sizes that cannot be, or a fixed length below the longest sample.
     """
 
-    columns: PreparedData
+    columns: PreparedData | BlendedData
     samples: int
     """Samples per microbatch."""
     accumulate: int = 1
     """Microbatches per update and shard."""
+    tokens: int | None = None
+    """Cut an update, of as many samples, anew: into microbatches of at most so many positions of any model;
+    None: as `samples` and `accumulate` say. Needs `deal` = length."""
     shard: DataShard = dataclasses.field(default_factory=DataShard)
     """Whose microbatches these are."""
     deal: Deal = "order"
@@ -96,21 +97,35 @@ class Loader:
                 raise ConfigError(f"{name}: {getattr(self, name)} is too few; use at least 1")
         if self.fixed_length is not None and self.fixed_length < self.longest:
             raise ConfigError(
-                f"fixed_length: {self.fixed_length} is below the longest sample of {self.columns.folder} "
+                f"fixed_length: {self.fixed_length} is below the longest sample of {self.columns.name} "
                 f"({self.longest} tokens in whole blocks of {self.block_size}); use {self.longest} or more"
             )
+        if self.tokens is not None:
+            self._check_budget(self.tokens)
 
-    @property
-    def num_samples(self) -> int:
-        """Samples in the data set: the length of an epoch."""
-        return len(self.columns)
+    def _check_budget(self, tokens: int) -> None:
+        if self.deal != "length":
+            raise ConfigError("tokens: a budget of positions needs samples dealt by length; use deal=length")
+        longest = max(rungs.lengths[-1] for rungs in self.rungs)
+        if tokens < longest:
+            raise ConfigError(
+                f"tokens: {tokens} positions have no room for the longest sample of {self.columns.name} "
+                f"({longest} with its pads); use {longest} or more"
+            )
+
+    @functools.cached_property
+    def rungs(self) -> list[Rungs]:
+        """The lengths that the samples of each model are padded to under a budget; sides behind the rest."""
+        own = Rungs.of(self.columns.longest(self.main), self.block_size, self.fixed_length)
+        return [
+            own,
+            *(Rungs.of(self.columns.longest(side.side), side.block_size) for side in self.sides.values()),
+        ]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sample after its last block is filled."""
-        manifest = self.columns.manifest
-        longest = manifest.sides[self.main].longest if self.main else manifest.statistics.longest
-        return -(-longest // self.block_size) * self.block_size
+        return -(-self.columns.longest(self.main) // self.block_size) * self.block_size
 
     @property
     def update_samples(self) -> int:
@@ -119,47 +134,55 @@ class Loader:
 
     def microbatch(self, consumed: int, index: int) -> Batch:
         """Return the shard's microbatch `index` of the update that starts at position `consumed`."""
-        return self._taken(self.dealt(consumed), index)
-
-    def _taken(self, dealt: Sequence[tuple[int, int]], index: int) -> Batch:
-        """Take the shard's microbatch `index` of what was dealt."""
-        assert 0 <= index < self.accumulate, f"microbatch {index} of {self.accumulate}"
-        first = (index * self.shard.size + self.shard.rank) * self.samples
-        mine = dealt[first : first + self.samples]
-        return self.batch_of([row for row, _ in mine], [epoch for _, epoch in mine])
-
-    def dealt(self, consumed: int) -> list[tuple[int, int]]:
-        """Return (sample, epoch) of a whole update, in the order in which microbatches take them."""
-        positions = range(consumed, consumed + self.update_samples)
-        epochs = [position // self.num_samples for position in positions]
-        rows = [
-            int(order_of_epoch(self.seed, epoch, self.num_samples)[position % self.num_samples])
-            for position, epoch in zip(positions, epochs, strict=True)
-        ]
-        found = list(zip(rows, epochs, strict=True))
-        if self.deal == "order":
-            return found
-        sides = [self.main, *(reading.side for reading in self.sides.values())]
-        tokens = self.columns.lengths(rows, sides).sum(axis=1)
-        return [found[place] for place in numpy.argsort(-tokens, kind="stable")]
+        samples, dealt = self.dealt(consumed)
+        return self._batch(samples, dealt[self.shard.rank][index])
 
     def update(self, consumed: int) -> list[Batch]:
         """Return all of the shard's microbatches of the update that starts at position `consumed`."""
-        dealt = self.dealt(consumed)
-        return [self._taken(dealt, index) for index in range(self.accumulate)]
+        samples, dealt = self.dealt(consumed)
+        return [self._batch(samples, microbatch) for microbatch in dealt[self.shard.rank]]
 
-    def batch_of(self, rows: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
+    def dealt(self, consumed: int) -> tuple[list[tuple[int, int]], list[list[Dealt]]]:
+        """Return (sample, epoch) of a whole update as they come, and who reads which: [shard][microbatch]."""
+        samples = self.columns.samples_at(self.seed, range(consumed, consumed + self.update_samples))
+        shards, places = self.shard.size, list(range(len(samples)))
+        if self.deal == "length":
+            sides = [self.main, *(reading.side for reading in self.sides.values())]
+            tokens = self.columns.lengths([sample for sample, _ in samples], sides)
+            if self.tokens is not None:
+                return samples, cut_by_budget(tokens, self.rungs, self.tokens, shards)
+            places = by_length(tokens)
+        cut = [
+            Dealt(places=tuple(places[first : first + self.samples]))
+            for first in range(0, len(places), self.samples)
+        ]
+        return samples, [cut[shard::shards] for shard in range(shards)]
+
+    def _batch(self, samples: Sequence[tuple[int, int]], dealt: Dealt) -> Batch:
+        mine = [samples[place] for place in dealt.places]
+        return self.batch_of([sample for sample, _ in mine], [epoch for _, epoch in mine], dealt.lengths)
+
+    def batch_of(
+        self,
+        rows: Sequence[int],
+        epochs: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Batch:
         """Return the given samples, in the given order, padded to a common length.
 
         Args:
             rows: sample numbers; what evaluation asks for.
             epochs: of each sample; default 0.
+            lengths: what the tokens in the student's place, and those of each side, are padded to; None: the
+                fixed length, or the longest of these samples.
 
         Raises:
             DataError: a token id that a model which reads it does not know.
         """
         read = [self.columns.row(row) for row in rows]
-        ids, labels = self._pad(read, self.main, self.block_size, self.fixed_length)
+        padded = [self.fixed_length, *(None for _ in self.sides)] if lengths is None else list(lengths)
+        own, *others = padded
+        ids, labels = self._pad(read, self.main, self.block_size, own)
         self._check_known(ids, rows, self.known)
         return Batch(
             sample_ids=torch.tensor(rows, dtype=torch.int64),
@@ -167,7 +190,10 @@ class Loader:
             ids=ids,
             labels=labels,
             reply_bytes=torch.tensor([int(row["reply_bytes"][0]) for row in read], dtype=torch.int64),
-            sides={name: self._side(read, rows, reading) for name, reading in self.sides.items()},
+            sides={
+                name: self._side(read, rows, reading, length)
+                for (name, reading), length in zip(self.sides.items(), others, strict=True)
+            },
         )
 
     def of_teacher(self, teacher: str, block_size: int) -> Loader:
@@ -197,13 +223,12 @@ class Loader:
         The last block of a sample that was cut is filled with pads: end tokens would teach that the text ends
         where the window did.
         """
-        manifest, prefix = self.columns.manifest, f"{side}." if side else ""
-        tokenizer = manifest.sides[side].tokenizer if side else manifest.tokenizer
+        tokenizer, prefix = self.columns.tokenizer_of(side), f"{side}." if side else ""
         examples = []
         for row in read:
             ids = row[f"{prefix}ids"].tolist()
             labels = labels_of(ids, row[f"{prefix}replies"].tolist(), IGNORED)
-            if self.columns.is_cut(row, side):
+            if row[f"{prefix}{CUT_COLUMN}"][0]:
                 filled = -(-len(ids) // block_size) * block_size
                 examples.append(pad_to_length(ids, labels, filled, tokenizer.pad_id))
             else:
@@ -221,17 +246,20 @@ class Loader:
         if len(outside):
             sample, place = outside[0].tolist()
             raise DataError(
-                f"{self.columns.folder}: sample {rows[sample]} has the token id {int(ids[sample, place])}, "
+                f"{self.columns.where(rows[sample])} has the token id {int(ids[sample, place])}, "
                 f"but {reader} knows the ids 0 to {limit - 1}; prepare the data again with its tokenizer"
             )
 
-    def _side(self, read: Sequence[Row], rows: Sequence[int], reading: SideReading) -> TeacherTokens:
+    def _side(
+        self, read: Sequence[Row], rows: Sequence[int], reading: SideReading, length: int | None
+    ) -> TeacherTokens:
         """Return the same samples in a teacher's tokens, with their chunks."""
-        ids, _ = self._pad(read, reading.side, reading.block_size, None)
+        ids, _ = self._pad(read, reading.side, reading.block_size, length)
         self._check_known(ids, rows, reading.known)
         spans = [torch.from_numpy(row[f"{reading.side}.chunks"]).long().view(-1, 4) for row in read]
         sizes = [len(row[f"{reading.side}.ids"]) for row in read]
-        blocks = [1 if self.columns.is_cut(row, reading.side) else reading.block_size for row in read]
+        cut = [row[f"{reading.side}.{CUT_COLUMN}"][0] for row in read]
+        blocks = [1 if is_cut else reading.block_size for is_cut in cut]
         return TeacherTokens(
             ids=ids,
             lengths=torch.tensor(
@@ -241,17 +269,3 @@ class Loader:
             sample=torch.repeat_interleave(torch.tensor([len(span) for span in spans])),
             number=torch.cat([torch.arange(len(span)) for span in spans]),
         )
-
-
-@functools.lru_cache(maxsize=4)
-def order_of_epoch(seed: int, epoch: int, num_samples: int) -> NDArray[numpy.int64]:
-    """Return the order in which an epoch reads the samples, a permutation, from (seed, epoch) alone.
-
-    Sorts one 64-bit draw per sample of a counter-based generator keyed by (seed, epoch). The raw stream of
-    a bit generator is the part of numpy.random that is promised to stay the same (NEP 19); `permutation` is
-    not.
-    """
-    draws = numpy.random.Philox(key=[seed & (2**64 - 1), epoch]).random_raw(num_samples)
-    order = numpy.argsort(draws, kind="stable")
-    order.flags.writeable = False
-    return order

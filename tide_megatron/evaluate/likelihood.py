@@ -26,7 +26,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.segments import segment_sums
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context
@@ -44,6 +44,8 @@ from tide_megatron.text.tokenizer import Tokenizer
 
 EVALUATION_SEED = 20260426
 """Seed of all evaluation noise; fixed so that figures of different runs are paired."""
+CANDIDATES = 2**20
+"""Of data with more samples, about so many, evenly spread, are those that some are drawn from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,8 +177,7 @@ def evaluate(
         device: where the scorer computes.
     """
     loader = dataclasses.replace(loader, sides={})  # one model is scored: nobody else's tokens are needed
-    names, sources = loader.columns.sources
-    drawn = scored_samples(sources, options.samples)
+    drawn, sources = drawn_samples(loader, options.samples)
     shard, microbatch = loader.shard, options.microbatch
     sums = torch.zeros(4, len(drawn), len(options.times), dtype=torch.float64, device=device)
     calibration = Calibration.empty(len(drawn), device) if options.calibration else None
@@ -215,9 +216,17 @@ def evaluate(
         masked=sums[2],
         reply_bytes=sums[3, :, 0],
         samples=drawn,
-        sources=[names[sources[sample]] for sample in drawn],
+        sources=sources,
         calibration=calibration,
     )
+
+
+def drawn_samples(loader: Loader, samples: int) -> tuple[list[int], list[str]]:
+    """Return which samples are scored, and the source of each."""
+    candidates = loader.columns.spread(CANDIDATES)
+    names, numbers = loader.columns.sources_of(candidates)
+    places = scored_samples(numbers, samples)
+    return candidates[places].tolist(), [names[numbers[place]] for place in places]
 
 
 def scored_samples(sources: NDArray[numpy.int64], samples: int) -> list[int]:

@@ -105,7 +105,8 @@ def _submission(recipe: Recipe, runs: Sequence[Recipe], options: JobOptions) -> 
     seen: set[str] = set()
     for run in runs:
         models = {"student": run.student, **run.teachers}.values()
-        named = [model.folder for model in models] + [run.data.train, run.data.held_out or run.data.train]
+        named = [model.folder for model in models] + [*run.data.folders.values()]
+        named += [run.data.held_out] if run.data.held_out is not None else []
         named += [run.branch.folder] if run.branch is not None else []
         seen |= {run.folder, *named}
     python = options.python or ("python3" if options.container else sys.executable)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ from tide_megatron.train.folder import (
 from tide_megatron.train.guard import Guard
 from tide_megatron.train.history import note_end, note_start, noting_faults
 from tide_megatron.train.last_step import Deadline, LastStep, lost_steps
-from tide_megatron.train.metrics import Metrics
+from tide_megatron.train.metrics import Metrics, report_step
 from tide_megatron.train.preflight import compare_ranks, measure_ranks
 from tide_megatron.train.preflight_report import Preflight, write_preflight
 from tide_megatron.train.profile import Profiler
@@ -62,7 +61,7 @@ from tide_megatron.train.saving import Costs, go_back, make_saver, note_score, s
 from tide_megatron.train.setup import Setup, set_up
 from tide_megatron.train.startup import FirstUpdate
 from tide_megatron.train.status import write_status
-from tide_megatron.train.step import StepResult, train_step
+from tide_megatron.train.step import train_step
 from tide_megatron.train.step_input import Ahead
 
 log = logging.getLogger(__name__)
@@ -291,7 +290,7 @@ def _loop(
         first.done()
         HEARTBEAT.update()
         profiler.after(clock)
-        _report(metrics, recipe, result, before, clock)
+        report_step(metrics, recipe, setup.loader, result, before, clock)
         is_lost = guard.after_step(before, result.objective, update.grad_norm, applied=update.applied)
         deadline.after_step()
         stopped, is_lost = any_rank(stop.requested, is_lost)
@@ -332,49 +331,6 @@ def _back(recipe: Recipe, setup: Setup, saver: Saver, guard: Guard, clock: Clock
     return clock
 
 
-def _report(metrics: Metrics, recipe: Recipe, result: StepResult, before: Clock, after: Clock) -> None:
-    """Hand one step's values to the metrics."""
-    if not result.update.applied:
-        log.warning(
-            "step %d was skipped: gradient norm %s, terms %s (%d skipped so far)",
-            after.step,
-            result.update.grad_norm,
-            {name: round(value, 4) for name, value in result.terms.items()},
-            after.skipped,
-        )
-        for name, ids in result.broken.items():
-            log.warning(
-                "teachers.%s: its answer is not finite for samples %s of data.train", name, _listed(ids)
-            )
-    metrics.step(
-        after,
-        averaged={
-            "loss": result.objective,
-            **{f"loss/{name}": value for name, value in result.terms.items()},
-            **{f"items/{name}": value for name, value in result.items.items()},
-            "grad_norm": result.update.grad_norm,
-            "hidden_share": result.masked / max(1, result.tokens),
-            **{f"bytes/{kind}": float(moved) for kind, moved in result.bytes.items() if moved},
-        },
-        latest={
-            "learning_rate": result.update.learning_rate,
-            **{
-                f"{kind}/{name}": value
-                for name, loss in recipe.terms.items()
-                for kind, value in loss.metrics(before).items()
-            },
-        },
-        tokens=result.tokens,
-        cost=result.cost,
-    )
-
-
-def _listed(ids: Sequence[int], most: int = 10) -> str:
-    """Write sample ids into a log line, the first ones only when there are many."""
-    more = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return ", ".join(map(str, ids[:most])) + more
-
-
 def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> Likelihood | None:
     """Score the student on held-out data, if there is any. All ranks call it."""
     if setup.held_out is None:
@@ -394,5 +350,8 @@ def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> L
     assert all(map(math.isfinite, values.values())), "a score is a finite number"
     for level in scores.by_time():
         values |= {f"{name}/{level['time']:g}": level[name] for name in tuple(values) if "/" not in name}
+    sources = scores.by_source()
+    for own in sources if len(sources) > 1 else ():
+        values |= {f"{name}/{own['source']}": own[name] for name in tuple(values) if "/" not in name}
     metrics.evaluated(clock, values)
     return scores

@@ -13,10 +13,11 @@ the lines of steps that were done but not saved, so the file reads as if the run
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,13 +25,17 @@ from typing import Any
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import PHASES, Phases
+from tide_megatron.data.loader import Loader
 from tide_megatron.parallel.collectives import gather_objects, gather_vectors
 from tide_megatron.train.cost import Cost, Devices
 from tide_megatron.train.progress import Progress
-from tide_megatron.train.recipe import MetricsOptions
+from tide_megatron.train.recipe import MetricsOptions, Recipe
 from tide_megatron.train.sinks import JsonLines, Record, Sink, TensorBoard, WeightsAndBiases, guarded
 from tide_megatron.train.slow_ranks import SlowRanks
 from tide_megatron.train.status import StatusPage
+from tide_megatron.train.step import StepResult
+
+log = logging.getLogger(__name__)
 
 PAUSES = ("evaluate", "checkpoint")
 """Phases that are not training: tokens per second leave them out."""
@@ -174,6 +179,52 @@ class Metrics:
             **{f"phase/{name}": spent / seconds for name, spent in phases.items()},
             **{f"peak_bytes/{name}": float(held) for name, held in self.phases.take_peaks().items()},
         }
+
+
+def report_step(
+    metrics: Metrics, recipe: Recipe, loader: Loader, result: StepResult, before: Clock, after: Clock
+) -> None:
+    """Hand one step's values to the metrics. All ranks call it after every step."""
+    if not result.update.applied:
+        log.warning(
+            "step %d was skipped: gradient norm %s, terms %s (%d skipped so far)",
+            after.step,
+            result.update.grad_norm,
+            {name: round(value, 4) for name, value in result.terms.items()},
+            after.skipped,
+        )
+        for name, ids in result.broken.items():
+            log.warning(
+                "teachers.%s: its answer is not finite for samples %s of data.train", name, _listed(ids)
+            )
+    metrics.step(
+        after,
+        averaged={
+            "loss": result.objective,
+            **{f"loss/{name}": value for name, value in result.terms.items()},
+            **{f"items/{name}": value for name, value in result.items.items()},
+            "grad_norm": result.update.grad_norm,
+            "hidden_share": result.masked / max(1, result.tokens),
+            **{f"bytes/{kind}": float(moved) for kind, moved in result.bytes.items() if moved},
+        },
+        latest={
+            "learning_rate": result.update.learning_rate,
+            **{
+                f"{kind}/{name}": value
+                for name, loss in recipe.terms.items()
+                for kind, value in loss.metrics(before).items()
+            },
+            **{f"epochs/{name}": epochs for name, epochs in loader.columns.epochs(after.consumed).items()},
+        },
+        tokens=result.tokens,
+        cost=result.cost,
+    )
+
+
+def _listed(ids: Sequence[int], most: int = 10) -> str:
+    """Write sample ids into a log line, the first ones only when there are many."""
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return ", ".join(map(str, ids[:most])) + more
 
 
 def means(steps: list[Mapping[str, float]]) -> dict[str, float]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import tide_megatron.platform
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.errors import ConfigError, DataError
+from tide_megatron.base.errors import ConfigError, DataError, under
 from tide_megatron.base.phases import Phases
 from tide_megatron.base.startup import STARTUP
 from tide_megatron.diffusion.views import Complementary
@@ -153,15 +151,6 @@ def placed(choice: Model, architecture: Architecture, device: Device) -> Placed:
         fp8=_fp8(choice),
         is_student=isinstance(choice, StudentModel),
     )
-
-
-@contextlib.contextmanager
-def under(key: str) -> Iterator[None]:
-    """Put the key of the recipe's part before what a lower layer says of its field."""
-    try:
-        yield
-    except ConfigError as fault:
-        raise ConfigError(f"{key}.{fault}") from None
 
 
 def build_student(recipe: Recipe, plan: ModelPlan, device: Device) -> Student:

@@ -131,7 +131,7 @@ def folders(recipe: Recipe) -> dict[str, Path]:
     held_out = {} if recipe.data.held_out is None else {"data.held_out": Path(recipe.data.held_out)}
     return {
         CODE: Path(tide_megatron.__file__).parent,
-        "data.train": Path(recipe.data.train),
+        **{key: Path(folder) for key, folder in recipe.data.folders.items()},
         **held_out,
         **{key: Path(model.folder) for key, model in _models(recipe).items()},
     }

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.base.files import local_path
-from tide_megatron.base.options import ADDED, MACHINE, PLACE, STRICT, Off, Paper, Was
+from tide_megatron.base.options import ADDED, MACHINE, PLACE, STRICT, Folder, Off, Paper, Was
 from tide_megatron.checkpoint.retention import Checkpoints
+from tide_megatron.data.blend import BlendSource
 from tide_megatron.data.loader import Deal
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
@@ -30,19 +30,6 @@ from tide_megatron.models.engine import EngineChoice
 from tide_megatron.models.precision import NO_PRECISION, Fp8Options
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.train.guard import GuardOptions
-
-
-def _local(word: str) -> str:
-    """Return a folder as it is meant (`local_path`), with pydantic's kind of error."""
-    try:
-        path = local_path(word)
-    except ConfigError as fault:
-        raise ValueError(str(fault)) from None
-    return str(path) if word.startswith("~") else word  # as written else: `./~x` must not become `~x`
-
-
-Folder = Annotated[str, Field(min_length=1), AfterValidator(_local)]
-"""A folder; the empty string would silently be the current one, and `~` a folder of that name."""
 
 
 def _no_fp8(word: object) -> object:
@@ -140,12 +127,28 @@ class StudentModel(Model):
 class Data:
     """Prepared data folders (`tide prepare`)."""
 
-    train: Annotated[Folder, PLACE]
-    """What is learned from."""
+    train: Annotated[Folder | None, PLACE] = None
+    """What is learned from; null: `blend` says so."""
+    blend: Annotated[dict[str, BlendSource], ADDED] = Field(default_factory=dict)
+    """In place of `train`: name of each source -> its folder and its share. The names are the metrics'."""
     held_out: Annotated[Folder | None, PLACE] = None
     """What scores are made on; None: there are none."""
     fixed_length: int | None = Field(default=None, ge=1)
     """Pad every sample to this many tokens (spec section 1 item 10); None: to the microbatch's longest."""
+
+    def __post_init__(self) -> None:
+        """Refuse a run that learns from nothing, or from two things."""
+        if (self.train is None) != bool(self.blend):
+            missing = "is required, or data.blend in its place"
+            fault = "give it or data.blend, not both" if self.blend else missing
+            raise ConfigError(f"data.train: {fault}; set one of the two in the recipe")
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """What is learned from, by recipe key."""
+        if self.train is not None:
+            return {"data.train": self.train}
+        return {f"data.blend.{name}": source.folder for name, source in self.blend.items()}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -165,7 +168,11 @@ class BatchOptions:
     samples: int = Field(default=64, ge=1)
     """Samples per update, over all ranks and accumulation."""
     microbatch: Annotated[int | None, MACHINE] = Field(default=None, ge=1)
-    """Samples per rank and forward pass; None: everything at once."""
+    """Samples per rank and forward pass; None: everything at once, or what `tokens` has room for."""
+    tokens: Annotated[int | None, MACHINE] = Field(default=None, ge=1)
+    """In place of `microbatch`: most positions of a forward pass, pads among them, of the student and of any
+    teacher's own tokens. Few long samples are read together, or many short ones, padded to at most eight
+    lengths, and every rank has equally many microbatches."""
     deal: Annotated[Deal, MACHINE] = "length"
     """How an update's samples are shared out to ranks and microbatches: `length`: like beside like, so that
     few positions are pads and ranks have even work; `order`: as they come. The update is the same."""
@@ -173,9 +180,13 @@ class BatchOptions:
     def accumulation(self, world: int) -> tuple[int, int]:
         """Return (samples per microbatch, microbatches per update) on `world` ranks.
 
+        With `tokens` it is one microbatch, which the loader cuts.
+
         Raises:
             ConfigError: when the update cannot be cut evenly; names the nearest size that can.
         """
+        if self.tokens is not None and self.microbatch is not None:
+            raise ConfigError("batch.tokens: give it or batch.microbatch, not both")
         if self.samples % world:
             good = max(world, round(self.samples / world) * world)
             raise ConfigError(

@@ -25,15 +25,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from tide_megatron.base.errors import ConfigError, DataError, nearest
+from tide_megatron.base.errors import ConfigError, DataError, nearest, under
 from tide_megatron.base.files import local_path
 from tide_megatron.base.options import options_of, without_machine
+from tide_megatron.data.blend import BlendedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import read_manifest
 from tide_megatron.losses import LOSSES
-from tide_megatron.train.recipe import Recipe
+from tide_megatron.train.recipe import Data, Recipe
 
 Tree = dict[str, Any]
-_NAMED = frozenset(option.name for option in options_of(Recipe) if option.is_named)
+_NAMED = frozenset(
+    f"{section}{option.name}"
+    for section, kind in (("", Recipe), ("data.", Data))
+    for option in options_of(kind)
+    if option.is_named
+)
 """Sections whose entries have names that the recipe gives."""
 
 
@@ -215,7 +222,7 @@ def _with_steps(recipe: Recipe, *, is_open: bool) -> Recipe:
         DataError: the training data cannot be read.
     """
     try:
-        samples = read_manifest(Path(recipe.data.train)).samples
+        samples = _epoch_samples(recipe)
     except DataError as fault:
         raise DataError(f"epochs: {recipe.epochs} need the training data, or give steps: {fault}") from None
     steps = math.ceil(round((recipe.epochs or 0) * samples / recipe.batch.samples, 6))
@@ -225,6 +232,21 @@ def _with_steps(recipe: Recipe, *, is_open: bool) -> Recipe:
             "give one of the two (steps=null or epochs=null takes the other away)"
         )
     return dataclasses.replace(recipe, steps=steps)
+
+
+def _epoch_samples(recipe: Recipe) -> int:
+    """Return how many samples an epoch has."""
+    if recipe.data.train is not None:
+        return read_manifest(Path(recipe.data.train)).samples
+    opened = {
+        name: (source, PreparedData(Path(source.folder), compare_digests=False))
+        for name, source in recipe.data.blend.items()
+    }
+    with under("data.blend"):
+        samples = BlendedData(opened, recipe.seed).epoch_samples()
+    if samples is None:
+        raise ConfigError("epochs: the weights of data.blend do not say how long one is: give steps")
+    return samples
 
 
 def _build_loss(name: str, options: Any) -> Any:

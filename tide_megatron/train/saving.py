@@ -39,7 +39,7 @@ def identity_of(tree: Tree, setup: Setup) -> RunIdentity:
     return RunIdentity(
         recipe=tree,
         recipe_digest=digest(tree),
-        data=setup.loader.columns.manifest.digest,
+        data=setup.loader.columns.digest,
         contents=setup.contents,
     )
 
@@ -108,8 +108,9 @@ def checked_clock(found: Path, run: RunIdentity) -> Clock:
         raise CheckpointError(f"{found}: its recipe is not readable ({fault}); remove it") from None
     if old.data != run.data:
         where = run.recipe["data"]["train"]
+        what = f"data.train {where}" if where else "a source of data.blend, or its share,"
         raise CheckpointError(
-            f"{found}: data.train {where} was prepared anew since, so the position in it means "
+            f"{found}: {what} was prepared anew since, so the position in it means "
             "nothing; use the old data, or another folder= or --fresh to start over"
         )
     was, wanted = (recipe["optimizer"]["distributed"] for recipe in (old.recipe, run.recipe))

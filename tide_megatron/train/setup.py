@@ -16,12 +16,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.errors import ConfigError, TideError, nearest
+from tide_megatron.base.errors import ConfigError, TideError, under
 from tide_megatron.base.phases import Phases
 from tide_megatron.base.startup import STARTUP
-from tide_megatron.data.columns import PreparedData
-from tide_megatron.data.loader import Loader, SideReading
-from tide_megatron.diffusion.mask import Context
+from tide_megatron.data.dataset import PreparedData
+from tide_megatron.data.loader import Loader
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.budget import HeadShape
 from tide_megatron.head.loss import HeadLoss, check_budget
@@ -31,6 +30,7 @@ from tide_megatron.parallel.collectives import broadcast_object, fail_together, 
 from tide_megatron.parallel.vocab_group import make_vocab_group
 from tide_megatron.text.align import differing_ids, require_shared
 from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.train.data import open_loader
 from tide_megatron.train.models import (
     ModelPlan,
     build_student,
@@ -41,7 +41,6 @@ from tide_megatron.train.models import (
     head_shape,
     placed,
     read_plan,
-    under,
 )
 from tide_megatron.train.placement import drawn, placement_table
 from tide_megatron.train.recipe import Recipe
@@ -142,15 +141,19 @@ def examine(recipe: Recipe, device: Device, place: tuple[int, int], *, headers: 
 def _examine_data(recipe: Recipe, place: tuple[int, int], found: Examination) -> None:
     """Open the data for its readers, or by itself where they or the batch cannot be."""
     is_fine = "student" in found.plans and _can_be_cut(recipe, place[1])
-    readers = {name: plan for name, plan in found.plans.items() if name != "student"}
-    for part, folder in (("train", recipe.data.train), ("held_out", recipe.data.held_out)):
+    parts = {"train": recipe.data.folders}
+    if recipe.data.held_out:
+        parts["held_out"] = {"data.held_out": recipe.data.held_out}
+    for part, folders in parts.items():
         with found.noting():
-            if folder and is_fine:
+            if is_fine:
                 tokenizer, is_trained_on = found.plans["student"].tokenizer, part == "train"
-                loader = open_loader(recipe, folder, tokenizer, readers, place, is_trained_on=is_trained_on)
-                found.data[part] = _with_vocabularies(loader, found.plans)
-            elif folder:
-                PreparedData(Path(folder))
+                found.data[part] = open_loader(
+                    recipe, folders, tokenizer, found.plans, place, is_trained_on=is_trained_on
+                )
+            else:
+                for folder in folders.values():
+                    PreparedData(Path(folder))
 
 
 def _can_be_cut(recipe: Recipe, world: int) -> bool:
@@ -177,7 +180,7 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
     readers = {name: plan for name, plan in plans.items() if name != "student"}
     loader, held_out, shapes = found.data["train"], found.data.get("held_out"), found.shapes
     if held_out:
-        contents["data.held_out"] = held_out.columns.manifest.digest
+        contents["data.held_out"] = held_out.columns.digest
     phases = Phases(device.torch_device)
     with STARTUP("groups"):
         group = make_vocab_group([plan.architecture.vocabulary for plan in plans.values()], ranks)
@@ -216,88 +219,6 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
         tokenizers={name: plan.tokenizer for name, plan in readers.items()},
         contents=contents,
     )
-
-
-def open_loader(
-    recipe: Recipe,
-    folder: str,
-    tokenizer: Tokenizer,
-    readers: Mapping[str, ModelPlan],
-    place: tuple[int, int],
-    *,
-    is_trained_on: bool,
-) -> Loader:
-    """Open a prepared data folder for this rank; refuse one that was made with another tokenizer.
-
-    Args:
-        recipe: batch, seed, student.
-        folder: the data.
-        tokenizer: the student's.
-        readers: the teachers; each reads the side that was prepared for its tokenizer and template, if there
-            is one, else the student's tokens.
-        place: (this rank, ranks).
-        is_trained_on: whether chunks are kept whole in it; held-out tokens are masked as drawn.
-    """
-    samples, accumulate = recipe.batch.accumulation(place[1])
-    with under("data"):
-        columns = PreparedData(Path(folder), tokenizer=tokenizer)
-        sides = {}
-        for name, plan in readers.items():
-            side = columns.manifest.side_of(plan.tokenizer.digest)
-            if side is None:
-                _check_mask_of_side(columns, name, plan)
-            else:
-                sides[name] = SideReading(side=side, block_size=_filled_blocks(plan.choice.context))
-        for side in (recipe.noise.chunks_of or ()) if is_trained_on else ():
-            if side not in columns.manifest.sides:
-                raise ConfigError(
-                    f"train: {folder} has no side {side!r}, which noise.chunks_of names; "
-                    f"{nearest(side, columns.manifest.sides)}"
-                )
-            sides.setdefault(f"{side} chunks", SideReading(side=side))
-        return Loader(
-            columns=columns,
-            samples=samples,
-            accumulate=accumulate,
-            shard=recipe.student.layout.data_shard(*place),
-            deal=recipe.batch.deal,
-            seed=recipe.seed,
-            block_size=_filled_blocks(recipe.student.context),
-            fixed_length=recipe.data.fixed_length,
-            sides=sides,
-        )
-
-
-def _check_mask_of_side(columns: PreparedData, name: str, plan: ModelPlan) -> None:
-    """Refuse data whose side of a teacher's name has this teacher's tokens and another mask token.
-
-    Otherwise the teacher would be taken for one that reads the student's tokens.
-    """
-    side = columns.manifest.sides.get(name)
-    differences = side.tokenizer.differences(plan.tokenizer) if side else []
-    if len(differences) == 1 and differences[0].startswith("its mask token"):
-        raise ConfigError(
-            f"{columns.folder}: side {name!r}: {differences[0]}; prepare the data again with --teacher "
-            f"{name}={plan.choice.folder}, or set {plan.key}.mask to the token that it was prepared with"
-        )
-
-
-def _with_vocabularies(loader: Loader, plans: Mapping[str, ModelPlan]) -> Loader:
-    """Return the loader that knows how many ids each model that reads from it has rows for."""
-    known = {name: (plan.architecture.vocabulary, plan.key) for name, plan in plans.items()}
-    return dataclasses.replace(
-        loader,
-        known=min(limit for name, limit in known.items() if name not in loader.sides),
-        sides={
-            name: dataclasses.replace(reading, known=known.get(name))
-            for name, reading in loader.sides.items()
-        },
-    )
-
-
-def _filled_blocks(context: Context) -> int:
-    """Return the block size up to which samples are filled with end tokens."""
-    return 1 if context.kind == "bidirectional" else context.block_size
 
 
 def _kept_whole(recipe: Recipe, loader: Loader) -> tuple[str, ...]:

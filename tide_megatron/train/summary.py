@@ -15,6 +15,8 @@ from tide_megatron.base.device import Device, choose_device
 from tide_megatron.base.errors import ConfigError, TideError
 from tide_megatron.checkpoint.metadata import RunIdentity
 from tide_megatron.checkpoint.retention import listed
+from tide_megatron.data.blend import BlendedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.train.branch import branch_source
 from tide_megatron.train.folder import CHECKPOINTS, check_folder, finished_result
 from tide_megatron.train.models import computed, placed
@@ -54,9 +56,11 @@ def print_summary(recipe: Recipe, tree: Tree, world: int, *, resume: bool = True
     with contextlib.suppress(ConfigError):  # it is among the faults
         samples, microbatches = recipe.batch.accumulation(world)
         split = f"{world} rank(s) x {microbatches} microbatch(es) x {samples}"
+        if recipe.batch.tokens is not None:
+            split = f"{world} rank(s) x microbatches of at most {recipe.batch.tokens} positions"
         console.print(f"{recipe.batch.samples} samples an update = {split}", highlight=False)
     if "train" in found.data:
-        console.print(_reach(recipe, found.data["train"].num_samples), highlight=False)
+        console.print(_reach(recipe, found.data["train"].columns), highlight=False)
     console.print(_models(recipe, found, device, world))
     console.print()
     if len(found.plans) > len(recipe.teachers):
@@ -71,10 +75,17 @@ def print_summary(recipe: Recipe, tree: Tree, world: int, *, resume: bool = True
     console.print("no fault was found; weights and what teachers know are looked at when the run starts")
 
 
-def _reach(recipe: Recipe, samples: int) -> str:
+def _reach(recipe: Recipe, columns: PreparedData | BlendedData) -> str:
     """Say how often a run reads its data."""
-    read = recipe.steps * recipe.batch.samples
-    return f"{recipe.steps} steps read {read} samples: {read / samples:.3g} epochs of {samples}"
+    read, samples = recipe.steps * recipe.batch.samples, len(columns)
+    if not isinstance(columns, BlendedData):
+        return f"{recipe.steps} steps read {read} samples: {read / samples:.3g} epochs of {samples}"
+    given, epochs = columns.given(read), columns.epochs(read)
+    lines = [
+        f"  {name}: {given[name]} ({given[name] / read:.1%}), {epochs[name]:.3g} epochs of {len(member)}"
+        for name, member in columns.members.items()
+    ]
+    return "\n".join([f"{recipe.steps} steps read {read} samples of a blend:", *lines])
 
 
 def _standing(recipe: Recipe, tree: Tree, found: Examination, *, resume: bool) -> str:
@@ -95,8 +106,8 @@ def _standing(recipe: Recipe, tree: Tree, found: Examination, *, resume: bool) -
         return f"{folder}: {len(checkpoints)} checkpoint(s), not compared because of the faults"
     contents = model_contents(found.plans)
     if "held_out" in found.data:
-        contents["data.held_out"] = found.data["held_out"].columns.manifest.digest
-    data = found.data["train"].columns.manifest.digest
+        contents["data.held_out"] = found.data["held_out"].columns.digest
+    data = found.data["train"].columns.digest
     run = RunIdentity(recipe=tree, recipe_digest=digest(tree), data=data, contents=contents)
     clock = with_steps(checked_clock(checkpoints[-1], run), recipe)
     if finished_result(folder, tree) is not None:

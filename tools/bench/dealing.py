@@ -3,16 +3,18 @@
     python tools/bench/dealing.py --json               (counts pads, then trains both ways in turns)
     python tools/bench/dealing.py --pairs 0 --json     (counts only)
 
-Counts the student's positions of whole updates over one epoch, as they come (`order`, the baseline) and dealt
-by length (`length`), for several ranks and microbatches: of the quickstart's data, and of chats of mixed
-lengths made of it (functions joined until a log-normal length is reached: median 96 tokens, sigma 0.9, at
-most 480). Then trains the quickstart's student beside its mixture on two CPU ranks on the mixed lengths, both
-ways in turns, and compares CPU seconds. Needs the quickstart's data (`python examples/quickstart/data.py`).
+Counts the student's positions of whole updates over one epoch, as they come (`order`, the baseline), dealt by
+length (`length`), and cut by a budget of positions (`tokens`: what the longest samples need in the others),
+for several ranks and microbatches: of the quickstart's data, and of chats of mixed lengths made of it
+(functions joined until a log-normal length is reached: median 96 tokens, sigma 0.9, at most 480). Then trains
+the quickstart's student beside its mixture on two CPU ranks on the mixed lengths, all ways in turns, and
+compares CPU seconds. Needs the quickstart's data (`python examples/quickstart/data.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -27,24 +29,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 from bench.cost import machine
 from bench.fp8_students import RECIPE, TEACHER
 from tide_megatron import api
-from tide_megatron.data.columns import PreparedData
-from tide_megatron.data.loader import Deal, Loader
+from tide_megatron.data.dataset import PreparedData
+from tide_megatron.data.loader import Loader
 from tide_megatron.data.prepare import prepare
 from tide_megatron.parallel.layout import DataShard
 from tide_megatron.text.tokenizer import Tokenizer
 
 STUDENT = Path("examples/quickstart/models/student")
-WAYS: tuple[Deal, ...] = ("order", "length")
+WAYS = ("order", "length", "tokens")
 CUTS = ((1, 64, 1), (2, 8, 4), (8, 8, 1), (8, 8, 4), (64, 8, 1))
 """(ranks, samples a microbatch, microbatches an update)."""
 
 
-def pads(data: PreparedData, deal: Deal, cut: tuple[int, int, int], block_size: int) -> dict[str, float]:
+def pads(data: PreparedData, way: str, cut: tuple[int, int, int], block_size: int) -> dict[str, float]:
     """Return the share of positions that are pads, and the time lost where ranks wait for the longest one.
 
     Args:
         data: prepared.
-        deal: how updates are shared out.
+        way: how updates are shared out, of `WAYS`; `tokens` has as many positions as `order` may need.
         cut: of `CUTS`.
         block_size: samples are filled up to whole ones.
     """
@@ -54,26 +56,36 @@ def pads(data: PreparedData, deal: Deal, cut: tuple[int, int, int], block_size: 
         samples=samples,
         accumulate=accumulate,
         shard=DataShard(rank=0, size=ranks),
-        deal=deal,
+        deal="order" if way == "order" else "length",
         block_size=block_size,
     )
-    tokens = positions = waited = 0
+    if way == "tokens":
+        loader = dataclasses.replace(loader, tokens=samples * loader.rungs[0].lengths[-1])
+    tokens = positions = waited = passes = updates = 0
+    lengths = set()
     for consumed in range(0, len(data) - loader.update_samples, loader.update_samples):
-        rows = [row for row, _ in loader.dealt(consumed)]
-        real = [-(-int(length) // block_size) * block_size for length in data.lengths(rows, [None])[:, 0]]
-        tokens += sum(real)
-        for first in range(0, len(real), ranks * samples):
-            turn = real[first : first + ranks * samples]
-            longest = [max(turn[start : start + samples]) for start in range(0, len(turn), samples)]
-            positions += samples * sum(longest)
-            waited += samples * len(longest) * max(longest)
-    return {"pads": 1 - tokens / positions, "pads_and_waiting": 1 - tokens / waited}
+        found, dealt = loader.dealt(consumed)
+        real = data.lengths([row for row, _ in found], [None])[:, 0]
+        real = -(-real // block_size) * block_size
+        tokens, updates = tokens + int(real.sum()), updates + 1
+        for turn in zip(*dealt, strict=True):
+            own = [(len(one.places), one.lengths or [real[list(one.places)].max()]) for one in turn]
+            work = [number * int(length[0]) for number, length in own]
+            lengths |= {int(length[0]) for _, length in own}
+            positions, waited, passes = positions + sum(work), waited + len(work) * max(work), passes + 1
+    return {
+        "pads": 1 - tokens / positions,
+        "pads_and_waiting": 1 - tokens / waited,
+        "microbatches": passes / updates,
+        "lengths": len(lengths),
+    }
 
 
-def cpu_seconds(folder: Path, data: Path, deal: Deal, steps: int) -> tuple[float, float]:
+def cpu_seconds(folder: Path, data: Path, way: str, steps: int) -> tuple[float, float]:
     """Train on two ranks; return CPU seconds and the last update's loss."""
-    words = [f"folder={folder}", f"data.train={data}", f"steps={steps}", "device=cpu", f"batch.deal={deal}"]
-    words += ["batch.samples=64", "batch.microbatch=8", "evaluation.samples=16", "metrics.every=1"]
+    cut = ["batch.tokens=4096"] if way == "tokens" else ["batch.microbatch=8", f"batch.deal={way}"]
+    words = [f"folder={folder}", f"data.train={data}", f"steps={steps}", "device=cpu", *cut]
+    words += ["batch.samples=64", "evaluation.samples=16", "metrics.every=1"]
     result = api.train(RECIPE, [*words, *TEACHER], ranks=2, resume=False)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return result["cpu_seconds"], [line["loss"] for line in lines if line["kind"] == "train"][-1]
@@ -118,26 +130,25 @@ def main() -> None:
         ratios = []
         for number in range(given.pairs):
             spent = {
-                deal: cpu_seconds(
-                    Path(folder) / f"{deal}-{number}", Path(folder) / "mixed", deal, given.steps
-                )
-                for deal in WAYS
+                way: cpu_seconds(Path(folder) / f"{way}-{number}", Path(folder) / "mixed", way, given.steps)
+                for way in WAYS
             }
-            ratios.append(spent["order"][0] / spent["length"][0])
-            print(f"pair {number}: CPU seconds, last loss {spent}: {ratios[-1]:.3f} times", flush=True)
-    found["dealt_ratio"] = statistics.median(ratios) if ratios else None
+            ratios.append({way: spent["order"][0] / spent[way][0] for way in WAYS[1:]})
+            print(f"pair {number}: CPU seconds, last loss {spent}: {ratios[-1]} times", flush=True)
+    for way, name in zip(WAYS[1:], ("dealt_ratio", "budget_ratio"), strict=True):
+        found[name] = statistics.median(ratio[way] for ratio in ratios) if ratios else None
     if given.json:
         print(json.dumps(found))
 
 
 def counted(data: PreparedData) -> dict[str, Any]:
-    """Return the share of pads for every cut, both ways."""
+    """Return the share of pads for every cut, all ways."""
     cuts = {
         f"{ranks} ranks x {accumulate} x {size}": (ranks, size, accumulate)
         for ranks, size, accumulate in CUTS
     }
     shares = {
-        name: {deal: pads(data, deal, cut, block_size=16) for deal in WAYS}
+        name: {way: pads(data, way, cut, block_size=16) for way in WAYS}
         for name, cut in cuts.items()
         if math.prod(cut) < len(data)
     }

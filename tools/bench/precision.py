@@ -40,7 +40,7 @@ from tide_megatron.platform import start_distributed, stop_distributed
 
 from bench.cost import machine
 from tide_megatron.base.device import Device
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.diffusion.batch import Noised
 from tide_megatron.diffusion.mask import Context

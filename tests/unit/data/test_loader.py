@@ -5,15 +5,15 @@ import itertools
 import json
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
 from tests.small_tokenizer import write_chats
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.columns import PreparedData
-from tide_megatron.data.loader import Loader, order_of_epoch
+from tide_megatron.data.dataset import PreparedData
+from tide_megatron.data.loader import Loader
 from tide_megatron.data.manifest import Manifest, TokenizerMetadata
+from tide_megatron.data.order import order_of_epoch
 from tide_megatron.data.prepare import prepare
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.parallel.layout import DataShard
@@ -121,27 +121,6 @@ def test_resuming_is_starting_further_on(columns):
 def test_a_data_set_smaller_than_an_update_goes_round(columns):
     seen = stream(columns, 1, samples=60)
     assert [epoch for _, epoch in seen] == [0] * 23 + [1] * 23 + [2] * 14
-
-
-def test_the_order_depends_on_seed_and_epoch_only():
-    orders = [order_of_epoch(seed, epoch, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-    numpy.random.seed(5)
-    order_of_epoch.cache_clear()
-    assert order_of_epoch(1, 1, 50).tolist() == orders[3]
-
-
-def test_the_order_is_pinned():
-    # A change here reorders the data of every run: resumed runs would read samples twice and others never.
-    assert order_of_epoch(42, 0, 10).tolist() == [7, 1, 6, 4, 3, 5, 9, 0, 2, 8]
-
-
-def test_orders_are_uniform():
-    orders = numpy.stack([order_of_epoch(7, epoch, 4) for epoch in range(2400)])
-    counts = numpy.unique(orders, axis=0, return_counts=True)[1]
-    assert len(counts) == 24
-    assert numpy.abs(counts - 100).max() < 45  # four and a half standard deviations
 
 
 def test_labels_and_bytes_belong_to_their_sample(columns, tokenizer):

@@ -13,7 +13,7 @@ from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data import columns
 from tide_megatron.data import prepare as preparation
 from tide_megatron.data import sample as sampling
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.record import Reading
@@ -23,6 +23,11 @@ from tide_megatron.text.tokenizer import Tokenizer
 
 def entries(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def sources(columns):
+    """Return the sources' names, and the number of every sample's own."""
+    return columns.sources_of(columns.spread(len(columns)))
 
 
 def run(sources, tokenizer, out, **options):
@@ -319,7 +324,7 @@ def test_every_sample_remembers_its_source(tokenizer, tmp_path, files, names, co
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("\n".join(from_sources(*words)))
     run([tmp_path / name for name in files], tokenizer, tmp_path / "out")
-    found, numbers = PreparedData(tmp_path / "out").sources
+    found, numbers = sources(PreparedData(tmp_path / "out"))
     assert list(found) == names
     assert numbers.tolist() == column
 
@@ -349,10 +354,10 @@ def test_data_of_an_earlier_release_is_read_by_its_files(tokenizer, chats, tmp_p
     run([other, chats], tokenizer, tmp_path / "cut", on_long="skip")
     for name in ("whole", "cut"):
         without_column(tmp_path / name)
-    names, numbers = PreparedData(tmp_path / "whole").sources
+    names, numbers = sources(PreparedData(tmp_path / "whole"))
     assert names == ("other.jsonl", "chats.jsonl")
     assert numbers.tolist() == [0, 0, *[1] * len(PAIRS)]
-    names, numbers = PreparedData(tmp_path / "cut").sources  # nobody knows which record was left out
+    names, numbers = sources(PreparedData(tmp_path / "cut"))  # nobody knows which record was left out
     assert names == ("other.jsonl + chats.jsonl",)
     assert not numbers.any()
 
@@ -362,7 +367,7 @@ def test_too_many_sources_are_none(tokenizer, tmp_path, monkeypatch, caplog):
     for name in ("a", "b"):
         (tmp_path / name).write_text("\n".join(from_sources(*(f"https://{name}/{n}" for n in range(4)))))
     run([tmp_path / "a", tmp_path / "b"], tokenizer, tmp_path / "out")
-    assert PreparedData(tmp_path / "out").sources[0] == ("a", "b")
+    assert sources(PreparedData(tmp_path / "out"))[0] == ("a", "b")
     assert "more than 3 different words" in caplog.text
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.small_tokenizer import CHATML, write_chats, write_other, write_tokenizer
 from tide_megatron.base.errors import ConfigError, DataError, TideError
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import SideChoice

@@ -10,11 +10,12 @@ import os
 import threading
 import zlib
 
+import numpy
 import pytest
 
 from tests.small_tokenizer import write_chats
 from tide_megatron.base.errors import DataError
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.source import Frames, Source
 
@@ -112,5 +113,5 @@ def test_stdin_is_a_source(tokenizer, tmp_path, monkeypatch):
         prepare(["-"], tokenizer, tmp_path / "out", max_length=64)
     text.seek(0)
     prepare(["-"], tokenizer, tmp_path / "out", max_length=64, on_bad="skip")
-    assert PreparedData(tmp_path / "out").sources[0] == ("stdin",)
+    assert PreparedData(tmp_path / "out").sources_of(numpy.zeros(1, dtype=int))[0] == ("stdin",)
     assert not text.buffer.closed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.small_tokenizer import write_chats, write_tokenizer
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.data.prepare import prepare
 from tide_megatron.diffusion.mask import Context

@@ -153,9 +153,7 @@ def test_a_wrong_value_is_refused_with_key_and_value(tree, changes):
     )
 
 
-@pytest.mark.parametrize(
-    "key", ["steps", "folder", "student", "data", "losses", "student__folder", "data__train"]
-)
+@pytest.mark.parametrize("key", ["steps", "folder", "student", "data", "losses", "student__folder"])
 def test_a_missing_key_is_named(tree, key):
     with pytest.raises(ConfigError, match=f"^{key.replace('__', '.')}: is required; set it in the recipe$"):
         build_recipe(changed(tree, **{key: GONE}))

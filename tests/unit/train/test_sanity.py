@@ -13,7 +13,7 @@ import torch
 from tests.small_tokenizer import write_chats, write_other, write_tokenizer
 from tests.tiny_run import student_config, write_folder
 from tide_megatron.base.errors import TideError
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import SideChoice
@@ -24,11 +24,12 @@ from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.params import param_mappings
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.text.tokenizer import Tokenizer
+from tide_megatron.train.data import _check_side_is_unwanted
 from tide_megatron.train.models import read_plan
 from tide_megatron.train.recipe import StudentModel, TeacherModel
 from tide_megatron.train.resolve import build_recipe
 from tide_megatron.train.sanity import check_student, check_teachers, frequency_nll
-from tide_megatron.train.setup import _check_mask_of_side, set_up
+from tide_megatron.train.setup import set_up
 
 
 class Samples:
@@ -36,7 +37,7 @@ class Samples:
 
     def __init__(self, ids, maskable):
         self.batch = SimpleNamespace(ids=torch.tensor(ids), maskable=torch.tensor(maskable))
-        self.num_samples = len(ids)
+        self.columns = SimpleNamespace(spread=lambda most: torch.arange(len(ids)))
         self.asked = None
 
     def batch_of(self, rows):
@@ -265,6 +266,6 @@ def test_a_side_of_a_teachers_name_with_another_mask_is_refused(folder, tmp_path
         with pytest.raises(
             TideError, match=r"side 'own': its mask token has id 4 .*, this model's has 1 \(<role>\);"
         ):
-            _check_mask_of_side(columns, name, plan)
+            _check_side_is_unwanted(columns, name, plan)
     else:
-        _check_mask_of_side(columns, name, plan)
+        _check_side_is_unwanted(columns, name, plan)

@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny_run import write_cross_run
 from tide_megatron import api
-from tide_megatron.data.columns import PreparedData
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.record import Learn, Reading

@@ -32,7 +32,12 @@ class Watched:
 @pytest.fixture
 def said(caplog):
     caplog.set_level(logging.WARNING, "tide_megatron")
-    return lambda: [record.getMessage() for record in caplog.records]
+
+    def said():
+        return [record.getMessage() for record in caplog.records]
+
+    said.clear = caplog.clear
+    return said
 
 
 WAITS, WORKS = {"student": 0.1, "optimizer": 0.8}, {"student": 0.8, "optimizer": 0.1}
@@ -65,3 +70,20 @@ def test_every_window_stands_for_itself_and_scores_are_no_record_of_time(said):
     watched.run(10, WAITS, WAITS, WORKS)
     assert said() == [SLOW]
     watched.slow.close()
+
+
+def test_a_rank_that_waits_for_its_data_is_told_once_in_a_while(said):
+    starved = {"data": 0.15, "student": 0.8}
+    for hosts, ranks in (("a", [starved]), ("ab", [WORKS, starved])):
+        watched = Watched(hosts)
+        watched.run(WINDOW_SECONDS, *ranks)
+        told = f"rank {len(hosts) - 1} ({hosts[-1]}) waited 1.5 of the last 10 s for its data: "
+        assert [line.startswith(told) for line in said()] == [True]
+        watched.run(AGAIN_SECONDS - 20, *ranks)
+        assert len(said()) == 1
+        said.clear()
+
+
+def test_a_rank_that_hardly_waits_for_its_data_is_not_told(said):
+    Watched("a").run(100, {"data": 0.05, "student": 0.9})
+    assert not said()

@@ -9,9 +9,10 @@ import pytest
 
 from tests.small_tokenizer import write_chats
 from tide_megatron.base.errors import DataError
-from tide_megatron.data import columns as module
+from tide_megatron.data import dataset as module
 from tide_megatron.data import manifest
-from tide_megatron.data.columns import ColumnWriter, PreparedData
+from tide_megatron.data.columns import ColumnWriter
+from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import read_manifest
 from tide_megatron.data.prepare import prepare
 from tide_megatron.data.sample import COLUMNS
@@ -33,6 +34,16 @@ def refused(folder, **options):
     with pytest.raises(DataError) as caught:
         PreparedData(folder, **options)
     return str(caught.value)
+
+
+def broken(folder, replies):
+    """Make data of three samples; the second one's replies are the given ones."""
+    writer = ColumnWriter(folder, COLUMNS)
+    for sample in range(3):
+        good = {"ids": [1, 2, 3], "replies": [1, 3], "reply_bytes": [4]}
+        writer.add(good | {"replies": replies} if sample == 1 else good)
+    values, files = writer.finish()
+    edit(folder, lambda content: content.update(samples=3, columns=values, files=files), sign=True)
 
 
 @pytest.mark.parametrize("file", ["ids.bin", "ids.idx", "replies.bin", "replies.idx", "reply_bytes.bin"])
@@ -133,12 +144,7 @@ def test_columns_with_different_samples_are_refused(prepared, tokenizer, tmp_pat
 
 @pytest.mark.parametrize("replies", [[0, 9], [1], [], [0, 0], [2, 3, 4, 99]])
 def test_replies_outside_the_tokens_are_refused(prepared, replies):
-    writer = ColumnWriter(prepared, COLUMNS)
-    for sample in range(3):
-        good = {"ids": [1, 2, 3], "replies": [1, 3], "reply_bytes": [4]}
-        writer.add(good | {"replies": replies} if sample == 1 else good)
-    values, files = writer.finish()
-    edit(prepared, lambda content: content.update(samples=3, columns=values, files=files), sign=True)
+    broken(prepared, replies)
     assert "columns ids and replies disagree at sample 1 (3 tokens" in refused(prepared)
 
 
@@ -164,3 +170,20 @@ def test_the_data_set_has_one_name(prepared, chats, tokenizer, tmp_path):
     first, second = PreparedData(prepared).manifest, PreparedData(tmp_path / "other").manifest
     assert first.digest == json.loads((prepared / "manifest.json").read_text())["digest"]
     assert first.digest != second.digest
+
+
+@pytest.mark.parametrize("replies", [[0, 9], [1], [], [0, 0], [2, 3, 4, 99]])
+def test_rows_of_large_data_are_checked_when_they_are_read(prepared, monkeypatch, replies):
+    broken(prepared, replies)
+    monkeypatch.setattr(module, "HASHED_AT_OPEN_BYTES", 0)
+    columns = PreparedData(prepared)
+    assert columns.row(0)["ids"].tolist() == [1, 2, 3] == columns.row(2)["ids"].tolist()
+    with pytest.raises(DataError, match=r"columns ids and replies disagree at sample 1 \(3 tokens"):
+        columns.row(1)
+
+
+def test_opening_large_data_reads_no_values(prepared, monkeypatch):
+    monkeypatch.setattr(module, "HASHED_AT_OPEN_BYTES", 0)
+    monkeypatch.setattr(PreparedData, "_values", lambda self, column: pytest.fail(f"read {column}"))
+    monkeypatch.setattr(PreparedData, "_check", lambda self, *given: pytest.fail("all rows checked"))
+    assert len(PreparedData(prepared)) == 23
