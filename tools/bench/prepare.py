@@ -12,6 +12,7 @@ one core each, in turns; medians of CPU seconds count.
   alone.
 - `prepare_ratio`: the reference's map and one epoch of its collator's alignment, nothing written, against
   `tide prepare` with one process, columns on disk and digested; tokenizers are loaded before.
+- `three_turns`: the same two ratios for chats of three such pairs, in windows of three times the tokens.
 - `workers_ratio`: wall seconds of `tide prepare` with 1 and 2 processes, on `--copies` times the records.
 - `memory_mb_at_1x`, `memory_mb_at_10x`: what `tide prepare` with one process adds to one that has loaded
   the tokenizers, at most.
@@ -61,6 +62,7 @@ DEEPSEEK = (
 )
 TEACHER_MASK = "<｜▁pad▁｜>"
 MAX_LENGTH = 512
+TURNS = 3
 BATCH = 100
 Loaded = tuple[Tokenizer, Tokenizer]
 
@@ -103,14 +105,14 @@ def load_plain(folder: Path) -> tuple[PreTrainedTokenizerFast, PreTrainedTokeniz
     return student, teacher
 
 
-def prepared(folder: Path, text: Path, workers: int, both: Loaded) -> None:
+def prepared(folder: Path, text: Path, workers: int, both: Loaded, max_length: int = MAX_LENGTH) -> None:
     """Prepare a text with both tokenizers, over what is there."""
     student, teacher = both
     prepare(
         [text],
         student,
         folder / "data",
-        max_length=MAX_LENGTH,
+        max_length=max_length,
         on_long="truncate",
         sides={"teacher": SideChoice(tokenizer=teacher)},
         replace=True,
@@ -129,14 +131,14 @@ def aligned(both: Loaded, encoded: tuple[list[Encoded], list[Encoded]], texts: l
     return chunks
 
 
-def compare(folder: Path, text: Path, records: int, rounds: int) -> dict[str, Any]:
-    """Time both ways in turns, on one core."""
-    lines = list(itertools.islice(text.open("rb"), records))
-    some = folder / "some.jsonl"
-    some.write_bytes(b"".join(lines))
-    chats = [json.loads(line)["messages"] for line in lines]
+def compare(folder: Path, text: Path, records: int, rounds: int, turns: int) -> dict[str, Any]:
+    """Time both ways in turns, on one core; every `turns` pairs of the text are one chat."""
+    pairs = [json.loads(line)["messages"] for line in itertools.islice(text.open("rb"), records)]
+    chats = [list(itertools.chain(*pairs[n : n + turns])) for n in range(0, len(pairs), turns)]
+    some, longest = folder / f"some-{turns}.jsonl", turns * MAX_LENGTH
+    some.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     plain, ours = load_plain(folder), load(folder)
-    mapped = [one for chat in chats if (one := map_chat(chat, *plain, MAX_LENGTH)) is not None]
+    mapped = [one for chat in chats if (one := map_chat(chat, *plain, longest)) is not None]
     whole = [Chat(messages=chat) for chat in chats]
     sides = [
         [one for one in encode_chats(side, whole, aligned=True) if isinstance(one, Encoded)] for side in ours
@@ -150,9 +152,9 @@ def compare(folder: Path, text: Path, records: int, rounds: int) -> dict[str, An
     works: dict[str, Callable[[], object]] = {
         "loop": lambda: [chunks_of(one, *plain) for one in mapped],
         "align": lambda: aligned(ours, (sides[0], sides[1]), texts),
-        "reference": lambda: _one_epoch(chats, *plain),
+        "reference": lambda: _one_epoch(chats, plain, longest),
         "intersect": lambda: [align(*batch) for batch in batches],
-        "prepare": lambda: prepared(folder, some, 1, ours),
+        "prepare": lambda: prepared(folder, some, 1, ours, longest),
     }
     costs = median_costs(works, rounds)
     return {
@@ -168,12 +170,10 @@ def compare(folder: Path, text: Path, records: int, rounds: int) -> dict[str, An
     }
 
 
-def _one_epoch(
-    chats: list[Any], student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast
-) -> list[Mapped]:
-    mapped = [one for chat in chats if (one := map_chat(chat, student, teacher, MAX_LENGTH)) is not None]
+def _one_epoch(chats: list[Any], plain: tuple[Any, Any], max_length: int) -> list[Mapped]:
+    mapped = [one for chat in chats if (one := map_chat(chat, *plain, max_length)) is not None]
     for one in mapped:
-        chunks_of(one, student, teacher)
+        chunks_of(one, *plain)
     return mapped
 
 
@@ -222,7 +222,9 @@ def main() -> None:
         text = folder / "text.jsonl"
         found["text"] = write_text(text)
         write_tokenizers(folder)
-        found |= apart(functools.partial(one_core, compare, folder, text, given.records, given.rounds))
+        timed = functools.partial(one_core, compare, folder, text, given.records, given.rounds)
+        found |= apart(timed, 1)
+        found["three_turns"] = apart(timed, TURNS)
         long = repeated(text, given.copies)
         walls = [[apart(seconds, folder, long, number) for number in (1, 2)] for _ in range(given.rounds)]
         found["workers_seconds"] = walls
