@@ -3,7 +3,7 @@
 import pytest
 
 from tests.small_tokenizer import CHATML, write_tokenizer
-from tests.unit.text.test_rendering import AGENT, CALLED, TOOLS, written
+from tests.unit.text.test_rendering import AGENT, CALL, CALLED, TOOLS, written
 from tide_megatron.base.errors import RecordError
 from tide_megatron.text.align import align_chats
 from tide_megatron.text.chat import encode_chat
@@ -118,3 +118,11 @@ def test_chunks_of_all_replies_are_those_of_their_messages(tmp_path):
         for chunk in align_chats(*sides, [number]):
             ranges = zip(sides[0].replies[::2], sides[0].replies[1::2], strict=True)
             assert sum(a <= chunk.student_start and chunk.student_end <= b for a, b in ranges) == 1
+
+
+def test_a_chat_without_any_text_but_calls_is_encoded(tmp_path):
+    tokenizer = Tokenizer.load(written(tmp_path, AGENT), chat_template_kwargs={"enable_thinking": True})
+    messages = [{"role": "tool", "content": ""}, {"role": "assistant", "tool_calls": [CALL]}]
+    encoded = encode_chat(tokenizer, messages, inputs=Inputs(tools=TOOLS), aligned=True)
+    assert encoded.contents == []
+    assert learnt(tokenizer, encoded)[0].startswith("\n<tool_call>")
