@@ -216,12 +216,14 @@ class _Tokens:
         """Return how many of the ids are the prompt's own ids, or `_UNKNOWN`.
 
         A special token cuts a text: what stands before it is encoded alike whatever follows, and what follows
-        alike whatever stands before. So the prompt's ids are those up to its last special token, which some
-        of its text must follow, and those of the rest.
+        alike whatever stands before. So the prompt's ids are those up to its last special token, and those
+        of what is behind it.
         """
         ids, special = self._ids, self._tokenizer.backend.special
-        place = int(ends.searchsorted(turn.start)) - 1
-        nearest = range(place, max(-1, place - _LONGEST_END), -1)
+        place = int(ends.searchsorted(turn.start))
+        if place < len(ids) and ends[place] == turn.start and ids[place] in special:
+            return place + 1
+        nearest = range(place - 1, max(-1, place - 1 - _LONGEST_END), -1)
         cut = next((token for token in nearest if ids[token] in special), None)
         if cut is None:
             return _UNKNOWN
