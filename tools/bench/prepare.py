@@ -14,8 +14,8 @@ one core each, in turns; medians of CPU seconds count.
   `tide prepare` with one process, columns on disk and digested; tokenizers are loaded before.
 - `three_turns`: the same two ratios for chats of three such pairs, in windows of three times the tokens.
 - `workers_ratio`: wall seconds of `tide prepare` with 1 and 2 processes, on `--copies` times the records.
-- `memory_mb_at_1x`, `memory_mb_at_10x`: what `tide prepare` with one process adds to one that has loaded
-  the tokenizers, at most.
+- `memory_mb_at_1x`, `memory_mb_at_10x`: the most that a process has while it prepares; it has loaded the
+  tokenizers before.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ import corpus
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from bench.cost import apart, machine, median_costs, peak_bytes
+from bench.cost import apart, machine, median_costs, peak_bytes, resident
 from bench.plain_prepare import Mapped, chunks_of, map_chat
 from tests.real_tokenizers import QWEN3_SPECIAL, packaged, write_deepseek
 from tide_megatron.base.device import no_tokenizer_threads
@@ -186,10 +186,10 @@ def seconds(folder: Path, text: Path, workers: int) -> float:
 
 
 def memory(folder: Path, text: Path) -> int:
-    """Return how many bytes one preparation needs at most (in a process of its own)."""
-    with no_tokenizer_threads():
-        both = load(folder)
-        return peak_bytes(lambda: prepared(folder, text, 1, both))[0]
+    """Return the most bytes that a process has while it prepares (in a process of its own)."""
+    both = load(folder)
+    before = resident("VmRSS")
+    return before + peak_bytes(lambda: prepared(folder, text, 1, both))[0]
 
 
 def one_core(function: Callable[..., Any], *args: Any) -> Any:
