@@ -331,7 +331,7 @@ def test_every_sample_remembers_its_source(tokenizer, tmp_path, files, names, co
 
 def test_data_of_one_source_is_what_it_always_was(prepared):
     content = json.loads((prepared / "manifest.json").read_text())
-    assert not {"source_names", "rejected", "normalized", "sides"} & content.keys()
+    assert not {"source_names", "rejected", "normalized", "sides", "learn", "unprompted"} & content.keys()
     assert PreparedData(prepared).manifest.digest == content["digest"]
 
 

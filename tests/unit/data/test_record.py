@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tide_megatron.base.errors import RecordError
+from tide_megatron.base.errors import ConfigError, RecordError
 from tide_megatron.data.record import Learn, Reading, parse_record
 from tide_megatron.text.templates import Inputs
 
@@ -152,6 +152,12 @@ def test_replies_to_learn():
     with pytest.raises(RecordError, match="message 1: a reply without a request"):
         read(greeting, **ALL)
     assert read(greeting).learnt == (6,)
+
+
+def test_an_unknown_choice_of_replies_is_refused():
+    assert Reading.of(normalize=True, learn="all") == Reading(normalize=True, learn=Learn.ALL)
+    with pytest.raises(ConfigError, match="learn: 'every' is unknown"):
+        Reading.of(normalize=True, learn="every")
 
 
 @pytest.mark.parametrize(
