@@ -224,10 +224,10 @@ class BlendedData:
     def samples_at(self, seed: int, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Return (sample, epoch of its source) at positions of a run."""
         wanted: dict[str, list[int]] = collections.defaultdict(list)
-        names = list(self.members)
-        order = []
+        names, order = list(self.members), []
+        blocks = {block: self._read(seed, block) for block in {at // self.block for at in positions}}
         for position in positions:
-            number, place = self._given(seed, position)
+            number, place = blocks[position // self.block][position % self.block]
             wanted[names[number]].append(place)
             order.append(names[number])
         found = {}
@@ -280,11 +280,10 @@ class BlendedData:
         behind = [math.floor(positions * end) for end in self.ends]
         return [after - before for before, after in itertools.pairwise(behind)]
 
-    def _given(self, seed: int, position: int) -> tuple[int, int]:
-        """Return (number of the source, how many samples it gave before) at a position."""
-        block, place = divmod(position, self.block)
+    def _read(self, seed: int, block: int) -> list[tuple[int, int]]:
+        """Return (number of the source, how many samples it gave before) at every position of a block."""
         before, behind = (tuple(self._counts(at * self.block)) for at in (block, block + 1))
-        return _block(seed, block, before, behind)[place]
+        return _block(seed, block, before, behind)
 
     def _member(self, sample: int) -> Member:
         return self._by_number[bisect.bisect_right(self._firsts, sample) - 1]

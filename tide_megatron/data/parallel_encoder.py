@@ -64,6 +64,10 @@ def _named(outcome: Outcome, record: ChatRecord) -> Encoding:
     return outcome, None if isinstance(outcome, RecordError) else record.source
 
 
+class EncoderKilled(DataError):
+    """A process that encoded was killed; nothing is known against the records."""
+
+
 class ParallelEncoder:
     """Encodes the lines of one preparation; a context manager, which ends the processes."""
 
@@ -101,7 +105,8 @@ class ParallelEncoder:
         """Yield (number, outcome) for (number, line), in the same order.
 
         Raises:
-            DataError: no record can be encoded, or a process was killed.
+            DataError: no record can be encoded.
+            EncoderKilled: a process was killed.
         """
         remaining = iter(lines)
         waiting: collections.deque[tuple[Sequence[int], Future[list[Encoding]]]] = collections.deque()
@@ -161,9 +166,9 @@ def _taken(numbers: Sequence[int], future: Future[list[Encoding]]) -> Iterator[t
     try:
         outcomes = future.result()
     except BrokenProcessPool:
-        raise DataError(
-            f"lines {numbers[0]} and later: a process that encoded them was killed (out of memory?): nothing "
-            "was written; begin again, with fewer processes (--workers)"
+        raise EncoderKilled(
+            f"lines {numbers[0]} and later: a process that encoded them was killed (out of memory?): start "
+            "again, with fewer processes (--workers)"
         ) from None
     return zip(numbers, outcomes, strict=True)
 
