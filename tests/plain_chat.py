@@ -45,7 +45,7 @@ def encode_chat(
 
     Args:
         tokenizer: must have a chat template.
-        messages: at least one message before the reply; see `data.record` for what a record may be.
+        messages: at least one message before the reply; see `data.sources.record` for what a record may be.
         inputs: what the template is given beside them; None: nothing.
         learnt: which messages are replies to learn, by index, ascending, the last message among them, the
             first not; None: the last alone.
@@ -156,7 +156,7 @@ def _render_chat(
 
     Args:
         tokenizer: must have a chat template.
-        messages: see `data.record` for what a record may be.
+        messages: see `data.sources.record` for what a record may be.
         inputs: what the template is given beside them.
         learnt: as for `text.chat.encode_chat`.
 

@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Sequence
 
 from tests.plain_chat import PlainEncoded, encode_chat
-from tide_megatron.data.record import ChatRecord
-from tide_megatron.data.rejects import TooLong
-from tide_megatron.data.sample import Encoder, OnLong, Sample, Window
+from tide_megatron.data.preparation.rejects import TooLong
+from tide_megatron.data.preparation.sample import Encoder, OnLong, Sample, Window
+from tide_megatron.data.sources.record import ChatRecord
 from tide_megatron.text.align import Chunk
 
 

@@ -91,7 +91,7 @@ def prepare(
         ConfigError: an option that cannot be.
         DataError: bad records (with the first's line), no tokenizer, or a folder that may not be replaced.
     """
-    from tide_megatron.data.mixture_preparation import prepare_mixture
+    from tide_megatron.data.preparation.mixture_preparation import prepare_mixture
     from tide_megatron.data.sources.mixture import chosen_mixture
 
     file = None if config is None else local_path(config)

@@ -109,7 +109,7 @@ def prepare(
     Example: tide prepare data/train --config configs/data/paper.yaml --portion 0:0.95
     """
     from tide_megatron import api
-    from tide_megatron.data.sample import SideChoice
+    from tide_megatron.data.preparation.sample import SideChoice
     from tide_megatron.launch.array import read_part
 
     manifest = api.prepare(

@@ -44,6 +44,9 @@ from tide_megatron.base.unfinished import GrowingFile
 
 SOURCE = "source"
 """The column that says which source a sample is from; `data.columns` lists the others."""
+CUT_COLUMN = "cut"
+SIDE_COLUMNS = ("ids", "replies", CUT_COLUMN, "chunks")
+"""Of every side, behind its name and a dot."""
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC, _VERSION, _INT32 = b"MMIDIDX\x00\x00", 1, 4
 _PIECE = 2**18

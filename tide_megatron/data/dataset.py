@@ -21,10 +21,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset  # isort: skip
 
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.data.columns import SOURCE, digest_file, numbered
+from tide_megatron.data.columns import CUT_COLUMN, SOURCE, digest_file, numbered
 from tide_megatron.data.manifest import Manifest, SideMetadata, TokenizerMetadata, read_manifest
 from tide_megatron.data.order import samples_at
-from tide_megatron.data.side import CUT_COLUMN
 from tide_megatron.text.tokenizer import Tokenizer
 
 HASHED_AT_OPEN_BYTES = 64 * 2**20

@@ -34,7 +34,7 @@ class Chat:
     """One conversation to encode, whose last message is a reply to learn."""
 
     messages: Sequence[Message]
-    """At least one before the reply; see `data.record` for what a record may be."""
+    """At least one before the reply; see `data.sources.record` for what a record may be."""
     inputs: Inputs = dataclasses.field(default_factory=Inputs)
     """What the template is given beside them."""
     learnt: Sequence[int] | None = None

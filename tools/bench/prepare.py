@@ -46,8 +46,8 @@ from bench.cost import apart, machine, median_costs, peak_bytes, resident
 from bench.plain_prepare import Mapped, chunks_of, map_chat
 from tests.real_tokenizers import QWEN3_SPECIAL, packaged, write_deepseek
 from tide_megatron.base.device import no_tokenizer_threads
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import SideChoice
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import SideChoice
 from tide_megatron.text.align import align
 from tide_megatron.text.backends.tiktoken import PATTERNS
 from tide_megatron.text.chat import Encoded, encode_chats

@@ -14,8 +14,8 @@ from tide_megatron.data import manifest
 from tide_megatron.data.columns import ColumnWriter
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import read_manifest
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import COLUMNS
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import COLUMNS
 
 
 def edit(folder, change, *, sign=False):

@@ -9,9 +9,9 @@ from tests.tiny_run import write_cross_run
 from tide_megatron import api
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader, SideReading
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.record import Learn, Reading
-from tide_megatron.data.sample import SideChoice
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import SideChoice
+from tide_megatron.data.sources.record import Learn, Reading
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.diffusion.noise import NoiseOptions, Noiser
 from tide_megatron.text.tokenizer import Tokenizer
