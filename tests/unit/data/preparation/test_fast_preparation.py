@@ -41,7 +41,7 @@ SPELLINGS = (
     *("<|role_end|>", "<role>ASSISTANT</role>", "</s>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<|im"),
 )
 BATCH = 50
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[4] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def said(script, folder, *, is_stdin):
         capture_output=True,
         text=True,
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])},
         timeout=120,
         check=False,
     )

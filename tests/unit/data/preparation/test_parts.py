@@ -9,9 +9,10 @@ import pytest
 from tests.small_tokenizer import write_other, write_tokenizer
 from tide_megatron import api
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.preparation import filling, identity, merging, origins, parallel_encoder
+from tide_megatron.data.preparation import filling, identity, origins, parallel_encoder
 from tide_megatron.data.preparation.identity import TaskPart
 from tide_megatron.data.preparation.sample import Encoder
+from tide_megatron.data.sets import merging
 from tide_megatron.launch.array import read_part
 
 
