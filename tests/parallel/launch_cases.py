@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from tide_megatron.platform import prepare_platform
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, TideError
 from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.phases import Phases
+from tide_megatron.launch import flight_recorder, watchdog
 from tide_megatron.launch.nodes import LISTEN_SECONDS
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.parallel.collectives import barrier
@@ -134,11 +136,11 @@ def train_until_stopped(folder, *, device, stop):
     return steps
 
 
-def stand_still(folder, how, *, device, stop):
-    """Step three times; in the fourth rank 1 stands still in its teacher, and the others wait for it."""
+def stand_still(folder, how, phase="teacher", *, device, stop):
+    """Step three times; in the fourth rank 1 stands still in a phase, and the others wait for it."""
     phases = Phases()
     for step in range(4):
-        with phases("teacher"):
+        with phases(phase):
             if step == 3 and dist.get_rank() == 1:
                 wait_for_ever(how)
         with phases("exchange"):
@@ -148,6 +150,14 @@ def stand_still(folder, how, *, device, stop):
 
 def fall_asleep(folder, *, device, stop):
     stand_still(folder, "asleep", device=device, stop=stop)
+
+
+def fall_asleep_with_a_mute_recorder(folder, *, device, stop):
+    """The same, and torch's flight recorder never answers; rank 1's holds the interpreter meanwhile."""
+    hold = ctypes.PyDLL(None).sleep if dist.get_rank() == 1 else time.sleep
+    flight_recorder.recorder = SimpleNamespace(_dump_fr_trace_json=lambda: hold(600))
+    flight_recorder.ANSWER_SECONDS, watchdog.DEAF_SECONDS = 1.0, 3.0
+    fall_asleep(folder, device=device, stop=stop)
 
 
 def wait_for_ever(how):
