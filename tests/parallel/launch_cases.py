@@ -4,6 +4,7 @@ python -m tests.parallel.launch_cases FUNCTION RANKS FOLDER (with NNODES set: ra
 """
 
 import ctypes
+import ipaddress
 import os
 import signal
 import subprocess
@@ -33,6 +34,22 @@ def add_ranks(folder, *, device, stop):
     total = torch.tensor(float(dist.get_rank() + 1))
     dist.all_reduce(total)
     return {"sum": float(total), "world": dist.get_world_size(), "threads": torch.get_num_threads()}
+
+
+def who_listens(folder, *, device, stop):
+    """Return the addresses at which anything listens on this machine, once groups are made and used."""
+    pair = dist.new_group([0, 1])
+    dist.all_reduce(torch.zeros(1), group=pair)
+    barrier()
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            place, state = line.split()[1], line.split()[3]
+            if state == "0A":
+                words = bytes.fromhex(place.partition(":")[0])
+                found.add(str(ipaddress.ip_address(words[::-1] if table == "tcp" else words)))
+    barrier()
+    return sorted(found)
 
 
 def one_bad_file(folder, *, device, stop):

@@ -63,7 +63,7 @@ def test_a_recorder_that_does_not_answer_keeps_nobody(monkeypatch):
     with_recorders(monkeypatch, lambda: record_of("gloo:barrier", 3), is_over.wait)
     started = time.monotonic()
     said = pending_collective()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 3
     is_over.set()
     mute = "what torch's flight recorder did not tell within 0.2 s"
     assert said == f"{mute}, and gloo:barrier of [4], call 3 of group 0"
