@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 
 from chaos_runs.kinds import KINDS, Kind
 from chaos_runs.seen import Seen
-from chaos_runs.starts import EVERY, HANG_SECONDS, STEPS, Reference, Site
+from chaos_runs.starts import EVERY, HANG_SECONDS, MOST_LOST, STEPS, Reference, Site
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/reliability.md"
@@ -112,8 +112,8 @@ RULES = f"""\
   default these are 300 s and 30 s.
 - Noticed: from the fault to the words in a launcher's output, on every node that was left. What lies on the
   disk is found at the next start, before its first step: from the command, most of which is Python's imports.
-- Done again: at most an interval between saves, and of an asynchronous save what was done meanwhile of the
-  next ({2 * EVERY - 1} here). The number that the restart says is compared with the run's own record.
+- Done again: at most an interval between saves, and a quarter of one where an asynchronous save was under
+  way ({MOST_LOST} here). The number that the restart says is compared with the run's own record.
 - Bit-equal: losses and gradient norms of all steps, held-out scores and the student's file are those of a run
   that nobody disturbed, on as many ranks. After NaN in a gradient they cannot be: those samples are passed
   over, and the log says so.

@@ -22,10 +22,13 @@ from chaos_runs.network import ADDRESSES, INTERFACE, Hosts
 from kill_test import descendants
 from tests.slurm.runs import figures
 from tests.tiny_run import write_tiny_run
+from tide_megatron.checkpoint.retention import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 60, 4
 """Updates of a run, and between two saves."""
+MOST_LOST = EVERY + Checkpoints(every=EVERY).most_ahead
+"""Updates that a hard end may cost: the save under way, and how far training may be ahead of it."""
 HANG_SECONDS, TIMEOUT_SECONDS = 12.0, 120.0
 START_SECONDS, RUN_SECONDS = 240.0, 400.0
 """How long a start may take to its first step, and to its end, on a busy machine."""
