@@ -9,11 +9,13 @@ that sbatch's --signal sends to the batch shell, a job of a partition with a hig
 requeue`, and SIGUSR1 to all tasks. After each one the run must stand in the queue again, saved; its next
 start is kept off the first of the nodes that it had. At the end every step's loss and gradient norm, the
 scores and the student's bytes are compared with those of the same run on 4 ranks of one launcher that nobody
-disturbed. Each start must say that it lost no step, and none may have been trained twice. With `--layouts` the
-job that was put back is cancelled each time, and the run submitted on the next number of ranks, with the teacher
-cut over two of them where there are as many; then losses, gradient norms, scores and weights must be those of
-the undisturbed run to 1e-5. Needs root and Debian's SLURM packages (`make preempt-test`). Exit code 1 if
-anything is wrong.
+disturbed. Each start must say that it lost no step, and none may have been trained twice.
+
+With `--layouts` the job that was put back is cancelled each time, and the run submitted on the next number of
+ranks, with the teacher cut over two of them where there are as many; then losses, gradient norms, scores and
+weights must be those of the undisturbed run to 1e-5.
+
+Needs root and Debian's SLURM packages (`make preempt-test`). Exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
