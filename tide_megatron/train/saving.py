@@ -88,7 +88,7 @@ def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup, *, resume: bool = 
         )
         if lost and recipe.checkpoints.every and lost > recipe.checkpoints.every:
             log.info(
-                "more than the %d between two saves: the next save was not whole yet, which may cost %d, or is "
+                "more than the %d between two saves: the next was not whole yet, which may cost %d, or is "
                 "damaged",
                 recipe.checkpoints.every,
                 recipe.checkpoints.most_ahead,
