@@ -32,6 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
 
+from chaos_runs.apart import own_mounts
 from chaos_runs.kinds import KINDS, Kind
 from chaos_runs.seen import Seen
 from chaos_runs.starts import EVERY, HANG_SECONDS, MOST_LOST, STEPS, Reference, Site
@@ -154,6 +155,7 @@ def _commit() -> str:
 
 def main() -> int:
     """Run from the command line."""
+    own_mounts()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chaos_runs.apart import dying_with_this
 from chaos_runs.network import ADDRESSES, INTERFACE, Hosts
 from kill_test import descendants
 from tests.slurm.runs import figures
@@ -57,7 +58,7 @@ class Start:
         self._said = [tempfile.TemporaryFile("w+") for _ in environments]  # noqa: SIM115 - as long as this
         self.launchers = [
             subprocess.Popen(
-                [*(hosts.entering(node) if hosts else []), *command],
+                [*dying_with_this(), *(hosts.entering(node) if hosts else []), *command],
                 cwd=ROOT,
                 env=clean | {"OMP_NUM_THREADS": "1"} | dict(environment),
                 stdout=subprocess.DEVNULL,
