@@ -21,6 +21,13 @@ from tide_megatron.train.resolve import load_recipe
 
 STEPS = 8  # of 8 samples over a data set of 40: the fifth update ends the epoch
 
+BLENDED = (
+    "data.train=null",
+    "data.blend.few={{folder: {}/data/train, samples: 5, weight: 1}}",
+    "data.blend.all={{folder: {}/data/train, weight: 1}}",
+)
+"""Words of a blend, into which the run's folder is to be written."""
+
 
 class StopAfter(StopFlag):
     """A stop flag that is raised by the clock's own test: after so many polls."""
@@ -64,10 +71,11 @@ def losses(folder):
         (2, ("student.precision=bf16",), write_tiny_run),
         (2, ("optimizer.distributed=false", "checkpoints.asynchronous=false"), write_tiny_run),
         (2, ("teachers.own.layout.expert=2",), write_cross_run),
+        (2, (*BLENDED, "teachers.own.sources=[few]", "batch.tokens=200"), write_cross_run),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(pool, tmp_path, ranks, words, write):
-    tiny = write(tmp_path / "tiny")
+    tiny, words = write(tmp_path / "tiny"), [word.format(tmp_path / "tiny") for word in words]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     pool(ranks).run(run, tiny, whole, ranks, 1000, 1, words)
     first = pool(ranks).run(run, tiny, parted, ranks, 3, 1, words)[0]

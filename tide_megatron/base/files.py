@@ -137,7 +137,7 @@ def commit_folder(partial: Path, final: Path) -> None:
         partial.rename(final)
         flush(final.parent)
     finally:
-        _put_back(final)
+        put_back(final)
         if is_here:
             os.chdir(final)
         with contextlib.suppress(OSError):
@@ -166,7 +166,7 @@ def replaced_folder(
     folder = place_of(folder, fault_kind)
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
-        _put_back(folder)
+        put_back(folder)
         discard(partial)
         partial.mkdir(parents=True)
         yield partial
@@ -218,7 +218,7 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _put_back(folder: Path) -> None:
+def put_back(folder: Path) -> None:
     """Undo the first of two renames that the second did not follow."""
     if os.path.lexists(_aside(folder)) and not os.path.lexists(folder):
         _aside(folder).rename(folder)

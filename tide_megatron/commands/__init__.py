@@ -26,6 +26,7 @@ from tide_megatron.base.startup import STARTUP, process_began
 from tide_megatron.base.stop import is_stop
 from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
+from tide_megatron.commands.data import app as data
 from tide_megatron.commands.doctor import doctor
 from tide_megatron.commands.evaluate import evaluate
 from tide_megatron.commands.export import export
@@ -63,6 +64,7 @@ for _name, _verb in VERBS.items():
 app.add_typer(convert, name="convert")
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(model, name="model")
+app.add_typer(data, name="data")
 
 
 def _show_version(is_wanted: bool) -> None:

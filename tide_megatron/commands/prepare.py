@@ -1,4 +1,4 @@
-"""`tide prepare`: JSONL chats to a prepared data folder."""
+"""`tide prepare`: chats to a prepared data folder."""
 
 from __future__ import annotations
 
@@ -27,35 +27,73 @@ WorkersOption = Annotated[
         min=1, help="Processes that encode, above a thousand records; default: one a core. Same bytes."
     ),
 ]
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Chats, read in this order: JSON lines (also .gz, .zst, pipes; - is stdin), Parquet, Arrow; "
+        "folders and globs of them; hub:OWNER/NAME[,split=...][,config=...]; or one data file (.yaml)."
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(help="Data file with sources and options (docs/data.md); options here go before its."),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER[,mask=TOKEN][,template=NAME][,chat_template_kwargs.KEY=VALUE]",
+        help="The student's tokenizer: folder, or tokenizer.json; its mask token is the folder's own.",
+    ),
+]
+OnLongOption = Annotated[
+    str | None, typer.Option(help="Longer samples: error (the default), skip or truncate.")
+]
+OnBadOption = Annotated[
+    str | None, typer.Option(help="Bad records: stop (the default), or skip (rejects.jsonl lists them).")
+]
+ShapeOption = Annotated[
+    str,
+    typer.Option(
+        help="How rows become chats: auto, messages, sharegpt, instruction, prompt_response, question_answer."
+    ),
+]
+PortionOption = Annotated[
+    str | None,
+    typer.Option(metavar="FROM:TO", help="Keep a part of the chats, by digest: 0:0.95 and 0.95:1."),
+]
+
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K/N",
+        help="Only the K-th of N parts, into OUT.parts; the last to finish puts them together. slurm: of a "
+        "job array or of srun's tasks.",
+    ),
+]
 
 
 def prepare(
     out: Annotated[Path, typer.Argument(help="Data folder to make.")],
-    sources: Annotated[
-        list[Path],
-        typer.Argument(help="JSONL files of chats (also .gz, .zst, pipes; - is stdin), read in this order."),
-    ],
-    tokenizer: Annotated[
-        str,
-        typer.Option(
-            metavar="FOLDER[,mask=TOKEN][,template=NAME][,chat_template_kwargs.KEY=VALUE]",
-            help="The student's tokenizer: folder, or tokenizer.json; its mask token is the folder's own.",
-        ),
-    ],
-    max_length: Annotated[int, typer.Option(min=2, help="Most tokens a sample may have.")],
-    on_long: Annotated[str, typer.Option(help="Longer samples: error, skip or truncate.")] = "error",
-    on_bad: Annotated[
-        str, typer.Option(help="Bad records: stop, or skip (rejects.jsonl lists them).")
-    ] = "stop",
+    sources: Sources = None,
+    config: ConfigOption = None,
+    tokenizer: TokenizerOption = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Most tokens a sample may have.")] = None,
+    on_long: OnLongOption = None,
+    on_bad: OnBadOption = None,
+    shape: ShapeOption = "auto",
+    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out chats that were there before.")] = False,
+    portion: PortionOption = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Put all text into NFC.")] = False,
     teacher: TeacherOption = None,
     add_mask: AddMask = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")] = False,
     workers: WorkersOption = None,
+    part: PartOption = None,
 ) -> None:
-    """Turn chats into tokens on disk, all or nothing.
+    """Turn chats into tokens on disk, all or nothing. After a kill the same command goes on.
 
-    Each line is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is the reply to learn.
+    A chat is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is the reply to learn. Rows
+    of other shapes (prompt and response, instruction and output, ShareGPT) are told by their columns.
     What a record says is used (tools, documents, tool_calls, reasoning_content, chat_template_kwargs, source)
     or refused by name. All faults are counted before the first one ends it.
 
@@ -64,13 +102,17 @@ def prepare(
 
     Example: tide prepare data/train chats.jsonl --tokenizer models/student --max-length 512
     --teacher llada=models/llada2
+
+    Example: tide prepare data/train --config configs/data/paper.yaml --portion 0:0.95
     """
     from tide_megatron import api
     from tide_megatron.data.sample import SideChoice
+    from tide_megatron.launch.array import read_part
 
     manifest = api.prepare(
         out,
-        sources,
+        sources or (),
+        config=config,
         tokenizer=tokenizer,
         max_length=max_length,
         on_long=on_long,
@@ -78,16 +120,36 @@ def prepare(
         normalize=normalize,
         teachers=dict(SideChoice.split(word) for word in teacher or []),
         add_mask=add_mask,
+        shape=shape,
+        dedup=dedup,
+        portion=None if portion is None else _portion(portion),
         replace=replace,
         workers=workers,
+        part=None if part is None else read_part(part),
     )
-    _print(out, manifest)
+    if manifest is None:
+        typer.echo(f"{out}: a part of it is done; the last one puts all together")
+    else:
+        print_manifest(out, manifest)
 
 
-def _print(out: Path, manifest: Manifest) -> None:
+def _portion(word: str) -> tuple[float, float]:
+    """Read FROM:TO."""
+    try:
+        first, last = map(float, word.split(":"))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{word!r} is not FROM:TO; write for example 0:0.95", param_hint="--portion"
+        ) from None
+    return first, last
+
+
+def print_manifest(out: Path, manifest: Manifest) -> None:
     """Say what was written."""
     import rich
     from rich.markup import escape
+
+    from tide_megatron.data.manifest import in_share
 
     counts = manifest.statistics
     left_out = sum(counts.skipped.values()) + sum(manifest.rejected.values())
@@ -97,8 +159,8 @@ def _print(out: Path, manifest: Manifest) -> None:
         f"{counts.truncated} cut, {left_out} left out"
     )
     for name, side in manifest.sides.items():
-        share = side.aligned_bytes / max(1, counts.reply_bytes)
+        share = in_share(side.share_of(counts.reply_bytes))
         rich.print(
             f"teacher {name}: {side.tokens} tokens, {side.chunks} chunks ({side.pairs} of one equal token) "
-            f"over {share:.1%} of the reply bytes; {side.cut} cut, {side.without_chunks} without chunks"
+            f"over {share} of the reply bytes; {side.cut} cut, {side.without_chunks} without chunks"
         )

@@ -33,6 +33,7 @@ from tide_megatron.base.options import PLACE, STRICT, Folder
 from tide_megatron.data.dataset import PreparedData, Row
 from tide_megatron.data.manifest import SideMetadata, TokenizerMetadata
 from tide_megatron.data.order import order_of_epoch, samples_at
+from tide_megatron.data.sample import CUT_COLUMN, SIDE_COLUMNS
 
 LEAST_BLOCK = 256
 """Samples within which sources are shuffled; more where a source has so small a share that it would get
@@ -137,24 +138,32 @@ class BlendedData:
     def row(self, sample: int) -> Row:
         """Return one sample's values in every column that all sources have.
 
-        Sides have the names that the first source has for them.
+        A source that has no tokens of a side has a single pad there, and no chunk: nobody may ask for them.
 
         Raises:
             DataError: they do not belong together.
         """
         member = self._member(sample)
         row = member.data.row(sample - member.first)
-        names = self._own_names(member.data)
-        return {name: values for name, values in row.items() if "." not in name} | {
-            f"{side}{name[len(own) :]}": values
-            for side, own in names.items()
-            for name, values in row.items()
-            if name.startswith(f"{own}.")
+        found = {name: values for name, values in row.items() if "." not in name}
+        for side, own in self._own_names(member.data).items():
+            for part in SIDE_COLUMNS:
+                found[f"{side}.{part}"] = row[f"{own}.{part}"] if own else self._nothing(side)[part]
+        return found
+
+    def _nothing(self, side: str) -> Row:
+        """Return what stands for the tokens that a source does not have."""
+        values = {
+            "ids": [self.sides[side].tokenizer.pad_id],
+            "replies": [1, 1],
+            CUT_COLUMN: [1],
+            "chunks": [],
         }
+        return {part: numpy.array(numbers, dtype=numpy.int32) for part, numbers in values.items()}
 
     def lengths(self, samples: Sequence[int], sides: Sequence[str | None]) -> NDArray[numpy.int64]:
         """Return how many tokens samples have, [samples, sides]; see `PreparedData.lengths`."""
-        found = numpy.empty((len(samples), len(sides)), dtype=numpy.int64)
+        found = numpy.ones((len(samples), len(sides)), dtype=numpy.int64)
         places: dict[int, list[int]] = collections.defaultdict(list)
         for place, sample in enumerate(samples):
             places[bisect.bisect_right(self._firsts, sample) - 1].append(place)
@@ -162,57 +171,63 @@ class BlendedData:
             member = self._by_number[number]
             names = self._own_names(member.data)
             rows = [samples[place] - member.first for place in own]
-            found[own] = member.data.lengths(rows, [side and names[side] for side in sides])
+            theirs = [side and names[side] for side in sides]
+            held = [at for at, side in enumerate(sides) if side is None or theirs[at]]
+            found[numpy.ix_(own, held)] = member.data.lengths(rows, [theirs[at] for at in held])
         return found
 
-    def spread(self, most: int) -> NDArray[numpy.int64]:
-        """Return about `most` samples, evenly from all sources; all, where there are no more."""
-        step = -(-len(self) // most)
-        return numpy.concatenate(
-            [member.samples(numpy.arange(0, len(member), step)) for member in self.members.values()]
-        )
+    def spread(self, most: int, side: str | None = None) -> NDArray[numpy.int64]:
+        """Return about `most` samples, evenly from all sources that have a side; all, if they are no more."""
+        having = [member for member in self._by_number if not side or self._own_names(member.data)[side]]
+        step = -(-sum(map(len, having)) // most)
+        return numpy.concatenate([member.samples(numpy.arange(0, len(member), step)) for member in having])
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of its sources."""
+        return tuple(self.members)
 
     def sources_of(self, samples: NDArray[numpy.int64]) -> tuple[tuple[str, ...], NDArray[numpy.int64]]:
         """Return the sources' names, and the number of each sample's own in them."""
-        return tuple(self.members), numpy.searchsorted(self._firsts, samples, side="right") - 1
+        return self.source_names, numpy.searchsorted(self._firsts, samples, side="right") - 1
 
     def longest(self, side: str | None) -> int:
         """Return the most tokens of a sample, of a side or (None) the student's."""
-        return max(
-            member.data.longest(side and self._own_names(member.data)[side])
-            for member in self.members.values()
-        )
+        if side is None:
+            return max(member.data.longest(None) for member in self._by_number)
+        names = [(member.data, self._own_names(member.data)[side]) for member in self._by_number]
+        return max(data.longest(own) for data, own in names if own is not None)
 
     def tokenizer_of(self, side: str | None) -> TokenizerMetadata:
         """Describe the tokenizer of a side, or (None) the student's."""
-        return self._by_number[0].data.tokenizer_of(side)
+        return self.sides[side].tokenizer if side else self._by_number[0].data.tokenizer_of(None)
 
     @functools.cached_property
     def sides(self) -> Mapping[str, SideMetadata]:
-        """The first source's sides that all sources have."""
-        return {
-            name: side
-            for name, side in self._by_number[0].data.sides.items()
-            if not self.without(side.tokenizer.digest)
-        }
+        """Sides by the name that the first source which has them gives them; not all need to have all."""
+        found: dict[str, SideMetadata] = {}
+        for member in self._by_number:
+            for name, side in member.data.sides.items():
+                if all(side.tokenizer.digest != other.tokenizer.digest for other in found.values()):
+                    found[next(word for word in (name, f"{name}#{len(found)}") if word not in found)] = side
+        return found
 
     def side_of(self, tokenizer_digest: str) -> str | None:
-        """Return the side that all sources were prepared with, for this tokenizer and template."""
-        return None if self.without(tokenizer_digest) else self._by_number[0].data.side_of(tokenizer_digest)
+        """Return the side of this tokenizer and template, if some source has it."""
+        found = (name for name, side in self.sides.items() if side.tokenizer.digest == tokenizer_digest)
+        return next(found, None)
 
-    def without(self, tokenizer_digest: str) -> list[str]:
-        """Return the sources that were not prepared for a tokenizer and template."""
-        return [
-            name for name, member in self.members.items() if member.data.side_of(tokenizer_digest) is None
-        ]
+    def without(self, side: str) -> list[str]:
+        """Return the sources that have no tokens of a side."""
+        return [name for name, member in self.members.items() if not self._own_names(member.data)[side]]
 
     def samples_at(self, seed: int, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Return (sample, epoch of its source) at positions of a run."""
         wanted: dict[str, list[int]] = collections.defaultdict(list)
-        names = list(self.members)
-        order = []
+        names, order = list(self.members), []
+        blocks = {block: self._read(seed, block) for block in {at // self.block for at in positions}}
         for position in positions:
-            number, place = self._given(seed, position)
+            number, place = blocks[position // self.block][position % self.block]
             wanted[names[number]].append(place)
             order.append(names[number])
         found = {}
@@ -265,18 +280,17 @@ class BlendedData:
         behind = [math.floor(positions * end) for end in self.ends]
         return [after - before for before, after in itertools.pairwise(behind)]
 
-    def _given(self, seed: int, position: int) -> tuple[int, int]:
-        """Return (number of the source, how many samples it gave before) at a position."""
-        block, place = divmod(position, self.block)
+    def _read(self, seed: int, block: int) -> list[tuple[int, int]]:
+        """Return (number of the source, how many samples it gave before) at every position of a block."""
         before, behind = (tuple(self._counts(at * self.block)) for at in (block, block + 1))
-        return _block(seed, block, before, behind)[place]
+        return _block(seed, block, before, behind)
 
     def _member(self, sample: int) -> Member:
         return self._by_number[bisect.bisect_right(self._firsts, sample) - 1]
 
-    def _own_names(self, data: PreparedData) -> dict[str, str]:
-        """Return, for the blend's sides, what a folder calls them."""
-        return {name: str(data.side_of(side.tokenizer.digest)) for name, side in self.sides.items()}
+    def _own_names(self, data: PreparedData) -> dict[str, str | None]:
+        """Return, for the blend's sides, what a folder calls them; None: it does not have them."""
+        return {name: data.side_of(side.tokenizer.digest) for name, side in self.sides.items()}
 
 
 @functools.lru_cache(maxsize=4)

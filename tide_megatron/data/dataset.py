@@ -110,9 +110,19 @@ class PreparedData:
             numpy.int64
         )
 
-    def spread(self, most: int) -> NDArray[numpy.int64]:
-        """Return about `most` samples, evenly from the whole; all, where there are no more."""
+    def spread(self, most: int, side: str | None = None) -> NDArray[numpy.int64]:
+        """Return about `most` samples, evenly from the whole; all, where there are no more.
+
+        Args:
+            most: so many.
+            side: that they have; all have all.
+        """
         return numpy.arange(0, len(self), -(-len(self) // most))
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of its sources."""
+        return self.sources_of(numpy.zeros(0, dtype=numpy.int64))[0]
 
     def sources_of(self, samples: NDArray[numpy.int64]) -> tuple[tuple[str, ...], NDArray[numpy.int64]]:
         """Return names of the sources, and the number of each sample's own in them.

@@ -26,6 +26,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -84,6 +85,8 @@ class Loader:
     """Pad every microbatch to this many tokens; None: to its own longest sample."""
     sides: Mapping[str, SideReading] = dataclasses.field(default_factory=dict)
     """Teacher name -> the side it reads; every batch carries them."""
+    taught: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """Teacher name -> the sources whose samples it teaches; a teacher without an entry teaches all."""
     main: str | None = None
     """Read this side in the student's place (`of_teacher`); None: the student's tokens."""
     known: Readers | None = None
@@ -194,7 +197,16 @@ class Loader:
                 name: self._side(read, rows, reading, length)
                 for (name, reading), length in zip(self.sides.items(), others, strict=True)
             },
+            taught=self._who_teaches(rows),
         )
+
+    def _who_teaches(self, rows: Sequence[int]) -> dict[str, tuple[bool, ...]]:
+        """Return whether each teacher that teaches some sources only teaches these samples."""
+        if not self.taught:
+            return {}
+        names, numbers = self.columns.sources_of(numpy.array(rows, dtype=numpy.int64))
+        sources = [names[number] for number in numbers]
+        return {name: tuple(source in wanted for source in sources) for name, wanted in self.taught.items()}
 
     def of_teacher(self, teacher: str, block_size: int) -> Loader:
         """Return a loader of the tokens that one teacher reads, as if they were the student's.
@@ -205,10 +217,11 @@ class Loader:
         """
         reading = self.sides.get(teacher)
         if reading is None:
-            return dataclasses.replace(self, sides={}, block_size=block_size)
+            return dataclasses.replace(self, sides={}, taught={}, block_size=block_size)
         return dataclasses.replace(
             self,
             sides={},
+            taught={},
             main=reading.side,
             block_size=reading.block_size,
             fixed_length=None,

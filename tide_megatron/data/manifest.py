@@ -102,12 +102,21 @@ class SideMetadata:
     further."""
     pairs: int = 0
     """Chunks of one token on each side."""
-    aligned_bytes: int = 0
-    """Bytes of reply text inside chunks."""
+    aligned_bytes: int | None = 0
+    """Bytes of reply text inside chunks; None: nobody has counted them, the data was taken apart."""
     cut: int = 0
     """Samples whose teacher tokens were cut, because of `max_length` or because the student's were."""
     without_chunks: int = 0
     """Samples of which nothing is aligned; they teach the student nothing about this teacher."""
+
+    def share_of(self, reply_bytes: int) -> float | None:
+        """Return which share of the replies' bytes is in chunks; None: nobody has counted them."""
+        return None if self.aligned_bytes is None else self.aligned_bytes / max(1, reply_bytes)
+
+
+def in_share(share: float | None) -> str:
+    """Write a share for people."""
+    return "an unknown share" if share is None else f"{share:.1%}"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -56,6 +56,10 @@ def encode_line(line: bytes, encoder: Encoder, *, normalize: bool) -> Outcome:
         return fault, None
 
 
+class EncoderKilled(DataError):
+    """A process that encoded was killed; nothing is known against the records."""
+
+
 class ParallelEncoder:
     """Encodes the lines of one preparation; a context manager, which ends the processes."""
 
@@ -89,7 +93,8 @@ class ParallelEncoder:
         """Yield (number, outcome) for (number, line), in the same order.
 
         Raises:
-            DataError: no record can be encoded, or a process was killed.
+            DataError: no record can be encoded.
+            EncoderKilled: a process was killed.
         """
         remaining = iter(lines)
         here = remaining if self._number == 1 else itertools.islice(remaining, self._alone)
@@ -149,9 +154,9 @@ def _taken(numbers: Sequence[int], future: Future[list[Outcome]]) -> Iterator[tu
     try:
         outcomes = future.result()
     except BrokenProcessPool:
-        raise DataError(
-            f"lines {numbers[0]} and later: a process that encoded them was killed (out of memory?): nothing "
-            "was written; begin again, with fewer processes (--workers)"
+        raise EncoderKilled(
+            f"lines {numbers[0]} and later: a process that encoded them was killed (out of memory?): start "
+            "again, with fewer processes (--workers)"
         ) from None
     return zip(numbers, outcomes, strict=True)
 

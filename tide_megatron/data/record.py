@@ -36,6 +36,9 @@ _IN_MESSAGES = {name: _INSTEAD[name] for name in _INSTEAD if name not in ("syste
 _OTHER_FORMATS = ("conversations", "conversation", "prompt", "instruction")
 _WEIGHTS = ("weight", "train", "training", "loss", "loss_weight")
 """Names under which trainers say whether a message is learnt."""
+_TOO_DEEP = "not JSON that can be read (nested too deep): flatten it"
+MEANINGFUL = ("tools", "documents", "chat_template_kwargs", "source", *_WEIGHTS, *_INSTEAD)
+"""Keys beside `messages` that are used, or refused where they say something."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,10 +64,10 @@ def parse_record(line: bytes, *, normalize: bool = False) -> ChatRecord:
         RecordError: it is no conversation that ends with a reply, or says what would be dropped.
     """
     try:
-        content = _load(line)
+        content = load_row(line)
         return _record(_in_nfc(content) if normalize else content)
     except RecursionError:
-        _refuse("not JSON that can be read (nested too deep): flatten it", "nested too deep")
+        _refuse(_TOO_DEEP, "nested too deep")
 
 
 def _record(content: Any) -> ChatRecord:
@@ -92,8 +95,12 @@ def _record(content: Any) -> ChatRecord:
     return ChatRecord(messages=checked, inputs=_inputs(content), source=_source(content.get("source")))
 
 
-def _load(line: bytes) -> Any:
-    """Read the line's JSON, in which every key stands once."""
+def load_row(line: bytes) -> Any:
+    """Read a line's JSON, in which every key stands once.
+
+    Raises:
+        RecordError: it is none, or no text.
+    """
     try:
         text = line.decode("utf-8-sig")
         content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
@@ -101,6 +108,8 @@ def _load(line: bytes) -> Any:
         _refuse(f"not UTF-8 ({error.reason}): convert the file to UTF-8", "not UTF-8")
     except ValueError as error:
         _refuse(f"not JSON ({error}): write one JSON object per line", "not JSON")
+    except RecursionError:
+        _refuse(_TOO_DEEP, "nested too deep")
     if "\\ud" in text or "\\uD" in text:
         _check_characters(content)
     return content

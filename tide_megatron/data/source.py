@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from tide_megatron.base.errors import DataError
+from tide_megatron.base.errors import DataError, RecordError
 
 STDIN = "-"
+Line = tuple[int, bytes | RecordError | str]
+"""Number from 1, and what stands there, or what is wrong with it, or why it is left out."""
 _LINE_BYTES = 2**28
 """A longer line is no record: such a file has no lines."""
 _CHUNK_BYTES = 2**20
@@ -31,8 +33,10 @@ _START_BYTES = 8
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZSTD_MODULES = ("compression.zstd", "backports.zstd", "zstandard", "pyzstd")
 _FOREIGN = {
-    b"PAR1": "a Parquet file: write its rows as JSON lines (datasets: `to_json`)",
-    b"ARROW1": "an Arrow file: write its rows as JSON lines (datasets: `to_json`)",
+    b"PAR1": "a Parquet file, which no pipe can bring: name the file",
+    b"ARROW1": "an Arrow file, which no pipe can bring: name the file",
+    b"\xff\xff\xff\xff": "an Arrow stream, which no pipe can bring: write it to a file",
+    b"PARE": "an encrypted Parquet file: decrypt it",
     b"PK\x03\x04": "a zip archive: unpack it and name the files",
     b"SQLite": "a database: write its rows as JSON lines",
     b"\xff\xfe": "UTF-16 text: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
@@ -83,9 +87,18 @@ class Source:
         if is_folder:
             raise DataError(f"{self.path}: cannot be read (it is a folder): name the JSONL files in it")
         if not is_there:
-            raise DataError(f"{self.path}: no such file: name at least one JSONL file, or - for stdin")
+            raise DataError(f"{self.path}: no such file: name at least one file of chats, or - for stdin")
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
+    @property
+    def can_be_read_again(self) -> bool:
+        """Whether it gives the same lines a second time; a pipe gives none."""
+        return not self.is_stdin and self.path.is_file()
+
+    def at(self, number: int) -> str:
+        """Return where a line stands, for messages."""
+        return f"{self.place}:{number}"
+
+    def lines(self) -> Iterator[Line]:
         """Yield (number from 1, line) of all lines that are not blank.
 
         Raises:

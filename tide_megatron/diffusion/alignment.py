@@ -50,6 +50,20 @@ class TeacherTokens:
         object.__setattr__(moved, "host_lengths", self.host_lengths)
         return moved
 
+    def chosen(self, samples: Tensor) -> TeacherTokens:
+        """Return some of the samples; [chosen] int64 indices, ascending."""
+        number = torch.full_like(self.lengths, -1)
+        number[samples] = torch.arange(len(samples), device=samples.device)
+        sample = number[self.sample]
+        kept = sample >= 0
+        return TeacherTokens(
+            ids=self.ids[samples],
+            lengths=self.lengths[samples],
+            spans=self.spans[kept],
+            sample=sample[kept],
+            number=self.number[kept],
+        )
+
     @property
     def num_chunks(self) -> int:
         """Chunks of the whole microbatch."""
@@ -160,6 +174,25 @@ class RowAlignment:
     def num_pairs(self) -> int:
         """Position pairs that enter a loss."""
         return len(self.pair_sample)
+
+    def within(self, samples: Tensor, rows: Tensor) -> RowAlignment:
+        """Return how the teacher's rows join those of a larger microbatch, of which this is a part.
+
+        Args:
+            samples: [samples] int64: which samples of that these are.
+            rows: [student rows] int64: which of its rows these are.
+        """
+        if self.pairs is None:
+            pairs = rows, torch.arange(len(rows), device=rows.device)
+        else:
+            pairs = rows[self.pairs[0]], self.pairs[1]
+        return dataclasses.replace(
+            self,
+            chunk_sample=samples[self.chunk_sample],
+            student_rows=(rows[self.student_rows[0]], self.student_rows[1]),
+            pairs=pairs,
+            pair_sample=samples[self.pair_sample],
+        )
 
 
 def same_rows(gold: Tensor, sample: Tensor) -> RowAlignment:

@@ -48,6 +48,8 @@ class Batch:
     sides: Mapping[str, TeacherTokens] = dataclasses.field(default_factory=dict)
     """Teacher name -> the same samples in that teacher's own tokens; teachers that share the student's
     tokens have none."""
+    taught: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
+    """Teacher name -> whether it teaches each sample; a teacher without an entry teaches all."""
 
     @property
     def maskable(self) -> Tensor:
@@ -79,10 +81,29 @@ class Batch:
         """Return the batch on a device, with the plain numbers that would cost a wait there."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         sides = {name: side.to(device) for name, side in values.pop("sides").items()}
-        moved = Batch(**{name: value.to(device) for name, value in values.items()}, sides=sides)
+        taught = values.pop("taught")
+        tensors = {name: value.to(device) for name, value in values.items()}
+        moved = Batch(**tensors, sides=sides, taught=taught)
         for name in ("host_lengths", "num_maskable", "fingerprint"):
             object.__setattr__(moved, name, getattr(self, name))
         return moved
+
+    def chosen(self, samples: Tensor, teacher: str) -> Batch:
+        """Return some of the samples, as one teacher reads them.
+
+        Args:
+            samples: [chosen] int64 indices, ascending.
+            teacher: its name; other teachers' tokens are left out.
+        """
+        side = self.sides.get(teacher)
+        return Batch(
+            **{
+                field.name: getattr(self, field.name)[samples]
+                for field in dataclasses.fields(self)
+                if field.name not in ("sides", "taught")
+            },
+            sides={} if side is None else {teacher: side.chosen(samples)},
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +126,37 @@ class Noised:
         return sample, position
 
     def reading(self, teacher: str) -> TeacherInput:
-        """Return what a teacher reads: its own side of the batch, or the student's tokens."""
-        return self._readings.get(teacher) or self._shared_reading
+        """Return what a teacher reads of `part`: its own side of the batch, or the student's tokens."""
+        part = self.part(teacher)
+        return part._readings.get(teacher) or part._shared_reading
+
+    def part(self, teacher: str) -> Noised:
+        """Return the samples that a teacher teaches, under the same masks.
+
+        Where it teaches none it reads the first one, of which nothing is asked: no rank of a replica can
+        forward alone.
+        """
+        samples = self._taught(teacher)
+        if samples is None:
+            return self
+        if teacher not in self._parts:
+            if len(samples):
+                read, masked = samples, self.masked[samples]
+            else:
+                read, masked = samples.new_zeros(1), torch.zeros_like(self.masked[:1])
+            batch = self.batch.chosen(read, teacher)
+            self._parts[teacher] = Noised(batch=batch, time=self.time[read], masked=masked)
+        return self._parts[teacher]
+
+    def _taught(self, teacher: str) -> Tensor | None:
+        """Return which samples a teacher teaches, [samples] int64 indices; None: all."""
+        if teacher not in self.batch.taught:
+            return None
+        return torch.tensor(self.batch.taught[teacher], device=self.masked.device).nonzero()[:, 0]
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, Noised]:
+        return {}
 
     @functools.cached_property
     def _shared_reading(self) -> TeacherInput:
@@ -123,9 +173,12 @@ class Noised:
 
     def link(self, teacher: str) -> RowAlignment:
         """Return how a teacher's rows join the student's."""
-        if teacher in self._links:
-            return self._links[teacher]
-        return self._shared_link
+        part, samples = self.part(teacher), self._taught(teacher)
+        link = part._links.get(teacher) or part._shared_link
+        if samples is None:
+            return link
+        is_taught = torch.zeros_like(self.time, dtype=torch.bool).index_fill(0, samples, True)
+        return link.within(samples, is_taught[self.row_index[0]].nonzero()[:, 0])
 
     @functools.cached_property
     def _readings(self) -> dict[str, TeacherInput]:

@@ -176,7 +176,7 @@ def evaluate(
         options: how much, and at which noise levels.
         device: where the scorer computes.
     """
-    loader = dataclasses.replace(loader, sides={})  # one model is scored: nobody else's tokens are needed
+    loader = dataclasses.replace(loader, sides={}, taught={})  # nobody but the model that is scored reads
     drawn, sources = drawn_samples(loader, options.samples)
     shard, microbatch = loader.shard, options.microbatch
     sums = torch.zeros(4, len(drawn), len(options.times), dtype=torch.float64, device=device)
@@ -223,7 +223,7 @@ def evaluate(
 
 def drawn_samples(loader: Loader, samples: int) -> tuple[list[int], list[str]]:
     """Return which samples are scored, and the source of each."""
-    candidates = loader.columns.spread(CANDIDATES)
+    candidates = loader.columns.spread(CANDIDATES, loader.main)
     names, numbers = loader.columns.sources_of(candidates)
     places = scored_samples(numbers, samples)
     return candidates[places].tolist(), [names[numbers[place]] for place in places]

@@ -44,7 +44,7 @@ def rows_of(noised: Noised) -> Rows:
         sample=sample,
         time=noised.time,
         maskable=noised.batch.maskable.sum(dim=1),
-        links={name: noised.link(name) for name in noised.batch.sides},
+        links={name: noised.link(name) for name in {**noised.batch.sides, **noised.batch.taught}},
     )
 
 

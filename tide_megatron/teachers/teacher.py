@@ -58,7 +58,7 @@ class ViewBuilder:
         reading = noised.reading(name)
         if self.complementary is None:
             return (teacher_view(reading, self.context, self.mask_id),)
-        shown = self.complementary.shown(noised.batch, reading)
+        shown = self.complementary.shown(noised.part(name).batch, reading)
         if self.forwards == 1:
             return (complementary_view(reading, shown, self.context, self.mask_id),)
         return complementary_passes(reading, shown, self.context, self.mask_id)

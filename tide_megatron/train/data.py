@@ -44,8 +44,9 @@ def open_loader(
         for name, plan in readers.items():
             side = columns.side_of(plan.tokenizer.digest)
             if side is None:
-                _check_side_is_unwanted(columns, name, plan)
+                _check_mask_of_side(columns, name, plan)
             else:
+                _check_taught_have_side(columns, side, recipe, name)
                 sides[name] = SideReading(side=side, block_size=_filled_blocks(plan.choice.context))
         for side in (recipe.noise.chunks_of or ()) if is_trained_on else ():
             if side not in columns.sides:
@@ -65,9 +66,10 @@ def open_loader(
             fixed_length=recipe.data.fixed_length,
             sides=sides,
         )
-    with under("batch"):
-        if is_trained_on:
-            loader = dataclasses.replace(loader, tokens=recipe.batch.tokens)
+    if is_trained_on:
+        taught = _taught(recipe, columns)
+        with under("batch"):
+            loader = dataclasses.replace(loader, tokens=recipe.batch.tokens, taught=taught)
     return _with_vocabularies(loader, plans)
 
 
@@ -87,11 +89,10 @@ def _opened(recipe: Recipe, folders: Mapping[str, str], tokenizer: Tokenizer) ->
     return blend
 
 
-def _check_side_is_unwanted(columns: PreparedData | BlendedData, name: str, plan: ModelPlan) -> None:
-    """Refuse data in which something is meant for a teacher that would read the student's tokens instead.
+def _check_mask_of_side(columns: PreparedData | BlendedData, name: str, plan: ModelPlan) -> None:
+    """Refuse data whose side of a teacher's name has this teacher's tokens and another mask token.
 
-    That is a side of its name with its tokens and another mask token, or a side that only some sources of a
-    blend have.
+    Otherwise the teacher would be taken for one that reads the student's tokens.
     """
     side = columns.sides.get(name)
     differences = side.tokenizer.differences(plan.tokenizer) if side else []
@@ -100,12 +101,36 @@ def _check_side_is_unwanted(columns: PreparedData | BlendedData, name: str, plan
             f"{columns.name}: side {name!r}: {differences[0]}; prepare the data again with --teacher "
             f"{name}={plan.choice.folder}, or set {plan.key}.mask to the token that it was prepared with"
         )
-    if isinstance(columns, BlendedData):
-        lacking = columns.without(plan.tokenizer.digest)
-        if 0 < len(lacking) < len(columns.members):
+
+
+def _taught(recipe: Recipe, columns: PreparedData | BlendedData) -> dict[str, tuple[str, ...]]:
+    """Return the sources that each teacher teaches, for those that do not teach all."""
+    known = columns.source_names
+    found = {}
+    for name, teacher in recipe.teachers.items():
+        for source in teacher.sources or ():
+            if source not in known:
+                raise ConfigError(
+                    f"teachers.{name}.sources: {columns.name} has no source {source!r}; "
+                    f"{nearest(source, known)}"
+                )
+        if teacher.sources is not None:
+            found[name] = teacher.sources
+    return found
+
+
+def _check_taught_have_side(
+    columns: PreparedData | BlendedData, side: str, recipe: Recipe, name: str
+) -> None:
+    """Refuse a blend in which a source that a teacher teaches has none of its tokens."""
+    lacking = columns.without(side) if isinstance(columns, BlendedData) else []
+    taught = recipe.teachers[name].sources
+    for source in lacking:
+        if taught is None or source in taught:
             raise ConfigError(
-                f"blend.{lacking[0]}: has no tokens of teacher {name!r}, which other sources have; "
-                f"prepare it again with --teacher {name}={plan.choice.folder}"
+                f"blend.{source}: has no tokens of teacher {name!r}, which other sources have; prepare it "
+                f"again with --teacher {name}={recipe.teachers[name].folder}, or name those that it teaches "
+                f"in teachers.{name}.sources"
             )
 
 

@@ -91,6 +91,9 @@ class TeacherModel(Model):
     fp8: Annotated[Fp8Options | None, ADDED] = None
     """Hold and multiply the matrices of its layers in FP8: about half of bf16's bytes; null: in `precision`.
     docs/precision.md says how far answers move."""
+    sources: Annotated[tuple[str, ...] | None, ADDED] = Field(default=None, min_length=1)
+    """Teach only samples of these sources of the training data (names in `data.blend`, or of the prepared
+    folder's own sources); null: all. What is not taught it does not read."""
     sanity: Annotated[Literal["refuse", "warn", "off"], Off, MACHINE] = "refuse"
     """What to do when the teacher predicts held-out tokens no better than their frequencies would, or worse
     than the student does before its first step, or better with another mask token."""

@@ -18,16 +18,17 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from tide_megatron.base.errors import ConfigError, DataError, nearest, under
 from tide_megatron.base.files import local_path
 from tide_megatron.base.options import options_of, without_machine
+from tide_megatron.base.settings import told, validated, yaml_mapping
 from tide_megatron.data.blend import BlendedData
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import read_manifest
@@ -64,7 +65,7 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Tree
             tree = OmegaConf.merge(tree, fragment)
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, TypeError) as fault:  # TypeError: a list merged with a mapping
-        raise ConfigError(f"{file}: {_told(fault)}; fix it there, or in the overrides") from None
+        raise ConfigError(f"{file}: {told(fault)}; fix it there, or in the overrides") from None
     assert isinstance(plain, dict), "a merge of mappings is a mapping"
     return build_recipe({str(key): value for key, value in plain.items()})
 
@@ -73,7 +74,7 @@ def build_recipe(tree: Tree) -> tuple[Recipe, Tree]:
     """Validate a tree of plain values; return the recipe and the tree with every default filled in."""
     is_by_epochs = tree.get("epochs") is not None
     is_open = is_by_epochs and tree.get("steps") is None
-    recipe: Recipe = _validate(Recipe, {**tree, "steps": 1} if is_open else tree, prefix="")
+    recipe: Recipe = validated(Recipe, {**tree, "steps": 1} if is_open else tree, prefix="")
     if is_by_epochs:
         recipe = _with_steps(recipe, is_open=is_open)
     if not recipe.losses:
@@ -148,35 +149,22 @@ def _clear(below: Any, above: Any, prefix: str = "") -> None:
 
 def _fragments(file: Path) -> list[Any]:
     """Return the included fragments' trees and then the file's own, ready to merge."""
-    own = _read(file)
+    own = _recipe_file(file)
     names = own.pop("include", [])
     if not isinstance(names, Sequence) or isinstance(names, str):
         raise ConfigError(f"{file}: include must be a list of YAML files, not {names!r}")
     trees = []
     for name in names:
         place = file.parent / local_path(str(name))
-        fragment = _read(place)
+        fragment = _recipe_file(place)
         if "include" in fragment:
             raise ConfigError(f"{place}: a fragment cannot include another; list both in {file}")
         trees.append(fragment)
     return [*trees, own]
 
 
-def _read(file: Path) -> DictConfig:
-    """Read one YAML mapping; OmegaConf's reader refuses keys that are written twice."""
-    try:
-        tree = OmegaConf.create(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{file}: no such recipe file; check the path (examples are under configs/runs/)"
-        ) from None
-    except AssertionError:  # OmegaConf's answer to a lone number
-        tree = None
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as fault:
-        raise ConfigError(f"{file}: not readable as YAML: {_told(fault)}; fix the file") from None
-    if not isinstance(tree, DictConfig):
-        raise ConfigError(f"{file}: a recipe is a mapping; write one `key: value` a line")
-    return tree
+def _recipe_file(file: Path) -> DictConfig:
+    return yaml_mapping(file, "recipe", "examples are under configs/runs/")
 
 
 def _overrides(pairs: Sequence[str]) -> Iterator[Any]:
@@ -194,20 +182,12 @@ def _overrides(pairs: Sequence[str]) -> Iterator[Any]:
             tree = OmegaConf.from_dotlist([pair])
             is_cut = " #" in value and "#" not in str(OmegaConf.to_container(tree))
         except (OmegaConfBaseException, yaml.YAMLError) as fault:
-            raise ConfigError(f"override {pair!r}: {_told(fault)}; fix or quote the value") from None
+            raise ConfigError(f"override {pair!r}: {told(fault)}; fix or quote the value") from None
         if is_cut:
             raise ConfigError(
                 f"override {pair!r}: ' #' begins a comment, what follows would be lost; quote the value"
             )
         yield tree
-
-
-def _told(fault: Exception) -> str:
-    """Say a library's complaint in one line, with its line number or key."""
-    if isinstance(fault, yaml.MarkedYAMLError) and fault.problem_mark:
-        return f"line {fault.problem_mark.line + 1}: {fault.problem}"
-    key = getattr(fault, "full_key", None)
-    return f"{key}: " * bool(key) + str(fault).partition("\n")[0]
 
 
 def _with_steps(recipe: Recipe, *, is_open: bool) -> Recipe:
@@ -257,7 +237,7 @@ def _build_loss(name: str, options: Any) -> Any:
     if not isinstance(kind, str) or kind not in LOSSES:
         raise ConfigError(f"losses.{name}.kind: {kind!r} is unknown; {nearest(str(kind), LOSSES)}")
     rest = {key: value for key, value in options.items() if key != "kind"}
-    return _validate(LOSSES[kind], rest, prefix=f"losses.{name}.")
+    return validated(LOSSES[kind], rest, prefix=f"losses.{name}.")
 
 
 def _check_listeners(recipe: Recipe) -> None:
@@ -272,41 +252,3 @@ def _check_listeners(recipe: Recipe) -> None:
             raise ConfigError(
                 f"teachers.{teacher}: no loss listens to it; remove it or add a loss with teacher: {teacher}"
             )
-
-
-def _validate(kind: type[Any], values: Tree, prefix: str) -> Any:
-    """Run pydantic over plain values and restate its first complaints as a ConfigError.
-
-    Strict, so that `steps: "4"` or `steps: true` is a wrong type; as JSON, where a list may be a tuple.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
-    except ValidationError as fault:
-        errors = sorted(fault.errors(), key=_is_missing)  # a misspelt key first, then what it leaves out
-        lines = [_complaint(kind, error, prefix) for error in errors[:5]]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-
-
-def _is_missing(error: Any) -> bool:
-    return error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument")
-
-
-def _complaint(kind: type[Any], error: Any, prefix: str) -> str:
-    """Say one pydantic error in our words: key, value, remedy."""
-    path = [str(part) for part in error["loc"]]
-    key = prefix + ".".join(path)
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key}: unknown key; {nearest(path[-1], _fields_at(kind, path[:-1]))}"
-    if _is_missing(error):
-        return f"{key}: is required; set it in the recipe"
-    return f"{key}: {error['input']!r} is not valid: {error['msg'].removeprefix('Value error, ')}"
-
-
-def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:
-    """Return the field names of the dataclass that a key path leads to (for the nearest-name hint)."""
-    for part in path:
-        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        inner = hints.get(part, kind)
-        options = [arg for arg in get_args(inner) if dataclasses.is_dataclass(arg)]
-        kind = options[-1] if options else inner
-    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

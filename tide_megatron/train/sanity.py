@@ -201,7 +201,7 @@ def _loader_for(name: str, setup: Setup) -> Loader:
 
 def frequency_nll(loader: Loader, vocabulary: int) -> float:
     """Return the entropy, in nats, of the maskable tokens of the first samples (add-one smoothed)."""
-    batch = loader.batch_of(loader.columns.spread(COUNTED)[:COUNTED].tolist())
+    batch = loader.batch_of(loader.columns.spread(COUNTED, loader.main)[:COUNTED].tolist())
     counts = torch.bincount(batch.ids[batch.maskable], minlength=vocabulary).double()
     smoothed = (counts + 1) / (counts + 1).sum()
     return float(-(counts / counts.sum() * smoothed.log()).sum())

@@ -193,9 +193,10 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
     for name, teacher in teachers.items():
         reading = loader.sides.get(name)
         log.info(
-            "teachers.%s: reads %s; %s view%s",
+            "teachers.%s: reads %s%s; %s view%s",
             name,
             f"its own tokens (side {reading.side!r} of the data)" if reading else "the student's tokens",
+            f" of {', '.join(loader.taught[name])} only" if name in loader.taught else "",
             recipe.teachers[name].view,
             f", {teacher.view_builder.forwards} forward(s)" if teacher.view_builder.complementary else "",
         )

@@ -56,5 +56,5 @@ class AnswerWatch:
             own = answer.hidden[self._group.own(rows)]
             sample, _ = noised.reading(name).index
             is_broken = ~own.isfinite().all(dim=1).cpu()  # rows and samples are known on the host
-            broken |= set(noised.batch.sample_ids[sample[is_broken]].tolist())
+            broken |= set(noised.part(name).batch.sample_ids[sample[is_broken]].tolist())
         return sorted(broken)

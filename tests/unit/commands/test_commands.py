@@ -22,8 +22,8 @@ from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
-    "prepare": "out sources --tokenizer --max-length --on-long --on-bad --normalize --teacher --add-mask "
-    "--replace --workers",
+    "prepare": "out sources --config --tokenizer --max-length --on-long --on-bad --shape --dedup --portion "
+    "--normalize --teacher --add-mask --replace --workers --part",
     "train": "recipe overrides --ranks --ranks-per-node --device --folder --branch --resume/--fresh "
     "--dry-run --preflight-only",
     "submit": "recipe overrides --nodes --ranks-per-node --shape --partition --account --time --name "
@@ -42,6 +42,9 @@ SURFACE = {
     "checkpoint inspect": "path --tensors --json",
     "checkpoint verify": "path --record",
     "checkpoint diff": "first second --json",
+    "data inspect": "data --sample --html --tokenizer --teacher --json",
+    "data merge": "out folders --replace",
+    "data split": "data first second --share --samples --held-out --source --seed --replace",
     "model add-mask": "folder target --token --noise --seed",
 }
 """What users type. Changing it is a decision: change it here too, and say so in the changelog."""

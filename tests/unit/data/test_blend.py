@@ -234,12 +234,26 @@ def test_sides_are_known_by_their_tokenizer(folders, tmp_path):
         assert blend.lengths([sample], [None, "moe"]).tolist() == [
             [len(theirs["ids"]), len(theirs[f"{side}.ids"])]
         ]
-    opened["maths"] = (BlendSource(folder=str(folders / "maths")), PreparedData(folders / "maths"))
-    mixed = BlendedData(opened, 3)
-    assert mixed.side_of(teacher.tokenizer.digest) is None
-    assert mixed.without(teacher.tokenizer.digest) == ["maths"]
-    assert not mixed.sides
-    assert {key for key in mixed.row(0) if "." in key} == set()
+    assert blend.without("moe") == []
+
+
+def test_a_source_may_lack_a_side(folders, tmp_path):
+    student = Tokenizer.load(folders / "tokenizer")
+    teacher = SideChoice(tokenizer=Tokenizer.load(write_other(tmp_path / "other")))
+    prepare([folders / "chat.jsonl"], student, tmp_path / "chat", max_length=256, sides={"moe": teacher})
+    places = {"code": folders / "code", "chat": tmp_path / "chat"}
+    blend = BlendedData(
+        {name: (BlendSource(folder=str(place)), PreparedData(place)) for name, place in places.items()}, 3
+    )
+    assert list(blend.sides) == ["moe"]
+    assert blend.without("moe") == ["code"]
+    assert blend.tokenizer_of("moe").digest == teacher.tokenizer.digest
+    assert blend.row(0)["moe.ids"].tolist() == [teacher.tokenizer.pad_id]
+    assert blend.row(0)["moe.chunks"].size == 0 < blend.row(23)["moe.chunks"].size
+    assert blend.lengths([0, 23], ["moe", None])[0].tolist() == [1, len(blend.row(0)["ids"])]
+    assert blend.lengths([0, 23], ["moe", None])[1, 0] == len(blend.row(23)["moe.ids"])
+    assert blend.spread(1000, "moe").tolist() == list(range(23, 63))
+    assert blend.spread(1000).tolist() == list(range(63))
 
 
 def test_counts_of_sources_never_fall(folders):

@@ -38,7 +38,7 @@ def refused(folder, **options):
 
 def broken(folder, replies):
     """Make data of three samples; the second one's replies are the given ones."""
-    writer = ColumnWriter(folder, COLUMNS)
+    writer = ColumnWriter(folder, COLUMNS, folder.parent)
     for sample in range(3):
         good = {"ids": [1, 2, 3], "replies": [1, 3], "reply_bytes": [4]}
         writer.add(good | {"replies": replies} if sample == 1 else good)

@@ -8,10 +8,9 @@ import pytest
 
 from tests.small_tokenizer import write_chats, write_tokenizer
 from tests.unit.data.conftest import PAIRS
-from tide_megatron.base import files
+from tide_megatron.base import unfinished
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data import columns
-from tide_megatron.data import prepare as preparation
+from tide_megatron.data import columns, origins
 from tide_megatron.data import sample as sampling
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import Manifest
@@ -151,8 +150,8 @@ def test_an_interrupt_leaves_nothing(monkeypatch, chats, tokenizer, tmp_path, wh
 
     place, name = {
         "encode": (sampling, "encode_chat"),
-        "finish": (columns, "digest_file"),
-        "rename": (files, "commit_folder"),
+        "finish": (columns, "digest_of"),
+        "rename": (unfinished, "commit_folder"),
     }[where]
     monkeypatch.setattr(place, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -362,7 +361,7 @@ def test_data_of_an_earlier_release_is_read_by_its_files(tokenizer, chats, tmp_p
 
 
 def test_too_many_sources_are_none(tokenizer, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(preparation, "_MOST_SOURCES", 3)
+    monkeypatch.setattr(origins, "MOST", 3)
     for name in ("a", "b"):
         (tmp_path / name).write_text("\n".join(from_sources(*(f"https://{name}/{n}" for n in range(4)))))
     run([tmp_path / "a", tmp_path / "b"], tokenizer, tmp_path / "out")

@@ -89,3 +89,6 @@ def test_what_a_bare_machine_lacks_is_hidden(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, check=False)
         assert done.returncode == code, done.stderr
         assert code == 0 or b"a bare GPU machine has not got it" in done.stderr
+        asked = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+        done = subprocess.run([sys.executable, "-c", asked], env=environment, check=False)
+        assert done.returncode == code, "who asks first is told no, and goes on without it"

@@ -325,7 +325,8 @@ def test_the_verb_makes_nothing_that_everybody_may_write(tmp_path, tiny, machine
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o775, "the rest of the umask is the user's"
 
 
-EXAMPLES = sorted((Path(__file__).parents[3] / "examples/slurm").glob("*.sbatch"))
+PREPARE = Path(__file__).parents[3] / "examples/slurm/prepare.sbatch"
+EXAMPLES = sorted(file for file in PREPARE.parent.glob("*.sbatch") if file != PREPARE)
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
@@ -351,6 +352,38 @@ def test_scripts_by_hand_start_what_they_are_given_and_go_back_as_ours_do(
     assert "NEVER RAN" in file.read_text()
     tasks = next(line for line in lines if "--ntasks-per-node" in line).rpartition("=")[2]
     assert f"--ntasks-per-node={tasks}" in told
+
+
+STAND_IN = """#!/bin/bash
+printf '%s\\n' "$@" > told
+if [ -n "${WAITS:-}" ]; then trap 'exit 75' TERM; kill -TERM $PPID; while :; do sleep 0.05; done; fi
+exit "$CODE"
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "waits"),
+    [
+        ("0", "RUNNING", ""),
+        ("75", "RUNNING", ""),
+        ("75", "RUNNING", "1"),
+        ("75", "CANCELLED", ""),
+        ("2", "RUNNING", ""),
+    ],
+)
+def test_an_array_prepares_its_part_and_goes_back(tmp_path, machine, code, state, waits):
+    words = ["data/x", "two words.jsonl", "$(touch canary)"]
+    tide = tmp_path / ".venv/bin/tide"
+    tide.parent.mkdir(parents=True)
+    tide.write_text(STAND_IN)
+    tide.chmod(0o755)
+    script = f"cd {tmp_path}; set -- {quoted(*words)}; {PREPARE.read_text()}"
+    done, calls = machine(script, CODE=code, STATE=state, WAITS=waits, SLURM_CPUS_PER_TASK="3")
+    assert (done.returncode, done.stderr) == (int(code), "")
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told == ["prepare", *words, "--part", "slurm", "--workers", "3"]
+    assert ("scontrol" in calls) == (code == "75" and state == "RUNNING")
+    assert "NEVER RAN" in PREPARE.read_text()
 
 
 def test_there_are_scripts_for_1_2_and_16_nodes():

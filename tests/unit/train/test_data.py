@@ -115,6 +115,18 @@ def test_a_source_is_taken_away_by_null(run):
 def test_tokens_of_a_teacher_that_only_some_sources_have_are_asked_for(run):
     plain, student = run / "data/plain", Tokenizer.load(run / "student")
     prepare([run / "train.jsonl"], student, plain, max_length=128)
-    _, found = examined(run, blended(run, "both", "epochs: 1"), blended(run, "plain", "epochs: 1", "plain"))
-    with pytest.raises(ConfigError, match=r"data\.blend\.plain: has no tokens of teacher 'own', .* own="):
+    words = blended(run, "both", "epochs: 1"), blended(run, "plain", "epochs: 1", "plain")
+    _, found = examined(run, *words)
+    with pytest.raises(ConfigError, match=r"^data\.blend\.plain: has no tokens of teacher 'own', .*own="):
+        found.refuse_faults()
+    _, found = examined(run, *words, "teachers.own.sources=[both]")
+    found.refuse_faults()
+    batch = found.data["train"].microbatch(0, 0)
+    assert batch.taught == {"own": tuple(sample < 40 for sample in batch.sample_ids.tolist())}
+    assert set(batch.taught["own"]) == {True, False}
+
+
+def test_a_source_that_nobody_knows_is_named(run):
+    _, found = examined(run, blended(run, "both", "epochs: 1"), "teachers.own.sources=[bth]")
+    with pytest.raises(ConfigError, match=r"^teachers\.own\.sources: the blend of both has no source 'bth'"):
         found.refuse_faults()

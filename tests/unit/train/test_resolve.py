@@ -297,8 +297,8 @@ def test_fragments_may_lie_at_home(file, tree, tmp_path, monkeypatch):
     ("content", "said"),
     [
         (b"", "steps: is required"),
-        (b"- 1\n", "{file}: a recipe is a mapping"),
-        (b"3\n", "{file}: a recipe is a mapping"),
+        (b"- 1\n", "{file}: a recipe file is a mapping"),
+        (b"3\n", "{file}: a recipe file is a mapping"),
         (b"steps: [1\n", "{file}: not readable as YAML: line 2: .*; fix the file"),
         (b"a:\n\tb: 1", "{file}: not readable as YAML: line 2: .*; fix the file"),
         (b"\xff\xfe\x00", "{file}: not readable as YAML: .*; fix the file"),

@@ -24,7 +24,7 @@ from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.params import param_mappings
 from tide_megatron.parallel.layout import Layout
 from tide_megatron.text.tokenizer import Tokenizer
-from tide_megatron.train.data import _check_side_is_unwanted
+from tide_megatron.train.data import _check_mask_of_side
 from tide_megatron.train.models import read_plan
 from tide_megatron.train.recipe import StudentModel, TeacherModel
 from tide_megatron.train.resolve import build_recipe
@@ -37,7 +37,8 @@ class Samples:
 
     def __init__(self, ids, maskable):
         self.batch = SimpleNamespace(ids=torch.tensor(ids), maskable=torch.tensor(maskable))
-        self.columns = SimpleNamespace(spread=lambda most: torch.arange(len(ids)))
+        self.main = None
+        self.columns = SimpleNamespace(spread=lambda most, side: torch.arange(len(ids)))
         self.asked = None
 
     def batch_of(self, rows):
@@ -266,6 +267,6 @@ def test_a_side_of_a_teachers_name_with_another_mask_is_refused(folder, tmp_path
         with pytest.raises(
             TideError, match=r"side 'own': its mask token has id 4 .*, this model's has 1 \(<role>\);"
         ):
-            _check_side_is_unwanted(columns, name, plan)
+            _check_mask_of_side(columns, name, plan)
     else:
-        _check_side_is_unwanted(columns, name, plan)
+        _check_mask_of_side(columns, name, plan)

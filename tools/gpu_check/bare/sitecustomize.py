@@ -6,18 +6,20 @@ starts. TIDE_HIDDEN_PACKAGES names a file with one importable name a line.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 class Hidden:
     """A finder that finds that some packages are not there."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = frozenset(names)
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -29,5 +31,16 @@ class Hidden:
             )
 
 
+def asked_first(find_spec: Callable[..., Any], hidden: frozenset[str]) -> Callable[..., Any]:
+    """Return `importlib.util.find_spec` as it answers who asks whether a hidden package is there: no."""
+
+    def answer(name: str, package: str | None = None) -> Any:
+        return None if name.partition(".")[0] in hidden else find_spec(name, package)
+
+    return answer
+
+
 if file := os.environ.get("TIDE_HIDDEN_PACKAGES"):
-    sys.meta_path.insert(0, Hidden(Path(file).read_text(encoding="utf-8").split()))
+    _names = frozenset(Path(file).read_text(encoding="utf-8").split())
+    sys.meta_path.insert(0, Hidden(_names))
+    importlib.util.find_spec = asked_first(importlib.util.find_spec, _names)

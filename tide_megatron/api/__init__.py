@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from tide_megatron.api.data import Place, inspect_data, merge_data, split_data
 from tide_megatron.base.files import local_path
 
 if TYPE_CHECKING:
@@ -25,67 +26,80 @@ if TYPE_CHECKING:
     from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
-__all__ = ["evaluate", "export", "preflight", "prepare", "sample", "train"]
+__all__ = [
+    "evaluate",
+    "export",
+    "inspect_data",
+    "merge_data",
+    "preflight",
+    "prepare",
+    "sample",
+    "split_data",
+    "train",
+]
 
-Place = str | Path
 Options = TypeVar("Options")
 
 
 def prepare(
     out: Place,
-    sources: Sequence[Place],
+    sources: Sequence[Place] = (),
     *,
-    tokenizer: Place,
-    max_length: int,
-    on_long: str = "error",
-    on_bad: str = "stop",
+    config: Place | None = None,
+    tokenizer: Place | None = None,
+    max_length: int | None = None,
+    on_long: str | None = None,
+    on_bad: str | None = None,
     normalize: bool = False,
     teachers: Mapping[str, str] | None = None,
     add_mask: bool = False,
+    shape: str = "auto",
+    dedup: bool = False,
+    portion: tuple[float, float] | None = None,
     replace: bool = False,
     workers: int | None = None,
-) -> Manifest:
+    part: str | None = None,
+) -> Manifest | None:
     """Turn chats into tokens on disk, all or nothing.
 
     Args:
         out: data folder to make.
-        sources: JSONL files (also .gz and .zst), pipes, or "-" for stdin, read in this order; a line is
-            {"messages": [{"role": ..., "content": ...}, ...]} and its last message is the reply to learn.
+        sources: files of chats, folders, globs, "hub:OWNER/NAME", pipes, or "-" for stdin, read in this order
+            (docs/data.md). The last message of a chat is learnt.
+        config: a data file in YAML, in the place of `sources`; what is given beside it goes before it.
         tokenizer: the student's, as FOLDER[,mask=TOKEN][,template=NAME][,chat_template_kwargs.KEY=VALUE].
         max_length: most tokens a sample may have.
-        on_long: what happens to longer samples: `error`, `skip` or `truncate`.
-        on_bad: what happens to records that cannot be used: `stop`, or `skip` (rejects.jsonl lists them).
+        on_long: what happens to longer samples: `error` (the default), `skip` or `truncate`.
+        on_bad: what happens to records that cannot be used: `stop` (the default) or `skip`.
         normalize: put all text into NFC, for tokenizers that do so themselves.
         teachers: name -> a place as for `tokenizer`, also with [,max_length=N], of each teacher that reads
             tokens of its own; twice `max_length` tokens unless said otherwise.
-        add_mask: add the mask token to the student's tokenizer where it has none; `student.add_mask` of the
-            recipe does the same when the student is read.
+        add_mask: add the mask token to the student's tokenizer where it has none (as `student.add_mask`).
+        shape: how rows of `sources` become conversations; `auto`: their columns tell.
+        dedup: leave out conversations that were there before.
+        portion: keep conversations whose digest, read as a number of [0, 1), lies between these two.
         replace: put the new data in the place of a data folder that is there.
         workers: processes that encode, once there are more than a thousand records; None: one a core.
+        part: "K/N": only blocks of records that belong to this task of several, into OUT.parts; the last
+            task puts all together. None: all records.
 
     Returns:
-        What was written: `samples`, `statistics`, and `sides` by teacher.
+        What was written: `samples`, `statistics`, and `sides` by teacher. None: a part alone.
 
     Raises:
         ConfigError: an option that cannot be.
-        DataError: bad records (with file and line of the first), no tokenizer, or a folder that may not be
-            replaced.
+        DataError: bad records (with the first's line), no tokenizer, or a folder that may not be replaced.
     """
-    from tide_megatron.data.prepare import prepare as write
-    from tide_megatron.data.sample import SideChoice
+    from tide_megatron.data.mixture_preparation import prepare_mixture
+    from tide_megatron.data.sources.mixture import chosen_mixture
 
-    return write(
-        [local_path(source) for source in sources],
-        SideChoice.read(str(tokenizer), add_mask=add_mask).tokenizer,
-        local_path(out),
-        max_length=max_length,
-        on_long=on_long,
-        on_bad=on_bad,
-        normalize=normalize,
-        sides={name: SideChoice.read(place) for name, place in (teachers or {}).items()},
-        replace=replace,
-        workers=workers,
-    )
+    file = None if config is None else local_path(config)
+    given: dict[str, Any] = {"tokenizer": tokenizer and str(tokenizer), "max_length": max_length}
+    given |= {"on_long": on_long, "on_bad": on_bad, "normalize": normalize or None}
+    given |= {"add_mask": add_mask or None, "teachers": dict(teachers or {}) or None}
+    given |= {"dedup": dedup or None, "portion": portion}
+    mixture = chosen_mixture([str(source) for source in sources], file, shape, given)
+    return prepare_mixture(mixture, local_path(out), replace=replace, workers=workers, part=part)
 
 
 def train(
