@@ -109,8 +109,8 @@ def _by_kind(every: Sequence[Seen]) -> Iterator[str]:
 RULES = f"""\
 - Each run: a tiny student and teacher, {STEPS} steps, a save every {EVERY}, 2 ranks of one node; a slow rank
   among 4; the two kinds about nodes: 2 nodes of 2 ranks in network namespaces.
-- `hang_seconds={HANG_SECONDS:g}`, so a node is missed after {HANG_SECONDS / 2:g} s without a sign of life; by
-  default these are 300 s and 30 s.
+- `hang_seconds={HANG_SECONDS:g}`, for saves and evaluations too (`deadlines`), so a node is missed after
+  {HANG_SECONDS / 2:g} s without a sign of life; by default these are 300 s, four times that, and 30 s.
 - Noticed: from the fault to the words in a launcher's output, on every node that was left. What lies on the
   disk is found at the next start, before its first step: from the command, most of which is Python's imports.
 - Done again: at most an interval between saves, and a quarter of one where an asynchronous save was under

@@ -169,11 +169,11 @@ def fall_asleep(folder, *, device, stop):
     stand_still(folder, "asleep", device=device, stop=stop)
 
 
-def fall_asleep_with_a_mute_recorder(folder, *, device, stop):
+def fall_asleep_with_a_mute_recorder(folder, answer_seconds=1.0, *, device, stop):
     """The same, and torch's flight recorder never answers; rank 1's holds the interpreter meanwhile."""
     hold = ctypes.PyDLL(None).sleep if dist.get_rank() == 1 else time.sleep
     flight_recorder.recorder = SimpleNamespace(_dump_fr_trace_json=lambda: hold(600))
-    flight_recorder.ANSWER_SECONDS, watchdog.DEAF_SECONDS = 1.0, 3.0
+    flight_recorder.ANSWER_SECONDS, watchdog.DEAF_SECONDS = answer_seconds, 3 * answer_seconds
     fall_asleep(folder, device=device, stop=stop)
 
 

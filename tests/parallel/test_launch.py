@@ -25,6 +25,7 @@ from tide_megatron.base.deadlines import Deadlines
 from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, RanksLost
 from tide_megatron.base.phases import PHASES
 from tide_megatron.base.stop import Stopped
+from tide_megatron.launch import flight_recorder
 from tide_megatron.launch.doctor import compare_parallel
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.launch.supervisor import first_failure
@@ -101,6 +102,18 @@ def test_a_phase_with_a_deadline_of_its_own_ends_by_it(tmp_path, monkeypatch, ph
     assert any(
         re.match(r"rank 0: for \d+ s nothing new in exchange( \(.*\))? after 3", line) for line in said
     )
+
+
+@pytest.mark.slow
+def test_a_launcher_does_not_wait_for_a_recorder_that_never_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    case = cases.fall_asleep_with_a_mute_recorder
+    with pytest.raises(RanksLost) as caught:
+        run_ranks(case, (str(tmp_path), flight_recorder.ANSWER_SECONDS), 2, "cpu", hang_seconds=2.0)
+    said = str(caught.value).splitlines()
+    assert said[0].startswith("rank 1 of 2 failed first: it stands still")
+    [other] = [line for line in said if line.startswith("rank 0: ")]
+    assert other.endswith("waits for what its flight recorder did not tell in time"), other
 
 
 def test_what_may_take_longer_is_no_hang_and_nothing_is_left(tmp_path, monkeypatch):

@@ -38,6 +38,8 @@ HARM = "TIDE_CHAOS_HARM"
 _WORDS = (
     *(f"steps={STEPS}", f"checkpoints.every={EVERY}", "metrics.every=1", f"hang_seconds={HANG_SECONDS}"),
     *(f"timeout_seconds={TIMEOUT_SECONDS}", "guard.not_finite=3"),
+    # By default they may take four times as long, and a rank that is stopped there is noticed as late.
+    *(f"deadlines.checkpoint={HANG_SECONDS}", f"deadlines.evaluate={HANG_SECONDS}"),
 )
 _LEFT_OVER = ("SLURM_", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "TORCHELASTIC", "NNODES", "NODE_RANK")
 
