@@ -41,7 +41,8 @@ def sealed(
     if names:
         writer.add_column(SOURCE, column)
     columns, files = writer.finish()
-    described = dict(description)
+    described, counts = dict(description), dict(tally.counts)
+    unprompted = counts.pop("unprompted", 0)
     sides = {
         name: SideMetadata(
             tokenizer=TokenizerMetadata(**side["tokenizer"]),
@@ -57,12 +58,11 @@ def sealed(
         files=files,
         tokenizer=TokenizerMetadata(**described.pop("tokenizer")),
         sources=list(sources),
-        statistics=DataStatistics(
-            **tally.counts, longest=tally.longest.get("", 0), skipped=tally.skipped_counts()
-        ),
+        statistics=DataStatistics(**counts, longest=tally.longest.get("", 0), skipped=tally.skipped_counts()),
         sides=sides,
         source_names=names,
         rejected=rejected,
+        unprompted=unprompted,
         **described,
     )
 

@@ -37,7 +37,7 @@ def filled_folder(out: Path, plan: Plan, workers: int, lease: Lease) -> Iterator
     with (
         unfinished_folder(out) as work,
         _told(work, lease, out),
-        ParallelEncoder(plan.encoder, normalize=plan.normalize, number=workers) as processes,
+        ParallelEncoder(plan.encoder, number=workers) as processes,
         _filled(work, plan, processes, lease, out) as filling,
     ):
         yield work, filling

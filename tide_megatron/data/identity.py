@@ -28,6 +28,7 @@ _PACKAGES = ("text", "data")
 _IN_WORDS = {
     "sides": "list of teachers",
     "normalized": "choice of --normalize",
+    "learn": "choice of --learn",
     "sources": "list of files",
     "asked": "choice of columns or filters",
     "code": "release, Python or library",
@@ -73,7 +74,6 @@ class Plan:
     encoder: Encoder
     found: FoundSources
     on_bad: OnBad
-    normalize: bool
     part: TaskPart | None = None
     """None: all records."""
 
@@ -88,7 +88,8 @@ class Plan:
             "tokenizer": dataclasses.asdict(TokenizerMetadata.of(encoder.tokenizer)),
             "max_length": encoder.window.max_length,
             "on_long": encoder.window.on_long.value,
-            "normalized": self.normalize,
+            "normalized": encoder.reading.normalize,
+            "learn": encoder.reading.learn.value,
             "sides": {
                 name: {
                     "tokenizer": dataclasses.asdict(TokenizerMetadata.of(side.tokenizer)),

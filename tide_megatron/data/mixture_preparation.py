@@ -7,6 +7,7 @@ from pathlib import Path
 from tide_megatron.data.identity import TaskPart
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.prepare import plan_of, prepare_part, prepare_whole
+from tide_megatron.data.record import Reading
 from tide_megatron.data.sample import SideChoice
 from tide_megatron.data.sources.mixture import DataMixture
 from tide_megatron.data.sources.opening import find_sources
@@ -37,7 +38,7 @@ def prepare_mixture(
         max_length=mixture.length,
         on_long=mixture.on_long,
         on_bad=mixture.on_bad,
-        normalize=mixture.normalize,
+        reading=Reading.of(normalize=mixture.normalize, learn=mixture.learn),
         sides={name: SideChoice.read(place) for name, place in mixture.teachers.items()},
     )
     if part is None:

@@ -1,8 +1,10 @@
 """Records encoded in several processes, and handed on in the order in which they stand in their source.
 
 What becomes of a record depends on that record alone, so any number of processes writes the same bytes. The
-first records are encoded here: small data needs no process to be started. Later ones go to the workers in
-pieces, a few pieces a worker at a time, so that memory does not grow with the input. A worker imports neither
+first records are encoded here: small data needs no process to be started. Later ones go to the workers. All
+are encoded in pieces, which is faster than one by one, a few pieces a worker at a time, so that memory does
+not grow with the input. A tokenizer's library starts no threads: its processes share the cores already. A
+worker imports neither
 torch nor megatron-core, nor the script that called, which may have no guard or be stdin. It hears no Ctrl-C
 (the parent does, and stops it), and ends when its parent is gone.
 """
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -24,8 +25,8 @@ from types import TracebackType
 
 from tide_megatron.base.errors import DataError, RecordError
 from tide_megatron.base.stop import end_with_parent
-from tide_megatron.data.record import parse_record
-from tide_megatron.data.sample import Encoder, Sample
+from tide_megatron.data.record import ChatRecord, parse_record
+from tide_megatron.data.sample import Encoder, Outcome
 
 ALONE = 1000
 """So many records are encoded before workers are started: about a second."""
@@ -36,24 +37,31 @@ PIECE_BYTES = 2**20
 PIECES_AHEAD = 3
 """Pieces a worker may have waiting, done or not."""
 
-Outcome = tuple[Sample | str | RecordError, str | None]
-"""A sample, or why the record is left out, or what is wrong with it; and what it calls its source."""
+Encoding = tuple[Outcome, str | None]
+"""What becomes of a record, and what it calls its source."""
 
-_ENCODER: list[tuple[Encoder, bool]] = []
-"""A worker's, and whether text is put into NFC."""
+_ENCODER: list[Encoder] = []
+"""A worker's."""
 
 
-def encode_line(line: bytes, encoder: Encoder, *, normalize: bool) -> Outcome:
-    """Encode one line of JSON.
+def encode_lines(lines: Sequence[bytes], encoder: Encoder) -> list[Encoding]:
+    """Encode lines of JSON.
 
     Raises:
         DataError: no record can be encoded.
     """
-    try:
-        record = parse_record(line, normalize=normalize)
-        return encoder.encode(record), record.source
-    except RecordError as fault:
-        return fault, None
+    read: list[ChatRecord | RecordError] = []
+    for line in lines:
+        try:
+            read.append(parse_record(line, encoder.reading))
+        except RecordError as fault:
+            read.append(fault)
+    found = iter(encoder.encode_all([one for one in read if not isinstance(one, RecordError)]))
+    return [(one, None) if isinstance(one, RecordError) else _named(next(found), one) for one in read]
+
+
+def _named(outcome: Outcome, record: ChatRecord) -> Encoding:
+    return outcome, None if isinstance(outcome, RecordError) else record.source
 
 
 class EncoderKilled(DataError):
@@ -63,19 +71,22 @@ class EncoderKilled(DataError):
 class ParallelEncoder:
     """Encodes the lines of one preparation; a context manager, which ends the processes."""
 
-    def __init__(self, encoder: Encoder, *, normalize: bool, number: int) -> None:
+    def __init__(self, encoder: Encoder, *, number: int) -> None:
         """Start with no process.
 
         Args:
             encoder: what every process does.
-            normalize: put all text of the records into NFC.
             number: processes; with 1 all is done here.
         """
-        self._encoder, self._normalize, self._number = encoder, normalize, number
+        self._encoder, self._number = encoder, number
         self._alone = ALONE
         self._pool: ProcessPoolExecutor | None = None
+        self._settings = contextlib.ExitStack()
 
     def __enter__(self) -> ParallelEncoder:
+        from tide_megatron.base.device import no_tokenizer_threads  # torch, which workers do without
+
+        self._settings.enter_context(no_tokenizer_threads())
         return self
 
     def __exit__(
@@ -88,8 +99,9 @@ class ParallelEncoder:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+        self._settings.close()
 
-    def encode(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, Outcome]]:
+    def encode(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, Encoding]]:
         """Yield (number, outcome) for (number, line), in the same order.
 
         Raises:
@@ -97,13 +109,13 @@ class ParallelEncoder:
             EncoderKilled: a process was killed.
         """
         remaining = iter(lines)
-        here = remaining if self._number == 1 else itertools.islice(remaining, self._alone)
-        for number, line in here:
-            self._alone -= 1
-            yield number, encode_line(line, self._encoder, normalize=self._normalize)
-        waiting: collections.deque[tuple[Sequence[int], Future[list[Outcome]]]] = collections.deque()
+        waiting: collections.deque[tuple[Sequence[int], Future[list[Encoding]]]] = collections.deque()
         while piece := _next_piece(remaining):
             numbers, texts = zip(*piece, strict=True)
+            if self._number == 1 or self._alone > 0:
+                self._alone -= len(piece)
+                yield from zip(numbers, encode_lines(texts, self._encoder), strict=True)
+                continue
             pool = self._started()
             with _starting():
                 future = pool.submit(_encode_piece, texts)
@@ -119,7 +131,7 @@ class ParallelEncoder:
                 self._number,
                 multiprocessing.get_context("spawn"),  # a fork would copy what libraries hold in threads
                 initializer=_begin,
-                initargs=(self._encoder, self._normalize),
+                initargs=(self._encoder,),
             )
         return self._pool
 
@@ -150,7 +162,7 @@ def _starting() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
-def _taken(numbers: Sequence[int], future: Future[list[Outcome]]) -> Iterator[tuple[int, Outcome]]:
+def _taken(numbers: Sequence[int], future: Future[list[Encoding]]) -> Iterator[tuple[int, Encoding]]:
     try:
         outcomes = future.result()
     except BrokenProcessPool:
@@ -161,12 +173,12 @@ def _taken(numbers: Sequence[int], future: Future[list[Outcome]]) -> Iterator[tu
     return zip(numbers, outcomes, strict=True)
 
 
-def _begin(encoder: Encoder, normalize: bool) -> None:
+def _begin(encoder: Encoder) -> None:
     """Make this process a worker."""
-    _ENCODER.append((encoder, normalize))
+    _ENCODER.append(encoder)
     end_with_parent(lambda: os._exit(1))
 
 
-def _encode_piece(lines: Sequence[bytes]) -> list[Outcome]:
-    [(encoder, normalize)] = _ENCODER
-    return [encode_line(line, encoder, normalize=normalize) for line in lines]
+def _encode_piece(lines: Sequence[bytes]) -> list[Encoding]:
+    [encoder] = _ENCODER
+    return encode_lines(lines, encoder)

@@ -32,6 +32,7 @@ from tide_megatron.data.identity import Plan, TaskPart
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.merging import folders_of_parts, is_done, merge_if_last
 from tide_megatron.data.part_merge import is_part
+from tide_megatron.data.record import Reading
 from tide_megatron.data.rejects import OnBad
 from tide_megatron.data.sample import Encoder, OnLong, SideChoice, Window
 from tide_megatron.data.sources.opening import FoundSources, find_sources
@@ -49,7 +50,7 @@ def prepare(
     max_length: int,
     on_long: str = OnLong.ERROR,
     on_bad: str = OnBad.STOP,
-    normalize: bool = False,
+    reading: Reading | None = None,
     sides: Mapping[str, SideChoice] | None = None,
     replace: bool = False,
     workers: int | None = None,
@@ -64,7 +65,7 @@ def prepare(
         max_length: most tokens a sample may have.
         on_long: a word of `OnLong`.
         on_bad: a word of `OnBad`.
-        normalize: put all text of the records into NFC, for tokenizers that do so themselves.
+        reading: how records are read, and which replies are learnt.
         sides: name -> tokenizer of a teacher that reads its own tokens; its columns carry the name.
         replace: put the new data in the place of a data folder that is already there.
         workers: processes that encode, once there are many records; None: as many as there are cores. What is
@@ -81,7 +82,7 @@ def prepare(
         max_length=max_length,
         on_long=on_long,
         on_bad=on_bad,
-        normalize=normalize,
+        reading=reading,
         sides=sides,
     )
     return prepare_whole(plan, out, replace=replace, workers=workers)
@@ -144,7 +145,7 @@ def plan_of(
     max_length: int,
     on_long: str = OnLong.ERROR,
     on_bad: str = OnBad.STOP,
-    normalize: bool = False,
+    reading: Reading | None = None,
     sides: Mapping[str, SideChoice] | None = None,
 ) -> Plan:
     """Check options; the arguments are those of `prepare`.
@@ -152,11 +153,11 @@ def plan_of(
     Raises:
         ConfigError: an option that cannot be.
     """
-    encoder = Encoder(tokenizer, Window.of(max_length, on_long), sides or {})
+    encoder = Encoder(tokenizer, Window.of(max_length, on_long), sides or {}, reading)
     words = [word.value for word in OnBad]
     if on_bad not in words:
         raise ConfigError(f"on_bad: {on_bad!r} is unknown: {nearest(on_bad, words)}")
-    return Plan(encoder=encoder, found=find_sources(sources), on_bad=OnBad(on_bad), normalize=normalize)
+    return Plan(encoder=encoder, found=find_sources(sources), on_bad=OnBad(on_bad))
 
 
 def _processes(workers: int | None) -> int:

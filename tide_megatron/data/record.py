@@ -2,20 +2,21 @@
 
 What a record says is used or refused by name, never dropped: `tools`, `documents` and `chat_template_kwargs`
 reach the chat template, as do `tool_calls`, `reasoning_content` and any other key of a message; `weight` must
-agree with what is learnt, which is the last reply. Text in parts is joined. `source` names where a record
-comes from. Other keys of a line (an id, a language) say nothing about the conversation and are not read;
-those that do, under names of other trainers, are refused.
+agree with what is learnt: the last reply, or all replies but those of weight 0 (`Learn`). Text in parts is
+joined. `source` names where a record comes from. Other keys of a line (an id, a language) say nothing about
+the conversation and are not read; those that do, under names of other trainers, are refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import unicodedata
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from tide_megatron.base.errors import RecordError, nearest
+from tide_megatron.base.errors import ConfigError, RecordError, nearest
 from tide_megatron.base.read import doubled_key, is_text
 from tide_megatron.text.templates import REASONING, Inputs
 
@@ -41,36 +42,65 @@ MEANINGFUL = ("tools", "documents", "chat_template_kwargs", "source", *_WEIGHTS,
 """Keys beside `messages` that are used, or refused where they say something."""
 
 
+class Learn(str, enum.Enum):
+    """Which replies of a conversation are learnt; the last always is."""
+
+    LAST = "last"
+    ALL = "all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How lines become records."""
+
+    normalize: bool = False
+    """Put all text into NFC."""
+    learn: Learn = Learn.LAST
+
+    @classmethod
+    def of(cls, *, normalize: bool, learn: str) -> Reading:
+        """Check the options.
+
+        Raises:
+            ConfigError: an unknown word.
+        """
+        words = [word.value for word in Learn]
+        if learn not in words:
+            raise ConfigError(f"learn: {learn!r} is unknown: {nearest(learn, words)}")
+        return cls(normalize=normalize, learn=Learn(learn))
+
+
+_AS_IT_STANDS = Reading()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatRecord:
     """One conversation; its last message is the assistant's reply."""
 
     messages: tuple[dict[str, Any], ...]
     """Each has a role; content is text where there is any."""
+    learnt: tuple[int, ...]
+    """Which messages are replies to learn, by index, ascending; the last message is one, the first is not."""
     inputs: Inputs = dataclasses.field(default_factory=Inputs)
     """What its chat template is given beside them."""
     source: str | None = None
     """Where it comes from, by its own words."""
 
 
-def parse_record(line: bytes, *, normalize: bool = False) -> ChatRecord:
-    """Turn one line into a record.
-
-    Args:
-        line: of JSON.
-        normalize: put all of its text into NFC.
+def parse_record(line: bytes, reading: Reading = _AS_IT_STANDS) -> ChatRecord:
+    """Turn one line of JSON into a record.
 
     Raises:
         RecordError: it is no conversation that ends with a reply, or says what would be dropped.
     """
     try:
         content = load_row(line)
-        return _record(_in_nfc(content) if normalize else content)
+        return _record(_in_nfc(content) if reading.normalize else content, reading.learn)
     except RecursionError:
         _refuse(_TOO_DEEP, "nested too deep")
 
 
-def _record(content: Any) -> ChatRecord:
+def _record(content: Any, learn: Learn) -> ChatRecord:
     """Turn a line's JSON into a record."""
     messages = content.get("messages") if isinstance(content, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -88,11 +118,13 @@ def _record(content: Any) -> ChatRecord:
         _refuse(f"no reply: the last message must be the assistant's, it is the {last}'s", "no reply")
     if len(checked) == 1:
         _refuse("a reply without a request: put a user message before it", "no request")
-    _check_weights(messages)
+    learnt = _learnt(messages, learn)
     opening = checked[0].get("content") if checked[0]["role"] == "system" else None
     _check_keys(content, _INSTEAD, "", {"system": opening})
     _check_weight({"weight": content.get("weight")}, "the record", is_learnt=True)
-    return ChatRecord(messages=checked, inputs=_inputs(content), source=_source(content.get("source")))
+    return ChatRecord(
+        messages=checked, learnt=learnt, inputs=_inputs(content), source=_source(content.get("source"))
+    )
 
 
 def load_row(line: bytes) -> Any:
@@ -103,7 +135,9 @@ def load_row(line: bytes) -> Any:
     """
     try:
         text = line.decode("utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        if text.startswith("\ufeff"):
+            json.loads(text)  # raises: a second byte order mark is no JSON
+        content = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         _refuse(f"not UTF-8 ({error.reason}): convert the file to UTF-8", "not UTF-8")
     except ValueError as error:
@@ -116,13 +150,17 @@ def load_row(line: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if (double := doubled_key(pairs)) is not None:
-        _refuse(f"the key {double!r} stands twice in one object: remove one", "a doubled key")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        _refuse(f"the key {doubled_key(pairs)!r} stands twice in one object: remove one", "a doubled key")
+    return found
 
 
 def _no_number(word: str) -> NoReturn:
     _refuse(f"not JSON ({word} is no JSON number): write null or a number", "not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def _check_characters(content: Any) -> None:
@@ -217,15 +255,37 @@ def _calls(calls: Any, place: str) -> list[Any]:
     return entries
 
 
-def _check_weights(messages: list[Any]) -> None:
-    """Refuse weights that ask for something else than learning the last message alone."""
-    for number, message in enumerate(messages, 1):
-        is_learnt = number == len(messages)
-        _check_weight(message, f"message {number}", is_learnt=is_learnt)
+def _learnt(messages: list[Any], learn: Learn) -> tuple[int, ...]:
+    """Return which messages are learnt, or refuse weights that ask for something else.
+
+    Where all replies are learnt, weight 0 leaves one out; the last is what a record is for.
+    """
+    last = len(messages) - 1
+    chosen = [last]
+    if learn is Learn.ALL:
+        replies = [number for number in range(last) if messages[number]["role"] == "assistant"]
+        chosen = [number for number in replies if not _is_left_out(messages[number])] + chosen
+        if chosen[0] == 0:
+            _refuse(
+                "message 1: a reply without a request: put a user message before it, or give it weight 0",
+                "no request",
+            )
+    for number, message in enumerate(messages):
+        _check_weight(message, f"message {number + 1}", is_learnt=number in chosen, learn=learn)
+    return tuple(chosen)
 
 
-def _check_weight(holder: Mapping[str, Any], place: str, *, is_learnt: bool) -> None:
+def _is_left_out(message: Mapping[str, Any]) -> bool:
+    """Say whether a message asks not to be learnt; one that says two things is refused later."""
+    return any(value is not None and value == 0 for value in map(message.get, _WEIGHTS))
+
+
+def _check_weight(
+    holder: Mapping[str, Any], place: str, *, is_learnt: bool, learn: Learn = Learn.LAST
+) -> None:
     """Refuse a weight that contradicts what is learnt."""
+    if holder.keys().isdisjoint(_WEIGHTS):
+        return
     for name in _WEIGHTS:
         value = holder.get(name)
         if value is None or (value in (int(is_learnt),) and isinstance(value, int | float)):
@@ -234,7 +294,10 @@ def _check_weight(holder: Mapping[str, Any], place: str, *, is_learnt: bool) -> 
             remedy = (
                 "leave the record out, or end it with the reply to learn"
                 if is_learnt
-                else "only the last reply is learnt: make it a record that ends there"
+                else "only the last reply is learnt: make it a record that ends there, "
+                "or learn all (--learn all)"
+                if learn is Learn.LAST
+                else "only replies are learnt, and it is none, or says two things: take the weight out"
             )
             _refuse(
                 f"{place}: {name} {json.dumps(value)}: {remedy}", f"{name} that contradicts what is learnt"
@@ -253,6 +316,8 @@ def _check_keys(
         place: start of the message.
         same: values that say nothing new.
     """
+    if instead.keys().isdisjoint(holder):
+        return
     for name, remedy in instead.items():
         value = holder.get(name)
         if value not in (None, "", [], {}, False) and value != same.get(name):

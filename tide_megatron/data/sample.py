@@ -1,8 +1,6 @@
 """From one record to one row of every column: tokens, replies, and for each side its tokens and chunks.
 
-Truncation never leaves half a chunk: a chunk counts only if all of its tokens on both sides are inside their
-windows, and a side that is cut ends where its last whole chunk does, so that the teacher is not shown text
-that the student's window no longer has (spec section 4.1).
+`data/side.py` says what a side's columns hold.
 """
 
 from __future__ import annotations
@@ -11,20 +9,22 @@ import collections
 import dataclasses
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from tide_megatron.base.errors import ConfigError, nearest
+import numpy
+from numpy.typing import NDArray
+
+from tide_megatron.base.errors import ConfigError, RecordError, nearest
 from tide_megatron.base.files import local_path
-from tide_megatron.data.record import ChatRecord
+from tide_megatron.data.record import ChatRecord, Reading
 from tide_megatron.data.rejects import TooLong
-from tide_megatron.text.align import Chunk, align_chats
-from tide_megatron.text.chat import Encoded, encode_chat
+from tide_megatron.data.side import CUT_COLUMN, SIDE_COLUMNS, side_rows
+from tide_megatron.text.chat import Encoded, encode_chats
 from tide_megatron.text.tokenizer import OPTIONS, Tokenizer
+from tide_megatron.text.turns import Chat
 
 COLUMNS = ("ids", "replies", "reply_bytes")
 """Of every data set; `data.columns` says what they hold."""
-CUT_COLUMN = "cut"
-SIDE_COLUMNS = ("ids", "replies", "cut", "chunks")
 _TEMPLATE_OPTION = f"{OPTIONS}."
 
 
@@ -127,7 +127,7 @@ class SideChoice:
 class Sample:
     """One row of every column, and what it adds to the statistics."""
 
-    row: dict[str, list[int]]
+    row: dict[str, NDArray[numpy.int32]]
     counts: collections.Counter[str]
     """Of the student."""
     side_counts: dict[str, collections.Counter[str]]
@@ -136,16 +136,26 @@ class Sample:
     """Tokens, by side; the student's under the empty name."""
 
 
+Outcome = Sample | str | RecordError
+"""A sample, or why the record is left out, or what is wrong with it."""
+
+
 class Encoder:
     """Turns records into samples for one student and any number of sides."""
 
-    def __init__(self, tokenizer: Tokenizer, window: Window, sides: Mapping[str, SideChoice]) -> None:
-        """Take the student's tokenizer and window, and the sides by name.
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        window: Window,
+        sides: Mapping[str, SideChoice],
+        reading: Reading | None = None,
+    ) -> None:
+        """Take the student's tokenizer and window, the sides by name, and how lines are read.
 
         Raises:
             ConfigError: a side's name that cannot be part of a file's name, or its window too small.
         """
-        self.tokenizer, self.window = tokenizer, window
+        self.tokenizer, self.window, self.reading = tokenizer, window, reading or Reading()
         self.sides = dict(sides)
         for name, side in self.sides.items():
             if not name.replace("-", "").replace("_", "").isalnum():
@@ -178,56 +188,69 @@ class Encoder:
             RecordError: it cannot be encoded; `TooLong`: it is longer than it may be.
             DataError: no record can be.
         """
-        encoded = encode_chat(self.tokenizer, record.messages, inputs=record.inputs, aligned=bool(self.sides))
-        if reason := _reason_to_skip(encoded, self.window):
+        [found] = self.encode_all([record])
+        if isinstance(found, RecordError):
+            raise found
+        return found
+
+    def encode_all(self, records: Sequence[ChatRecord]) -> list[Outcome]:
+        """Encode records, each as if it were alone.
+
+        Raises:
+            DataError: no record can be encoded.
+        """
+        chats = [Chat(messages=one.messages, inputs=one.inputs, learnt=one.learnt) for one in records]
+        students = encode_chats(
+            self.tokenizer, chats, max_tokens=self.window.max_length, aligned=bool(self.sides)
+        )
+        found = [self._student(one) for one in students]
+        for name in self.sides:
+            self._add_side(name, chats, students, found)
+        return found
+
+    def _student(self, encoded: Encoded | RecordError) -> Outcome:
+        """Return a sample without its sides, or why there is none."""
+        if isinstance(encoded, RecordError):
+            return encoded
+        is_cut = encoded.uncut_tokens > self.window.max_length
+        if is_cut and (reason := _reason_to_skip(encoded, self.window)):
             return reason
-        is_cut = len(encoded.ids) > self.window.max_length
-        if is_cut:
-            encoded = encode_chat(
-                self.tokenizer,
-                record.messages,
-                inputs=record.inputs,
-                max_tokens=self.window.max_length,
-                aligned=bool(self.sides),
-            )
-        sample = Sample(
-            row={"ids": encoded.ids, "replies": encoded.replies, "reply_bytes": [encoded.reply_bytes]},
+        row = {"ids": encoded.ids, "replies": encoded.replies, "reply_bytes": [encoded.reply_bytes]}
+        if self.window.on_long is OnLong.TRUNCATE:
+            row[CUT_COLUMN] = [int(is_cut)]
+        return Sample(
+            row={name: numpy.array(values, dtype=numpy.int32) for name, values in row.items()},
             counts=_counts(encoded, is_cut=is_cut),
             side_counts={},
             longest={"": len(encoded.ids)},
         )
-        if self.window.on_long is OnLong.TRUNCATE:
-            sample.row[CUT_COLUMN] = [int(is_cut)]
-        for name in self.sides:
-            self._add_side(sample, name, record, encoded, student_is_cut=is_cut)
-        return sample
 
     def _add_side(
-        self, sample: Sample, name: str, record: ChatRecord, student: Encoded, *, student_is_cut: bool
+        self,
+        name: str,
+        chats: Sequence[Chat],
+        students: Sequence[Encoded | RecordError],
+        found: list[Outcome],
     ) -> None:
-        """Add one side's columns and counts to a sample."""
-        teacher = encode_chat(self.sides[name].tokenizer, record.messages, inputs=record.inputs, aligned=True)
-        limit = self.side_length(name)
-        chunks = [chunk for chunk in align_chats(student, teacher) if chunk.teacher_end <= limit]
-        end = len(teacher.ids)
-        if student_is_cut or end > limit:
-            end = max((chunk.teacher_end for chunk in chunks), default=min(end, limit))
-        learnt = [chunk for chunk in chunks if chunk.student_start >= student.replies[0]]
-        sample.row[f"{name}.ids"] = teacher.ids[:end]
-        sample.row[f"{name}.replies"] = [min(place, end) for place in teacher.replies]
-        sample.row[f"{name}.{CUT_COLUMN}"] = [int(end < len(teacher.ids))]
-        sample.row[f"{name}.chunks"] = [place for chunk in learnt for place in chunk]
-        sample.longest[name] = end
-        sample.side_counts[name] = collections.Counter(
-            tokens=end,
-            chunks=len(learnt),
-            pairs=sum(_is_pair(chunk, student, teacher) for chunk in learnt),
-            aligned_bytes=sum(
-                student.ends[chunk.student_end - 1] - _start(student, chunk) for chunk in learnt
-            ),
-            cut=int(end < len(teacher.ids)),
-            without_chunks=int(not learnt),
+        """Add one side's columns and counts to the samples, or put what is wrong in a sample's place."""
+        places = [place for place, one in enumerate(found) if isinstance(one, Sample)]
+        teachers = encode_chats(self.sides[name].tokenizer, [chats[place] for place in places], aligned=True)
+        pairs = []
+        for place, teacher in zip(places, teachers, strict=True):
+            student, sample = students[place], found[place]
+            if isinstance(teacher, RecordError):
+                found[place] = teacher
+                continue
+            assert isinstance(student, Encoded), "what has a sample has tokens"
+            assert isinstance(sample, Sample), "chosen above"
+            pairs.append((sample, student, teacher))
+        sides = side_rows(
+            [student for _, student, _ in pairs], [teacher for *_, teacher in pairs], self.side_length(name)
         )
+        for (sample, _, _), side in zip(pairs, sides, strict=True):
+            sample.row.update({f"{name}.{part}": values for part, values in side.row.items()})
+            sample.longest[name] = len(side.row["ids"])
+            sample.side_counts[name] = side.counts
 
 
 def _json_or_text(value: str) -> object:
@@ -237,24 +260,10 @@ def _json_or_text(value: str) -> object:
         return value
 
 
-def _is_pair(chunk: Chunk, student: Encoded, teacher: Encoded) -> bool:
-    """Say whether a chunk is one token of the same id on both sides."""
-    is_single = chunk.student_end - chunk.student_start == chunk.teacher_end - chunk.teacher_start == 1
-    return is_single and student.ids[chunk.student_start] == teacher.ids[chunk.teacher_start]
-
-
-def _start(encoded: Encoded, chunk: Chunk) -> int:
-    """Return the byte at which a chunk's student tokens start."""
-    return encoded.ends[chunk.student_start - 1] if chunk.student_start else 0
-
-
-def _reason_to_skip(encoded: Encoded, window: Window) -> str | None:
-    """Say why a record is left out (None: it is not), or refuse it."""
-    length = len(encoded.ids)
-    if length <= window.max_length:
-        return None
+def _reason_to_skip(encoded: Encoded, window: Window) -> str | TooLong | None:
+    """Say why a record that is too long is left out or refused; None: it is neither."""
     if window.on_long is OnLong.ERROR:
-        raise TooLong(length, window.max_length)
+        return TooLong(encoded.uncut_tokens, window.max_length)
     if window.on_long is OnLong.SKIP:
         return "longer than max_length"
     return "prompt fills max_length" if encoded.prompt_tokens >= window.max_length else None
@@ -269,4 +278,5 @@ def _counts(encoded: Encoded, *, is_cut: bool) -> collections.Counter[str]:
         reply_tokens=reply_tokens,
         reply_bytes=encoded.reply_bytes,
         truncated=int(is_cut),
+        unprompted=encoded.unprompted,
     )

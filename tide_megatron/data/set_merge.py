@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tide_megatron.data.manifest import DataStatistics, Manifest, SideMetadata, 
 from tide_megatron.data.part import check_files
 from tide_megatron.data.rejects import REJECTS_FILE, OnBad, Rejects
 
-_EQUAL = ("tokenizer", "max_length", "on_long", "normalized")
+_EQUAL = ("tokenizer", "max_length", "on_long", "normalized", "learn")
 """What the manifests must agree in, beside the sides."""
 _SAMPLES = 2**18
 """Samples whose lengths are in memory at a time."""
@@ -138,7 +138,14 @@ def merge_sets(sets: Sequence[DataSet], work: Unfinished) -> Manifest:
         sides={name: _side([manifest.sides[name] for manifest in manifests]) for name in manifests[0].sides},
         source_names=source_names,
         rejected=dict(sorted(rejected.items(), key=lambda item: -item[1])),
+        unprompted=_sum_if_known(manifest.unprompted for manifest in manifests),
     )
+
+
+def _sum_if_known(counts: Iterable[int | None]) -> int | None:
+    """Add up counts; None where one is not known."""
+    found = list(counts)
+    return None if None in found else sum(filter(None, found))
 
 
 def _numbers_of(sets: Sequence[DataSet]) -> tuple[list[NDArray[numpy.int32]], list[str]]:
@@ -188,5 +195,5 @@ def _side(found: Sequence[SideMetadata]) -> SideMetadata:
         found[0],
         **sums,
         longest=max(each.longest for each in found),
-        aligned_bytes=None if None in aligned else sum(filter(None, aligned)),
+        aligned_bytes=_sum_if_known(aligned),
     )

@@ -22,8 +22,8 @@ from tide_megatron.base.unfinished import Unfinished
 from tide_megatron.data.columns import SOURCE, ColumnWriter
 from tide_megatron.data.manifest import DataStatistics, Manifest, SideMetadata
 from tide_megatron.data.merging import made
-from tide_megatron.data.sample import CUT_COLUMN
 from tide_megatron.data.set_merge import DataSet
+from tide_megatron.data.side import CUT_COLUMN
 from tide_megatron.data.target import check_target
 
 _VALUES = 2**23
@@ -150,6 +150,7 @@ def _write(data: DataSet, chosen: NDArray[numpy.bool_], work: Unfinished) -> Man
         sides={name: counts.side(name) for name in manifest.sides},
         source_names=source_names,
         rejected={},
+        unprompted=None if manifest.unprompted else manifest.unprompted,
     )
 
 

@@ -20,6 +20,12 @@ def report(out: Path, manifest: Manifest) -> None:
             "%s: side %s: %d chunks (%d of one token on both sides) over %d tokens, %d cut, %d without any",
             *(out, name, side.chunks, side.pairs, side.tokens, side.cut, side.without_chunks),
         )
+    if manifest.unprompted:
+        logger.info(
+            "%s: %d earlier replies are learnt without their generation prompt, which the template does not "
+            "write in earlier turns",
+            *(out, manifest.unprompted),
+        )
     if manifest.rejected:
         logger.warning(
             "%s: %d bad records were left out (%s); %s has their lines",

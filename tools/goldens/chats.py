@@ -115,7 +115,7 @@ class Chat:
         window = Window(max_length=self.max_length, on_long=OnLong.TRUNCATE)
         encoder = Encoder(self.student.tokenizer, window, sides)
         messages = tuple(dict(message) for message in self.student.messages)
-        return encoder.encode(ChatRecord(messages=messages))
+        return encoder.encode(ChatRecord(messages=messages, learnt=(len(messages) - 1,)))
 
     def cut(self) -> Encoded:
         """Return the student's tokens inside its window."""

@@ -23,7 +23,7 @@ from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
     "prepare": "out sources --config --tokenizer --max-length --on-long --on-bad --shape --dedup --portion "
-    "--normalize --teacher --add-mask --replace --workers --part",
+    "--normalize --learn --teacher --add-mask --replace --workers --part",
     "train": "recipe overrides --ranks --ranks-per-node --device --folder --branch --resume/--fresh "
     "--dry-run --preflight-only",
     "submit": "recipe overrides --nodes --ranks-per-node --shape --partition --account --time --name "

@@ -89,7 +89,7 @@ def test_a_process_that_is_killed_ends_it_with_the_line_and_the_remedy(tokenizer
 
     encoder = Encoder(tokenizer, Window.of(128, "truncate"), {})
     with (
-        ParallelEncoder(encoder, normalize=False, number=2) as pool,
+        ParallelEncoder(encoder, number=2) as pool,
         pytest.raises(DataError, match=r"^lines \d+ and later: a process .* was killed .*--workers"),
     ):
         list(pool.encode(lines()))
@@ -97,7 +97,7 @@ def test_a_process_that_is_killed_ends_it_with_the_line_and_the_remedy(tokenizer
 
 def test_processes_hear_no_ctrl_c_and_end_with_the_preparation(tokenizer):
     encoder = Encoder(tokenizer, Window.of(128, "truncate"), {})
-    with ParallelEncoder(encoder, normalize=False, number=2) as pool:
+    with ParallelEncoder(encoder, number=2) as pool:
         list(pool.encode((number, line(1).encode()) for number in range(40)))
         processes = [process.pid for process in pool._pool._processes.values()]
         status = [Path(f"/proc/{pid}/status").read_text() for pid in processes]
@@ -133,7 +133,7 @@ def lines():
 
 encoder = Encoder(Tokenizer.load(Path("tokenizer")), Window.of(128, "truncate"), {})
 try:
-    with parallel_encoder.ParallelEncoder(encoder, normalize=False, number=2) as pool:
+    with parallel_encoder.ParallelEncoder(encoder, number=2) as pool:
         list(pool.encode(lines()))
 except KeyboardInterrupt:
     print("stopped", flush=True)

@@ -9,7 +9,7 @@ import pytest
 from tests.small_tokenizer import write_other, write_tokenizer
 from tide_megatron import api
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data import filling, identity, merging, origins
+from tide_megatron.data import filling, identity, merging, origins, parallel_encoder
 from tide_megatron.data.identity import TaskPart
 from tide_megatron.data.sample import Encoder
 from tide_megatron.launch.array import read_part
@@ -83,15 +83,16 @@ def test_words_beyond_the_limit_are_none_in_parts_too(run, inputs, monkeypatch):
 def test_a_part_goes_on_after_an_interrupt(run, inputs, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(filling, "COMMIT_SECONDS", 0.0)
-    counted, encode = iter(range(1000)), Encoder.encode
+    counted, encode = iter(range(1000)), Encoder.encode_all
 
-    def failing(self, record):
-        if next(counted) == 9:
+    def failing(self, records):
+        if records and next(counted) == 9:
             raise KeyboardInterrupt
-        return encode(self, record)
+        return encode(self, records)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Encoder, "encode", failing)
+        patch.setattr(parallel_encoder, "PIECE", 1)
+        patch.setattr(Encoder, "encode_all", failing)
         with pytest.raises(KeyboardInterrupt):
             run("out", "2/3")
     assert os.listdir(inputs / "places/out.parts") == [".2-of-3.partial"]

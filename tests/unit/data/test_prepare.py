@@ -15,6 +15,7 @@ from tide_megatron.data import sample as sampling
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import Manifest
 from tide_megatron.data.prepare import prepare
+from tide_megatron.data.record import Reading
 from tide_megatron.text.chat import encode_chat
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -149,7 +150,7 @@ def test_an_interrupt_leaves_nothing(monkeypatch, chats, tokenizer, tmp_path, wh
         raise KeyboardInterrupt
 
     place, name = {
-        "encode": (sampling, "encode_chat"),
+        "encode": (sampling, "encode_chats"),
         "finish": (columns, "digest_of"),
         "rename": (unfinished, "commit_folder"),
     }[where]
@@ -293,7 +294,7 @@ def test_text_is_put_into_the_form_of_a_tokenizer_with_nfc(tmp_path):
         DataError, match="normalises text to NFC: write the record in NFC, prepare with --norm"
     ):
         run([file], loose, tmp_path / "out")
-    assert run([file], loose, tmp_path / "out", on_bad="skip", normalize=True).normalized
+    assert run([file], loose, tmp_path / "out", on_bad="skip", reading=Reading(normalize=True)).normalized
     row = PreparedData(tmp_path / "out").row(0)
     assert loose.decode(row["ids"][row["replies"][0] :].tolist()) == "\uac00 \u00fc\n"
     composed = write_chats(tmp_path / "composed.jsonl", [("\u00fc", "\uac00 \u00fc")])
@@ -329,7 +330,7 @@ def test_every_sample_remembers_its_source(tokenizer, tmp_path, files, names, co
 
 def test_data_of_one_source_is_what_it_always_was(prepared):
     content = json.loads((prepared / "manifest.json").read_text())
-    assert not {"source_names", "rejected", "normalized", "sides"} & content.keys()
+    assert not {"source_names", "rejected", "normalized", "sides", "learn", "unprompted"} & content.keys()
     assert PreparedData(prepared).manifest.digest == content["digest"]
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tide_megatron.base.errors import RecordError
-from tide_megatron.data.record import parse_record
+from tide_megatron.base.errors import ConfigError, RecordError
+from tide_megatron.data.record import Learn, Reading, parse_record
 from tide_megatron.text.templates import Inputs
 
 GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 7}'
@@ -15,8 +15,8 @@ def line(*messages):
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in messages]})
 
 
-def read(text):
-    return parse_record(text if isinstance(text, bytes) else text.encode())
+def read(text, **options):
+    return parse_record(text if isinstance(text, bytes) else text.encode(), Reading(**options))
 
 
 def record(*, last=None, **keys):
@@ -124,6 +124,59 @@ def test_what_would_be_dropped_is_refused(text, message):
     assert message in str(caught.value)
 
 
+ALL = {"learn": Learn.ALL}
+TURNS = [
+    ("user", "a"),
+    ("assistant", "b"),
+    ("user", "c"),
+    ("assistant", "d"),
+    ("user", "e"),
+    ("assistant", "f"),
+]
+
+
+def turns(**keys):
+    """Return TURNS as a line; `m2={"weight": 1}` says more about the second message."""
+    messages = [{"role": role, "content": content} for role, content in TURNS]
+    for name, more in keys.items():
+        messages[int(name[1:]) - 1] |= more
+    return json.dumps({"messages": messages})
+
+
+def test_replies_to_learn():
+    assert read(turns()).learnt == (5,)
+    assert read(turns(), **ALL).learnt == (1, 3, 5)
+    assert read(turns(m2={"weight": 0}, m4={"weight": 1}), **ALL).learnt == (3, 5)
+    assert read(turns(m2={"train": False}, m4={"loss": 0.0}, m6={"weight": 1}), **ALL).learnt == (5,)
+    greeting = line(("assistant", "hello"), *TURNS)
+    with pytest.raises(RecordError, match="message 1: a reply without a request"):
+        read(greeting, **ALL)
+    assert read(greeting).learnt == (6,)
+
+
+def test_an_unknown_choice_of_replies_is_refused():
+    assert Reading.of(normalize=True, learn="all") == Reading(normalize=True, learn=Learn.ALL)
+    with pytest.raises(ConfigError, match="learn: 'every' is unknown"):
+        Reading.of(normalize=True, learn="every")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"m1": {"weight": 1}}, "message 1: weight 1: only replies are learnt"),
+        ({"m6": {"weight": 0}}, "message 6: weight 0: leave the record out"),
+        (
+            {"m2": {"weight": 0, "train": 1}},
+            "message 2: train 1: only replies are learnt, and it is none, or",
+        ),
+        ({"m2": {"weight": 0.5}}, "message 2: weight is 0.5: only 0 and 1"),
+    ],
+)
+def test_weights_that_contradict_learning_all(keys, message):
+    with pytest.raises(RecordError, match=message):
+        read(turns(**keys), **ALL)
+
+
 def test_weights_of_other_messages_must_say_what_is_done():
     def chat(**first):
         roles = ({"role": "user"}, {"role": "assistant", **first}, {"role": "user"}, {"role": "assistant"})
@@ -208,7 +261,7 @@ def test_a_record_names_its_source(value, name):
 def test_all_text_can_be_put_into_nfc():
     loose, composed = "u\u0308", "\u00fc"
     line = record(last={"content": [loose], "reasoning_content": loose}, tools=[{loose: loose}], source=loose)
-    found = parse_record(line.encode(), normalize=True)
+    found = parse_record(line.encode(), Reading(normalize=True))
     assert found.messages[1]["content"] == found.messages[1]["reasoning_content"] == composed
     assert found.inputs.tools == [{composed: composed}]
-    assert parse_record(line.encode()).messages[1]["content"] == loose
+    assert parse_record(line.encode(), Reading()).messages[1]["content"] == loose

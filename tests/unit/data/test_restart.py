@@ -12,9 +12,10 @@ from tests.small_tokenizer import write_other
 from tests.unit.data.conftest import PAIRS
 from tide_megatron.base import unfinished
 from tide_megatron.base.errors import DataError
-from tide_megatron.data import filling, identity
+from tide_megatron.data import filling, identity, parallel_encoder
 from tide_megatron.data.parallel_encoder import EncoderKilled
 from tide_megatron.data.prepare import prepare
+from tide_megatron.data.record import Learn, Reading
 from tide_megatron.data.sample import Encoder, SideChoice
 from tide_megatron.text.tokenizer import Tokenizer
 
@@ -79,15 +80,16 @@ def interrupted(monkeypatch, run, tmp_path):
 
 
 def end(monkeypatch, run, error, kind=KeyboardInterrupt, **options):
-    counted, encode = iter(range(1000)), Encoder.encode
+    counted, encode = iter(range(1000)), Encoder.encode_all
 
-    def failing(self, record):
-        if next(counted) == NUMBER - 1:  # one record before it cannot be parsed
+    def failing(self, records):
+        if records and next(counted) == NUMBER - 1:  # one record before it cannot be parsed
             raise error
-        return encode(self, record)
+        return encode(self, records)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Encoder, "encode", failing)
+        patch.setattr(parallel_encoder, "PIECE", 1)
+        patch.setattr(Encoder, "encode_all", failing)
         with pytest.raises(kind) as caught:
             run(**options)
     return str(caught.value)
@@ -122,7 +124,8 @@ def test_what_was_written_behind_the_last_commit_is_cut_off(run, tmp_path, inter
 
 OTHERS = {
     "max_length": {"max_length": 64, "on_long": "truncate"},
-    "on_bad": {"on_bad": "skip", "normalize": True},
+    "on_bad": {"on_bad": "skip", "reading": Reading(normalize=True)},
+    "learn": {"reading": Reading(learn=Learn.ALL)},
     "sides": {"sides": {}},
     "tokenizer": "other",
     "code": "code",
@@ -140,7 +143,12 @@ def test_another_plan_begins_anew_and_says_why(run, tmp_path, interrupted, monke
         options = {}
     elif options == "two":
         options = {"sources": [source, source]}
-    names = {"on_bad": "--normalize", "sides": "list of teachers", "sources": "list of files"}
+    names = {
+        "on_bad": "--normalize",
+        "learn": "--learn",
+        "sides": "list of teachers",
+        "sources": "list of files",
+    }
     said = names.get(kind, "release" if kind == "code" else kind)
     run(**options)
     assert "begins anew: it was made with another " in caplog.text

@@ -6,7 +6,7 @@ import collections
 from collections.abc import Iterable, Iterator
 
 from tide_megatron.base.errors import RecordError
-from tide_megatron.data.parallel_encoder import Outcome, ParallelEncoder
+from tide_megatron.data.parallel_encoder import Encoding, ParallelEncoder
 from tide_megatron.data.sample import Sample
 from tide_megatron.data.source import Line
 from tide_megatron.data.sources.opening import ChatSource
@@ -17,7 +17,7 @@ _MOST_ASIDE = 50_000
 
 def encoded(
     source: ChatSource, lines: Iterable[Line], workers: ParallelEncoder
-) -> Iterator[tuple[int, Outcome]]:
+) -> Iterator[tuple[int, Encoding]]:
     """Yield (number, outcome) of a source's rows in their order.
 
     Args:
