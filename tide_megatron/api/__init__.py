@@ -151,6 +151,7 @@ def train(
             ranks_per_node=ranks_per_node,
             timeout_seconds=resolved.timeout_seconds,
             hang_seconds=resolved.hang_seconds or resolved.timeout_seconds / 2,
+            deadlines=resolved.deadlines,
         )
     except (RanksFailed, TideError) as fault:
         folder = Path(resolved.folder)

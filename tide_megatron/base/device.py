@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -363,6 +364,16 @@ def _threads(ranks: Ranks | None) -> int:
 def gloo_interfaces() -> list[str]:
     """Return the network interfaces that `GLOO_SOCKET_IFNAME` names; none: gloo's own choice."""
     return [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+
+
+def is_loopback(address: str) -> bool:
+    """Say whether an address as it is written leads nowhere but to this machine; a name may, elsewhere."""
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 @contextlib.contextmanager
