@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from tests.small_tokenizer import write_chats, write_other, write_tokenizer
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import SideChoice
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import SideChoice
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.hf.folder import stream_folder
 from tide_megatron.models.hf.safetensors import TensorSpec

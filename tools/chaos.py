@@ -32,9 +32,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file runs as a command
 
+from chaos_runs.apart import own_mounts
 from chaos_runs.kinds import KINDS, Kind
 from chaos_runs.seen import Seen
-from chaos_runs.starts import EVERY, HANG_SECONDS, STEPS, Reference, Site
+from chaos_runs.starts import EVERY, HANG_SECONDS, MOST_LOST, STEPS, Reference, Site
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/reliability.md"
@@ -108,12 +109,12 @@ def _by_kind(every: Sequence[Seen]) -> Iterator[str]:
 RULES = f"""\
 - Each run: a tiny student and teacher, {STEPS} steps, a save every {EVERY}, 2 ranks of one node; a slow rank
   among 4; the two kinds about nodes: 2 nodes of 2 ranks in network namespaces.
-- `hang_seconds={HANG_SECONDS:g}`, so a node is missed after {HANG_SECONDS / 2:g} s without a sign of life; by
-  default these are 300 s and 30 s.
+- `hang_seconds={HANG_SECONDS:g}`, for saves and evaluations too (`deadlines`), so a node is missed after
+  {HANG_SECONDS / 2:g} s without a sign of life; by default these are 300 s, four times that, and 30 s.
 - Noticed: from the fault to the words in a launcher's output, on every node that was left. What lies on the
   disk is found at the next start, before its first step: from the command, most of which is Python's imports.
-- Done again: at most an interval between saves, and of an asynchronous save what was done meanwhile of the
-  next ({2 * EVERY - 1} here). The number that the restart says is compared with the run's own record.
+- Done again: at most an interval between saves, and a quarter of one where an asynchronous save was under
+  way ({MOST_LOST} here). The number that the restart says is compared with the run's own record.
 - Bit-equal: losses and gradient norms of all steps, held-out scores and the student's file are those of a run
   that nobody disturbed, on as many ranks. After NaN in a gradient they cannot be: those samples are passed
   over, and the log says so.
@@ -154,6 +155,7 @@ def _commit() -> str:
 
 def main() -> int:
     """Run from the command line."""
+    own_mounts()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

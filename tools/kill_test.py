@@ -31,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 
 from tests.tiny_run import write_tiny_run
 from tide_megatron.base.files import damage
-from tide_megatron.checkpoint.retention import Mark, listed
+from tide_megatron.checkpoint.retention import Checkpoints, Mark, listed
 from tide_megatron.launch.signals import STOPPED_CODE
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY, START_SECONDS = 2, 120.0
 RECORD = "metrics.jsonl"
 MODES = ("asynchronous", "waiting")
-LIMITS = {"asynchronous": 2 * EVERY - 1, "waiting": EVERY}
+LIMITS = {"asynchronous": EVERY + Checkpoints(every=EVERY).most_ahead, "waiting": EVERY}
 """Steps that a kill may cost: an interval, and what has been done of the next while it was being saved."""
 
 

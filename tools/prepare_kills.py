@@ -40,7 +40,7 @@ CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncat
 CHILD = """
 import os, signal, sys
 from tide_megatron import commands
-from tide_megatron.data import filling, parallel_encoder
+from tide_megatron.data.preparation import filling, parallel_encoder
 changes, last, target = CHANGES, int(sys.argv.pop(1)), os.path.basename(sys.argv[2])
 filling.COMMIT_SECONDS, parallel_encoder.ALONE, parallel_encoder.PIECE = 0.0 if last else 0.01, 20, 10
 met = 0

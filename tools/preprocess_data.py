@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tide_megatron import api
 from tide_megatron.base.errors import TideError
-from tide_megatron.data.sample import OnLong, SideChoice
+from tide_megatron.data.preparation.sample import OnLong, SideChoice
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from data import MAX_LENGTH, TOKENIZER, ensure_columns
 
-from tide_megatron.data.sample import SideChoice
+from tide_megatron.data.preparation.sample import SideChoice
 from tide_megatron.text.tokenizer import Tokenizer
 
 TEACHER = Path("examples/cross_tokenizer/models/teacher")

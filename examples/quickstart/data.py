@@ -15,8 +15,8 @@ from corpus import write_corpus
 
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import MANIFEST_FILE
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import OnLong, SideChoice
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import OnLong, SideChoice
 from tide_megatron.text.tokenizer import Tokenizer
 
 TOKENIZER = Path("examples/quickstart/models/student")

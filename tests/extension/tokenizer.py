@@ -38,6 +38,10 @@ class Bytewise:
         tokens = ([self.find(part)] if part in self._special else part.encode() for part in cut)
         return [token for part in tokens for token in part if token is not None]
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ids of each text; see `Backend`."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int], *, keep_special: bool) -> str:
         """Return text; see `Backend`."""
         kept = [token for token in ids if keep_special or token not in self.special]

@@ -180,7 +180,7 @@ def test_contents_in_a_wrong_place_are_not_excused(goldens, monkeypatch):
 
     def shifted(tokenizer, messages, **options):
         encoded = encode(tokenizer, messages, **options)
-        moved = [dataclasses.replace(c, start=c.start - 2, end=c.end - 2) for c in encoded.contents]
+        moved = [c._replace(start=c.start - 2, end=c.end - 2) for c in encoded.contents]
         return dataclasses.replace(encoded, contents=moved)
 
     monkeypatch.setattr(chats, "encode_chat", shifted)

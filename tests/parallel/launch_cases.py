@@ -4,12 +4,14 @@ python -m tests.parallel.launch_cases FUNCTION RANKS FOLDER (with NNODES set: ra
 """
 
 import ctypes
+import ipaddress
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from tide_megatron.platform import prepare_platform
 
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, TideError
 from tide_megatron.base.heartbeat import HEARTBEAT
 from tide_megatron.base.phases import Phases
+from tide_megatron.launch import flight_recorder, watchdog
 from tide_megatron.launch.nodes import LISTEN_SECONDS
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.parallel.collectives import barrier
@@ -31,6 +34,22 @@ def add_ranks(folder, *, device, stop):
     total = torch.tensor(float(dist.get_rank() + 1))
     dist.all_reduce(total)
     return {"sum": float(total), "world": dist.get_world_size(), "threads": torch.get_num_threads()}
+
+
+def who_listens(folder, *, device, stop):
+    """Return the addresses at which anything listens on this machine, once groups are made and used."""
+    pair = dist.new_group([0, 1])
+    dist.all_reduce(torch.zeros(1), group=pair)
+    barrier()
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            place, state = line.split()[1], line.split()[3]
+            if state == "0A":
+                words = bytes.fromhex(place.partition(":")[0])
+                found.add(str(ipaddress.ip_address(words[::-1] if table == "tcp" else words)))
+    barrier()
+    return sorted(found)
 
 
 def one_bad_file(folder, *, device, stop):
@@ -134,11 +153,11 @@ def train_until_stopped(folder, *, device, stop):
     return steps
 
 
-def stand_still(folder, how, *, device, stop):
-    """Step three times; in the fourth rank 1 stands still in its teacher, and the others wait for it."""
+def stand_still(folder, how, phase="teacher", *, device, stop):
+    """Step three times; in the fourth rank 1 stands still in a phase, and the others wait for it."""
     phases = Phases()
     for step in range(4):
-        with phases("teacher"):
+        with phases(phase):
             if step == 3 and dist.get_rank() == 1:
                 wait_for_ever(how)
         with phases("exchange"):
@@ -148,6 +167,14 @@ def stand_still(folder, how, *, device, stop):
 
 def fall_asleep(folder, *, device, stop):
     stand_still(folder, "asleep", device=device, stop=stop)
+
+
+def fall_asleep_with_a_mute_recorder(folder, answer_seconds=1.0, *, device, stop):
+    """The same, and torch's flight recorder never answers; rank 1's holds the interpreter meanwhile."""
+    hold = ctypes.PyDLL(None).sleep if dist.get_rank() == 1 else time.sleep
+    flight_recorder.recorder = SimpleNamespace(_dump_fr_trace_json=lambda: hold(600))
+    flight_recorder.ANSWER_SECONDS, watchdog.DEAF_SECONDS = answer_seconds, 3 * answer_seconds
+    fall_asleep(folder, device=device, stop=stop)
 
 
 def wait_for_ever(how):

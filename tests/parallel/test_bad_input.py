@@ -37,7 +37,7 @@ from tide_megatron import commands
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.lease import LEASE
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.head import loss as head_loss
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.text.tokenizer import Tokenizer

@@ -4,17 +4,24 @@ Three starts of `tide train` in real processes; each goes on from where it says,
 which nobody disturbed. `make chaos-sample`.
 """
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from chaos import planned
+from chaos_runs import network
 from chaos_runs.kinds import KINDS
 from chaos_runs.seen import Seen, ended, resumed
 from chaos_runs.starts import EVERY, STEPS, Site
+from kill_test import descendants
+from tests.parallel.test_launch import ROOT, within
 from tests.slurm.runs import figures
 from tests.tiny_run import write_tiny_run
 from tide_megatron import api
@@ -76,6 +83,43 @@ def resumed_at(start):
     """Return where a start went on from, once it has said so."""
     assert start.says("resumed from step", 90)
     return resumed(start)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(network.why_not() is not None, reason=str(network.why_not()))
+def test_a_tool_that_is_killed_leaves_nothing_behind(tmp_path):
+    """Launchers, ranks, networks, and the mounts that give networks their names."""
+    names, mounts = network.NAMESPACES, Path("/proc/self/mounts")
+    before = {path.name for path in names.glob("*")}, mounts.read_text()
+    command = [sys.executable, "tools/chaos.py", "--faults=1", "--kinds=the network", f"--page={tmp_path}/x"]
+    tool = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    within(300, lambda: len(ranks_of(tool)) == 4, "two hosts have two ranks each")
+    every = descendants(tool.pid)
+    networks = {os.readlink(f"/proc/{rank}/ns/net") for rank in ranks_of(tool)}
+    assert len(networks - {os.readlink("/proc/self/ns/net")}) == 2
+    tool.kill()
+    tool.wait()
+    within(20, lambda: not any(map(runs, every)), "all processes have ended")
+    assert ({path.name for path in names.glob("*")}, mounts.read_text()) == before
+
+
+def ranks_of(tool):
+    """Return the ranks of all launchers of a tool: each leads a session, and its parent a fork server."""
+    found = []
+    for pid in descendants(tool.pid):
+        with contextlib.suppress(OSError):
+            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+            if os.getsid(pid) == pid and b"forkserver" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_every_kind_comes_before_one_comes_twice_and_a_seed_plans_the_same():

@@ -21,8 +21,11 @@ from pathlib import Path
 import pytest
 
 from tests.parallel import launch_cases as cases
+from tide_megatron.base.deadlines import Deadlines
 from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, RanksLost
+from tide_megatron.base.phases import PHASES
 from tide_megatron.base.stop import Stopped
+from tide_megatron.launch import flight_recorder
 from tide_megatron.launch.doctor import compare_parallel
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.launch.supervisor import first_failure
@@ -59,10 +62,14 @@ def test_a_rank_that_stands_still_is_named_with_what_all_are_at(tmp_path, how, s
     assert time.monotonic() - started < 60
     said = str(caught.value)
     assert re.match(
-        r"^rank 1 of 3 failed first: it stands still: for \d+ s nothing new in teacher after 3 updates", said
+        r"^rank 1 of 3 failed first: it stands still: for \d+ s nothing new in teacher "
+        r"\(limit 2 s: hang_seconds\) after 3 updates",
+        said,
     )
     assert f" {state}, in " in said.splitlines()[0]
-    assert said.count("nothing new in exchange after 3 updates") == 2
+    assert (
+        len(re.findall(r"nothing new in exchange( \(limit 2 s: hang_seconds\))? after 3 updates", said)) == 2
+    )
     assert "collectives.py, barrier" in said
     assert said.count(", waits for gloo:barrier of nothing, call 4 of group 0") == 2, said
     assert ("wait_for_ever" in said) == has_stack
@@ -71,19 +78,58 @@ def test_a_rank_that_stands_still_is_named_with_what_all_are_at(tmp_path, how, s
     shutil.rmtree(stacks)
 
 
+@pytest.mark.parametrize(
+    "phase",
+    ["data", "checkpoint", *(pytest.param(name, marks=pytest.mark.slow) for name in PHASES[1:-1])],
+)
+def test_a_phase_with_a_deadline_of_its_own_ends_by_it(tmp_path, monkeypatch, phase):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RanksLost) as caught:
+        run_ranks(
+            cases.stand_still,
+            (str(tmp_path), "asleep", phase),
+            2,
+            "cpu",
+            hang_seconds=100.0,
+            deadlines=Deadlines(**{phase: 1.5}),
+        )
+    said = str(caught.value).splitlines()
+    assert re.match(
+        rf"rank 1 of 2 failed first: it stands still: for [1-4] s nothing new in {phase} "
+        rf"\(limit 1\.5 s: deadlines\.{phase}\) after 3 updates",
+        said[0],
+    ), said
+    assert any(
+        re.match(r"rank 0: for \d+ s nothing new in exchange( \(.*\))? after 3", line) for line in said
+    )
+
+
+@pytest.mark.slow
+def test_a_launcher_does_not_wait_for_a_recorder_that_never_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    case = cases.fall_asleep_with_a_mute_recorder
+    with pytest.raises(RanksLost) as caught:
+        run_ranks(case, (str(tmp_path), flight_recorder.ANSWER_SECONDS), 2, "cpu", hang_seconds=2.0)
+    said = str(caught.value).splitlines()
+    assert said[0].startswith("rank 1 of 2 failed first: it stands still")
+    [other] = [line for line in said if line.startswith("rank 0: ")]
+    assert other.endswith("waits for what its flight recorder did not tell in time"), other
+
+
 def test_what_may_take_longer_is_no_hang_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_ranks(cases.finish_slowly, ("",), 2, "cpu", hang_seconds=1.0) == "finished"
     assert list(tmp_path.glob("tide-ranks-*")) == []
 
 
-def test_ranks_without_a_launcher_look_at_themselves(tmp_path):
+def ranks_by_hand(case, folder):
+    """Start two ranks that have no launcher; return the exit code and the words of each."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "HANG_SECONDS": "2"}
     ranks = [
         subprocess.Popen(
-            [*COMMAND, "fall_asleep", "0", str(tmp_path)],
+            [*COMMAND, case, "0", str(folder)],
             cwd=ROOT,
             env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
             stderr=subprocess.PIPE,
@@ -92,14 +138,31 @@ def test_ranks_without_a_launcher_look_at_themselves(tmp_path):
         for rank in ("0", "1")
     ]
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 1], "nothing was saved"
+    return [rank.returncode for rank in ranks], said
+
+
+def test_ranks_without_a_launcher_look_at_themselves(tmp_path):
+    codes, said = ranks_by_hand("fall_asleep", tmp_path)
+    assert codes == [1, 1], "nothing was saved"
     words = "rank {} stands still or waits for one that does: for \\d+ s nothing new in {}"
-    assert re.search(words.format(1, "teacher after 3 updates"), said[1]), said
+    assert re.search(words.format(1, "teacher .limit 2 s: hang_seconds. after 3 updates"), said[1]), said
     assert 'launch_cases.py", line' in said[1]
     assert "in wait_for_ever" in said[1]
     if "lost its peers" not in said[0]:  # whichever looks first ends first; rank 1, asleep, notices nothing
-        assert re.search(words.format(0, "exchange .* waits for gloo:barrier"), said[0]), said
+        assert re.search(words.format(0, "exchange"), said[0]), said
+        assert "rank 0 waits for gloo:barrier of nothing" in said[0]
         assert "in barrier" in said[0]
+
+
+@pytest.mark.slow
+def test_a_rank_ends_itself_though_its_flight_recorder_never_answers(tmp_path):
+    codes, said = ranks_by_hand("fall_asleep_with_a_mute_recorder", tmp_path)
+    assert codes == [1, 1]
+    assert "rank 1 stands still or waits for one that does" in said[1]
+    assert "Timeout (0:00:03)!" in said[1], "C code wrote the stacks: the interpreter was held"
+    if "lost its peers" not in said[0]:
+        mute = "rank 0 waits for what torch's flight recorder did not tell within 1 s"
+        assert mute in said[0]
 
 
 def within(seconds, condition, what):

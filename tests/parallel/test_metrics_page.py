@@ -9,8 +9,8 @@ import pytest
 from tests.tiny_run import PAIR_ON_FOUR, write_pair_run
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import SideChoice
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import SideChoice
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.loop import train
 from tide_megatron.train.resolve import load_recipe

@@ -9,9 +9,56 @@ from pathlib import Path
 
 import pytest
 
+from chaos_runs import network
 from tests.parallel.test_launch import within
 
 ROOT = Path(__file__).parents[2]
+NAMED = ("unshare", "--uts", "sh", "-c")
+"""Starts a command on a machine that has a name of its own: `NAMED, "hostname NAME; exec ...", ...`."""
+
+
+@pytest.fixture
+def hosts():
+    """Give two hosts with a network between them, whose names lead to their addresses."""
+    if reason := network.why_not():
+        pytest.skip(reason)
+    with network.Hosts() as both:
+        yield [
+            [*both.entering(node), *NAMED, f'hostname {address}; exec "$@"', "named"]
+            for node, address in enumerate(network.ADDRESSES)
+        ]
+
+
+def on_hosts(hosts, case, folder, num_ranks, **place):
+    """Start a launcher on each host that is given."""
+    words = [sys.executable, "-m", "tests.parallel.launch_cases", case, str(num_ranks), str(folder)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return [
+        subprocess.Popen(
+            [*entering, *words],
+            cwd=ROOT,
+            env=clean | {"OMP_NUM_THREADS": "1", "NODE_RANK": str(node), **place},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node, entering in enumerate(hosts)
+    ]
+
+
+def test_a_run_on_one_machine_listens_to_that_machine_alone(hosts, tmp_path):
+    """Though the machine's name leads to an address that others reach, where gloo would listen."""
+    [(code, said, faults)] = ends(on_hosts(hosts[:1], "who_listens", tmp_path, 2))
+    assert code == 0, faults
+    assert said == "value ['127.0.0.1']\n"
+
+
+@pytest.mark.slow
+def test_a_run_on_several_machines_listens_at_their_own_addresses(hosts, tmp_path):
+    place = {"NNODES": "2", "MASTER_ADDR": network.ADDRESSES[0], "MASTER_PORT": "29500"}
+    ended = ends(on_hosts(hosts, "who_listens", tmp_path, 1, **place))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert [said for _, said, _ in ended] == [f"value {[address]}\n" for address in network.ADDRESSES]
 
 
 def start(case, folder, ranks_per_node, nodes=2):

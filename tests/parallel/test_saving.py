@@ -12,7 +12,7 @@ from tests.parallel.test_resume import losses, run
 from tests.tiny_run import write_tiny_run
 from tide_megatron.base.files import damage
 from tide_megatron.checkpoint import save
-from tide_megatron.checkpoint.retention import listed
+from tide_megatron.checkpoint.retention import Checkpoints, Mark, listed
 from tide_megatron.checkpoint.save import Save
 
 
@@ -65,6 +65,31 @@ def test_a_second_save_waits_for_the_first_and_a_stop_for_the_last(pool, tmp_pat
     assert not any(damage(path) for path in listed(folder / "checkpoints"))
     assert not list((folder / "checkpoints").glob("*.partial"))
     assert any("is not written yet; waiting for it" in line for line in heard[0])
+
+
+def losses_to_a_kill(folder, *args):
+    """Train on a slow disk; return how many updates a kill after each of them would have cost."""
+    before_step, cost = save.Saver.before_step, []
+
+    def noting(self, clock):
+        before_step(self, clock)
+        newest = listed(folder / "checkpoints")[-1:]
+        cost.append(clock.step + 1 - (Mark.of(newest[0]).step if newest else 0))
+
+    save.Saver.before_step = noting
+    try:
+        run_on_a_slow_disk(0.7, *args)
+    finally:
+        save.Saver.before_step = before_step
+    return cost
+
+
+@pytest.mark.parametrize(("every", "costs"), [(4, [1, 2, 3, 4, 5, 2, 3, 4]), (1, [1] * 8)])
+def test_a_kill_costs_an_interval_and_a_quarter_at_most_on_a_disk_however_slow(pool, tmp_path, every, costs):
+    assert Checkpoints(every=every).most_ahead == (every == 4)
+    tiny, folder = write_tiny_run(tmp_path / "tiny"), tmp_path / "run"
+    words = (f"checkpoints.every={every}", "checkpoints.keep=9")
+    assert pool(2).run(losses_to_a_kill, folder, tiny, folder, 2, 1000, 1, words)[0] == costs
 
 
 def hear(function, *args):

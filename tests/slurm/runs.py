@@ -28,6 +28,7 @@ class Running:
 
     def __init__(self, cluster, tiny, folder, steps=60, words=(), **options):
         self.cluster, self.folder, self.shape = cluster, folder, options.get("shape", "node")
+        self.is_on_one_node = options.get("nodes") == 1
         options = JobOptions(**{"nodes": 2, "ranks_per_node": 2, "warning": 10, "time": "30"} | options)
         done = submit(tiny, [f"folder={json.dumps(str(folder))}", *WORDS, f"steps={steps}", *words], options)
         [self.job], self.log = done.numbers, Path(done.log)
@@ -81,7 +82,7 @@ class Running:
 
 
 def one_rank_of(run):
-    """Return the process of one of the run's ranks, and not the first task's.
+    """Return the process of one of the run's ranks, and not the first task's where there are several nodes.
 
     It is a fork of a launcher's fork server, or a task.
     """
@@ -94,9 +95,8 @@ def one_rank_of(run):
             words = [Path(f"/proc/{each}/cmdline").read_bytes() for each in (path.name, parent)]
         except OSError:
             continue
-        is_ours = (
-            variables.get(b"SLURM_JOB_ID") == run.job.encode() and variables.get(b"SLURM_PROCID") != b"0"
-        )
+        is_first = variables.get(b"SLURM_PROCID") == b"0"
+        is_ours = variables.get(b"SLURM_JOB_ID") == run.job.encode() and is_first <= run.is_on_one_node
         kind = b"forkserver" if run.shape == "node" else b"tide_megatron.commands"
         if is_ours and kind in words[0] and (kind in words[1]) == (run.shape == "node"):
             return int(path.name)

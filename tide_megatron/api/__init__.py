@@ -51,6 +51,7 @@ def prepare(
     on_long: str | None = None,
     on_bad: str | None = None,
     normalize: bool = False,
+    learn: str | None = None,
     teachers: Mapping[str, str] | None = None,
     add_mask: bool = False,
     shape: str = "auto",
@@ -64,14 +65,14 @@ def prepare(
 
     Args:
         out: data folder to make.
-        sources: files of chats, folders, globs, "hub:OWNER/NAME", pipes, or "-" for stdin, read in this order
-            (docs/data.md). The last message of a chat is learnt.
+        sources: files of chats, folders, globs, "hub:OWNER/NAME", pipes, "-" for stdin, read in this order.
         config: a data file in YAML, in the place of `sources`; what is given beside it goes before it.
         tokenizer: the student's, as FOLDER[,mask=TOKEN][,template=NAME][,chat_template_kwargs.KEY=VALUE].
         max_length: most tokens a sample may have.
         on_long: what happens to longer samples: `error` (the default), `skip` or `truncate`.
         on_bad: what happens to records that cannot be used: `stop` (the default) or `skip`.
         normalize: put all text into NFC, for tokenizers that do so themselves.
+        learn: replies of a chat that are learnt: `last` (the default), or `all` but those of weight 0.
         teachers: name -> a place as for `tokenizer`, also with [,max_length=N], of each teacher that reads
             tokens of its own; twice `max_length` tokens unless said otherwise.
         add_mask: add the mask token to the student's tokenizer where it has none (as `student.add_mask`).
@@ -90,14 +91,14 @@ def prepare(
         ConfigError: an option that cannot be.
         DataError: bad records (with the first's line), no tokenizer, or a folder that may not be replaced.
     """
-    from tide_megatron.data.mixture_preparation import prepare_mixture
+    from tide_megatron.data.preparation.mixture_preparation import prepare_mixture
     from tide_megatron.data.sources.mixture import chosen_mixture
 
     file = None if config is None else local_path(config)
     given: dict[str, Any] = {"tokenizer": tokenizer and str(tokenizer), "max_length": max_length}
     given |= {"on_long": on_long, "on_bad": on_bad, "normalize": normalize or None}
     given |= {"add_mask": add_mask or None, "teachers": dict(teachers or {}) or None}
-    given |= {"dedup": dedup or None, "portion": portion}
+    given |= {"learn": learn, "dedup": dedup or None, "portion": portion}
     mixture = chosen_mixture([str(source) for source in sources], file, shape, given)
     return prepare_mixture(mixture, local_path(out), replace=replace, workers=workers, part=part)
 
@@ -150,6 +151,7 @@ def train(
             ranks_per_node=ranks_per_node,
             timeout_seconds=resolved.timeout_seconds,
             hang_seconds=resolved.hang_seconds or resolved.timeout_seconds / 2,
+            deadlines=resolved.deadlines,
         )
     except (RanksFailed, TideError) as fault:
         folder = Path(resolved.folder)

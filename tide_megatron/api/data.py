@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from tide_megatron.base.files import local_path
 
 if TYPE_CHECKING:
-    from tide_megatron.data.inspection import DataFacts, ShownSample
     from tide_megatron.data.manifest import Manifest
+    from tide_megatron.data.sets.inspection import DataFacts, ShownSample
 
 Place = str | Path
 
@@ -41,9 +41,9 @@ def inspect_data(
     from tide_megatron.base.disk import disk_faults
     from tide_megatron.base.errors import DataError
     from tide_megatron.base.files import write_text
-    from tide_megatron.data.inspection import Inspection
-    from tide_megatron.data.inspection_page import render
-    from tide_megatron.data.sample import SideChoice
+    from tide_megatron.data.preparation.sample import SideChoice
+    from tide_megatron.data.sets.inspection import Inspection
+    from tide_megatron.data.sets.inspection_page import render
 
     inspection = Inspection(local_path(data))
     places = {**(teachers or {}), **({"": str(tokenizer)} if tokenizer is not None else {})}
@@ -72,7 +72,7 @@ def merge_data(out: Place, folders: Sequence[Place], *, replace: bool = False) -
     Raises:
         DataError: they do not belong together, one is damaged or missing, or the folder may not be replaced.
     """
-    from tide_megatron.data.merging import merge
+    from tide_megatron.data.sets.merging import merge
 
     return merge(local_path(out), [local_path(folder) for folder in folders], replace=replace)
 
@@ -109,7 +109,7 @@ def split_data(
         ConfigError: not one choice, or one that leaves a folder empty.
         DataError: the data is damaged, or a folder may not be replaced.
     """
-    from tide_megatron.data.splitting import Division, split
+    from tide_megatron.data.sets.splitting import Division, split
 
     division = Division(share=share, samples=samples, held_out=held_out, sources=sources, seed=seed)
     return split(local_path(data), local_path(first), local_path(second), division, replace=replace)

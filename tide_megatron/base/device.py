@@ -7,10 +7,12 @@ Everything above gets a `Device` and a `Ranks` as plain values. Left out: proces
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import ipaddress
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -362,3 +364,27 @@ def _threads(ranks: Ranks | None) -> int:
 def gloo_interfaces() -> list[str]:
     """Return the network interfaces that `GLOO_SOCKET_IFNAME` names; none: gloo's own choice."""
     return [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+
+
+def is_loopback(address: str) -> bool:
+    """Say whether an address as it is written leads nowhere but to this machine; a name may, elsewhere."""
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def no_tokenizer_threads() -> Iterator[None]:
+    """Let the library of tokenizer.json start no threads, here and in processes that start meanwhile."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before

@@ -62,6 +62,14 @@ class Checkpoints:
     """Write while training goes on, over a copy in main memory as large as the rank's share of weights and
     optimizer; False: training waits for the disk, and nothing is copied."""
 
+    @property
+    def most_ahead(self) -> int:
+        """Updates that training applies while a save is under way, at most: then it waits for it.
+
+        So a kill costs one interval and these, not two intervals.
+        """
+        return max(0, min(self.every - 1, max(1, self.every // 4)))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
 class Mark:

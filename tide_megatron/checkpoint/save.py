@@ -103,6 +103,8 @@ class Saver:
         # One thread for all saves: to start another, training would wait for the interpreter.
         self._background = ThreadPoolExecutor(1, "checkpoint") if options.asynchronous else None
         self._save: Save | None = None
+        self._saved_step = 0
+        """Of the newest save, under way or done."""
         self.times: list[SaveTimes] = []
         """What the finished saves cost, in their order."""
 
@@ -125,7 +127,7 @@ class Saver:
             CheckpointError: on every rank, when the disk refuses; older checkpoints stay as they are.
         """
         self.wait()
-        started = time.monotonic()
+        started, self._saved_step = time.monotonic(), clock.step
         if self._plan is None:
             self._plan = self._plan_together()
         shards, partial = self._state.shards, self.folder / f"{name_of(clock)}{PARTIAL}"
@@ -153,6 +155,20 @@ class Saver:
             save.start(save.write, None)
             self.wait()
             save.times.wait = save.times.write + save.times.complete
+
+    def before_step(self, clock: Clock) -> None:
+        """Take the save under way a part further, or wait for it where training would get too far ahead.
+
+        Args:
+            clock: where the run stands.
+
+        Raises:
+            CheckpointError: on every rank, when writing failed on some.
+        """
+        if self._options.every and clock.step - self._saved_step >= self._options.most_ahead:
+            self.wait()
+        else:
+            self.poll()
 
     def poll(self) -> None:
         """Take the save under way a part further if all ranks are done with the last; between any two steps.

@@ -13,7 +13,7 @@ from tide_megatron.commands.options import print_whole
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from tide_megatron.data.inspection import DataFacts, ShownSample, Token
+    from tide_megatron.data.sets.inspection import DataFacts, ShownSample, Token
 
 Data = Annotated[Path, typer.Argument(help="A data folder of `tide prepare`.")]
 
@@ -125,7 +125,7 @@ def split(
 
 
 def _split(word: str) -> tuple[str, str]:
-    from tide_megatron.data.sample import SideChoice
+    from tide_megatron.data.preparation.sample import SideChoice
 
     return SideChoice.split(word)
 
@@ -136,8 +136,8 @@ def _print(data: Path, facts: DataFacts, shown: ShownSample) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from tide_megatron.data.inspection import shares
     from tide_megatron.data.manifest import in_share
+    from tide_megatron.data.sets.inspection import shares
 
     counts = facts.manifest.statistics
     rich.print(

@@ -62,6 +62,9 @@ PortionOption = Annotated[
     typer.Option(metavar="FROM:TO", help="Keep a part of the chats, by digest: 0:0.95 and 0.95:1."),
 ]
 
+LearnOption = Annotated[
+    str | None, typer.Option(help="Replies to learn: last (the default), or all but those of weight 0.")
+]
 PartOption = Annotated[
     str | None,
     typer.Option(
@@ -84,6 +87,7 @@ def prepare(
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out chats that were there before.")] = False,
     portion: PortionOption = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Put all text into NFC.")] = False,
+    learn: LearnOption = None,
     teacher: TeacherOption = None,
     add_mask: AddMask = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a data folder that is there.")] = False,
@@ -92,7 +96,7 @@ def prepare(
 ) -> None:
     """Turn chats into tokens on disk, all or nothing. After a kill the same command goes on.
 
-    A chat is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is the reply to learn. Rows
+    A chat is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is a reply to learn. Rows
     of other shapes (prompt and response, instruction and output, ShareGPT) are told by their columns.
     What a record says is used (tools, documents, tool_calls, reasoning_content, chat_template_kwargs, source)
     or refused by name. All faults are counted before the first one ends it.
@@ -102,11 +106,10 @@ def prepare(
 
     Example: tide prepare data/train chats.jsonl --tokenizer models/student --max-length 512
     --teacher llada=models/llada2
-
     Example: tide prepare data/train --config configs/data/paper.yaml --portion 0:0.95
     """
     from tide_megatron import api
-    from tide_megatron.data.sample import SideChoice
+    from tide_megatron.data.preparation.sample import SideChoice
     from tide_megatron.launch.array import read_part
 
     manifest = api.prepare(
@@ -118,6 +121,7 @@ def prepare(
         on_long=on_long,
         on_bad=on_bad,
         normalize=normalize,
+        learn=learn,
         teachers=dict(SideChoice.split(word) for word in teacher or []),
         add_mask=add_mask,
         shape=shape,

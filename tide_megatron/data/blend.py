@@ -30,10 +30,10 @@ from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.base.options import PLACE, STRICT, Folder
+from tide_megatron.data.columns import CUT_COLUMN, SIDE_COLUMNS
 from tide_megatron.data.dataset import PreparedData, Row
 from tide_megatron.data.manifest import SideMetadata, TokenizerMetadata
 from tide_megatron.data.order import order_of_epoch, samples_at
-from tide_megatron.data.sample import CUT_COLUMN, SIDE_COLUMNS
 
 LEAST_BLOCK = 256
 """Samples within which sources are shuffled; more where a source has so small a share that it would get

@@ -3,8 +3,8 @@
 A sample is one row of every column, and every column is ragged:
 
     ids          the tokens of the conversation, unpadded
-    replies      half-open ranges of `ids` that may be masked, flat: start, end, start, end, ...
-    reply_bytes  one number: UTF-8 bytes of the reply's text
+    replies      half-open ranges of `ids` that may be masked, ascending, flat: start, end, start, end, ...
+    reply_bytes  one number: UTF-8 bytes of the replies' texts
     cut          one number: 1 where `max_length` cut the conversation, so that no end follows; only in data
                  that was prepared with `on_long` = truncate
     source       one number: which of the manifest's `source_names` it is from (only where there are several)
@@ -14,7 +14,7 @@ and for every side, a teacher with its own tokenizer or template, under the side
     NAME.ids      its tokens of the same conversation
     NAME.replies  as above, in these
     NAME.cut      as above
-    NAME.chunks   aligned runs of the learnt reply, flat: student start, end, teacher start, end, ...
+    NAME.chunks   aligned runs of the learnt replies, flat: student start, end, teacher start, end, ...
 
 Labels are not stored: they follow from `ids` and `replies`, which also leaves room for several replies in a
 conversation. Padding is not stored either; it depends on a run's block size and is the loader's.
@@ -44,6 +44,9 @@ from tide_megatron.base.unfinished import GrowingFile
 
 SOURCE = "source"
 """The column that says which source a sample is from; `data.columns` lists the others."""
+CUT_COLUMN = "cut"
+SIDE_COLUMNS = ("ids", "replies", CUT_COLUMN, "chunks")
+"""Of every side, behind its name and a dot."""
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC, _VERSION, _INT32 = b"MMIDIDX\x00\x00", 1, 4
 _PIECE = 2**18
@@ -81,7 +84,7 @@ class ColumnWriter:
         """Rows that were written."""
         return self._lengths[self._names[0]].size // 4
 
-    def add(self, row: Mapping[str, Sequence[int]]) -> None:
+    def add(self, row: Mapping[str, Sequence[int] | NDArray[numpy.int32]]) -> None:
         """Append one sample: a value for every column."""
         assert row.keys() == self._values.keys(), f"columns {set(self._values)}, row {set(row)}"
         for name, values in row.items():

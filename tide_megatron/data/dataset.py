@@ -21,10 +21,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset  # isort: skip
 
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.data.columns import SOURCE, digest_file, numbered
+from tide_megatron.data.columns import CUT_COLUMN, SOURCE, digest_file, numbered
 from tide_megatron.data.manifest import Manifest, SideMetadata, TokenizerMetadata, read_manifest
 from tide_megatron.data.order import samples_at
-from tide_megatron.data.sample import CUT_COLUMN
 from tide_megatron.text.tokenizer import Tokenizer
 
 HASHED_AT_OPEN_BYTES = 64 * 2**20
@@ -193,7 +192,10 @@ class PreparedData:
             lengths, held = counts[f"{side}ids"], counts[f"{side}replies"]
             spans, behind = values[f"{side}replies"], numpy.cumsum(held, dtype=numpy.int64)
             ends = spans[behind - 1] if len(spans) else numpy.zeros_like(held)
-            bad = numpy.flatnonzero((held < 2) | (held % 2 != 0) | (ends > lengths) | (ends < 1))
+            falls = numpy.flatnonzero(spans[1:] < spans[:-1]) + 1  # values below the one before
+            descends = numpy.zeros(len(held), dtype=bool)
+            descends[behind.searchsorted(falls[~numpy.isin(falls, behind)], "right")] = True
+            bad = numpy.flatnonzero((held < 2) | (held % 2 != 0) | (ends > lengths) | (ends < 1) | descends)
             if bad.size:
                 raise DataError(
                     f"{self.folder}: columns {side}ids and {side}replies disagree at sample "

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.data.blend import BlendedData
+from tide_megatron.data.columns import CUT_COLUMN
 from tide_megatron.data.dataset import PreparedData, Row
 from tide_megatron.data.dealing import Dealt, Rungs, by_length, cut_by_budget, cut_into_packs
-from tide_megatron.data.sample import CUT_COLUMN
 from tide_megatron.diffusion.alignment import TeacherTokens
 from tide_megatron.diffusion.batch import IGNORED, Batch, pad_to_blocks, pad_to_length
 from tide_megatron.parallel.layout import DataShard

@@ -24,7 +24,15 @@ from tide_megatron.text.tokenizer import Tokenizer
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tide-columns"
 VERSION = 1
-_LATER = ("sides", "source_names", "rejected", "normalized")
+_LATER: dict[str, Any] = {
+    "sides": {},
+    "source_names": [],
+    "rejected": {},
+    "normalized": False,
+    "learn": "last",
+    "unprompted": 0,
+}
+"""Keys that the first release lacked -> the value that says nothing."""
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -143,6 +151,11 @@ class Manifest:
     """Kind of fault -> bad records that were left out; rejects.jsonl has their lines."""
     normalized: bool = False
     """Whether texts were put into NFC first."""
+    learn: str = "last"
+    """Which replies of a conversation are learnt."""
+    unprompted: int | None = 0
+    """Earlier replies that the student's template writes without their generation prompt: they are learnt
+    from their content on. None: the data was divided, and nobody knows."""
 
     @property
     def digest(self) -> str:
@@ -153,7 +166,7 @@ class Manifest:
     def _content(self) -> dict[str, Any]:
         """Everything as plain values; keys that the first release lacked only where they say something."""
         content = dataclasses.asdict(self)
-        return {key: value for key, value in content.items() if key not in _LATER or value}
+        return {key: value for key, value in content.items() if key not in _LATER or value != _LATER[key]}
 
     def side_of(self, tokenizer_digest: str) -> str | None:
         """Return the side that was prepared with this tokenizer and template, if there is one."""

@@ -1,7 +1,7 @@
 """A teacher with its own tokens: which stretches of both texts are the same bytes, and how rows pair.
 
 A *chunk* pairs a run of student tokens with a run of teacher tokens that spell the same bytes and cannot be
-cut further (spec section 4.1; made by `text.align`, stored by `data.prepare`). Chunks of a sample are in
+cut further (spec section 4.1; made by `text.align`, stored by `data.preparation`). Chunks of a sample are in
 order and do not overlap, on either side. Where both tokenizers agree, a chunk is one token on each side, so
 that position pairs over two templates of one vocabulary are chunks too.
 

@@ -1,30 +1,52 @@
-"""Which collective this process waits in, as torch's flight recorder has it.
+"""Which collective this process waits in, as torch's flight recorders have it.
 
 torch notes every collective of gloo and NCCL when it is called, and again when it is done. Stacks say where
 a rank stands; this says with whom, of what shape and as which call of the group: two ranks that are at
-different numbers of one group have parted before.
+different numbers of one group have parted before. NCCL has a recorder of its own, the other one has the rest.
+
+NCCL's asks the GPU which of its calls have begun, and a GPU that hangs may never answer. So a recorder is
+asked in a thread of its own, and not waited for longer than a limit: whoever asks has a rank to end.
 """
 
 from __future__ import annotations
 
 import json
+import queue
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from torch._C import _distributed_c10d as recorder
 
-_DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
-"""torch's names for it, the newer one first."""
+ANSWER_SECONDS = 10.0
+"""So long may a recorder take to answer."""
+_DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+"""torch's names for what they give out; the first is there where torch has NCCL."""
 
 
 def pending_collective() -> str:
-    """Return the collective that was called first and is not done; empty: none, or nothing is recorded.
+    """Return the collectives that were called first and are not done; empty: none, or nothing is recorded.
 
-    The record is torch's own affair. One in another form is told as such, and ends nobody who asks: a rank
-    that stands still has to be ended whether or not it is known with whom it waits.
+    The record is torch's own affair. One in another form, or one that does not come, is told as such and
+    keeps nobody: a rank that stands still has to be ended whether or not it is known with whom it waits.
     """
-    dump = next((getattr(recorder, name) for name in _DUMPS if hasattr(recorder, name)), None)
+    dumps = [getattr(recorder, name) for name in _DUMPS if hasattr(recorder, name)]
+    return ", and ".join(filter(None, (_answer(dump) for dump in dumps)))
+
+
+def _answer(dump: Callable[[], str]) -> str:
+    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+    # A daemon, for one that is stuck must not keep the process.
+    threading.Thread(target=lambda: answers.put(_pending(dump)), name="flight-recorder", daemon=True).start()
     try:
-        entries = json.loads(dump()).get("entries", []) if dump else []
+        return answers.get(timeout=ANSWER_SECONDS)
+    except queue.Empty:
+        return f"what torch's flight recorder did not tell within {ANSWER_SECONDS:g} s"
+
+
+def _pending(dump: Callable[[], str]) -> str:
+    try:
+        entries = json.loads(dump()).get("entries", [])
         pending = [entry for entry in entries if not entry.get("retired", True)]
         return _told(min(pending, key=lambda entry: int(entry["record_id"]))) if pending else ""
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as fault:

@@ -18,6 +18,7 @@ from tide_megatron.platform.distributed import TIMEOUT_SECONDS
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from tide_megatron.base.deadlines import NO_DEADLINES, Deadlines
 from tide_megatron.base.device import Ranks, Wanted, read_ranks
 from tide_megatron.base.errors import ConfigError, RanksFailed, RanksLost, TideError
 from tide_megatron.base.log import start_log
@@ -46,6 +47,7 @@ def run_ranks(
     grace_seconds: float | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
     hang_seconds: float | None = None,
+    deadlines: Deadlines = NO_DEADLINES,
 ) -> Any:
     """Call `function(*args, device=..., stop=...)` on every rank and return rank 0's value.
 
@@ -62,6 +64,7 @@ def run_ranks(
         grace_seconds: time for saving after a stop signal; None: 120 s, in a job of SLURM's an hour.
         timeout_seconds: how long a collective waits for a rank that never comes.
         hang_seconds: how long a rank may stand still in a step; None: nobody looks.
+        deadlines: of phases in which it may do so for another time.
 
     Raises:
         TideError: what one of the ranks raised, with the rank named.
@@ -76,6 +79,7 @@ def run_ranks(
         wanted=device,
         timeout_seconds=timeout_seconds,
         hang_seconds=hang_seconds,
+        deadlines=deadlines,
         began=STARTUP.command_began or time.monotonic(),
     )
     if grace_seconds is None:
@@ -99,7 +103,8 @@ def _run_nodes(job: Job, num_ranks: int | None, ranks_per_node: int, grace_secon
         if place is None:
             return _supervise_noting(job, count, grace_seconds, None)
         with stop.ending():
-            nodes = meet_nodes(place, job.timeout_seconds, job.hang_seconds)
+            hang_seconds = job.hang_seconds and job.deadlines.shortest_wait(job.hang_seconds)
+            nodes = meet_nodes(place, job.timeout_seconds, hang_seconds)
         return _supervise_noting(job, ranks_per_node, grace_seconds, nodes)
 
 
@@ -165,7 +170,7 @@ def _run_given(job: Job, ranks: Ranks, stop: StopFlag) -> Any:
     """Run as the rank that torchrun or srun made this process; torchrun's summary learns the first error."""
     start_log(ranks.rank)
     try:
-        with watching_itself(ranks.rank, job.hang_seconds):
+        with watching_itself(ranks.rank, job.hang_seconds, job.deadlines):
             return record(run_here)(job, ranks, stop)
     except TideError as error:
         raise type(error)(f"[rank {ranks.rank} of {ranks.world_size}] {error}") from error

@@ -3,20 +3,27 @@
 torch's own rendezvous waits in one library call, says nothing, and at the end names no rank. Here every rank
 enters its number into the store and waits in Python, so that a signal is heard, a port that is taken or an
 address that nobody answers is named as such, and rank 0 tells after two seconds whom it waits for.
+
+torch's store listens at all addresses of its machine and asks nobody who he is. Ours listens at the job's own
+address alone. A secret in the names of its entries would keep nobody out who reaches it: any guest may ask
+torch's store for all names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from tide_megatron.base.device import Ranks
+from tide_megatron.base.device import Ranks, is_loopback, node_share
 from tide_megatron.base.errors import ConfigError, RanksFailed, last_line
 
 log = logging.getLogger(__name__)
@@ -29,6 +36,11 @@ _POLLS_SECONDS = (0.02, 0.5)
 """Between two looks: at first, and at most."""
 # Set by torchrun and by `launch/supervisor.py`: who starts the ranks has the store, and rank 0 is one guest.
 _AGENT_HAS_STORE, _RESTARTS = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"
+_BACKLOG = 1024
+_EVERYWHERE = (
+    "MASTER_ADDR: %s leads to %s here, which is no address of this machine that others can reach, so port %d "
+    "is open at all of its addresses; name the one by which the nodes reach each other"
+)
 _JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", _RESTARTS)
 Kind = Literal["rank", "node"]
 """Who meets: ranks, or the launchers of several nodes before they start theirs."""
@@ -36,7 +48,7 @@ Kind = Literal["rank", "node"]
 
 def own_store() -> TCPStore:
     """Open a store for ranks of this machine alone, which no other machine can reach."""
-    server = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    server = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
     port = server.getsockname()[1]
     return TCPStore(
         "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=server.detach()
@@ -93,6 +105,7 @@ def _open(ranks: Ranks, wait: _Wait) -> Store:
     is_host = ranks.rank == 0 and os.environ.get(_AGENT_HAS_STORE) != str(True)
     while not is_host and (fault := _refusal(ranks.address, ranks.port)):
         wait.pause(f"nobody answers there yet ({fault}); is it {wait.kind} 0's machine, and is that up?")
+    server = _listen(ranks, wait) if is_host else None
     try:
         return TCPStore(
             ranks.address,
@@ -101,21 +114,60 @@ def _open(ranks: Ranks, wait: _Wait) -> Store:
             is_master=is_host,
             timeout=datetime.timedelta(seconds=min(ANSWER_SECONDS, wait.timeout_seconds)),
             wait_for_workers=False,
-            multi_tenant=is_host,
+            master_listen_fd=None if server is None else server.detach(),
         )
     except RuntimeError as error:
-        if is_host and "EADDRINUSE" in str(error):
+        raise _cannot_meet(ranks, wait, error) from error
+
+
+def _listen(ranks: Ranks, wait: _Wait) -> socket.socket:
+    """Listen where the ranks are to meet, or at all addresses and say so, if others may not reach that."""
+    try:
+        found = socket.getaddrinfo(ranks.address, ranks.port, type=socket.SOCK_STREAM)
+        addresses = [(family, str(place[0])) for family, *_, place in found]
+        for family, host in addresses if _is_for_all(ranks, wait.kind, addresses) else ():
+            with contextlib.suppress(OSError):
+                return _server(family, host, ranks.port)
+        log.warning(_EVERYWHERE, ranks.address, addresses[0][1], ranks.port)
+        has_both = socket.has_dualstack_ipv6()
+        return _server(socket.AF_INET6 if has_both else socket.AF_INET, "", ranks.port)
+    except socket.gaierror as fault:
+        raise _cannot_meet(ranks, wait, fault) from fault
+
+
+def _server(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    """Listen at one address; empty: at all of this machine.
+
+    Raises:
+        ConfigError: the port is taken, or may not be listened at.
+        OSError: this machine has no such address.
+    """
+    is_both = not host and family == socket.AF_INET6
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=is_both)
+    except OSError as fault:
+        if fault.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"port {ranks.port} of this machine is taken by another program or run, so the ranks cannot "
+                f"port {port} of this machine is taken by another program or run, so the ranks cannot "
                 "meet there; put MASTER_PORT= and a free one before the command (torchrun: --master-port)"
             ) from None
-        if is_host and "EACCES" in str(error):
+        if fault.errno == errno.EACCES:
             raise ConfigError(
-                f"MASTER_PORT={ranks.port}: this port may not be listened at here; choose one above 1023"
+                f"MASTER_PORT={port}: this port may not be listened at here; choose one above 1023"
             ) from None
-        raise RanksFailed(
-            f"rank {ranks.rank} of {ranks.world_size} cannot meet the others at {wait.where}: {error}"
-        ) from error
+        raise
+
+
+def _cannot_meet(ranks: Ranks, wait: _Wait, fault: Exception) -> RanksFailed:
+    return RanksFailed(
+        f"rank {ranks.rank} of {ranks.world_size} cannot meet the others at {wait.where}: {fault}"
+    )
+
+
+def _is_for_all(ranks: Ranks, kind: Kind, addresses: Sequence[tuple[socket.AddressFamily, str]]) -> bool:
+    """Say whether others may reach what a name leads to here: Debian leads a machine's own to 127.0.1.1."""
+    on_one_machine = kind == "rank" and node_share()[1] == ranks.world_size
+    return is_loopback(ranks.address) or on_one_machine or not all(is_loopback(host) for _, host in addresses)
 
 
 def _refusal(address: str, port: int) -> str | None:

@@ -85,7 +85,7 @@ def supervise(job: Job, num_ranks: int, grace_seconds: float, nodes: Nodes | Non
     ranks: list[_Rank] = []
     relay = _Relay(ranks)
     try:
-        with relayed_to(relay.hear, relay.abort), Watchdog(job.hang_seconds) as watchdog:
+        with relayed_to(relay.hear, relay.abort), Watchdog(job.hang_seconds, job.deadlines) as watchdog:
             _start(ranks, job, num_ranks, _environment(num_ranks, job.wanted) | meeting, watchdog)
             relay.pass_on()  # what was heard before there were ranks
             _wait(ranks, relay, grace_seconds, nodes, watchdog)

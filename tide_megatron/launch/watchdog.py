@@ -27,9 +27,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from tide_megatron.base.deadlines import NO_DEADLINES, Deadlines
 from tide_megatron.base.heartbeat import HEARTBEAT, Pulse
 from tide_megatron.base.phases import PHASES
-from tide_megatron.launch.flight_recorder import pending_collective
+from tide_megatron.launch.flight_recorder import ANSWER_SECONDS, pending_collective
 from tide_megatron.launch.signals import LOST_CODE
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,9 @@ STACKS_SIGNAL = signal.SIGQUIT
 """At it a rank writes the stacks of its threads."""
 STACKS_SECONDS = 2.0
 """How long the ranks may take to."""
-SLOW_PHASES, SLOW_FACTOR = ("evaluate", "checkpoint", ""), 4.0
-"""What may take so many times as long; so may the first update, which compiles."""
 EVERY_SECONDS = 1.0
+DEAF_SECONDS = 3 * ANSWER_SECONDS
+"""A rank that ends itself has this long for its last words."""
 ASKED_SECONDS = 0.5
 """So often a rank looks whether it is asked what it waits in."""
 JUMP_SECONDS = 10.0
@@ -82,9 +83,9 @@ class Watched(Protocol):
 class Watchdog:
     """Watches the ranks of one launcher; a context manager, for the folder of stacks."""
 
-    def __init__(self, hang_seconds: float | None) -> None:
-        """Watch for ranks that do nothing for so long; None: do not."""
-        self._limit = hang_seconds
+    def __init__(self, hang_seconds: float | None, deadlines: Deadlines = NO_DEADLINES) -> None:
+        """Watch for ranks that do nothing for so long, in some phases for another time; None: do not."""
+        self._hang_seconds, self._deadlines = hang_seconds, deadlines
         self._folder: Path | None = None
         self._next = 0.0
         self._is_kept = False
@@ -92,7 +93,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         """Make the folder."""
-        if self._limit is not None:
+        if self._hang_seconds is not None:
             self._folder = Path(tempfile.mkdtemp(prefix="tide-ranks-"))
         return self
 
@@ -113,13 +114,13 @@ class Watchdog:
             ranks: those that have not ended.
         """
         now = time.monotonic()
-        if self._limit is None or now < self._next:
+        if self._hang_seconds is None or now < self._next:
             return None
-        limit = self._limit
         self._next = now + EVERY_SECONDS
         self._look_at_clock(now)
-        seen = [_Sight.of(rank, now) for rank in ranks if rank.life.pulse.at]
-        if not any(sight.is_late(limit) for sight in seen):
+        limits = self._hang_seconds, self._deadlines
+        seen = [_Sight.of(rank, now).held_against(*limits) for rank in ranks if rank.life.pulse.at]
+        if not any(sight.limit for sight in seen):
             return None
         for rank in ranks:
             rank.life.pulse.is_asked = True
@@ -143,8 +144,10 @@ class Watchdog:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(sight.pid, STACKS_SIGNAL)
         time.sleep(STACKS_SECONDS)
-        seen = [dataclasses.replace(sight, collective=_collective(sight)) for sight in seen]
         stacks = {sight.number: _stack(sight) for sight in seen}
+        seen = [
+            dataclasses.replace(sight, collective=_collective(sight, stacks[sight.number])) for sight in seen
+        ]
         first = min(seen, key=lambda sight: sight.blame(stacks[sight.number]))
         others = [sight for sight in seen if sight is not first]
         lines = [f"it stands still: {first.told(stacks[first.number])}", *stacks[first.number][:_LINES]]
@@ -168,6 +171,8 @@ class _Sight:
     phase: str
     state: str
     """Of its process, the kernel's letter."""
+    limit: str = ""
+    """That it has passed, in words; empty: none."""
     collective: str = ""
     """That it waits in, as far as is known."""
 
@@ -189,10 +194,10 @@ class _Sight:
             state=_state(pid),
         )
 
-    def is_late(self, limit: float) -> bool:
-        """Say whether it has shown nothing new for longer than it may."""
-        is_slow = self.phase in SLOW_PHASES or not self.updates
-        return self.seconds > limit * (SLOW_FACTOR if is_slow else 1.0)
+    def held_against(self, hang_seconds: float, deadlines: Deadlines) -> _Sight:
+        """Return it with the limit that it has passed, if it has shown nothing new for longer than it may."""
+        limit, key = deadlines.limit(self.phase, hang_seconds, is_first_update=not self.updates)
+        return dataclasses.replace(self, limit=f" (limit {limit:g} s: {key})" * (self.seconds > limit))
 
     def blame(self, stack: Sequence[str]) -> tuple[Any, ...]:
         """Return what orders ranks: first the one that the others wait for, as far as can be told.
@@ -201,15 +206,14 @@ class _Sight:
         else the one that is furthest behind.
         """
         order = PHASES.index(self.phase) if self.phase in PHASES else len(PHASES)
-        waits = any(_COLLECTIVE in line for line in stack)
-        return bool(stack) and self.state not in "TtD", waits, self.updates, order, -self.seconds
+        return bool(stack) and self.state not in "TtD", _waits(stack), self.updates, order, -self.seconds
 
     def told(self, stack: Sequence[str]) -> str:
         """Say what it is at."""
         waits = f", waits for {self.collective}" if self.collective else ""
         return (
-            f"for {self.seconds:.0f} s nothing new in {self.phase or 'the time between phases'} after "
-            f"{self.updates} updates, pid {self.pid} {_STATES.get(self.state, 'ended')}, in "
+            f"for {self.seconds:.0f} s nothing new in {self.phase or 'the time between phases'}{self.limit} "
+            f"after {self.updates} updates, pid {self.pid} {_STATES.get(self.state, 'ended')}, in "
             f"{_innermost(stack) or 'code that wrote no stack'}{waits}"
         )
 
@@ -226,12 +230,15 @@ def answer_when_asked(life: Life) -> None:
 
 
 @contextlib.contextmanager
-def watching_itself(number: int, hang_seconds: float | None) -> Iterator[None]:
+def watching_itself(
+    number: int, hang_seconds: float | None, deadlines: Deadlines = NO_DEADLINES
+) -> Iterator[None]:
     """End this rank, which has no launcher, when it stands still while the block runs; its stacks are told.
 
     Args:
         number: of the rank.
         hang_seconds: so long may it show nothing new; None: nobody looks.
+        deadlines: of phases in which it may do so for another time.
     """
     if hang_seconds is None:
         yield
@@ -241,8 +248,9 @@ def watching_itself(number: int, hang_seconds: float | None) -> Iterator[None]:
     def look() -> None:
         while not is_over.wait(EVERY_SECONDS):
             sight = _Sight.at(pulse, number, os.getpid(), "", time.monotonic())
-            if pulse.at and sight.is_late(hang_seconds):
-                _end_itself(dataclasses.replace(sight, collective=pending_collective()))
+            sight = sight.held_against(hang_seconds, deadlines)
+            if pulse.at and sight.limit:
+                _end_itself(sight)
 
     HEARTBEAT.show(pulse)
     threading.Thread(target=look, name="watchdog", daemon=True).start()
@@ -255,10 +263,14 @@ def watching_itself(number: int, hang_seconds: float | None) -> Iterator[None]:
 
 def _end_itself(sight: _Sight) -> None:
     """Tell what this process is at, and end it where it stands."""
+    # Should what is asked below hold the interpreter, C code ends this process, with its stacks and code 1.
+    faulthandler.dump_traceback_later(DEAF_SECONDS, exit=True)
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     calls = reversed(traceback.extract_stack(frame))
     stack = [f'File "{call.filename}", line {call.lineno} in {call.name}' for call in calls]
     log.error("rank %d stands still or waits for one that does: %s", sight.number, sight.told(stack))
+    if collective := pending_collective():
+        log.error("rank %d waits for %s", sight.number, collective)
     faulthandler.dump_traceback(all_threads=True)
     os._exit(LOST_CODE if HEARTBEAT.has_saved else 1)
 
@@ -275,11 +287,11 @@ def _collective_file(stacks: str) -> Path:
     return Path(stacks).with_suffix(".collective")
 
 
-def _collective(sight: _Sight) -> str:
+def _collective(sight: _Sight, stack: Sequence[str]) -> str:
     try:
         return _collective_file(sight.stacks).read_text(encoding="utf-8")
     except OSError:
-        return ""
+        return "what its flight recorder did not tell in time" * _waits(stack)
 
 
 def _stack(sight: _Sight) -> list[str]:
@@ -291,6 +303,11 @@ def _stack(sight: _Sight) -> list[str]:
     blocks = [block.splitlines() for block in text.split("\n\n") if block.strip()]
     # faulthandler writes the main thread last.
     return [line for line in blocks[-1][1:] if line.strip()] if blocks else []
+
+
+def _waits(stack: Sequence[str]) -> bool:
+    """Say whether a rank waits for others."""
+    return any(_COLLECTIVE in line for line in stack)
 
 
 def _innermost(stack: Sequence[str]) -> str:

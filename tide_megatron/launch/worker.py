@@ -34,6 +34,7 @@ from tide_megatron.platform.distributed import TIMEOUT_SECONDS, start_distribute
 import torch
 import torch.distributed as dist
 
+from tide_megatron.base.deadlines import NO_DEADLINES, Deadlines
 from tide_megatron.base.device import Device, Ranks, Wanted, choose_device, read_ranks
 from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import ConfigError, TideError, causes
@@ -71,6 +72,8 @@ class Job:
     """How long a collective waits for a rank that never comes."""
     hang_seconds: float | None = None
     """How long a rank may stand still in a step before its launcher ends them all; None: nobody looks."""
+    deadlines: Deadlines = NO_DEADLINES
+    """Of phases in which it may do so for another time."""
     began: float = dataclasses.field(default_factory=time.monotonic)
     """When it was asked for on this machine, on the clock of `time.monotonic` (`base.startup`)."""
 

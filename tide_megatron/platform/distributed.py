@@ -22,6 +22,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from tide_megatron.platform.gloo import reach_from
+
 import numpy
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed import ProcessGroup
 
-from tide_megatron.base.device import Device, Ranks
+from tide_megatron.base.device import Device, Ranks, is_loopback
 
 TIMEOUT_SECONDS = 600.0
 """How long a collective waits for a rank that never comes, where a run does not say."""
@@ -74,6 +76,7 @@ def start_distributed(
     if ranks is None:
         ranks, store = Ranks(rank=0, local_rank=0, world_size=1), store or HashStore()
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    reach_from(is_local=ranks.world_size == 1 or is_loopback(ranks.address))
     dist.init_process_group(
         backend=_BACKENDS[device.backend],
         init_method=None if store else f"tcp://{ranks.address}:{ranks.port}",

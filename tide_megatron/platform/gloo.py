@@ -7,13 +7,17 @@ without a list of sizes, go through untouched.
 torch gives every gloo group a device of its own, whose thread looks for work some 130 times a second whether
 there is any or not. A run of several layouts has twenty groups a rank: on a machine with more ranks than
 cores the looking alone takes a third of it. Here all groups of a process share one device.
+
+A device listens at the address that the machine's own name leads to, which others on the network may reach.
+Where all ranks are on this machine it listens at 127.0.0.1 instead.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +25,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
 from tide_megatron.base.device import gloo_interfaces
+
+_LOOPBACK = "127.0.0.1"
 
 
 def allow_uneven_shares() -> None:
@@ -31,6 +37,26 @@ def allow_uneven_shares() -> None:
     mappings._reduce_scatter_along_first_dim = _instead(
         mappings._reduce_scatter_along_first_dim, reduce_shares
     )
+
+
+@dataclasses.dataclass
+class _Reach:
+    """Who has to reach this process's gloo groups."""
+
+    is_local: bool = False
+    """Only processes of this machine."""
+
+
+_REACH = _Reach()
+
+
+def reach_from(*, is_local: bool) -> None:
+    """Say who has to reach the gloo groups that are made from now on; all ranks of a world say the same.
+
+    Args:
+        is_local: all ranks are on this machine.
+    """
+    _REACH.is_local = is_local
 
 
 def share_one_device() -> None:
@@ -47,14 +73,18 @@ def share_one_device() -> None:
     class SharedDeviceGloo(stock):  # type: ignore[misc]
         """A gloo group on the process's one device."""
 
-        shared_devices: tuple[Any, ...] = ()
+        shared_devices: ClassVar[dict[tuple[str, ...], list[Any]]] = {}
+        """By the interfaces that they listen at; several only in a process that sees several worlds."""
 
         def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
-            if not SharedDeviceGloo.shared_devices:
-                named = [stock.create_device(interface=name) for name in gloo_interfaces()]
-                SharedDeviceGloo.shared_devices = tuple(named or [stock.create_default_device()])
+            named = gloo_interfaces()
+            key, known = tuple(named or [_LOOPBACK] * _REACH.is_local), SharedDeviceGloo.shared_devices
+            if key not in known:
+                alone = [stock.create_device(hostname=_LOOPBACK)] if _REACH.is_local else []
+                devices = [stock.create_device(interface=name) for name in named] or alone
+                known[key] = devices or [stock.create_default_device()]
             chosen = options()
-            chosen._devices, chosen._timeout = list(SharedDeviceGloo.shared_devices), timeout
+            chosen._devices, chosen._timeout = known[key], timeout
             super().__init__(store, rank, size, chosen)
 
     distributed_c10d.ProcessGroupGloo = SharedDeviceGloo  # type: ignore[misc]

@@ -30,6 +30,7 @@ import jinja2.utils
 from tide_megatron.base.errors import ConfigError, DataError, RecordError, nearest
 
 CLOCK = "strftime_now"
+_METHODS = frozenset(dir(dict))
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 """What a conversation brings; no option may have these names."""
 
@@ -75,7 +76,9 @@ def compiled(source: str, origin: str) -> jinja2.Template:
         DataError: it does not parse.
     """
     try:
-        return _environment().from_string(source)
+        program = _environment().from_string(source)
+        program.globals = dict(program.globals)  # a chain of mappings, which each rendering would copy slowly
+        return program
     except (jinja2.TemplateError, RecursionError) as error:
         raise DataError(f"{origin}: the chat template does not parse: {error}") from None
 
@@ -148,9 +151,19 @@ def render(source: str, origin: str, values: Mapping[str, Any]) -> str:
         ) from None
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's, with a short way to `message.content`."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Return what a dictionary has under a name that is no method's; else as Jinja does."""
+        if type(obj) is dict and attribute in obj and attribute not in _METHODS:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
 @functools.lru_cache(maxsize=1)
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json  # Jinja's own escapes for web pages

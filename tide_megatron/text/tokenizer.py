@@ -19,10 +19,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy
+from numpy.typing import NDArray
 
 from tide_megatron.base.errors import DataError
 from tide_megatron.text.backends import Backend, find_file, open_backend
@@ -37,6 +41,10 @@ OPTIONS = "chat_template_kwargs"
 """Key of `tokenizer_config.json` that keeps options of the chat template for those who read the folder
 next."""
 DEFAULT_OPTIONS = {"enable_thinking": False}
+_MOST_ENDS = 4096
+"""Most ends of prompts whose ids are remembered."""
+Ends = NDArray[numpy.int64]
+"""Byte of a text behind each of its tokens, never descending."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,44 @@ class Tokenizer:
         """
         return self.backend.encode(text, opening=opening)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, as `encode` does."""
+        return self.backend.encode_batch(texts)
+
+    def behind_special(self, token_id: int, text: str) -> list[int]:
+        """Return the ids of a special token's spelling and of the text that follows it.
+
+        What follows a special token is encoded alike whatever stands before it, so these ids stand at the end
+        of every text that ends in both. The last few are remembered: prompts end in the same few ways.
+        """
+        key = (token_id, text)
+        found = self._ends_of_prompts.get(key)
+        if found is None:
+            if len(self._ends_of_prompts) >= _MOST_ENDS:
+                self._ends_of_prompts.clear()
+            found = self._ends_of_prompts[key] = self.encode(self.backend.special[token_id] + text)
+        return found
+
+    def all_ends(self, ids: Sequence[Sequence[int]], texts: Sequence[bytes]) -> list[Ends | None]:
+        """Return, for many texts in UTF-8, the byte behind each of the ids that stand for each.
+
+        None: the bytes of its tokens are not the text just so; `ends` says whether they are with a space in
+        front, and else what is wrong.
+        """
+        counts = numpy.fromiter(map(len, ids), dtype=numpy.int64, count=len(ids))
+        flat = numpy.fromiter(itertools.chain.from_iterable(ids), numpy.int64, int(counts.sum()))
+        last = numpy.cumsum(counts)
+        behind = numpy.zeros(len(flat) + 1, dtype=numpy.int64)
+        spelt = self._bytes.spell(flat, behind[1:])
+        places = behind[numpy.concatenate([last[:1] * 0, last])].tolist()
+        ends = behind[1:] - numpy.repeat(behind[last - counts], counts)
+        return [
+            ends[stop - count : stop] if spelt[begin:end] == text else None
+            for stop, count, (begin, end), text in zip(
+                last.tolist(), counts.tolist(), itertools.pairwise(places), texts, strict=True
+            )
+        ]
+
     def ends(self, ids: Sequence[int], text: str) -> list[int]:
         """Return the byte of `text` behind each of the ids that stand for it, never descending.
 
@@ -177,6 +223,10 @@ class Tokenizer:
         return self._bytes[token_id]
 
     @functools.cached_property
+    def _ends_of_prompts(self) -> dict[tuple[int, str], list[int]]:
+        return {}
+
+    @functools.cached_property
     def _bytes(self) -> _Pieces:
         return _Pieces(self)
 
@@ -197,6 +247,28 @@ class _Pieces(dict[int, bytes]):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self._tokenizer = tokenizer
+        self._lengths = numpy.full(tokenizer.vocabulary_size, -1, dtype=numpy.int64)
+        self._starts = numpy.zeros(tokenizer.vocabulary_size, dtype=numpy.int64)
+        self._all = bytearray()
+        """Bytes of the tokens that were asked for; `_starts` and `_lengths` say where each stands."""
+
+    def spell(self, ids: NDArray[numpy.int64], behind: NDArray[numpy.int64]) -> bytes:
+        """Return the bytes of tokens, one behind the other.
+
+        Args:
+            ids: [tokens].
+            behind: [tokens], filled with the number of bytes up to the end of each.
+        """
+        if self._lengths[ids].min(initial=0) < 0:
+            for token in dict.fromkeys(ids[self._lengths[ids] < 0].tolist()):
+                self._starts[token], self._lengths[token] = len(self._all), len(self[token])
+                self._all += self[token]
+        lengths = self._lengths[ids]
+        numpy.cumsum(lengths, out=behind)
+        known = numpy.frombuffer(self._all, dtype=numpy.uint8)
+        index = numpy.repeat(self._starts[ids] - behind + lengths, lengths)
+        index += numpy.arange(len(index))
+        return known[index].tobytes()
 
     def __missing__(self, token_id: int) -> bytes:
         known = 0 <= token_id < self._tokenizer.vocabulary_size

@@ -276,10 +276,7 @@ def _loop(
     while clock.step < clock.total_steps and not stopped:
         before = clock
         with run.phases("checkpoint"):
-            if every and (clock.step + 1) % every == 0:
-                saver.wait()  # here and not after the step, so that a kill costs one save at most
-            else:
-                saver.poll()
+            saver.before_step(clock)
         profiler.before(clock)
         with run.phases("data"):
             given = ahead.take(clock.consumed, is_last=clock.step + 1 == clock.total_steps)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from tide_megatron.base.deadlines import Deadlines
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.options import ADDED, MACHINE, PLACE, STRICT, Folder, Off, Paper, Was
 from tide_megatron.checkpoint.retention import Checkpoints
@@ -320,6 +321,7 @@ class Recipe:
     """How long a rank may stand still in a phase of a step before its launcher writes down what all ranks are
     at and ends them; saves, evaluations and the first update may take four times as long; null: half of
     `timeout_seconds`. Ranks of srun or torchrun look at themselves."""
+    deadlines: Annotated[Deadlines, MACHINE] = Field(default_factory=Deadlines)
 
     @property
     def terms(self) -> dict[str, Loss]:

@@ -86,6 +86,13 @@ def start_or_resume(recipe: Recipe, tree: Tree, setup: Setup, *, resume: bool = 
         log.info(
             "resumed from step %d,%s %d samples consumed (%s)", clock.step, told, clock.consumed, found.name
         )
+        if lost and recipe.checkpoints.every and lost > recipe.checkpoints.every:
+            log.info(
+                "more than the %d between two saves: the next was not whole yet, which may cost %d, or is "
+                "damaged",
+                recipe.checkpoints.every,
+                recipe.checkpoints.most_ahead,
+            )
     return clock
 
 

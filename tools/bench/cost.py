@@ -71,9 +71,9 @@ def peak_bytes(work: Callable[[], Value]) -> tuple[int, Value]:
     Linux only. Call it in a process of its own (`apart`).
     """
     RESET.write_text("5")  # the mark falls to what is resident now
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     value = work()
-    return _resident("VmHWM") - before, value
+    return resident("VmHWM") - before, value
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
@@ -108,7 +108,7 @@ def _load() -> tuple[float, ...]:
     return tuple(float(word) for word in path.read_text().split()[:3]) if path.is_file() else ()
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Read one of this process's sizes, in bytes."""
     for line in STATUS.read_text().splitlines():
         name, _, value = line.partition(":")

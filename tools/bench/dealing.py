@@ -32,7 +32,7 @@ from bench.fp8_students import RECIPE, TEACHER
 from tide_megatron import api
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.diffusion.packing import place_samples
 from tide_megatron.parallel.layout import DataShard
 from tide_megatron.text.tokenizer import Tokenizer

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from bench.cost import STATUS, apart, machine
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.export.export import ExportOptions, export_student
 from tide_megatron.export.formats import FORMATS
 from tide_megatron.launch.ranks import run_ranks

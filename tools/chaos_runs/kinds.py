@@ -25,7 +25,7 @@ from typing import Any
 from chaos_runs import clock, network
 from chaos_runs.network import Hosts
 from chaos_runs.seen import Seen, ended, goes_on, resumed
-from chaos_runs.starts import EVERY, HANG_SECONDS, RUN_SECONDS, STEPS, Site, Start
+from chaos_runs.starts import EVERY, HANG_SECONDS, MOST_LOST, RUN_SECONDS, STEPS, Site, Start
 from tests.slurm.runs import figures
 from tests.tiny_run import copy_tiny_run
 from tide_megatron.checkpoint.retention import listed
@@ -51,7 +51,7 @@ def most_lost(site: Site, draw: random.Random) -> int:
     if draw.random() < 0.5:
         site.words += ("checkpoints.asynchronous=false",)
         return EVERY
-    return 2 * EVERY - 1  # the save under way, and what was done meanwhile of the next
+    return MOST_LOST
 
 
 def kill_a_rank(site: Site, draw: random.Random, seen: Seen) -> None:
@@ -292,7 +292,7 @@ def spoil_a_gradient(site: Site, draw: random.Random, seen: Seen) -> None:
     back = re.search(r"goes back to step (\d+)", start.said())
     seen.lost = step + 1 - int(back[1]) if back else 0
     seen.passed_over = updates + max(0, seen.lost)
-    assert seen.lost <= 2 * EVERY - 1, f"{seen.lost} updates are done again"
+    assert seen.lost <= MOST_LOST, f"{seen.lost} updates are done again"
 
 
 def _plantable(site: Site) -> None:

@@ -11,11 +11,16 @@ import itertools
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Literal
+
+from chaos_runs.apart import NAMESPACES
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 INTERFACE = "tide0"
 """Each host's own name for its cable."""
+_OWN = "tide"
+"""Begins the names of our hosts, before the number of the process that makes them."""
 _numbers = itertools.count()
 Cut = Literal["link", "switch"]
 """The cable is pulled, and both ends know; or the switch no longer passes anything on, and nobody does."""
@@ -34,12 +39,17 @@ class Hosts:
 
     def __init__(self) -> None:
         """Give them names that nobody has."""
-        own = f"tide-{os.getpid()}-{next(_numbers)}"
+        own = f"{_OWN}-{os.getpid()}-{next(_numbers)}"
         self._names = [f"{own}-{node}" for node in range(2)]
         self._switch = f"{own}-switch"
 
     def __enter__(self) -> Hosts:
-        """Make them."""
+        """Make them, and take away what a process left that was killed."""
+        for left in NAMESPACES.glob(f"{_OWN}-*"):
+            owner = left.name.split("-")[1]
+            if not Path("/proc", owner).exists():
+                with contextlib.suppress(subprocess.CalledProcessError):
+                    _ip("netns", "delete", left.name)
         try:
             for name in (*self._names, self._switch):
                 _ip("netns", "add", name)
@@ -65,7 +75,7 @@ class Hosts:
 
     def entering(self, node: int) -> list[str]:
         """Return the words that start a command on a host."""
-        return ["nsenter", f"--net=/run/netns/{self._names[node]}"]
+        return ["nsenter", f"--net={NAMESPACES / self._names[node]}"]
 
     def cut(self, node: int, how: Cut) -> None:
         """Part a host from the other one."""

@@ -18,14 +18,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chaos_runs.apart import dying_with_this
 from chaos_runs.network import ADDRESSES, INTERFACE, Hosts
 from kill_test import descendants
 from tests.slurm.runs import figures
 from tests.tiny_run import write_tiny_run
+from tide_megatron.checkpoint.retention import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 60, 4
 """Updates of a run, and between two saves."""
+MOST_LOST = EVERY + Checkpoints(every=EVERY).most_ahead
+"""Updates that a hard end may cost: the save under way, and how far training may be ahead of it."""
 HANG_SECONDS, TIMEOUT_SECONDS = 12.0, 120.0
 START_SECONDS, RUN_SECONDS = 240.0, 400.0
 """How long a start may take to its first step, and to its end, on a busy machine."""
@@ -34,6 +38,8 @@ HARM = "TIDE_CHAOS_HARM"
 _WORDS = (
     *(f"steps={STEPS}", f"checkpoints.every={EVERY}", "metrics.every=1", f"hang_seconds={HANG_SECONDS}"),
     *(f"timeout_seconds={TIMEOUT_SECONDS}", "guard.not_finite=3"),
+    # By default they may take four times as long, and a rank that is stopped there is noticed as late.
+    *(f"deadlines.checkpoint={HANG_SECONDS}", f"deadlines.evaluate={HANG_SECONDS}"),
 )
 _LEFT_OVER = ("SLURM_", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "TORCHELASTIC", "NNODES", "NODE_RANK")
 
@@ -54,7 +60,7 @@ class Start:
         self._said = [tempfile.TemporaryFile("w+") for _ in environments]  # noqa: SIM115 - as long as this
         self.launchers = [
             subprocess.Popen(
-                [*(hosts.entering(node) if hosts else []), *command],
+                [*dying_with_this(), *(hosts.entering(node) if hosts else []), *command],
                 cwd=ROOT,
                 env=clean | {"OMP_NUM_THREADS": "1"} | dict(environment),
                 stdout=subprocess.DEVNULL,

@@ -190,4 +190,4 @@ def _row(chat: Chat, limit: int | None) -> dict[str, list[int]]:
     sample = chat.sample(limit)
     if isinstance(sample, str):
         raise ValueError(f"we leave out what the reference kept: {sample}")
-    return sample.row
+    return {name: values.tolist() for name, values in sample.row.items()}

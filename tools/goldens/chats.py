@@ -1,7 +1,7 @@
 """The recorded chats in two tokenizers: what our data engine makes of them, and the chunks of given ranges.
 
-Ours comes from `data.sample` and `text.align`. `Chat.chunks_within` shares no code with them: it cuts ranges
-by the byte rule or as tokenkit does, as the reference's collator cuts those of map_cross.json.
+Ours comes from `data.preparation.sample` and `text.align`. `Chat.chunks_within` shares no code with them: it
+cuts ranges by the byte rule or as tokenkit does, as the reference's collator cuts those of map_cross.json.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from goldens.chunks import Chunks, Kinds, blanked, even_spaces, replaced, same_bytes
-from tide_megatron.data.record import ChatRecord
-from tide_megatron.data.sample import Encoder, OnLong, Sample, SideChoice, Window
+from tide_megatron.data.preparation.sample import Encoder, OnLong, Sample, SideChoice, Window
+from tide_megatron.data.sources.record import ChatRecord
 from tide_megatron.text.align import align_chats
 from tide_megatron.text.chat import Encoded, encode_chat
 from tide_megatron.text.templates import ChatTemplate
@@ -115,7 +115,7 @@ class Chat:
         window = Window(max_length=self.max_length, on_long=OnLong.TRUNCATE)
         encoder = Encoder(self.student.tokenizer, window, sides)
         messages = tuple(dict(message) for message in self.student.messages)
-        return encoder.encode(ChatRecord(messages=messages))
+        return encoder.encode(ChatRecord(messages=messages, learnt=(len(messages) - 1,)))
 
     def cut(self) -> Encoded:
         """Return the student's tokens inside its window."""

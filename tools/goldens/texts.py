@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 from tokenizers.pre_tokenizers import ByteLevel
 
 from goldens.chats import SIDE, Chat, Conversation, Span, golden_tokenizer, inside, read_cross, read_shared
@@ -21,7 +22,7 @@ from goldens.row import Row, judge
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.text.align import align_chats
 from tide_megatron.text.chat import Encoded, labels_of
-from tide_megatron.text.templates import Content
+from tide_megatron.text.templates.places import Content
 from tide_megatron.text.tokenizer import Tokenizer
 
 SIDES = ("teacher", "student")
@@ -143,7 +144,14 @@ def byte_rule(teacher: Sequence[bytes], student: Sequence[bytes]) -> Chunks:
 def _encoded(pieces: Sequence[bytes]) -> Encoded:
     ends, number = list(itertools.accumulate(map(len, pieces))), len(pieces)
     content = Content(start=0, end=ends[-1] if ends else 0, skipped=0)
-    return Encoded(ids=[*range(number)], replies=[0, number], reply_bytes=0, ends=ends, contents=[content])
+    return Encoded(
+        ids=[*range(number)],
+        replies=[0, number],
+        reply_bytes=0,
+        uncut_tokens=number,
+        ends=numpy.array(ends, dtype=numpy.int64),
+        contents=[content],
+    )
 
 
 def replay_map_cross(path: Path) -> list[Row]:
@@ -187,7 +195,7 @@ def replay_map_shared(path: Path) -> list[Row]:
         recorded = [list(pair) for pair in zip(told["align_teacher"], told["align_student"], strict=True)]
         teacher, stored, pairs = told["teacher_input_ids"], [], []
         if not isinstance(sample, str):
-            stored, pairs = sample.row[f"{SIDE}.ids"], chat.pairs(chat.chunks(messages=chat.replies))
+            stored, pairs = sample.row[f"{SIDE}.ids"].tolist(), chat.pairs(chat.chunks(messages=chat.replies))
         whole, end = chat.teacher.ids, 1 + max((t for t, _ in recorded), default=-1)
         is_last = end < len(stored) and teacher == whole[:end] and stored == whole[: chat.sound_end()]
         bug = LAST_PAIR if is_last else ""
@@ -213,7 +221,7 @@ def _student_of(chat: Chat) -> dict[str, Any]:
     sample, prompt = chat.sample(), chat.student.encoded.prompt_tokens
     if isinstance(sample, str):
         return {"input_ids": [], "labels": [], "_discard": True, "prompt_len": prompt}
-    ids = sample.row["ids"]
+    ids = sample.row["ids"].tolist()
     labels = labels_of(ids, sample.row["replies"], IGNORED)
     return {"input_ids": ids, "labels": labels, "_discard": False, "prompt_len": prompt}
 

@@ -28,8 +28,8 @@ from gpu_check.ranks import run_world
 from gpu_check.recorded import LAYOUTS, load_run, record_steps, write_record
 from gpu_check.rows import Place, Row
 from gpu_check.training import quickstart
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import SideChoice
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import SideChoice
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.text.tokenizer import Tokenizer
 

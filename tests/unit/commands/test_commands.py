@@ -23,7 +23,7 @@ from tide_megatron.launch.doctor import Finding
 
 SURFACE = {
     "prepare": "out sources --config --tokenizer --max-length --on-long --on-bad --shape --dedup --portion "
-    "--normalize --teacher --add-mask --replace --workers --part",
+    "--normalize --learn --teacher --add-mask --replace --workers --part",
     "train": "recipe overrides --ranks --ranks-per-node --device --folder --branch --resume/--fresh "
     "--dry-run --preflight-only",
     "submit": "recipe overrides --nodes --ranks-per-node --shape --partition --account --time --name "
@@ -235,8 +235,10 @@ def test_a_verb_that_is_asked_to_stop_says_so_and_has_an_exit_code_of_its_own(va
 def test_train_passes_the_recipes_timeout_on(monkeypatch, tmp_path):
     calls, is_finished = [], [True, False, False]
 
-    def run_ranks(function, args, num_ranks, device, *, ranks_per_node, timeout_seconds, hang_seconds):
-        seconds = (timeout_seconds, hang_seconds)
+    def run_ranks(
+        function, args, num_ranks, device, *, ranks_per_node, timeout_seconds, hang_seconds, deadlines
+    ):
+        seconds = (timeout_seconds, hang_seconds, deadlines.data)
         calls.append((function.__name__, args[2], num_ranks or ranks_per_node, device, seconds))
         return {"finished": is_finished.pop(0)}
 
@@ -251,10 +253,15 @@ def test_train_passes_the_recipes_timeout_on(monkeypatch, tmp_path):
     }
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
     words = ["train", str(tmp_path / "run.yaml"), "--device", "cpu"]
-    for more, code in (["--ranks", "2"], 0), (["--ranks-per-node", "2", "timeout_seconds=90"], 75):
+    for more, code in (
+        (["--ranks", "2"], 0),
+        (["--ranks-per-node", "2", "timeout_seconds=90", "deadlines.data=9"], 75),
+    ):
         result = CliRunner().invoke(app, [*words, *more])
         assert result.exit_code == code, result.output
-    assert calls == [("train", True, 2, "cpu", seconds) for seconds in ((600.0, 300.0), (90.0, 45.0))]
+    assert calls == [
+        ("train", True, 2, "cpu", seconds) for seconds in ((600.0, 300.0, None), (90.0, 45.0, 9.0))
+    ]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert CliRunner().invoke(app, words).exit_code == 0, "torchrun fails on any other code"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.small_tokenizer import write_chats, write_tokenizer
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.text.tokenizer import Tokenizer
 
 PAIRS = [

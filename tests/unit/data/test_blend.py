@@ -14,8 +14,8 @@ from tide_megatron.data import blend as module
 from tide_megatron.data.blend import BlendedData, BlendSource
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import SideChoice
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import SideChoice
 from tide_megatron.parallel.layout import DataShard
 from tide_megatron.text.tokenizer import Tokenizer
 

@@ -14,8 +14,8 @@ from tide_megatron.data import manifest
 from tide_megatron.data.columns import ColumnWriter
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.manifest import read_manifest
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import COLUMNS
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import COLUMNS
 
 
 def edit(folder, change, *, sign=False):
@@ -142,7 +142,7 @@ def test_columns_with_different_samples_are_refused(prepared, tokenizer, tmp_pat
     )
 
 
-@pytest.mark.parametrize("replies", [[0, 9], [1], [], [0, 0], [2, 3, 4, 99]])
+@pytest.mark.parametrize("replies", [[0, 9], [1], [], [0, 0], [2, 3, 4, 99], [2, 9, 1, 3], [3, 1]])
 def test_replies_outside_the_tokens_are_refused(prepared, replies):
     broken(prepared, replies)
     assert "columns ids and replies disagree at sample 1 (3 tokens" in refused(prepared)
@@ -172,7 +172,7 @@ def test_the_data_set_has_one_name(prepared, chats, tokenizer, tmp_path):
     assert first.digest != second.digest
 
 
-@pytest.mark.parametrize("replies", [[0, 9], [1], [], [0, 0], [2, 3, 4, 99]])
+@pytest.mark.parametrize("replies", [[0, 9], [1], [], [0, 0], [2, 3, 4, 99], [2, 9, 1, 3], [3, 1]])
 def test_rows_of_large_data_are_checked_when_they_are_read(prepared, monkeypatch, replies):
     broken(prepared, replies)
     monkeypatch.setattr(module, "HASHED_AT_OPEN_BYTES", 0)

@@ -14,7 +14,7 @@ from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.data.manifest import Manifest, TokenizerMetadata
 from tide_megatron.data.order import order_of_epoch
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.diffusion.batch import IGNORED
 from tide_megatron.parallel.layout import DataShard
 from tide_megatron.text.chat import encode_chat

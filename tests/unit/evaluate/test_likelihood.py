@@ -8,7 +8,7 @@ import torch
 from tests.small_tokenizer import write_chats, write_tokenizer
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate import likelihood
 from tide_megatron.evaluate.likelihood import evaluate, scored_samples

@@ -10,7 +10,7 @@ import pytest
 
 from tide_megatron.base.errors import DataError
 from tide_megatron.data.dataset import PreparedData
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.text.tokenizer import Tokenizer
 

@@ -1,8 +1,12 @@
 """Where ranks meet: all come or the missing ones are named; a port that is taken and a dead address too."""
 
+import contextlib
 import re
 import socket
 import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import PrefixStore, TCPStore
@@ -121,3 +125,75 @@ def test_a_rank_that_loses_the_meeting_place_says_so(port):
         meet(place(0, port, world_size=3), 1.5)
     guest.join()
     assert str(found[0]).startswith(f"rank 1 of 3 lost 127.0.0.1:{port} while the ranks met there")
+
+
+def listeners(port):
+    """Return the addresses at which this machine listens at a port, as the kernel writes them."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            place, state = line.split()[1], line.split()[3]
+            if state == "0A" and int(place.rpartition(":")[2], 16) == port:
+                found.add(place.rpartition(":")[0])
+    return found
+
+
+LOOPBACK = {"127.0.0.1": "0100007F", "127.0.0.2": "0200007F"}
+
+
+@pytest.mark.parametrize(
+    ("address", "listens"),
+    [("127.0.0.1", "0100007F"), ("127.0.0.2", "0200007F"), ("localhost", "0100007F")],
+)
+def test_the_store_listens_at_the_address_of_the_job_alone(port, address, listens):
+    stores = gather([place(rank, port, world_size=2, address=address) for rank in (0, 1)])
+    assert all(hasattr(store, "set") for store in stores), stores
+    assert listeners(port) == {listens}
+
+
+@pytest.mark.parametrize(
+    ("address", "leads_to"),
+    [("127.1", "127.0.0.1"), ("192.0.2.77", "192.0.2.77")],
+    ids=["a name as Debian writes it into /etc/hosts", "an address of a gateway"],
+)
+def test_where_others_may_not_reach_the_address_the_port_is_open_everywhere_and_told(
+    port, caplog, address, leads_to
+):
+    caplog.set_level("WARNING", "tide_megatron")
+    server = rendezvous._listen(place(0, port, address=address), SimpleNamespace(kind="rank", where=""))
+    with server:
+        assert not listeners(port) & {"0100007F"}
+        with socket.create_connection(("127.0.0.1", port), timeout=2):
+            pass
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told.startswith(f"MASTER_ADDR: {address} leads to {leads_to} here, which is no address of this")
+    assert f"so port {port} is open at all of its addresses" in told
+
+
+def test_strangers_neither_hang_nor_end_the_store(port):
+    """A port scanner, a browser, and some who only keep the line: the ranks meet and go on."""
+    words = [b"GET / HTTP/1.1\r\n\r\n", bytes(100_000), bytes(range(256)) * 20, b"\x16\x03\x01\x02\x00", b""]
+    lines, is_over = [], threading.Event()
+
+    def call():
+        while not is_over.is_set():
+            for said in words:
+                with contextlib.suppress(OSError):
+                    line = socket.create_connection(("127.0.0.1", port), timeout=1)
+                    lines.append(line)
+                    line.sendall(said)
+            time.sleep(0.01)
+
+    stranger = threading.Thread(target=call)
+    stranger.start()
+    try:
+        stores = gather([place(rank, port) for rank in (1, 2, 0)])
+        while len(lines) < 300:
+            time.sleep(0.01)
+        stores[0].set("said", "by rank 1")
+        assert [store.get("said") for store in stores] == [b"by rank 1"] * 3
+    finally:
+        is_over.set()
+        stranger.join()
+        for line in lines:
+            line.close()

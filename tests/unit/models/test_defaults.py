@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from bench.shapes import LLADA2_MINI, QWEN3_06B, WEDLM_8B
 from tests.small_tokenizer import write_chats, write_tokenizer
 from tide_megatron.base.device import Device
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.head import loss as head_loss
 from tide_megatron.models import weights
 from tide_megatron.models.attention import KERNELS

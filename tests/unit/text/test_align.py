@@ -4,12 +4,14 @@ import itertools
 import json
 import re
 
+import numpy
 import pytest
 
 from tests.small_tokenizer import CHATML, write_other, write_tokenizer
 from tide_megatron.base.errors import ConfigError
-from tide_megatron.text.align import Chunk, align_boundaries, align_chats, differing_ids, require_shared
-from tide_megatron.text.chat import encode_chat
+from tide_megatron.text.align import align, align_chats, differing_ids, require_shared
+from tide_megatron.text.chat import Encoded, encode_chat
+from tide_megatron.text.templates.places import Content
 from tide_megatron.text.tokenizer import Tokenizer
 
 CHATS = [
@@ -114,20 +116,38 @@ def test_a_cut_conversation_has_the_whole_chunks_before_the_cut(pair):
         assert align_chats(cut, teacher) == [c for c in chunks if c.student_end <= max(1, length)]
 
 
+def one_text(start, end, ends):
+    """Return a conversation of one text at the bytes [start, end), and nothing but places of tokens."""
+    content = Content(start=start, end=end, skipped=0)
+    return Encoded(
+        ids=[*range(len(ends))],
+        replies=[0, len(ends)],
+        reply_bytes=0,
+        uncut_tokens=len(ends),
+        ends=numpy.array(ends, dtype=numpy.int64),
+        contents=[content],
+    )
+
+
 @pytest.mark.parametrize(
     ("left", "right", "chunks"),
     [
-        ([(0, 5), (2, 6), (4, 7)], [(0, 1), (4, 2)], [Chunk(5, 7, 1, 2)]),
-        ([(0, 0), (1, 1), (2, 2)], [(0, 0), (1, 1), (2, 2)], [Chunk(0, 1, 0, 1), Chunk(1, 2, 1, 2)]),
-        ([(1, 3), (3, 4)], [(0, 0), (3, 1)], []),
-        ([(0, 0)], [(0, 0)], []),
-        ([], [(0, 0), (1, 1)], []),
+        ((9, 13, [1, 3, 5, 7, 9, 11, 13]), (5, 9, [5, 9]), [(5, 7, 1, 2)]),
+        ((0, 2, [1, 2]), (0, 2, [1, 2]), [(0, 1, 0, 1), (1, 2, 1, 2)]),
+        ((2, 6, [3, 5, 7]), (0, 4, [2, 5]), []),
+        ((0, 1, [2]), (0, 1, [3]), []),
+        ((0, 3, []), (0, 3, [1, 3]), []),
         # a token without bytes goes with what follows it
-        ([(0, 0), (0, 1), (3, 2)], [(0, 4), (3, 5)], [Chunk(0, 2, 4, 5)]),
+        ((0, 3, [0, 3]), (4, 7, [4, 4, 7]), [(0, 2, 1, 3)]),
     ],
 )
 def test_common_boundaries_cut(left, right, chunks):
-    assert align_boundaries(left, right) == chunks
+    sides = one_text(*left), one_text(*right)
+    assert align_chats(*sides) == chunks
+    other = one_text(0, 2, [1, 2])
+    found = align([other, sides[0], other], [other, sides[1], other])
+    assert found.spans[found.conversation == 1].tolist() == [list(chunk) for chunk in chunks]
+    assert found.spans[found.conversation == 2].tolist() == [[0, 1, 0, 1], [1, 2, 1, 2]]
 
 
 def load(folder, change=lambda content: None, **options):

@@ -9,7 +9,7 @@ import pytest
 from bench.predicted_bytes import architecture_of, place, predict
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.units import in_bytes
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.models import check_layout
 from tide_megatron.train.resolve import load_recipe

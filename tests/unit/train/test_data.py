@@ -8,7 +8,7 @@ from tests.unit.train.test_resolve import GONE, changed
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.data.blend import BlendedData
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.resolve import build_recipe, load_recipe
 from tide_megatron.train.setup import examine

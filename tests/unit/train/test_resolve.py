@@ -69,6 +69,7 @@ def test_the_command_line_beats_the_file_which_beats_fragments_in_their_order(fi
 
 MISSPELT = [
     ("stepz", "stepz: unknown key; did you mean 'steps'?"),
+    ("deadlines__evaluation", "deadlines.evaluation: unknown key; did you mean 'evaluate'?"),
     ("student__contxt", "student.contxt: unknown key; did you mean 'context'?"),
     ("student__context__block", "student.context.block: unknown key; did you mean 'block_size'?"),
     ("teachers__moe__mas", "teachers.moe.mas: unknown key; did you mean 'mask'?"),
@@ -338,6 +339,7 @@ MACHINE = [
     {"device": "auto"},
     {"attention": "dense"},
     {"timeout_seconds": 60.0},
+    {"deadlines__data": 60.0},
     {"evaluation__every": 3},
     {"checkpoints__every": 3},
     {"metrics__every": 3},

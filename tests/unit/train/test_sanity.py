@@ -15,8 +15,8 @@ from tests.tiny_run import student_config, write_folder
 from tide_megatron.base.errors import TideError
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sample import SideChoice
+from tide_megatron.data.preparation.prepare import prepare
+from tide_megatron.data.preparation.sample import SideChoice
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.launch.ranks import run_ranks

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from tide_megatron.base.options import STRICT
-from tide_megatron.data.record import ROLES
+from tide_megatron.data.sources.record import ROLES
 
 Count = Annotated[int, Field(ge=1)]
 Value = str | bool | int | float | None

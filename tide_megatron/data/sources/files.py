@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from tide_megatron.base.errors import DataError, last_line, nearest, some_of
 from tide_megatron.base.files import local_path
 from tide_megatron.base.read import json_of
-from tide_megatron.data.source import STDIN
 from tide_megatron.data.sources.choice import HUB, SourceChoice
+from tide_megatron.data.sources.source import STDIN
 from tide_megatron.data.sources.tables import library
 
 _PACKED = ("", ".gz", ".bz2", ".xz", ".zst")

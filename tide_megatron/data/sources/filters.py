@@ -96,7 +96,7 @@ def _plain(text: str) -> str:
 
 
 def text_of(content: Any) -> str:
-    """Return a message's text as far as it has any; what it may be is for `data.record` to judge."""
+    """Return a message's text as far as it has any; what it may be is for `data.sources.record` to judge."""
     if isinstance(content, list):
         parts = (part.get("text") if isinstance(part, dict) else part for part in content)
         return "".join(part for part in parts if isinstance(part, str))

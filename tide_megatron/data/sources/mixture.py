@@ -54,6 +54,8 @@ class DataMixture:
     """What happens to records that cannot be used: `stop` or `skip`."""
     normalize: bool = False
     """Put all text into NFC."""
+    learn: str = "last"
+    """Which replies of a conversation are learnt: the `last`, or `all` but those of weight 0."""
     add_mask: bool = False
     """Add the mask token to the student's tokenizer where it has none."""
     teachers: dict[str, str] = dataclasses.field(default_factory=dict)

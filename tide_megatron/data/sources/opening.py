@@ -20,12 +20,12 @@ from typing import Any
 
 from tide_megatron.base.errors import ConfigError, DataError, RecordError, nearest
 from tide_megatron.base.files import digest_of
-from tide_megatron.data.record import MEANINGFUL, load_row
-from tide_megatron.data.source import Line, Source
 from tide_megatron.data.sources import filters as reasons
 from tide_megatron.data.sources.choice import OfAll, SourceChoice
 from tide_megatron.data.sources.files import files_of
+from tide_megatron.data.sources.record import MEANINGFUL, load_row
 from tide_megatron.data.sources.shapes import RowMapping
+from tide_megatron.data.sources.source import Line, Source
 from tide_megatron.data.sources.tables import Row, Table, peek, table_kind
 
 logger = logging.getLogger(__name__)
@@ -321,7 +321,7 @@ class ChatSource(Source):
 
 
 def _has_messages(line: bytes | RecordError | str) -> bool:
-    """Say whether a first line is for `data.record` to judge: it has messages, or no keys at all."""
+    """Say whether a first line is for `data.sources.record` to judge: it has messages, or no keys at all."""
     row = _row_of(line) if isinstance(line, bytes) else line
     return not isinstance(row, dict) or "messages" in row
 

@@ -2,14 +2,14 @@
 
 | shape | columns |
 |---|---|
-| messages | `messages`: role and content of each; `tools` and all else that `data.record` reads |
+| messages | `messages`: role and content of each; `tools` and all else that `data.sources.record` reads |
 | sharegpt | `conversations`: from and value of each; `system`, `tools` |
 | instruction | `instruction` and `output`; `input` |
 | prompt_response | `prompt` and `response`, or `completion` |
 | question_answer | `question` or `query`, and `answer` or `response` |
 
 A row that could be read in two ways is refused, as is one that fits no shape: nothing is guessed. ColumnNames
-that say something under other trainers' names travel on, and `data.record` uses or refuses them.
+that say something under other trainers' names travel on, and `data.sources.record` uses or refuses them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from tide_megatron.base.errors import RecordError, some_of
-from tide_megatron.data.record import MEANINGFUL
 from tide_megatron.data.sources.choice import ColumnNames, SourceChoice
+from tide_megatron.data.sources.record import MEANINGFUL
 
 _SYSTEM, _INPUT = ("system", "system_prompt"), ("input", "context")
 _ROLES = {

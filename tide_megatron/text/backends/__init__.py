@@ -56,6 +56,9 @@ class Backend(Protocol):
             opening: False: the text goes on behind another one, so that no prefix may come.
         """
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, as `encode` does."""
+
     def decode(self, ids: Sequence[int], *, keep_special: bool) -> str:
         """Return the text of ids, without the dummy prefix; bytes that are not UTF-8 become U+FFFD."""
 

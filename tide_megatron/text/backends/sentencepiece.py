@@ -77,6 +77,10 @@ class SentencePiece:
                 ids.extend(library.encode(part, out_type=int))
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ids of each text; see `Backend`."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int], *, keep_special: bool) -> str:
         """Return text; see `Backend`."""
         kept = [token for token in ids if keep_special or token not in self.special]

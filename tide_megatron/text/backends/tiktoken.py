@@ -80,7 +80,12 @@ class Tiktoken:
 
     def encode(self, text: str, *, opening: bool = True) -> list[int]:
         """Return ids; see `Backend`. There is no prefix, so that all texts are alike."""
-        return list(self._library.encode(text, allowed_special="all"))
+        ids: list[int] = self._library.encode(text, allowed_special="all")
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return ids of each text; see `Backend`."""
+        return [self._library.encode(text, allowed_special="all") for text in texts]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool) -> str:
         """Return text; see `Backend`."""

@@ -21,13 +21,14 @@ import functools
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tide_megatron.base.errors import ConfigError, DataError, RecordError, nearest
 from tide_megatron.text import rendering
 from tide_megatron.text.backends.files import CONFIG_FILE, read_text
+from tide_megatron.text.templates.places import MARK, Content, behind, fill, mark_for
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -38,6 +39,12 @@ TEXTS = ("reasoning_content", "content")
 """Keys of a message that hold text, in the order in which templates show them."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of the reasoning before a reply; templates read the first (gpt-oss the second)."""
+_BARE_KEYS = {"role", "content"}
+_PLAIN_KEYS = {"role", *TEXTS}
+_MOST_SHAPES = 4096
+"""Most kinds of conversations that are remembered."""
+Shape = tuple[tuple[Any, ...], ...]
+"""Of each message its role, and whether each of its `TEXTS` is there, and filled."""
 Message = Mapping[str, Any]
 """`{"role": ..., "content": ...}`, and on assistant messages `reasoning_content` and `tool_calls`."""
 
@@ -50,21 +57,6 @@ class Inputs:
     documents: Sequence[Any] | None = None
     chat_template_kwargs: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """Options of this conversation alone; they go before the tokenizer's."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Content:
-    """The place of one text of a conversation in the rendered text, in bytes of UTF-8."""
-
-    start: int
-    end: int
-    skipped: int
-    """Bytes of the original text that the template stripped from its front: byte b of the rendered text is
-    byte `skipped + b - start` of the original."""
-    message: int = 0
-    """Whose it is, by index."""
-    key: str = "content"
-    """What it is of that message: one of `TEXTS`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,10 +88,8 @@ class ChatTemplate:
             RecordError: it refuses these messages.
         """
         inputs = inputs or Inputs()
-        options = {**self.variables, **inputs.chat_template_kwargs}
         values = {
-            **self.special_tokens,
-            **{name: value for name, value in options.items() if value is not None},
+            **(self._with(inputs.chat_template_kwargs) if inputs.chat_template_kwargs else self._fixed),
             "messages": [_as_seen(message) for message in messages],
             "tools": inputs.tools,
             "documents": inputs.documents,
@@ -107,12 +97,25 @@ class ChatTemplate:
         }
         return rendering.render(self._source_for(inputs), self.origin, values)
 
+    def _with(self, options: Mapping[str, object]) -> dict[str, object]:
+        """Return the variables of a conversation with options of its own."""
+        chosen = {**self.variables, **options}
+        return {**self.special_tokens, **{name: value for name, value in chosen.items() if value is not None}}
+
+    @functools.cached_property
+    def _fixed(self) -> dict[str, object]:
+        """Variables of a conversation without options of its own."""
+        return self._with({})
+
     def check(self, messages: Sequence[Message], inputs: Inputs) -> None:
         """Refuse a conversation of which the template would drop something.
 
         Raises:
             RecordError: says what it never shows.
         """
+        shape = _shape(messages, inputs)
+        if shape in self._checked:
+            return
         source = self._source_for(inputs)
         known = rendering.names_in(source, self.origin)
         try:
@@ -134,6 +137,8 @@ class ChatTemplate:
             )
         if "tool_calls" in used:
             self._check_calls(messages, inputs)
+        if shape is not None and len(self._checked) < _MOST_SHAPES:
+            self._checked.add(shape)
 
     def pieces(
         self, messages: Sequence[Message], whole: str, inputs: Inputs | None = None
@@ -149,30 +154,47 @@ class ChatTemplate:
         texts = [
             (number, key) for number, message in enumerate(messages) for key in TEXTS if message.get(key)
         ]
-        between = self._skeleton(messages, texts, whole, inputs)
-        # For each text: places where it may start, each with the (place, shown, skipped) that led there.
-        paths: list[dict[int, tuple[int, str, int]]] = []
-        places = {len(between[0] or "")} if whole.startswith(between[0] or "") else set()
-        for (number, key), piece in zip(texts, between[1:], strict=True):
-            reached: dict[int, tuple[int, str, int]] = {}
-            for place in places:
-                for shown, skipped in _shown_forms(messages[number][key]) if piece is not None else [("", 0)]:
-                    then = piece or ""
-                    if whole.startswith(shown, place) and whole.startswith(then, place + len(shown)):
-                        reached.setdefault(place + len(shown) + len(then), (place, shown, skipped))
-            if not reached:
-                break
-            paths.append(reached)
-            places = set(reached)
-        if len(paths) < len(texts) or len(whole) not in places:
-            number, key = texts[min(len(paths), len(texts) - 1)] if texts else (0, "content")
+        between = self._between(messages, texts, whole, inputs)
+        contents = fill(between, texts, messages, whole)
+        if isinstance(contents, int):
+            number, key = texts[min(contents, len(texts) - 1)] if texts else (0, "content")
             text = str(messages[number].get(key, ""))
             raise RecordError(
                 f"the chat template ({self.origin}) loses or changes {_named(messages, number, key)}: "
                 f"{_short(text)}" + _hint(text, key),
                 "the template changes a message",
             )
-        return _walk_back(paths, whole, texts), [piece for piece in between if piece is not None][-1]
+        return contents, [piece for piece in between if piece is not None][-1]
+
+    def _between(
+        self,
+        messages: Sequence[Message],
+        texts: Sequence[tuple[int, str]],
+        whole: str,
+        inputs: Inputs | None,
+    ) -> Sequence[str | None]:
+        """Return `_skeleton`, which conversations of plain messages share with those of the same shape.
+
+        Nothing else can enter it: all that differs between them are texts, and the marks stand for these.
+        """
+        shape = _shape(messages, inputs)
+        if shape is None or MARK in whole:
+            return self._skeleton(messages, texts, whole, inputs)
+        found = self._skeletons.get(shape)
+        if found is None:
+            if len(self._skeletons) >= _MOST_SHAPES:
+                self._skeletons.clear()
+            found = self._skeletons[shape] = self._skeleton(messages, texts, whole, inputs)
+        return found
+
+    @functools.cached_property
+    def _skeletons(self) -> dict[Shape, Sequence[str | None]]:
+        return {}
+
+    @functools.cached_property
+    def _checked(self) -> set[Shape]:
+        """Shapes of which the template drops nothing."""
+        return set()
 
     def _source_for(self, inputs: Inputs) -> str:
         has_own = inputs.tools is not None and self.tool_source is not None
@@ -186,7 +208,7 @@ class ChatTemplate:
         inputs: Inputs | None,
     ) -> list[str | None]:
         """Return the template text before the first text and behind each; None: a text is not shown."""
-        mark = _mark_for(whole)
+        mark = mark_for(whole)
         marked: list[dict[str, Any]] = [dict(message) for message in messages]
         marks = [f"{mark}{number}\ue001" for number in range(len(texts))]
         for (number, key), own in zip(texts, marks, strict=True):
@@ -209,7 +231,7 @@ class ChatTemplate:
                 piece, rest = rest.split(own)
                 shown.append(piece)
             between.append(piece if count else None)
-        return _behind(between, rest)
+        return behind(between, rest)
 
     def _check_calls(self, messages: Sequence[Message], inputs: Inputs) -> None:
         """Refuse a template that drops names or arguments of tool calls."""
@@ -299,8 +321,25 @@ def _plain_sources() -> frozenset[str]:
     return frozenset(packaged_template(name)[0] for name in ("llada2", "qwen3"))
 
 
+def _shape(messages: Sequence[Message], inputs: Inputs | None) -> Shape | None:
+    """Return all of a conversation but its texts; None: it says more than plain texts."""
+    if inputs is not None and (inputs.tools is not None or inputs.documents is not None):
+        return None
+    if inputs is not None and inputs.chat_template_kwargs:
+        return None
+    shape = []
+    for message in messages:
+        if not message.keys() <= _PLAIN_KEYS:
+            return None
+        kinds = [value if value is None else bool(value) for value in map(message.get, TEXTS)]
+        shape.append((message["role"], *kinds))
+    return tuple(shape)
+
+
 def _as_seen(message: Message) -> dict[str, Any]:
     """Return a message as templates see it: without keys that hold nothing, its reasoning under all names."""
+    if type(message) is dict and message.keys() == _BARE_KEYS and message["content"] is not None:
+        return message  # as most are: nothing to change
     seen = {key: value for key, value in message.items() if value is not None}
     thought = next((seen[name] for name in REASONING if name in seen), None)
     return seen if thought is None else {"thinking": thought, **seen, "reasoning_content": thought}
@@ -315,56 +354,6 @@ def _hint(text: str, key: str) -> str:
     """Say what most often is behind a changed message."""
     is_inline = key == "content" and "</think>" in text
     return " (write the thought before </think> as reasoning_content)" * is_inline
-
-
-def _mark_for(whole: str) -> str:
-    mark = "\ue000"
-    while mark in whole:
-        mark += "\ue000"
-    return mark
-
-
-def _behind(between: Sequence[str | None], rest: str) -> list[str | None]:
-    """Turn the template text before each shown text into that before the first and behind each.
-
-    Args:
-        between: before each text; None: it is not shown.
-        rest: behind the last shown one.
-    """
-    places = [place for place, piece in enumerate(between) if piece is not None]
-    behind: list[str | None] = [None] * len(between)
-    for place, following in zip(places, [*places[1:], len(between)], strict=True):
-        behind[place] = between[following] if following < len(between) else rest
-    return [between[places[0]] if places else rest, *behind]
-
-
-def _shown_forms(content: str) -> Iterator[tuple[str, int]]:
-    """Yield what a template may show of a content, the longest first, with the bytes cut at its front."""
-    for strip_front in ("", "\n", None):
-        front = content.lstrip(strip_front) if strip_front != "" else content
-        for strip_back in ("", "\n", None):
-            shown = front.rstrip(strip_back) if strip_back != "" else front
-            yield shown, len(content[: len(content) - len(front)].encode())
-
-
-def _walk_back(
-    paths: Sequence[Mapping[int, tuple[int, str, int]]], whole: str, texts: Sequence[tuple[int, str]]
-) -> list[Content]:
-    """Follow the places from the end of the text to its start."""
-    found = []
-    place = len(whole)
-    for reached in reversed(paths):
-        start, shown, skipped = reached[place]
-        place = start
-        found.append((start, shown, skipped))
-    contents, characters, offset = [], 0, 0
-    for (start, shown, skipped), (number, key) in zip(reversed(found), texts, strict=True):
-        # Count the bytes of every stretch once.
-        offset += len(whole[characters:start].encode())
-        end = offset + len(shown.encode())
-        contents.append(Content(start=offset, end=end, skipped=skipped, message=number, key=key))
-        characters, offset = start + len(shown), end
-    return contents
 
 
 def _short(text: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.small_tables import chat, write_arrow, write_parquet
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.data.prepare import prepare
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.data.sources.choice import SourceChoice
 from tide_megatron.data.sources.opening import find_sources
 

@@ -9,8 +9,8 @@ import pytest
 from tests.small_tables import chat, write_parquet
 from tide_megatron.base.errors import DataError
 from tide_megatron.data.dataset import PreparedData
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.sources import encoding
+from tide_megatron.data.preparation import encoding
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.data.sources.choice import Filters, OfAll, SourceChoice
 from tide_megatron.data.sources.filters import Seen, chat_digest, drawn, is_in_portion
 from tide_megatron.data.sources.opening import find_sources

@@ -250,7 +250,7 @@ def test_the_page_names_every_key():
 
 def test_tasks_that_share_a_mixture_write_what_one_would(places, monkeypatch):
     """What is left out counts among the records, so parts, draws and duplicates agree."""
-    from tide_megatron.data import identity
+    from tide_megatron.data.preparation import identity
 
     monkeypatch.setattr(identity, "BLOCK", 3)
     (places / "c.jsonl").write_text("\n".join(json.dumps(chat(n) if n % 5 else {"x": 1}) for n in range(40)))

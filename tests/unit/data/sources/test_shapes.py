@@ -6,9 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from tide_megatron.base.errors import DataError, RecordError
-from tide_megatron.data.record import parse_record
 from tide_megatron.data.sources.choice import ColumnNames, SourceChoice
 from tide_megatron.data.sources.opening import find_sources
+from tide_megatron.data.sources.record import parse_record
 from tide_megatron.data.sources.shapes import RowMapping
 
 ASK, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

@@ -13,11 +13,11 @@ import pytest
 from tests.small_tables import chat, write_arrow, write_parquet
 from tide_megatron.base.errors import DataError, RecordError
 from tide_megatron.data.dataset import PreparedData
-from tide_megatron.data.prepare import prepare
-from tide_megatron.data.record import parse_record
+from tide_megatron.data.preparation.prepare import prepare
 from tide_megatron.data.sources import tables
 from tide_megatron.data.sources.choice import SourceChoice
 from tide_megatron.data.sources.opening import find_sources
+from tide_megatron.data.sources.record import parse_record
 
 
 def read(path, **options):

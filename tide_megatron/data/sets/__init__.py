@@ -1,0 +1,1 @@
+"""What is done with whole prepared data sets: merged, split, looked at."""
