@@ -74,7 +74,7 @@ def test_a_teachers_nan_on_one_rank_skips_the_step_everywhere(pool, pair, tmp_pa
 
 
 def test_the_log_names_teacher_and_samples(pool, pair, tmp_path):
-    from tide_megatron.train.loop import _listed
+    from tide_megatron.train.metrics import _listed
 
     assert _listed([3, 5]) == "3, 5"
     assert _listed(list(range(30))).endswith("8, 9 and 20 more")
