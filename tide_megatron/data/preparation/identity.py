@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tide_megatron
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.data.manifest import TokenizerMetadata
 from tide_megatron.data.preparation.rejects import OnBad
@@ -118,14 +119,20 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [_IN_WORDS.get(key, key) for key in keys]
 
 
+def code_files() -> list[Path]:
+    """Return the sources and templates that decide what is written."""
+    root = Path(tide_megatron.__file__).parent
+    found = (file for package in _PACKAGES for file in (root / package).rglob("*"))
+    return sorted(file for file in found if file.suffix in (".py", ".jinja"))
+
+
 @functools.cache
 def code_digest() -> str:
     """Name the code that cuts and aligns text, and the libraries that it uses (sha256, hexadecimal)."""
     found = hashlib.sha256(repr(sys.version_info[:3]).encode())
-    root = Path(__file__).parents[1]
-    for file in sorted(file for package in _PACKAGES for file in (root / package).rglob("*")):
-        if file.suffix in (".py", ".jinja"):
-            found.update(f"{file.relative_to(root)} {file.stat().st_size} ".encode() + file.read_bytes())
+    root = Path(tide_megatron.__file__).parent
+    for file in code_files():
+        found.update(f"{file.relative_to(root)} {file.stat().st_size} ".encode() + file.read_bytes())
     for library in _LIBRARIES:
         found.update(f"{library} {importlib.metadata.version(library)} ".encode())
     return found.hexdigest()

@@ -296,3 +296,16 @@ def test_three_kills_and_the_same_bytes(tmp_path):
     tally = prepare_kills.torment(tmp_path, kills=3, seed=4, records=120, by_time=0.0)
     assert not tally.wrong
     assert tally.went_on >= 2
+
+
+def test_the_code_that_decides_bytes_is_found():
+    named = {str(file).rpartition("tide_megatron/")[2] for file in identity.code_files()}
+    assert {"text/align.py", "text/templates/places.py", "data/preparation/sample.py"} <= named
+    assert any(name.endswith(".jinja") for name in named)
+
+
+def test_other_code_has_another_digest(monkeypatch):
+    first = identity.code_digest.__wrapped__()
+    file = identity.code_files()[0]
+    monkeypatch.setattr(identity, "code_files", lambda: [file])
+    assert identity.code_digest.__wrapped__() != first
