@@ -1,12 +1,12 @@
 """Records encoded in several processes, and handed on in the order in which they stand in their source.
 
 What becomes of a record depends on that record alone, so any number of processes writes the same bytes. The
-first records are encoded here: small data needs no process to be started. Later ones go to the workers. All
-are encoded in pieces, which is faster than one by one, a few pieces a worker at a time, so that memory does
-not grow with the input. A tokenizer's library starts no threads: its processes share the cores already. A
-worker imports neither
-torch nor megatron-core, nor the script that called, which may have no guard or be stdin. It hears no Ctrl-C
-(the parent does, and stops it), and ends when its parent is gone.
+first records are encoded here: small data needs no process to be started. Later ones go to workers, and to
+this process, too, while they start and whenever they have enough to do. All are encoded in pieces, which is
+faster than one by one, and few pieces are under way, so that memory does not grow with the input. A
+tokenizer's library starts no threads: its processes share the cores already. A worker imports neither torch
+nor megatron-core, nor the script that called, which may have no guard or be stdin. It hears no Ctrl-C (the
+parent does, and stops it), and ends when its parent is gone.
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ PIECE = 100
 """So many records travel together at most,"""
 PIECE_BYTES = 2**20
 """and no more once they have so many bytes: long ones fill no memory by their number."""
-PIECES_AHEAD = 3
-"""Pieces a worker may have waiting, done or not."""
+PIECES_AHEAD = 2
+"""Pieces that a worker has before it; what comes meanwhile is encoded here."""
+PIECES_KEPT = 8
+"""Pieces a process, done or not, that wait for one before them: a bound of memory."""
 
 Encoding = tuple[Outcome, str | None]
 """What becomes of a record, and what it calls its source."""
+_Piece = tuple[Sequence[int], Future[list[Encoding]]]
+"""Numbers of lines, and what comes of them."""
 
 _ENCODER: list[Encoder] = []
 """A worker's."""
@@ -76,7 +80,7 @@ class ParallelEncoder:
 
         Args:
             encoder: what every process does.
-            number: processes; with 1 all is done here.
+            number: processes, this one among them; with 1 all is done here.
         """
         self._encoder, self._number = encoder, number
         self._alone = ALONE
@@ -108,27 +112,33 @@ class ParallelEncoder:
             DataError: no record can be encoded.
             EncoderKilled: a process was killed.
         """
+        waiting: collections.deque[_Piece] = collections.deque()
         remaining = iter(lines)
-        waiting: collections.deque[tuple[Sequence[int], Future[list[Encoding]]]] = collections.deque()
         while piece := _next_piece(remaining):
             numbers, texts = zip(*piece, strict=True)
-            if self._number == 1 or self._alone > 0:
-                self._alone -= len(piece)
-                yield from zip(numbers, encode_lines(texts, self._encoder), strict=True)
-                continue
-            pool = self._started()
-            with _starting():
-                future = pool.submit(_encode_piece, texts)
-            waiting.append((numbers, future))
-            if len(waiting) >= PIECES_AHEAD * self._number:
+            with _alive(numbers):
+                waiting.append((numbers, self._begun(texts, waiting)))
+            while waiting and (len(waiting) > PIECES_KEPT * self._number or waiting[0][1].done()):
                 yield from _taken(*waiting.popleft())
         while waiting:
             yield from _taken(*waiting.popleft())
 
+    def _begun(self, texts: Sequence[bytes], waiting: Iterable[_Piece]) -> Future[list[Encoding]]:
+        """Hand a piece to the workers, or encode it here while they have enough to do or are starting."""
+        is_alone = self._number == 1 or self._alone > 0
+        self._alone -= len(texts)
+        ahead = PIECES_AHEAD * (self._number - 1)
+        if is_alone or sum(not future.done() for _, future in waiting) >= ahead:
+            here: Future[list[Encoding]] = Future()
+            here.set_result(encode_lines(texts, self._encoder))
+            return here
+        with _starting():
+            return self._started().submit(_encode_piece, texts)
+
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
-                self._number,
+                self._number - 1,
                 multiprocessing.get_context("spawn"),  # a fork would copy what libraries hold in threads
                 initializer=_begin,
                 initargs=(self._encoder,),
@@ -163,14 +173,21 @@ def _starting() -> Iterator[None]:
 
 
 def _taken(numbers: Sequence[int], future: Future[list[Encoding]]) -> Iterator[tuple[int, Encoding]]:
-    try:
+    with _alive(numbers):
         outcomes = future.result()
+    return zip(numbers, outcomes, strict=True)
+
+
+@contextlib.contextmanager
+def _alive(numbers: Sequence[int]) -> Iterator[None]:
+    """Say which lines are lost where a worker is no longer there."""
+    try:
+        yield
     except BrokenProcessPool:
         raise EncoderKilled(
             f"lines {numbers[0]} and later: a process that encoded them was killed (out of memory?): start "
             "again, with fewer processes (--workers)"
         ) from None
-    return zip(numbers, outcomes, strict=True)
 
 
 def _begin(encoder: Encoder) -> None:
