@@ -146,7 +146,7 @@ class BlendedData:
         member = self._member(sample)
         row = member.data.row(sample - member.first)
         found = {name: values for name, values in row.items() if "." not in name}
-        for side, own in self._own_names(member.data).items():
+        for side, own in self._names[self._number(sample)].items():
             for part in SIDE_COLUMNS:
                 found[f"{side}.{part}"] = row[f"{own}.{part}"] if own else self._nothing(side)[part]
         return found
@@ -166,10 +166,9 @@ class BlendedData:
         found = numpy.ones((len(samples), len(sides)), dtype=numpy.int64)
         places: dict[int, list[int]] = collections.defaultdict(list)
         for place, sample in enumerate(samples):
-            places[bisect.bisect_right(self._firsts, sample) - 1].append(place)
+            places[self._number(sample)].append(place)
         for number, own in places.items():
-            member = self._by_number[number]
-            names = self._own_names(member.data)
+            member, names = self._by_number[number], self._names[number]
             rows = [samples[place] - member.first for place in own]
             theirs = [side and names[side] for side in sides]
             held = [at for at, side in enumerate(sides) if side is None or theirs[at]]
@@ -178,7 +177,8 @@ class BlendedData:
 
     def spread(self, most: int, side: str | None = None) -> NDArray[numpy.int64]:
         """Return about `most` samples, evenly from all sources that have a side; all, if they are no more."""
-        having = [member for member in self._by_number if not side or self._own_names(member.data)[side]]
+        sources = zip(self._by_number, self._names, strict=True)
+        having = [member for member, names in sources if not side or names[side]]
         step = -(-sum(map(len, having)) // most)
         return numpy.concatenate([member.samples(numpy.arange(0, len(member), step)) for member in having])
 
@@ -195,8 +195,8 @@ class BlendedData:
         """Return the most tokens of a sample, of a side or (None) the student's."""
         if side is None:
             return max(member.data.longest(None) for member in self._by_number)
-        names = [(member.data, self._own_names(member.data)[side]) for member in self._by_number]
-        return max(data.longest(own) for data, own in names if own is not None)
+        sources = zip(self._by_number, self._names, strict=True)
+        return max(member.data.longest(names[side]) for member, names in sources if names[side] is not None)
 
     def tokenizer_of(self, side: str | None) -> TokenizerMetadata:
         """Describe the tokenizer of a side, or (None) the student's."""
@@ -219,7 +219,7 @@ class BlendedData:
 
     def without(self, side: str) -> list[str]:
         """Return the sources that have no tokens of a side."""
-        return [name for name, member in self.members.items() if not self._own_names(member.data)[side]]
+        return [name for name, names in zip(self.members, self._names, strict=True) if not names[side]]
 
     def samples_at(self, seed: int, positions: Sequence[int]) -> list[tuple[int, int]]:
         """Return (sample, epoch of its source) at positions of a run."""
@@ -286,11 +286,20 @@ class BlendedData:
         return _block(seed, block, before, behind)
 
     def _member(self, sample: int) -> Member:
-        return self._by_number[bisect.bisect_right(self._firsts, sample) - 1]
+        return self._by_number[self._number(sample)]
 
-    def _own_names(self, data: PreparedData) -> dict[str, str | None]:
-        """Return, for the blend's sides, what a folder calls them; None: it does not have them."""
-        return {name: data.side_of(side.tokenizer.digest) for name, side in self.sides.items()}
+    def _number(self, sample: int) -> int:
+        """Return the number of the source that has a sample."""
+        return bisect.bisect_right(self._firsts, sample) - 1
+
+    @functools.cached_property
+    def _names(self) -> list[dict[str, str | None]]:
+        """What each source's folder calls the blend's sides; None: it does not have them."""
+        digests = {name: side.tokenizer.digest for name, side in self.sides.items()}
+        return [
+            {name: member.data.side_of(digest) for name, digest in digests.items()}
+            for member in self._by_number
+        ]
 
 
 @functools.lru_cache(maxsize=4)

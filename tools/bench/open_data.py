@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this fil
 
 from bench.cost import machine
 from tide_megatron.data.blend import BlendedData, BlendSource
-from tide_megatron.data.columns import SOURCE
+from tide_megatron.data.columns import SOURCE, write_index
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.data.manifest import DataStatistics, Manifest, TokenizerMetadata
@@ -50,13 +50,10 @@ def write(folder: Path, samples: int) -> None:
         else:
             values.touch()
             os.truncate(values, samples * width * 4)
-        with (folder / f"{name}.idx").open("wb") as index:
-            header = [b"MMIDIDX\x00\x00", numpy.uint64(1), numpy.uint8(4), numpy.uint64(samples)]
-            index.write(b"".join(part if isinstance(part, bytes) else part.tobytes() for part in header))
-            index.write(numpy.uint64(samples + 1).tobytes())
-            numpy.full(samples, width, dtype=numpy.int32).tofile(index)
-            numpy.arange(0, samples * width * 4, width * 4, dtype=numpy.int64).tofile(index)
-            numpy.arange(samples + 1, dtype=numpy.int64).tofile(index)
+        lengths = folder / "lengths"
+        numpy.full(samples, width, dtype="<i4").tofile(lengths)
+        write_index(folder / f"{name}.idx", lengths)
+        lengths.unlink()
     files = {file.name: {"bytes": file.stat().st_size, "sha256": "0" * 64} for file in folder.iterdir()}
     numbers = {"vocabulary_size": 100, "mask_id": 1, "eos_id": 2, "pad_id": 2}
     digests = dict.fromkeys(("digest", "vocabulary_digest", "template_digest"), "0" * 64)

@@ -63,7 +63,7 @@ class Filling:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self._work, self._plan, self._processes, self._lease = work, plan, processes, lease
-        self._sources = plan.sources()
+        self._sources, self._identity = plan.sources(), plan.identity()
         self._can_go_on = all(source.can_be_read_again for source in self._sources)
         known, found = (state["files"], state) if state else ({}, {})
         numbers = work.data if plan.part else work.spool  # of records, which put parts together
@@ -152,7 +152,7 @@ class Filling:
         write_part(
             self._work.data,
             {
-                "identity": self._plan.identity(),
+                "identity": self._identity,
                 "samples": self._writer.samples,
                 "records": self._seen,
                 "sources": self._described,
@@ -185,7 +185,7 @@ class Filling:
             files = self._writer.sync() | self._origins.sync() | self._rejects.sync()
             self._work.commit(
                 {
-                    "identity": self._plan.identity(),
+                    "identity": self._identity,
                     "records": self._done,
                     "prefix": self._prefix,
                     "tally": self._tally.values(),

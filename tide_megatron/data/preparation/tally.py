@@ -40,11 +40,7 @@ class Tally:
 
     def add(self, sample: Sample) -> None:
         """Count a sample."""
-        self.counts.update(sample.counts)
-        for name, tokens in sample.longest.items():
-            self.longest[name] = max(tokens, self.longest.get(name, 0))
-        for name, found in sample.side_counts.items():
-            self.side_counts[name].update(found)
+        self._add_up(sample)
 
     def skip(self, reason: str, record: int) -> None:
         """Count a record that is left out."""
@@ -56,12 +52,16 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add what another part of the same records has counted."""
-        self.counts.update(other.counts)
-        for name, tokens in other.longest.items():
-            self.longest[name] = max(tokens, self.longest.get(name, 0))
-        for name, found in other.side_counts.items():
-            self.side_counts[name].update(found)
+        self._add_up(other)
         merge_firsts(self.skipped, other.skipped)
+
+    def _add_up(self, found: Sample | Tally) -> None:
+        """Add counts of samples."""
+        self.counts.update(found.counts)
+        for name, tokens in found.longest.items():
+            self.longest[name] = max(tokens, self.longest.get(name, 0))
+        for name, counts in found.side_counts.items():
+            self.side_counts[name].update(counts)
 
 
 def by_first(found: Mapping[str, list[int]]) -> dict[str, int]:
