@@ -138,7 +138,8 @@ def _step(job: Submission) -> Iterator[str]:
     only = " --preflight-only" if job.options.preflight_only else ""
     start = f"{quoted(job.python)} -m tide_megatron.commands train {recipe}{ranks}{only}"
     yield "step= heard="
-    yield "trap 'heard=1; kill -USR1 $step' USR1  # SLURM's warning, which srun hands to all tasks"
+    yield "# SLURM's warning, which srun hands to all tasks."
+    yield """trap 'heard=1; [ -z "$step" ] || kill -USR1 "$step"' USR1"""
     yield "trap 'heard=1' TERM  # the tasks have got it from SLURM themselves"
     yield "# A task that ends does not end the others, which may be saving; after a minute nobody waits."
     yield (
@@ -183,14 +184,17 @@ def _requeue(job: Submission) -> Iterator[str]:
     yield f'  elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.options.restarts} ]; then'
     yield f'    echo "job $job has used up its {job.options.restarts} restarts (--restarts)"'
     yield "  else"
+    if _leaves_out(job):
+        yield "    # Asked before the requeue, which ends with SIGTERM whatever this shell runs then."
+        yield f'    lost=$(sort -u "${LOST_HOSTS}" 2>/dev/null | cut -d" " -f2)'
+        yield '    hosts=$(echo "$lost" | sort | uniq -d | paste -sd,)'
+        yield "    trap '' TERM  # what this shell starts ignores it, too; SIGKILL comes KillWait later"
     yield '    echo "job $job puts itself back into the queue"'
     yield '    scontrol requeue "$job"'
     if _leaves_out(job):
-        yield f'    lost=$(sort -u "${LOST_HOSTS}" 2>/dev/null | cut -d" " -f2)'
-        yield '    hosts=$(echo "$lost" | sort | uniq -d | paste -sd,)'
         yield '    if [ -n "$hosts" ]; then'
         yield '      echo "ranks were lost on $hosts in two starts or more: the next ones leave it out"'
-        yield "      # Only of a job that waits, and the requeue ends what this shell runs just then."
+        yield "      # SLURM takes it only of a job that waits."
         yield "      for try in 1 2 3 4 5; do"
         yield '        scontrol update JobId="$job" ExcNodeList="$hosts" 2>/dev/null && break'
         yield "        sleep 1"
