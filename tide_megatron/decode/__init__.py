@@ -1,0 +1,1 @@
+"""Text from a model: block-wise denoising with a cache of prefixes."""
