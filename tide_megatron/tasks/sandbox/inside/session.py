@@ -33,10 +33,6 @@ from tide_megatron.tasks.sandbox.inside.values import decode, encode
 Message = dict[str, Any]
 
 
-class _TooMuch(Exception):
-    """More was printed than is kept."""
-
-
 class _Printed(io.StringIO):
     """What a program prints, up to a limit."""
 
@@ -48,11 +44,11 @@ class _Printed(io.StringIO):
         """Keep it.
 
         Raises:
-            _TooMuch: that is more than is kept.
+            OSError: that is more than is kept.
         """
         self._left -= len(text)
         if self._left < 0:
-            raise _TooMuch("more output than is kept")
+            raise OSError("more output than is kept")
         return super().write(text)
 
 
@@ -122,6 +118,8 @@ class Session:
         try:
             with contextlib.redirect_stdout(_Printed(self._most_output)):
                 args, kwargs = decode(request["args"]), decode(request["kwargs"])
+                if request["call"] not in self._names:
+                    raise NameError(f"name {request['call']!r} is not defined")
                 return {"value": encode(self._names[request["call"]](*args, **kwargs))}
         except BaseException as fault:
             return {"error": _told(fault)}
