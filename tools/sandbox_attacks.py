@@ -135,12 +135,13 @@ except OSError as fault:
         "fills the disk",
         """
 size = 0
-try:
-    for number in range(64):
+for number in range(64):
+    try:
         with open(str(number), 'wb', buffering=0) as file:
-            for _ in range(64): size += file.write(bytes(2**20))
-except OSError as fault:
-    print(size <= 2**24, size, fault.strerror)
+            while True: size += file.write(bytes(2**20))
+    except OSError as fault:
+        last = fault.strerror
+print(size <= 2**24, size, last)
 """,
         "^True",
     ),
@@ -167,6 +168,26 @@ for target in ({pid}, os.getppid(), 1, -1, 0): print(attempt(lambda: os.kill(tar
 print(attempt(lambda: os.killpg(os.getpgid(0), 9)))
 """,
         f"^{_times(6)}$",
+    ),
+    Attack(
+        "the caller's limits, priority, processors and signals of its files",
+        """
+import fcntl, resource, signal
+def signal_by_a_pipe():
+    ends = os.pipe()
+    fcntl.fcntl(ends[0], fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(ends[0], fcntl.F_SETOWN, {pid})
+    fcntl.fcntl(ends[0], fcntl.F_SETFL, os.O_ASYNC)
+    os.write(ends[1], b'x')
+print(
+    attempt(lambda: resource.prlimit({pid}, resource.RLIMIT_CPU, (1, 1))),
+    attempt(lambda: os.setpriority(os.PRIO_PROCESS, {pid}, 19)),
+    attempt(lambda: os.sched_setaffinity({pid}, [0])),
+    attempt(signal_by_a_pipe),
+    resource.getrlimit(resource.RLIMIT_CPU)[0],
+)
+""",
+        f"^{_times(4)} [0-9]+$",
     ),
     Attack("kills itself", "os.kill(os.getpid(), 9)", "killed by SIGKILL"),
     Attack(
