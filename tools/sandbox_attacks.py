@@ -56,6 +56,9 @@ class Attack:
 
 _REFUSED = "(PermissionError|OSError|FileNotFoundError|RuntimeError|gaierror|ProcessLookupError)"
 
+_TIME = "2 s of processor time|20 s of time"
+"""The second where the machine is so busy that it comes first."""
+
 
 def _times(count: int) -> str:
     return " ".join([_REFUSED] * count)
@@ -68,7 +71,7 @@ ATTACKS = (
     Attack("10 GB at once", "bytearray(10**10)", "MemoryError"),
     Attack("10 GB by and by", "held = []\nwhile True: held.append(bytearray(2**20))", "MemoryError"),
     Attack("10 GB in a file without a name", "os.ftruncate(os.memfd_create('x'), 10**10)", "PermissionError"),
-    Attack("endless loop", "while True: pass", "2 s of processor time", slow=True),
+    Attack("endless loop", "while True: pass", _TIME, slow=True),
     Attack(
         "endless loop that ignores signals",
         """
@@ -77,7 +80,7 @@ for number in range(1, 65):
     attempt(lambda: signal.signal(number, signal.SIG_IGN))
 while True: pass
 """,
-        "killed by SIGKILL",
+        f"killed by SIGKILL|{_TIME}",
         slow=True,
     ),
     Attack("sleep", "import time; time.sleep(10**6)", "20 s of time", slow=True),
@@ -89,7 +92,7 @@ for path in (os.path.expanduser('~'), '/root', '/home', '{place}', '/'):
     shutil.rmtree(path, ignore_errors=True)
 print(os.path.isdir('/usr/lib'))
 """,
-        "^True$",
+        f"^True$|{_TIME}",
         slow=True,
     ),
     Attack(
