@@ -10,7 +10,6 @@ from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.tasks.task import Judged, Question
 
-
 DECODING = Decoding(new_tokens=4, temperature=1.0, seed=3, batch=4)
 
 

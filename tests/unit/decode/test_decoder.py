@@ -1,6 +1,5 @@
 """Replies do not depend on the cache or on batchmates: to the token, in fp32, for every schedule and model."""
 
-
 import pytest
 
 from tests.unit.decode.small import load_tokenizer, make_decoder, prompts

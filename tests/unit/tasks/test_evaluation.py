@@ -88,17 +88,17 @@ def test_answers_of_another_model_or_other_options_are_refused(student, tmp_path
 
 def test_a_prompt_gets_the_room_that_the_window_leaves(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "repeat", lambda: Repeat(longest=6))
-    student = write_student(tmp_path / "student", window=30)
+    student = write_student(tmp_path / "student", window=33)
     result = api.evaluate(student, tasks=["repeat"], out=tmp_path / "out")["tasks"]["repeat"]
     answers = answers_of(tmp_path / "out/repeat").values()
     for answer in answers:
-        assert answer["room"] == max(0, min(4, 30 - answer["prompt_tokens"]))
+        assert answer["room"] == max(0, min(4, 33 - answer["prompt_tokens"]))
         assert answer["tokens"] <= answer["room"]
     assert result["less_room"] == sum(0 < answer["room"] < 4 for answer in answers) > 0
     assert result["no_room"] == sum(answer["room"] == 0 for answer in answers) > 0
     without = [answer for answer in answers if not answer["room"]]
     assert {answer["score"] for answer in without} == {0.0}
-    assert "leaves no room in the model's window of 30" in without[0]["why"]
+    assert "leaves no room in the model's window of 33" in without[0]["why"]
     assert f"{result['no_room']} left none and count as wrong" in (tmp_path / "out/result.md").read_text()
 
 
