@@ -230,7 +230,7 @@ def sample(
     """Answer prompts with a block sampler.
 
     Args:
-        model: a run's folder, or a model folder with config.json, weights and tokenizer.
+        model: a run's folder, a checkpoint of one, or a model folder with config.json, weights and tokenizer.
         prompts: each is one user message in the model's chat template.
         mask: the mask token that it was trained with; None: the one its folder names.
         new_tokens: longest reply, in tokens.
@@ -251,21 +251,22 @@ def sample(
     """
     from tide_megatron.base.errors import DataError
     from tide_megatron.base.read import is_text
-    from tide_megatron.evaluate.generate import Sampler, answer_prompts
-    from tide_megatron.evaluate.model_folder import model_of, trained_context
+    from tide_megatron.decode.opening import found_at
+    from tide_megatron.decode.options import Decoding
+    from tide_megatron.decode.ranks import answer_prompts
+    from tide_megatron.evaluate.model_folder import trained_context
     from tide_megatron.launch.ranks import run_ranks
 
     for number, prompt in enumerate(prompts, start=1):
         if not is_text(prompt):
             raise DataError(f"prompts: number {number} is no UTF-8 text: {prompt!a}")
-    folder = model_of(local_path(model))
-    reading = trained_context(folder, context, block_size)
-    sampler = Sampler(new_tokens=new_tokens, steps=new_tokens if steps is None else steps)
+    found = found_at(local_path(model))
+    is_said = context is not None or block_size is not None
+    reading = trained_context(found, context, block_size) if is_said else None
+    options = _checked(Decoding, new_tokens=new_tokens, steps=steps)
     numbers = _arithmetic(precision, engine, fp8)
-    replies: list[str] = run_ranks(
-        answer_prompts, (folder, list(prompts), reading, sampler, mask, numbers), 1, device
-    )
-    return replies
+    replies = run_ranks(answer_prompts, (found, list(prompts), options, reading, mask, numbers), 1, device)
+    return [reply.text for reply in replies]
 
 
 def evaluate(

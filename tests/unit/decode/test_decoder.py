@@ -1,4 +1,4 @@
-"""Replies do not depend on the cache or on batchmates: to the token, in fp32, for every schedule and model."""
+"""Replies depend on neither cache nor batchmates: to the token, in fp32, for every schedule and model."""
 
 import pytest
 
