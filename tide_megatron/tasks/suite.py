@@ -56,6 +56,8 @@ class Entry:
     decoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of `Decoding` in the place of the task's own."""
     published: Published | None = None
+    same_questions: tuple[str, ...] = ()
+    """Tasks that ask the same questions in another form."""
 
     @property
     def is_harness(self) -> bool:
@@ -150,6 +152,8 @@ def _entry(file: Path, name: str, values: dict[str, Any]) -> Entry:
 
 
 def published_of(task: str) -> Published | None:
-    """Return what the paper reports of a task, whoever named it; None: nothing."""
-    found = [entry.published for entry in read_suite(FOLDER / "paper.yaml").entries if entry.task == task]
-    return found[0] if found else None
+    """Return what the paper reports of a task or of its questions in another form; None: nothing."""
+    for entry in read_suite(FOLDER / "paper.yaml").entries:
+        if task in (entry.task, *entry.same_questions):
+            return entry.published
+    return None

@@ -33,8 +33,9 @@ SURFACE = {
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --mask --new-tokens --steps --device --precision "
     "--engine --fp8",
-    "evaluate": "model --data --samples --times --context --block-size --ranks --device --precision "
-    "--engine --fp8 --json",
+    "evaluate": "model --data --tasks --out --against --limit --decoding --think --draws --include "
+    "--unsandboxed --samples --times --context --block-size --ranks --device --precision --engine --fp8 "
+    "--json",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --layers --force",
