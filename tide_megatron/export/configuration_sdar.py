@@ -14,13 +14,13 @@ class SDARConfig(Qwen3Config):  # type: ignore[misc] # of a library without type
 
     model_type = "sdar"
 
-    def __init__(self, **options: Any) -> None:
-        """Read config.json's keys; `rope_theta` is an attribute under every release of transformers.
+    def __getattr__(self, name: str) -> Any:
+        """Give `rope_theta` under every release of transformers.
 
-        From 5.0 on transformers keeps it in `rope_parameters` alone, and SGLang's model of this architecture
-        takes 10000 where the attribute is missing.
+        From 5.0 on it is kept in `rope_parameters` alone, and SGLang's model of this architecture takes 10000
+        where the attribute is missing.
         """
-        super().__init__(**options)
-        parameters = getattr(self, "rope_parameters", None)
-        if parameters:
-            self.rope_theta = parameters["rope_theta"]
+        parameters = vars(self).get("rope_parameters") or {}
+        if name == "rope_theta" and name in parameters:
+            return parameters[name]
+        raise AttributeError(f"{type(self).__name__} has no {name}")
