@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from tide_megatron.evaluate.options import Arithmetic
 
 Options = TypeVar("Options")
+LONGEST_WAIT_SECONDS = 24 * 3600.0
+"""For the rank whose replies take longest; one that is killed ends the others at once."""
 
 
 def arithmetic_of(precision: str, engine: str, fp8: str | None) -> Arithmetic:

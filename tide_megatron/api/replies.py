@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tide_megatron.api.checks import arithmetic_of, checked
+from tide_megatron.api.checks import LONGEST_WAIT_SECONDS, arithmetic_of, checked
 from tide_megatron.api.data import Place
 from tide_megatron.base.files import local_path
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tide_megatron.tasks.sampling import Sampled
 
 ContextWord = Literal["bidirectional", "block_causal", "block_diffusion"]
-_LONGEST_WAIT_SECONDS = 24 * 3600.0
-"""For the rank whose replies take longest; one that is killed ends the others at once."""
 
 
 def sample(
@@ -196,7 +194,7 @@ def sample_whole(
         ),
         ranks,
         device,
-        timeout_seconds=_LONGEST_WAIT_SECONDS,
+        timeout_seconds=LONGEST_WAIT_SECONDS,
     )
     if replay is not None and is_first():
         with disk_faults(local_path(replay), ConfigError):

@@ -24,8 +24,8 @@ from tide_megatron.base.lease import lease_beside, leased
 from tide_megatron.base.read import json_of
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.decode.conversations import Conversation, digest_of
-from tide_megatron.decode.decoder import Decoder
-from tide_megatron.decode.opening import open_decoder
+from tide_megatron.decode.decoder import Decoder, prompt_ids
+from tide_megatron.decode.opening import find
 from tide_megatron.decode.options import Decoding
 from tide_megatron.decode.order import Cell, cells
 from tide_megatron.decode.ranks import decode_over_ranks
@@ -33,6 +33,7 @@ from tide_megatron.decode.reply import Reply
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.options import Arithmetic
 from tide_megatron.models.fingerprint import sampled_weights
+from tide_megatron.models.weights import read_architecture
 from tide_megatron.parallel.collectives import (
     barrier,
     broadcast_object,
@@ -42,6 +43,8 @@ from tide_megatron.parallel.collectives import (
     own_share,
 )
 from tide_megatron.tasks.answers import Answer, AnswerFile, read_answers
+from tide_megatron.tasks.folder import differences
+from tide_megatron.text.tokenizer import Tokenizer
 
 ABOUT = ".about.json"
 """How the name of the file ends that says what a file of replies is of."""
@@ -97,11 +100,11 @@ def sample_conversations(
     """Open a model on every rank and reply to conversations; a rank function for `run_ranks`.
 
     Args:
-        place: see `open_decoder`.
+        place: see `opening.find`.
         work: what is asked, and how.
-        context: see `open_decoder`.
-        mask: see `open_decoder`.
-        arithmetic: see `open_decoder`.
+        context: see `opening.find`.
+        mask: see `opening.find`.
+        arithmetic: see `opening.find`.
         device: where to compute.
         stop: after a stop signal no further conversation is begun.
 
@@ -112,9 +115,13 @@ def sample_conversations(
     Raises:
         TideError: a model or a conversation that cannot be read, or an `out` that holds something else.
     """
-    decoder = open_decoder(place, device, arithmetic, mask, context)
     with fail_together():
-        asked = [prompt_of(decoder, number, one) for number, one in enumerate(work.conversations)]
+        found = find(place, mask, context)
+        window = read_architecture(found.folder).max_positions
+        asked = [
+            prompt_of(found.tokenizer, window, number, one) for number, one in enumerate(work.conversations)
+        ]
+    decoder = found.open(device, arithmetic)
     with stop.finishing("the replies under way are the last ones", is_last=True):
         if work.out is None:
             replies = decode_over_ranks(decoder, asked, work.options, stop=stop)
@@ -126,20 +133,26 @@ def sample_conversations(
     ]
 
 
-def prompt_of(decoder: Decoder, number: int, asked: Conversation) -> list[int]:
+def prompt_of(tokenizer: Tokenizer, window: int, number: int, asked: Conversation) -> list[int]:
     """Return a conversation's tokens.
+
+    Args:
+        tokenizer: of the model.
+        window: positions of the model.
+        number: of the conversation, from 0 on.
+        asked: the conversation.
 
     Raises:
         DataError: it cannot be read, or leaves no room for a reply; names it.
     """
     name = f"number {number + 1}" if asked.id is None else f"id {asked.id!r}"
     try:
-        ids = decoder.prompt_ids(asked.messages)
+        ids = prompt_ids(tokenizer, asked.messages)
     except DataError as fault:
         raise DataError(f"prompts, {name}: {fault}") from None
-    if len(ids) >= decoder.window:
+    if len(ids) >= window:
         raise DataError(
-            f"prompts, {name}: has {len(ids)} tokens, and the model {decoder.window} positions for prompt "
+            f"prompts, {name}: has {len(ids)} tokens, and the model {window} positions for prompt "
             "and reply together (max_position_embeddings); shorten it"
         )
     return ids
@@ -270,13 +283,7 @@ def _compare(out: Path, file: Path, facts: Mapping[str, Any]) -> None:
         raise ConfigError(f"--out: {out} is there, and no output of tide sample; {remedy}") from None
     except ValueError as fault:
         raise ConfigError(f"--out: {file}: {fault}; {remedy}") from None
-    names = dict.fromkeys([*there, *facts])
-    differ = [
-        f"{name} is {there.get(name)!r} there, {facts.get(name)!r} here"
-        for name in names
-        if there.get(name) != facts.get(name)
-    ]
-    if differ:
+    if differ := differences(there, facts):
         more = f" and {len(differ) - _MOST_TOLD} more" if len(differ) > _MOST_TOLD else ""
         raise ConfigError(
             f"--out: {out} is of another work: {'; '.join(differ[:_MOST_TOLD])}{more}; {remedy}"
