@@ -156,6 +156,9 @@ def sample_whole(
         engine: of the layers.
         fp8: recipe.
 
+    Returns:
+        The replies, with `reply` (decode.reply.Reply), `messages` and `cells` (decode.order.Cell).
+
     Raises:
         TideError: as `sample`.
     """
@@ -231,6 +234,9 @@ def chat(
         precision: of what is computed.
         engine: of the layers.
         fp8: recipe.
+
+    Returns:
+        Nothing: replies were printed.
 
     Raises:
         TideError: a model that cannot be read, or has no chat template.

@@ -136,12 +136,12 @@ def render(title: str, replies: Sequence[Shown], options: Decoding) -> str:
 def words_of(options: Decoding) -> str:
     """Say in a line how replies were decoded: what is set, and the defaults that count most."""
     told = dataclasses.asdict(options) | {"threshold": None if math.isinf(options.limit) else options.limit}
-    always = ("new_tokens", "schedule", "seed")
+    always, usual = ("new_tokens", "schedule", "seed"), dataclasses.asdict(Decoding())
     shown = {
         field.name: told[field.name]
         for field in dataclasses.fields(options)
         if field.name in always
-        or (told[field.name] != field.default and field.name not in ("batch", "cache"))
+        or (told[field.name] != usual[field.name] and field.name not in ("batch", "cache"))
     }
     return ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in shown.items() if value not in (None, ())
