@@ -13,8 +13,7 @@ import pytest
 
 from tests.harness_tasks import write_tasks
 from tests.parallel.pool import RankFailure
-from tests.small_task import Repeat, write_student
-from tide_megatron import api
+from tests.small_task import Repeat, evaluated, write_student
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.tasks import TASKS
@@ -74,8 +73,7 @@ def test_four_ranks_answer_as_one_does(student, tmp_path, pool):
 def test_two_ranks_of_the_harness_answer_as_one_does(student, tmp_path, pool):
     include = write_tasks(tmp_path / "tasks")
     words = ["local_words", "local_choices"]
-    options = {"tasks": words, "include": include, "draws": 6}
-    own = api.evaluate(student, **options, out=tmp_path / "one", device="cpu")["tasks"]
+    own = evaluated(student, words, out=tmp_path / "one", include=include, draws=6)["tasks"]
     one = {name: (found["score"], found["interval"], found["questions"]) for name, found in own.items()}
     assert pool(2).run(evaluate, student, tmp_path / "two", words, include) == [one] * 2
     assert answers_of(tmp_path / "two") == answers_of(tmp_path / "one")
@@ -101,16 +99,15 @@ def killed_until_done(student, folder, ranks, kills):
 
 
 SCRIPT = """\
-import dataclasses, json, sys
-from pathlib import Path
+import dataclasses, sys
 from tests.small_task import DECODING, Repeat
 from tide_megatron import api
 from tide_megatron.tasks import TASKS
 
 TASKS["repeat"] = lambda: Repeat(number=60, decoding=dataclasses.replace(DECODING, batch=3))
 if __name__ == "__main__":
-    found = api.evaluate(sys.argv[1], tasks=["repeat"], out=sys.argv[2], ranks=2, device="cpu")
-    Path(sys.argv[2], "ended").touch()
+    options = api.TaskOptions(out=sys.argv[2])
+    api.evaluate(sys.argv[1], tasks=["repeat"], on_tasks=options, ranks=2, device="cpu")
 """
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -124,6 +125,24 @@ def chosen_entries(words: Sequence[str]) -> Suite:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"--tasks: {twice[0]!r} is named twice")
     return Suite(entries=tuple(entries), block_size=block_size)
+
+
+def decoding_words(words: Sequence[str]) -> dict[str, Any]:
+    """Read KEY=VALUE, values as in YAML.
+
+    Raises:
+        ConfigError: a word without `=`, or a value that is no YAML.
+    """
+    found = {}
+    for word in words:
+        key, is_there, value = word.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            is_there = ""
+        if not is_there:
+            raise ConfigError(f"--decoding: {word!r} is no KEY=VALUE; write for example new_tokens=64")
+    return found
 
 
 def read_suite(file: Path) -> Suite:

@@ -13,14 +13,13 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from tests.harness_tasks import write_tasks
-from tests.small_task import Repeat, write_student
-from tide_megatron import api
+from tests.small_task import Repeat, evaluated, write_student
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.decode.decoder import Decoder
 from tide_megatron.tasks import TASKS
 from tide_megatron.tasks.answers import read_answers
 from tide_megatron.tasks.folder import scores_of
-from tide_megatron.tasks.harness import tasks as harness_tasks
+from tide_megatron.tasks.harness import loading
 
 ROOT = Path(__file__).parents[4]
 
@@ -43,8 +42,8 @@ def offline(monkeypatch):
 
 def test_own_and_harness_tasks_in_one_call_and_again(student, local, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "repeat", Repeat)
-    words = {"tasks": ["repeat", "local_words:letter", "local_choices"], "include": local, "draws": 6}
-    found = api.evaluate(student, **words, out=tmp_path, limit=3)["tasks"]
+    words, how = ["repeat", "local_words:letter", "local_choices"], {"include": local, "draws": 6}
+    found = evaluated(student, words, out=tmp_path, limit=3, **how)["tasks"]
     assert list(found) == ["repeat", "local_words", "local_choices"]
     assert (found["local_words"]["filter"], found["local_words"]["metric"]) == ("letter", "exact_match")
     assert found["local_choices"]["likelihood"]["variance"] > 0
@@ -53,28 +52,28 @@ def test_own_and_harness_tasks_in_one_call_and_again(student, local, tmp_path, m
     monkeypatch.setattr(
         Decoder, "decode", lambda self, prompts, options, **more: [] if not prompts else 1 / 0
     )
-    again = api.evaluate(student, **words, out=tmp_path, limit=3)["tasks"]
+    again = evaluated(student, words, out=tmp_path, limit=3, **how)["tasks"]
     assert {name: one["score"] for name, one in again.items()} == {
         name: one["score"] for name, one in found.items()
     }
     monkeypatch.undo()
     monkeypatch.setitem(TASKS, "repeat", Repeat)
-    every = api.evaluate(student, **(words | {"tasks": ["local_choices"]}), out=tmp_path)["tasks"]
+    every = evaluated(student, ["local_choices"], out=tmp_path, **how)["tasks"]
     assert every["local_choices"]["questions"] == 7
     assert scores_of(tmp_path)["local_choices"].items() >= few.items()
 
 
 def test_the_harness_judges_what_the_decoder_wrote(student, local, tmp_path):
-    api.evaluate(student, tasks=["local_words"], include=local, out=tmp_path, decoding={"new_tokens": 5})
+    evaluated(student, ["local_words"], include=local, out=tmp_path, decoding=["new_tokens=5"])
     answers = read_answers(tmp_path / "local_words")
     assert len(answers) == 7
     assert {answer["room"] for answer in answers.values()} == {5}  # the task's own are 4
     with pytest.raises(ConfigError, match=r"decoding\.new_tokens is 5 there, 'nothing' here"):
-        api.evaluate(student, tasks=["local_words"], include=local, out=tmp_path)
+        evaluated(student, ["local_words"], include=local, out=tmp_path)
 
 
 def test_the_registered_class_is_what_simple_evaluate_finds(student, local):
-    import tide_megatron.tasks.harness.model  # noqa: F401 - it registers `tide`
+    import tide_megatron.tasks.harness.language_model  # noqa: F401 - it registers `tide`
 
     try:
         found = lm_eval.simple_evaluate(
@@ -112,26 +111,26 @@ def test_the_registered_class_is_what_simple_evaluate_finds(student, local):
 )
 def test_what_cannot_be_had_is_one_sentence(student, local, tmp_path, words, kind, said):
     with pytest.raises(kind, match=said) as fault:
-        api.evaluate(student, tasks=words, include=local, out=tmp_path / "out")
+        evaluated(student, words, include=local, out=tmp_path / "out")
     assert len(str(fault.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_task_gets_the_nearest_name(monkeypatch, local):
-    plain = harness_tasks.TaskManager
+    plain = loading.TaskManager
     monkeypatch.setattr(
-        harness_tasks, "TaskManager", lambda **options: plain(include_path=str(local), include_defaults=False)
+        loading, "TaskManager", lambda **options: plain(include_path=str(local), include_defaults=False)
     )
     with pytest.raises(ConfigError, match=r"'local_word' is no task .* did you mean 'local_words'"):
-        harness_tasks.load_harness_tasks(_entries("local_word"), None, ())
+        loading.load_harness_tasks(_entries("local_word"), None, ())
 
 
 def test_code_runs_in_this_process_only_by_name(monkeypatch, local):
     text = (local / "local_words.yaml").read_text().replace("task: local_words", "task: local_code")
     (local / "local_code.yaml").write_text(text + "unsafe_code: true\n")
     with pytest.raises(ConfigError, match="without the sandbox; allow that by --unsandboxed local_code"):
-        harness_tasks.load_harness_tasks(_entries("local_code"), local, ())
-    [task] = harness_tasks.load_harness_tasks(_entries("local_code"), local, ("local_code",))
+        loading.load_harness_tasks(_entries("local_code"), local, ())
+    [task] = loading.load_harness_tasks(_entries("local_code"), local, ("local_code",))
     assert list(task.leaves) == ["local_code"]
 
 
@@ -148,7 +147,7 @@ def test_perplexity_is_refused(student, local, tmp_path):
         + "\nmetric_list: [{metric: word_perplexity}]\n"
     )
     with pytest.raises(ConfigError, match="a diffusion model has no perplexity of running text"):
-        api.evaluate(student, tasks=["local_text"], include=local, out=tmp_path)
+        evaluated(student, ["local_text"], include=local, out=tmp_path)
 
 
 def _entries(name):
