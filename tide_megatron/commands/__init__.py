@@ -24,6 +24,7 @@ from tide_megatron.base.files import keep_others_out
 from tide_megatron.base.log import start_log
 from tide_megatron.base.startup import STARTUP, process_began
 from tide_megatron.base.stop import is_stop
+from tide_megatron.commands.chat import chat
 from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.data import app as data
@@ -46,6 +47,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "status": status,
     "recipe": recipe,
     "sample": sample,
+    "chat": chat,
     "evaluate": evaluate,
     "export": export,
     "doctor": doctor,
