@@ -6,6 +6,7 @@ metrics.jsonl   what was measured, one record a line
 checkpoints/    step-* and `latest`
 model/          the student in Hugging Face form, written at the end
 starts.jsonl    every start and how it ended
+replies/        what the student replied to tasks and prompts, a file each time it was asked
 status.html     what the run does, for a browser; status.json for programs
 preflight.json  what ranks compared and measured before the first step
 last_step       how many updates were applied, to the moment
@@ -40,10 +41,10 @@ from tide_megatron.train.same_run import moved, refuse_other
 
 CHECKPOINTS, RESULT, STOPPED, LOG = "checkpoints", "result.json", "stopped.json", "run.log"
 STARTS, STATUS, PAGE = "starts.jsonl", "status.json", "status.html"
-PREFLIGHT = "preflight.json"
+PREFLIGHT, REPLIES = "preflight.json", "replies"
 _OURS = (
     *(CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", LOG, LAST_STEP),
-    *(STARTS, STATUS, PAGE, PREFLIGHT, RECIPE),
+    *(STARTS, STATUS, PAGE, PREFLIGHT, REPLIES, RECIPE),
 )
 _OTHER = "choose another folder="
 

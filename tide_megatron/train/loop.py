@@ -21,6 +21,7 @@ from tide_megatron.base.lease import Lease
 from tide_megatron.base.log import Journal
 from tide_megatron.base.startup import STARTUP
 from tide_megatron.base.stop import StopFlag, Stopped
+from tide_megatron.checkpoint.retention import TASK_SCORE
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.model_folder import MODEL, write_context
@@ -34,6 +35,7 @@ from tide_megatron.parallel.collectives import (
     held_by_first,
     is_first,
 )
+from tide_megatron.train.asking import ask_student
 from tide_megatron.train.branch import KEY as BRANCH
 from tide_megatron.train.cost import Devices
 from tide_megatron.train.folder import (
@@ -187,6 +189,7 @@ def _step_and_score(
     if recipe.evaluation.at_start and not clock.consumed:
         with STARTUP("evaluation"):
             _evaluate(recipe, setup, clock, metrics)
+            ask_student(recipe, setup, clock, metrics)
     costs = Costs(setup.spent)
     folder = Path(recipe.folder)
     with (
@@ -205,8 +208,10 @@ def _step_and_score(
     if stopped:
         return result
     scores = _evaluate(recipe, setup, clock, metrics)
-    note_score(recipe, clock, scores)
-    return result if scores is None else result | scores.summary()
+    tasks = ask_student(recipe, setup, clock, metrics)
+    note_score(recipe, clock, _held_out(scores) | tasks)
+    own = {"tasks": {name.removeprefix(TASK_SCORE): score for name, score in tasks.items()}} if tasks else {}
+    return result | own | ({} if scores is None else scores.summary())
 
 
 def _write_student(recipe: Recipe, setup: Setup, result: dict[str, Any], lease: Lease | None) -> None:
@@ -296,9 +301,7 @@ def _loop(
             clock = _back(recipe, setup, saver, guard, clock, costs)
             saved = clock.consumed
         elif update.applied and not stopped:
-            if _is_scored(recipe.evaluation.every, clock):
-                scores = _evaluate(recipe, setup, clock, metrics)
-                is_best = note_score(recipe, clock, scores)
+            is_best = note_score(recipe, clock, _scored(recipe, setup, clock, metrics))
             if is_best or (every and clock.step % every == 0):
                 with run.phases("checkpoint"):
                     saver.begin(clock, result.terms, costs.total())
@@ -312,6 +315,22 @@ def _loop(
             "stopped by %s at step %d; the same command goes on", stop.reason or "another rank", clock.step
         )
     return clock, stopped
+
+
+def _scored(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> dict[str, float]:
+    """Take the scores that are due after an update; none: nothing is. All ranks call it together."""
+    found: dict[str, float] = {}
+    if _is_scored(recipe.evaluation.every, clock):
+        found |= _held_out(_evaluate(recipe, setup, clock, metrics))
+    if _is_scored(recipe.evaluation.task_every, clock):
+        found |= ask_student(recipe, setup, clock, metrics)
+    return found
+
+
+def _held_out(scores: Likelihood | None) -> dict[str, float]:
+    if scores is None:
+        return {}
+    return {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
 
 
 def _is_scored(every: int, clock: Clock) -> bool:
@@ -343,7 +362,7 @@ def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> L
         student.model.eval()
         scores = evaluate(scorer, student.context, setup.held_out, recipe.evaluation, setup.run.device)
         student.model.train()
-    values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
+    values = _held_out(scores)
     assert all(map(math.isfinite, values.values())), "a score is a finite number"
     for level in scores.by_time():
         values |= {f"{name}/{level['time']:g}": level[name] for name in tuple(values) if "/" not in name}

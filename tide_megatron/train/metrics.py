@@ -27,6 +27,7 @@ from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import PHASES, Phases
 from tide_megatron.data.loader import Loader
 from tide_megatron.parallel.collectives import gather_objects, gather_vectors
+from tide_megatron.tasks.in_training import Answered
 from tide_megatron.train.cost import Cost, Devices
 from tide_megatron.train.progress import Progress
 from tide_megatron.train.recipe import MetricsOptions, Recipe
@@ -144,6 +145,16 @@ class Metrics:
     def evaluated(self, clock: Clock, values: Mapping[str, float]) -> None:
         """Report held-out scores at once."""
         self._write(Record(kind="evaluate", clock=clock, values=dict(values)))
+
+    def asked(self, clock: Clock, scores: Mapping[str, float], answers: Sequence[Answered]) -> None:
+        """Report what the student was asked, at once.
+
+        Args:
+            clock: of the moment.
+            scores: mean score by task.
+            answers: replies for a person to read.
+        """
+        self._write(Record(kind="tasks", clock=clock, values=dict(scores), answers=answers))
 
     def close(self) -> None:
         """Flush and close every sink; later calls do nothing."""

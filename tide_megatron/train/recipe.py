@@ -24,12 +24,12 @@ from tide_megatron.data.blend import BlendSource
 from tide_megatron.data.loader import Deal
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
-from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
 from tide_megatron.models.engine import EngineChoice
 from tide_megatron.models.precision import NO_PRECISION, Fp8Options
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.tasks.options import RunEvaluation
 from tide_megatron.train.guard import GuardOptions
 
 
@@ -300,7 +300,7 @@ class Recipe:
     batch: BatchOptions = Field(default_factory=BatchOptions)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     noise: NoiseOptions = Field(default_factory=NoiseOptions)
-    evaluation: Annotated[Evaluation, MACHINE] = Field(default_factory=Evaluation)
+    evaluation: Annotated[RunEvaluation, MACHINE] = Field(default_factory=RunEvaluation)
     guard: Annotated[GuardOptions, MACHINE] = Field(default_factory=GuardOptions)
     checkpoints: Annotated[Checkpoints, MACHINE] = Field(default_factory=Checkpoints)
     metrics: Annotated[MetricsOptions, MACHINE] = Field(default_factory=MetricsOptions)
