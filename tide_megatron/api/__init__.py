@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tide_megatron.api.data import Place, inspect_data, merge_data, split_data
+from tide_megatron.api.report import report
 from tide_megatron.base.files import local_path
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "merge_data",
     "preflight",
     "prepare",
+    "report",
     "sample",
     "split_data",
     "train",

@@ -35,6 +35,7 @@ SURFACE = {
     "--engine --fp8",
     "evaluate": "model --data --samples --times --context --block-size --ranks --device --precision "
     "--engine --fp8 --json",
+    "report": "runs --out --png/--no-png",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --layers --force",
