@@ -21,16 +21,11 @@ from tide_megatron.train.resolve import Tree, difference
 
 MOST_DIFFERENCES = 60
 """Lines of the table of recipes."""
+LONGEST_VALUE = 140
+"""Characters of a cell there; the whole recipes stand below."""
 
 
-def comparison(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> list[Section]:
-    """Compare runs with the first of them; empty for a single one."""
-    if len(runs) < 2:
-        return []
-    return [_scores(runs, numbers), _recipes(runs)]
-
-
-def _scores(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
+def differences(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
     """Show paired differences of the held-out bound, where runs have ended and scored the same samples."""
     scores: dict[str, Mapping[str, Any]] = {
         run.name: run.result for run in runs if "sample_nll_per_byte" in run.result
@@ -41,33 +36,31 @@ def _scores(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
     if runs[0].name not in scores or len(scores) < 2:
         return Section(title=title, missing=missing)
     try:
-        differences = differences_to(scores, runs[0].name)
+        found_pairs = differences_to(scores, runs[0].name)
         found = comparison_table(scores, runs[0].name)
     except DataError as fault:
         return Section(title=title, missing=f"{fault}.")
     sources = source_table(scores)
-    pairs = max((pair.pairs for pair in differences.values()), default=0)
+    pairs = max((pair.pairs for pair in found_pairs.values()), default=0)
     note = (
         f"Evaluation masks the same tokens of the same samples in every run, so {pairs} samples are pairs: a "
         "difference is their mean, with a 95 % interval of Student's t. It speaks about other samples, not "
         "about other seeds."
     )
     body = _html(found) + (f"<h3>{sources.title}</h3>" + _html(sources) if sources is not None else "")
-    panels = [_differences(differences, runs[0].name, numbers)] if differences else []
-    return Section(title=title, panels=panels, body=body, note=note if differences else "", missing=missing)
+    panels = [_figure(found_pairs, runs[0].name, numbers)] if found_pairs else []
+    return Section(title=title, panels=panels, body=body, note=note if found_pairs else "", missing=missing)
 
 
 def _html(found: TextTable) -> str:
     return table(found.columns, found.rows)
 
 
-def _differences(
-    differences: Mapping[str, PairedDifference], reference: str, numbers: Mapping[str, int]
-) -> Panel:
+def _figure(found: Mapping[str, PairedDifference], reference: str, numbers: Mapping[str, int]) -> Panel:
     with drawing():
-        figure, axes = new_figure(height=1.5 + 0.42 * len(differences))
+        figure, axes = new_figure(height=1.5 + 0.42 * len(found))
         axes.axvline(0.0, color=DIM, linewidth=1.0)
-        for row, (name, pair) in enumerate(differences.items()):
+        for row, (name, pair) in enumerate(found.items()):
             low, high = pair.ci95
             colour = line_style(numbers[name])["color"]
             reach = [[pair.mean - low], [high - pair.mean]] if pair.pairs > 1 else None
@@ -75,22 +68,22 @@ def _differences(
             axes.errorbar(pair.mean, row, xerr=reach, fmt=marker, color=colour, capsize=4, linewidth=1.8)
             words = f"{pair.mean:+.4f}" + ("" if pair.is_clear else " (not clear)")
             axes.annotate(words, (pair.mean, row), xytext=(0, 7), textcoords="offset points", ha="center")
-        axes.set_yticks(range(len(differences)), [shortened(name, 18) for name in differences])
-        axes.set_ylim(len(differences) - 0.5, -0.8)
+        axes.set_yticks(range(len(found)), [shortened(name, 18) for name in found])
+        axes.set_ylim(len(found) - 0.5, -0.8)
         axes.margins(x=0.2)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"nats a byte, difference to {shortened(reference, 24)} (left is better)")
     return Panel(key="differences", title="held-out bound, paired differences", figure=figure)
 
 
-def _recipes(runs: Sequence[ReportedRun]) -> Section:
+def recipes(runs: Sequence[ReportedRun]) -> Section:
     """Show the keys in which recipes differ from the first run's."""
     first, *others = runs
-    title, rows = "Recipes", []
+    title, rows = "In what the recipes differ", []
     for run in others:
         for line in difference(_plain(first.tree), _plain(run.tree)):
             key, _, values = line.partition(": ")
-            rows.append((run.name, key, values))
+            rows.append((run.name, key, shortened(values, LONGEST_VALUE)))
     kept = rows[:MOST_DIFFERENCES]
     note = f"Of {len(rows)} differences the first {len(kept)}." if len(kept) < len(rows) else ""
     body = table(("run", "key", f"{first.name} -> run"), kept, long=(1, 2))

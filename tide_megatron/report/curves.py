@@ -59,7 +59,7 @@ def over_steps(
             logarithmic(axes)
         elif unit.startswith("%"):
             from_zero(axes)
-        legend(figure, {name: line_style(numbers[name]) for name in lines})
+        legend(figure, {name: line_style(numbers[name]) for name in lines}, always=len(numbers) > 1)
     note = f"Each point is the mean of {longest} records or more, in a band from the smallest to the largest."
     return Panel(key=key, title=title, figure=figure, note=note if longest > 1 else "")
 
@@ -192,7 +192,7 @@ def by_level(
         axes.set_ylabel(unit)
         axes.set_xlim(0, 1)
         from_zero(axes)
-        legend(figure, styles)
+        legend(figure, styles, always=len(numbers) > 1)
     return Panel(key=key, title=title, figure=figure)
 
 

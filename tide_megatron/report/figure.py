@@ -118,9 +118,9 @@ def line_style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[place], "linestyle": ("-", "--", ":")[turn % 3], "linewidth": 1.7}
 
 
-def legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Name lines below the axes; a single one needs no name."""
-    if len(styles) > 1:
+def legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], *, always: bool = False) -> None:
+    """Name lines below the axes; a single one only where there could be others (`always`)."""
+    if len(styles) > 1 or always:
         handles = [Line2D([], [], **style) for style in styles.values()]
         labels = [shortened(name, LONGEST_NAME) for name in styles]
         widest = max(map(len, labels))

@@ -29,7 +29,7 @@ th, td { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px sol
 th:first-child, td:first-child { text-align: left; max-width: 24rem; white-space: normal;
   overflow-wrap: anywhere; min-width: 8.5rem }
 td:nth-child(2) { max-width: 24rem; overflow: hidden; text-overflow: ellipsis }
-td.long { text-align: left; white-space: normal; min-width: 16rem }
+th.long { text-align: left } td.long { text-align: left; white-space: normal; min-width: 16rem }
 .wide { overflow-x: auto; max-width: 100% }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr));
   gap: .6rem 1.6rem }
@@ -100,12 +100,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, long: Sequence[
         rows: of cells.
         long: numbers of columns that hold sentences.
     """
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    kinds = ["long" if number in long else "" for number in range(len(head))]
+    names = "".join(
+        f'<th class="{kind}">{html.escape(name)}</th>' for kind, name in zip(kinds, head, strict=True)
+    )
     cells = "".join(
         "<tr>"
         + "".join(
-            f'<td class="{"long" if number in long else ""}">{html.escape(cell)}</td>'
-            for number, cell in enumerate(row)
+            f'<td class="{kind}">{html.escape(cell)}</td>' for kind, cell in zip(kinds, row, strict=True)
         )
         + "</tr>"
         for row in rows

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 import yaml
@@ -28,7 +28,8 @@ from tide_megatron.train.status import RunStatus, read_status
 
 _PLACE = frozenset(("kind", "consumed", "skipped", "time", "step"))
 """What says where a record stands, beside its values."""
-Value = TypeVar("Value")
+_UNSHOWN = ("items/", "bytes/", "epochs/", "learning_rate", "hidden_share")
+"""Beginnings of names that no figure shows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,8 @@ class ReportedRun:
     """None: this release cannot read it."""
     train: Figures
     scores: Figures
+    tasks: Figures
+    """Scores of tasks while it trained, by `tasks/NAME`."""
     records: int
     """Training records that were read."""
     agreement: Sequence[Mapping[str, Any]]
@@ -125,6 +128,7 @@ def read_run(folder: Path, name: str) -> ReportedRun:
         recipe=recipe,
         train=kinds.get("train", {}),
         scores=kinds.get("evaluate", {}),
+        tasks=kinds.get("tasks", {}),
         records=records,
         agreement=[line for line in agreement if isinstance(line.get("teachers"), dict)],
         result=result,
@@ -176,7 +180,7 @@ def _metrics(folder: Path, notes: list[str]) -> tuple[dict[str, Figures], int]:
         records += kind == "train"
         columns = found.setdefault(kind, {})
         for name, value in line.items():
-            if name not in _PLACE and isinstance(value, float | int):
+            if isinstance(value, float | int) and name not in _PLACE and not name.startswith(_UNSHOWN):
                 steps, values = columns.get(name) or columns.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(value)

@@ -10,11 +10,12 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.files import write_text
 from tide_megatron.base.units import now
 from tide_megatron.report import curves, facts, teachers
-from tide_megatron.report.comparison import comparison
+from tide_megatron.report.comparison import differences, recipes
 from tide_megatron.report.layout_picture import layout_picture
 from tide_megatron.report.page import Section, document
 from tide_megatron.report.reading import ReportedRun, read_runs
 from tide_megatron.report.surface import surfaces
+from tide_megatron.report.tasks import tasks
 
 PAGE = "report.html"
 MOST_RUNS = 12
@@ -52,18 +53,20 @@ def write_report(folders: Sequence[Path], out: Path, *, pngs: bool = True) -> Pa
 def sections(runs: Sequence[ReportedRun]) -> list[Section]:
     """Return all parts of the page: what runs share first, then what belongs to each."""
     numbers = {run.name: number for number, run in enumerate(runs)}
+    several = len(runs) > 1
     found = [
-        *comparison(runs, numbers),
+        *([differences(runs, numbers)] if several else []),
+        tasks(runs, numbers),
         _held_out(runs, numbers),
         Section(title="Losses", panels=curves.losses(runs, numbers)),
         _agreement(runs, numbers),
     ]
     for number, run in enumerate(runs):
-        prefix, of = ("", "") if len(runs) == 1 else (f"run{number + 1}-", f" of {run.name}")
+        prefix, of = ("", "") if not several else (f"run{number + 1}-", f" of {run.name}")
         found += [_mixtures(run, prefix, of), _gradients(run, prefix, of), _chunks(run, prefix, of)]
     found += [_coverage(runs), _speed(runs, numbers)]
     for run in runs:
-        of = "" if len(runs) == 1 else f" of {run.name}"
+        of = f" of {run.name}" if several else ""
         picture, missing = layout_picture(run)
         note = (
             "Boxes are models from the first layer to the last, attention on the left, feed-forward layers "
@@ -73,6 +76,7 @@ def sections(runs: Sequence[ReportedRun]) -> list[Section]:
             Section(title=f"Layout{of}", body=picture, missing=missing, note=note if picture else "")
         )
         found.append(Section(title=f"Starts{of}", body=facts.starts(run), missing=_no_starts(run)))
+    found += [recipes(runs)] if several else []
     found.append(Section(title="Recipe" + "s" * (len(runs) > 1), body="".join(map(facts.recipe_text, runs))))
     return found
 

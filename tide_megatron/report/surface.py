@@ -49,7 +49,7 @@ def _surface(run: ReportedRun, key: str, name: str, loss: Mixture, steps: int) -
         axes.set_ylabel("noise level t")
         figure.colorbar(filled, ax=axes, label="lambda, the teacher's share")
     where = (
-        "the whole run is done"
+        "The whole run is done"
         if reached >= 1
         else f"{reached:.0%} of the run is done (line); the rest is hatched"
     )

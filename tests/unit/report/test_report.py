@@ -13,10 +13,11 @@ from tide_megatron.base.errors import ConfigError, TideError
 from tide_megatron.evaluate.report import paired_difference
 from tide_megatron.head.options import HeadOptions
 from tide_megatron.report import facts
-from tide_megatron.report.comparison import comparison
+from tide_megatron.report.comparison import differences, recipes
 from tide_megatron.report.layout_picture import MOST_CARDS, layout_picture
 from tide_megatron.report.report import write_report
 from tide_megatron.report.surface import surfaces
+from tide_megatron.report.tasks import tasks
 
 VOID = {"meta", "br"}
 
@@ -71,7 +72,7 @@ def test_the_page_has_every_part_and_each_figure_is_a_png(tmp_path, models):
     assert "run: finished, update 40 of 40" in page.text
     assert "term kl (weight 2)" in page.text
     assert "40.0% of 100 chunks are pushed up by Reverse CALM" in page.text
-    assert "the whole run is done" in page.text
+    assert "The whole run is done" in page.text
     pngs = {file.stem for file in (tmp_path / "out").glob("*.png")}
     assert {"loss", "loss-ce", "nll_per_byte", "kl-moe-levels", "lambda-mix", "gradient_cosine"} <= pngs
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (tmp_path / "out").glob("*.png"))
@@ -112,7 +113,8 @@ def test_several_runs_are_compared_in_pairs_with_intervals(tmp_path, models):
     half = (wanted.ci95[1] - wanted.ci95[0]) / 2
     assert f"{wanted.mean:+.4f} ± {half:.4f}" in page.text
     assert "so 12 samples are pairs" in page.text
-    assert page.headings[:2] == ["Compared with plain", "Recipes"]
+    assert page.headings[0] == "Compared with plain"
+    assert page.headings[-2:] == ["In what the recipes differ", "Recipes"]
     assert "The recipes are the same but for their folders." in page.text
     assert {"Layout of plain", "Layout of taught"} <= set(page.headings)
 
@@ -124,10 +126,10 @@ def test_runs_on_other_samples_are_not_compared(tmp_path, models):
     text = (folders[1] / "recipe.yaml").read_text().replace("seed: 3", "seed: 4")
     (folders[1] / "recipe.yaml").write_text(text)
     runs = [read(folder) for folder in folders]
-    scored, recipes = comparison(runs, {"plain": 0, "taught": 1})
+    scored = differences(runs, {"plain": 0, "taught": 1})
     assert "were scored on different samples" in scored.missing
     assert scored.panels == ()
-    assert '<td class="long">seed</td><td class="long">3 -&gt; 4</td>' in recipes.body
+    assert '<td class="long">seed</td><td class="long">3 -&gt; 4</td>' in recipes(runs).body
 
 
 def test_a_hundred_thousand_records_are_thinned_and_said_so(tmp_path, models):
@@ -200,3 +202,29 @@ def test_no_run_too_many_and_a_folder_that_cannot_be_written_are_refused(tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(TideError, match="file"):
         write_report([folder], tmp_path / "file", pngs=False)
+
+
+def test_scores_of_tasks_are_shown_with_intervals_and_compared_by_question(tmp_path, models):
+    folders = [write_run(tmp_path / name, models, reached=2, agreement=False) for name in ("plain", "taught")]
+    for number, folder in enumerate(folders):
+        of_task = folder / "evaluation/count"
+        of_task.mkdir(parents=True)
+        scores_of = {f"q{question}": float(question % (4 - number) == 0) for question in range(40)}
+        share = sum(scores_of.values()) / 40
+        result = {"score": share, "interval": [share - 0.1, share + 0.1], "questions": 40}
+        (of_task / "scores.json").write_text(json.dumps(scores_of))
+        (folder / "evaluation/result.json").write_text(json.dumps({"tasks": {"count": result, "odd": 3}}))
+        line = {"kind": "tasks", "step": 2, "consumed": 16, "tasks/count": share}
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    section = tasks([read(folder) for folder in folders], {"plain": 0, "taught": 1})
+    assert "25.0 [15.0, 35.0] of 40" in section.body
+    assert "35.0 [25.0, 45.0] of 40" in section.body
+    pair = paired_difference(
+        [float(question % 3 == 0) for question in range(40)],
+        [float(question % 4 == 0) for question in range(40)],
+    )
+    assert f"+10.0 [{100 * pair.ci95[0]:+.1f}, {100 * pair.ci95[1]:+.1f}]" in section.body
+    assert "not clear" in section.body
+    assert [panel.title for panel in section.panels] == ["count in training"]
+    assert tasks([read(write_run(tmp_path / "none", models, reached=1))], {"none": 0}).html() == ""
