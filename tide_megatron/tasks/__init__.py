@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.tasks.exercises import Exercises
 from tide_megatron.tasks.task import Task
 
-TASKS: dict[str, Callable[[], Task]] = {}
+TASKS: dict[str, Callable[[], Task]] = {"exercises": Exercises}
 """Tasks by the name that `--tasks` takes; each makes its task with the defaults, and reads no data yet."""
 
 
