@@ -83,5 +83,5 @@ def test_more_questions_than_there_are_and_unequal_shares_are_refused():
     for count in (0, 7):
         with pytest.raises(ConfigError, match=f"count: {count} is no multiple of 4"):
             distinct("test", 0, count)
-    with pytest.raises(ConfigError, match="'tset' is unknown.*test"):
+    with pytest.raises(ConfigError, match=r"'tset' is unknown.*test"):
         next(draw("tset", 0))
