@@ -40,6 +40,9 @@ __all__ = [
 
 Options = TypeVar("Options")
 
+_LONGEST_WAIT_SECONDS = 24 * 3600.0
+"""For the rank whose questions take longest; one that is killed ends the others at once."""
+
 
 def prepare(
     out: Place,
@@ -267,8 +270,17 @@ def sample(
 
 def evaluate(
     model: Place,
-    data: Place,
+    data: Place | None = None,
     *,
+    tasks: Sequence[str] = (),
+    out: Place | None = None,
+    against: Place | None = None,
+    limit: int | None = None,
+    decoding: Mapping[str, Any] | None = None,
+    think: Literal["auto", "always", "never"] = "auto",
+    draws: int = 32,
+    include: Place | None = None,
+    unsandboxed: Sequence[str] = (),
     samples: int = 256,
     times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     microbatch: int = 16,
@@ -280,12 +292,25 @@ def evaluate(
     engine: str = "auto",
     fp8: str | None = None,
 ) -> dict[str, Any]:
-    """Score any model on held-out data, with the noise of every run's evaluations, so that scores compare.
+    """Score any model: on held-out data with the noise of every run's evaluations, on tasks, or on both.
+
+    An evaluation on tasks writes every answer down as it comes: the same call goes on where one ended.
 
     Args:
-        model: a run's folder, or a model folder with config.json, weights and tokenizer.
-        data: prepared with its tokenizer and template.
-        samples: how many of them are scored.
+        model: a run's folder, or a model folder with config.json, weights and tokenizer; for tasks also a
+            checkpoint of a run.
+        data: prepared with its tokenizer and template; None: no held-out data.
+        tasks: names of tasks, of lm-evaluation-harness's tasks, or of suites (docs/evaluation.md).
+        out: folder of results of this model's tasks; None: evaluations/NAME, by the name of its folder.
+        against: another such folder, to compare with question by question.
+        limit: most questions of a task, a fixed draw; None: all.
+        decoding: options of `decode.options.Decoding`, in the place of the tasks' own.
+        think: end prompts in an empty thinking block and cut thoughts out: always, never, or for models whose
+            tokenizer knows `</think>`.
+        draws: maskings of each continuation whose likelihood is estimated.
+        include: folder of tasks in lm-evaluation-harness's own form.
+        unsandboxed: tasks of lm-evaluation-harness whose generated code may run in this very process.
+        samples: how many samples of the data are scored.
         times: noise levels at which each is masked.
         microbatch: samples per forward pass and rank.
         context: the kind of context that the model was trained in; None: its folder's.
@@ -297,23 +322,58 @@ def evaluate(
         fp8: hold and multiply the layers' matrices in FP8 by this recipe (docs/precision.md); None: do not.
 
     Returns:
-        The scores, as result.json has them (docs/metrics.md).
+        Of data the scores, as result.json has them (docs/metrics.md); of tasks `tasks`, each one's result,
+        `compared`, the differences to `against`, and `out`.
 
     Raises:
-        TideError: a model or data that cannot be read or do not fit, or a context that nobody says.
+        TideError: neither data nor tasks; a model, data or tasks that cannot be read or do not fit; a context
+            that nobody says; a folder of other answers.
     """
-    from tide_megatron.evaluate.likelihood import score_folder
+    from tide_megatron.base.errors import ConfigError
     from tide_megatron.evaluate.model_folder import model_of, trained_context
-    from tide_megatron.evaluate.options import Evaluation
     from tide_megatron.launch.ranks import run_ranks
 
-    folder = model_of(local_path(model))
-    options = _checked(Evaluation, samples=samples, times=tuple(times), microbatch=microbatch)
-    reading = trained_context(folder, context, block_size)
-    numbers = _arithmetic(precision, engine, fp8)
-    scores: dict[str, Any] = run_ranks(
-        score_folder, (folder, local_path(data), reading, options, numbers), ranks, device
-    )
+    if data is None and not tasks:
+        raise ConfigError("evaluate: give held-out data (--data FOLDER), tasks (--tasks humaneval), or both")
+    place, numbers, scores = local_path(model), _arithmetic(precision, engine, fp8), {}
+    if data is not None:
+        from tide_megatron.evaluate.likelihood import score_folder
+        from tide_megatron.evaluate.options import Evaluation
+
+        options = _checked(Evaluation, samples=samples, times=tuple(times), microbatch=microbatch)
+        folder = model_of(place)
+        reading = trained_context(folder, context, block_size)
+        scores = run_ranks(score_folder, (folder, local_path(data), reading, options, numbers), ranks, device)
+    if tasks:
+        from tide_megatron.tasks.evaluation import TaskEvaluation, evaluate_tasks
+        from tide_megatron.tasks.suite import chosen_entries
+
+        if limit is not None and limit < 1:
+            raise ConfigError(f"--limit: {limit} is no number of questions; use 1 or more")
+        if draws < 1:
+            raise ConfigError(f"--draws: {draws} is no number of maskings; use 1 or more")
+        named = Path("evaluations") / (place.parent.name if place.name == "model" else place.resolve().name)
+        wanted = TaskEvaluation(
+            suite=chosen_entries(tasks),
+            out=named if out is None else local_path(out),
+            against=None if against is None else local_path(against),
+            limit=limit,
+            decoding=dict(decoding or {}),
+            think=think,
+            draws=draws,
+            include=None if include is None else local_path(include),
+            unsandboxed=tuple(unsandboxed),
+        )
+        is_said = context is not None or block_size is not None
+        asked = trained_context(model_of(place), context, block_size) if is_said else None
+        found = run_ranks(
+            evaluate_tasks,
+            (place, wanted, asked, numbers),
+            ranks,
+            device,
+            timeout_seconds=_LONGEST_WAIT_SECONDS,
+        )
+        scores = {**scores, **found, "out": str(wanted.out)}
     return scores
 
 

@@ -1,11 +1,9 @@
 """Replies do not depend on the cache or on batchmates: to the token, in fp32, for every schedule and model."""
 
-import dataclasses
 
 import pytest
-import torch
 
-from tests.unit.decode.small import BLOCKS, load_tokenizer, make_decoder, prompts
+from tests.unit.decode.small import load_tokenizer, make_decoder, prompts
 from tests.unit.models.conftest import groups  # noqa: F401
 from tests.unit.models.shapes import DENSE, DREAM, LLADA, LLADA_MOE, MIXTURE, WEDLM
 from tide_megatron.decode.options import Decoding

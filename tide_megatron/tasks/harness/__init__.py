@@ -1,0 +1,4 @@
+"""lm-evaluation-harness (the extra `eval`): its tasks asked of our models, and our models under its command.
+
+Only `__main__` and `model` register anything with it; `tasks` and `run` are what `tide evaluate` calls.
+"""
