@@ -26,7 +26,14 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from comparison import LONGER, RANKS, SEEDS, Comparison, Teacher, hard_twin
 from exercise_data import MODELS, ensure_exercises
-from scoring import Answers, reply_table, score_table
+from scoring import (
+    Answers,
+    first_of_each_kind,
+    reply_table,
+    score_table,
+    where_they_differ,
+    write_answers,
+)
 
 from tide_megatron.base.log import start_log
 from tide_megatron.diffusion.mask import Context
@@ -40,6 +47,8 @@ STUDENT = MODELS / "student"
 BASE, TAUGHT = "base student", "distilled"
 WEIGHT = 8.0
 """Of all KL terms together and of their hard twin; chosen on the dev split (docs/log.md)."""
+DIFFERING = 8
+"""So many questions that one of two students answers right are shown."""
 MOE = Teacher(name="moe", folder=MODELS / "moe", data=DATA / "test", layout=Layout(expert=4), context=CONTEXT)
 DENSE = Teacher(
     name="dense",
@@ -90,15 +99,20 @@ def main(full: bool = False) -> None:
         name: answers.summary() | differences(answered, name) for name, answers in answered.items()
     }
     costs = {name: result["cpu_seconds"] for name, result in results[0].items()}
-    shown = (BASE, TAUGHT, "teacher dense")
-    tables = (reply_table(answered, shown), score_table(answered, "undistilled", costs))
+    shown = {name: answered[name] for name in (BASE, "undistilled", TAUGHT, "teacher dense")}
+    replies = reply_table("The first held-out question of each kind", first_of_each_kind(), shown)
+    scores = score_table(answered, "undistilled", costs)
+    differing = where_they_differ(answered[TAUGHT], answered["undistilled"], DIFFERING)
+    samples = reply_table("Where undistilled and distilled differ: the first questions", differing, shown)
     sentences = findings(answered, summary)
-    comparison.write(results, summary, [], began, lead=[*in_markdown(tables), *sentences])
-    for table in tables:
-        rich.print(table.rich())
+    lead = [*in_markdown(replies), *in_markdown(scores), *sentences, *in_markdown(samples)]
+    comparison.write(results, summary, [], began, lead=lead)
+    write_answers(answered, OUT / "answers.jsonl")
+    rich.print(replies.rich())
+    rich.print(scores.rich())
     for sentence in sentences:
         rich.print(sentence)
-    rich.print(f"report: {OUT / 'report.md'}")
+    rich.print(f"report: {OUT / 'report.md'}, all replies: {OUT / 'answers.jsonl'}")
 
 
 def differences(answered: Mapping[str, Answers], name: str) -> dict[str, Any]:
@@ -137,9 +151,9 @@ def in_words(found: PairedDifference) -> str:
     return f"{abs(100 * found.mean):.1f} points {'better' if found.mean > 0 else 'worse'} ({bounds})"
 
 
-def in_markdown(tables: tuple[TextTable, ...]) -> list[str]:
-    """Return tables as the report begins with them."""
-    return [part for table in tables for part in (f"## {table.title}", table.markdown())]
+def in_markdown(table: TextTable) -> list[str]:
+    """Return a table as the report has it."""
+    return [f"## {table.title}", table.markdown()]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ questions: they say nothing about other seeds or base models.
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,19 +91,32 @@ def score_table(answered: Mapping[str, Answers], reference: str, costs: Mapping[
     )
 
 
-def reply_table(answered: Mapping[str, Answers], shown: Sequence[str]) -> TextTable:
-    """Show each kind's first question with its answer and models' replies, right and wrong ones marked."""
-    firsts = {question.data["kind"]: question for question in reversed(QUESTIONS.values())}
+def reply_table(title: str, names: Sequence[str], answered: Mapping[str, Answers]) -> TextTable:
+    """Show questions with their answers and the models' replies, right and wrong ones marked."""
     rows = []
-    for kind in KIND_NAMES:
-        question = firsts[kind]
-        marked = (
-            f"{'✓' if answered[name].scores[question.name] else '✗'} {answered[name].replies[question.name]}"
-            for name in shown
+    for name in names:
+        marks = (
+            f"{'✓' if answers.scores[name] else '✗'} {answers.replies[name]}" for answers in answered.values()
         )
-        rows.append((question.name, question.data["answer"], *marked))
-    return TextTable(
-        title="The first held-out question of each kind",
-        columns=("question", "answer", *shown),
-        rows=tuple(rows),
-    )
+        rows.append((name, QUESTIONS[name].data["answer"], *marks))
+    return TextTable(title=title, columns=("question", "answer", *answered), rows=tuple(rows))
+
+
+def first_of_each_kind() -> list[str]:
+    """Return the first question of each kind."""
+    firsts = {question.data["kind"]: name for name, question in reversed(QUESTIONS.items())}
+    return [firsts[kind] for kind in KIND_NAMES]
+
+
+def where_they_differ(one: Answers, other: Answers, most: int) -> list[str]:
+    """Return the first questions that one of two models answers right and the other one wrong."""
+    return [name for name in one.scores if one.scores[name] != other.scores[name]][:most]
+
+
+def write_answers(answered: Mapping[str, Answers], file: Path) -> None:
+    """Write every model's reply to every question, a question a line."""
+    with file.open("w", encoding="utf-8") as lines:
+        for name, question in QUESTIONS.items():
+            replies = {model: answers.replies[name] for model, answers in answered.items()}
+            told = {"question": name, "answer": question.data["answer"], "replies": replies}
+            lines.write(json.dumps(told, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
 """Exercises with one exact answer each: sums, sorting, reversing, rewriting.
 
-    What is 27 + 48?          75
+    What is 27 + 41?          68
     Sort DBCA                 ABCD
     Reverse DBCA              ACBD
     Replace A by C in DABA    DCBC
@@ -23,7 +23,7 @@ from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.decode.options import Decoding
 from tide_megatron.tasks.task import Judged, Question
 
-SPLITS: Mapping[str, int] = {"train": 80, "dev": 90, "test": 100}
+SPLITS: Mapping[str, int] = {"train": 70, "dev": 85, "test": 100}
 """Upper ends on a scale of 100 that questions hash to."""
 LETTERS = "ABCDEFGH"
 MOST_DRAWS = 5
@@ -54,9 +54,10 @@ class Exercise:
 
 
 def add(source: random.Random) -> Exercise:
-    """Draw a sum of two numbers of two digits that stays below 100."""
-    first = source.randrange(10, 90)
-    second = source.randrange(10, 100 - first)
+    """Draw a sum of two numbers of two digits that needs no carrying."""
+    tens, units = source.randint(1, 8), source.randint(0, 9)
+    first = 10 * tens + units
+    second = 10 * source.randint(1, 9 - tens) + source.randint(0, 9 - units)
     return Exercise(
         kind="add",
         question=f"What is {first} + {second}?",

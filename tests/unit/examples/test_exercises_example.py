@@ -89,7 +89,7 @@ def test_shipped_models_answer_as_their_card_says(load, capsys):
         assert abs(share - card[name]["exact_match"]) < 0.2
 
 
-def test_tables_mark_replies_and_compare_question_by_question(load):
+def test_tables_mark_replies_and_compare_question_by_question(load, tmp_path):
     scoring = load("scoring")
     questions = Exercises().questions()
     right = {question.name: question.data["answer"] for question in questions}
@@ -101,9 +101,19 @@ def test_tables_mark_replies_and_compare_question_by_question(load):
         "reverse": 1.0,
         "replace": 1.0,
     }
-    replies = scoring.reply_table(answered, ("one", "two")).rows
-    assert replies[0] == ("What is 68 + 19?", "87", "✓ 87", "✗ ?")
+    replies = scoring.reply_table("t", scoring.first_of_each_kind(), answered).rows
+    assert replies[0] == ("What is 48 + 30?", "78", "✓ 78", "✗ ?")
     assert [row[2:] for row in replies[1:]] == [(f"✓ {row[1]}",) * 2 for row in replies[1:]]
+    differing = scoring.where_they_differ(answered["one"], answered["two"], 3)
+    assert differing == [question.name for question in questions[:12:4]]
+    scoring.write_answers(answered, tmp_path / "answers.jsonl")
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 1000
+    assert json.loads(lines[0]) == {
+        "question": "What is 48 + 30?",
+        "answer": "78",
+        "replies": {"one": "78", "two": "?"},
+    }
     table = scoring.score_table(answered, "one", {"two": 12.3})
     assert table.rows[0][1:3] == ("100.0 [99.6, 100.0]", "reference")
     assert table.rows[1][1:3] == ("75.0 [72.2, 77.6]", "-25.0 [-27.7, -22.3]")

@@ -12,8 +12,8 @@ from tide_megatron.tasks.exercises import SPLITS, Exercises, distinct, draw, spl
 
 def solved(question):
     """Return the answer, worked out once more from the question's text alone."""
-    if found := re.fullmatch(r"What is (\d\d) \+ (\d\d)\?", question):
-        return str(int(found[1]) + int(found[2]))
+    if found := re.fullmatch(r"What is (\d)(\d) \+ (\d)(\d)\?", question):
+        return f"{int(found[1]) + int(found[3])}{int(found[2]) + int(found[4])}"
     if found := re.fullmatch(r"Sort ([A-H]{3,5})", question):
         return "".join(letter * found[1].count(letter) for letter in "ABCDEFGH")
     if found := re.fullmatch(r"Reverse ([A-H]{3,5})", question):
@@ -24,7 +24,7 @@ def solved(question):
     return "".join(found[2] if letter == found[1] else letter for letter in found[3])
 
 
-def test_answers_are_right_and_sums_have_two_digits():
+def test_answers_are_right_and_no_sum_needs_carrying():
     for one in itertools.islice(draw("train", 1), 2000):
         assert one.answer == solved(one.question)
         assert one.answer not in one.question
@@ -46,10 +46,10 @@ def test_no_question_is_in_two_splits_whatever_the_seeds():
 
 
 def test_a_split_is_a_function_of_the_text_and_has_its_share():
-    assert [split_of(f"Sort {letters}") for letters in ("AAA", "AAH", "ABB")] == ["train", "dev", "test"]
+    assert [split_of(f"Sort {letters}") for letters in ("AAA", "AAC", "AAH")] == ["train", "dev", "test"]
     places = [split_of(str(number)) for number in range(4000)]
-    assert 0.77 < places.count("train") / 4000 < 0.83
-    assert 0.08 < places.count("test") / 4000 < 0.12
+    assert 0.67 < places.count("train") / 4000 < 0.73
+    assert 0.13 < places.count("test") / 4000 < 0.17
 
 
 def test_the_task_asks_the_same_different_questions_of_each_kind_every_time():
@@ -61,20 +61,20 @@ def test_the_task_asks_the_same_different_questions_of_each_kind_every_time():
     assert kinds[:5] == ["add", "sort", "reverse", "replace", "add"]
     assert {kinds.count(kind) for kind in kinds} == {250}
     assert [question.name for question in questions[:4]] == [
-        "What is 68 + 19?",
-        "Sort FGGB",
-        "Reverse FCBF",
-        "Replace F by C in AAHF",
+        "What is 48 + 30?",
+        "Sort CCFGB",
+        "Reverse AFHF",
+        "Replace F by B in CCF",
     ]
 
 
 def test_a_reply_is_right_if_it_is_the_answer_and_nothing_else():
     task = find_task("exercises")
     question = task.questions()[0]
-    assert task.judge(question, "87").score == task.judge(question, " 87\n").score == 1.0
-    for reply in ("", "8", "877", "78", "8 7", "87.", "It is 87"):
+    assert task.judge(question, "78").score == task.judge(question, " 78\n").score == 1.0
+    for reply in ("", "7", "788", "87", "7 8", "78.", "It is 78"):
         judged = task.judge(question, reply)
-        assert (judged.score, judged.why) == (0.0, "the answer is 87")
+        assert (judged.score, judged.why) == (0.0, "the answer is 78")
 
 
 def test_more_questions_than_there_are_and_unequal_shares_are_refused():
