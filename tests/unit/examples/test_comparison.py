@@ -31,7 +31,10 @@ def load(monkeypatch):
 
 
 LAYOUTS = {"self": Layout(), "moe": Layout(expert=4), "dense": Layout(tensor=2, pipeline=2)}
-UNTAUGHT = ("undistilled", "hard_twin", "whole_hiding", "pair_twin")
+UNTAUGHT = (
+    *("undistilled", "hard_twin", "whole_hiding", "pair_twin"),
+    *("undistilled_clean", "hard_twin_clean"),
+)
 PAIR = ["moe", "dense"]
 TEACHERS = {"self": ["self"], "both": PAIR, "pair": PAIR, "distilled": PAIR, "dense": ["dense"]}
 """First part of a variant's name -> its teachers, where it is not the mixture alone."""
@@ -56,7 +59,9 @@ def test_every_variant_is_a_recipe_and_differs_in_nothing_but_what_it_compares(l
         assert {key for key, view in views.items() if view == "complementary"} == set(demonstrated)
         if example == "cross_tokenizer":
             assert recipe.noise.chunk_hiding == ("whole" if "whole" in name else "as_drawn")
-    varied = ("losses", "teachers", "noise")
+        clean = "runs/exercises-data/train"
+        assert (recipe.data.train == clean) == name.endswith("_clean")
+    varied = ("losses", "teachers", "noise", *(["data"] if example == "exercises" else []))
     rest = [{key: value for key, value in tree.items() if key not in varied} for tree in trees.values()]
     assert all(tree == rest[0] for tree in rest)
     assert len({str(tree) for tree in trees.values()}) == len(trees)

@@ -56,12 +56,18 @@ def test_data_are_what_the_card_says_and_test_is_the_task_s(load, tmp_path, monk
     assert json.loads((tmp_path / "full" / "corpus.json").read_text()) == card["data"]["sources"]
     lines = {
         split: [json.loads(line)["messages"] for line in (tmp_path / f"full/{split}.jsonl").open()]
-        for split in ("train", "dev", "test")
+        for split in ("train", "noisy", "dev", "test")
     }
     asked = {split: {chat[0]["content"] for chat in chats} for split, chats in lines.items()}
     assert not asked["train"] & asked["test"]
     assert not asked["train"] & asked["dev"]
     assert asked["test"] == {question.name for question in Exercises().questions()}
+    # The noisy chats ask the same; a third have an answer of their kind that is nearly always wrong.
+    assert [chat[0] for chat in lines["noisy"]] == [chat[0] for chat in lines["train"]]
+    wrong = [noisy for noisy, clean in zip(lines["noisy"], lines["train"], strict=True) if noisy != clean]
+    assert 0.31 < len(wrong) / len(lines["train"]) < 0.34
+    sums = [chat for chat in wrong if chat[0]["content"].startswith("What")]
+    assert all(chat[1]["content"].isdigit() for chat in sums)
     monkeypatch.setattr(data, "TRAIN_COUNT", 40)
     columns = PreparedData(data.ensure_exercises(tmp_path / "small") / "test")
     assert len(columns) == 1000
