@@ -33,6 +33,7 @@ TASK = Exercises()
 SEED = TASK.seed
 CARD = "corpus.json"
 SPLITS = ("train", "noisy", "dev", "test")
+LICENCE = "Apache-2.0: drawn by a program"
 TRAIN_COUNT = 24_000
 WRONG = 1 / 3
 """Share of the answers in `noisy` that are another question's of the same kind."""
@@ -63,7 +64,7 @@ def with_mistakes(exercises: Sequence[Exercise]) -> list[Exercise]:
 def write_exercises(out: Path) -> None:
     """Write the splits as chats, and a card with their sizes and digests."""
     out.mkdir(parents=True, exist_ok=True)
-    card: dict[str, Any] = {"task": TASK.name, "seed": SEED, "splits": {}}
+    card: dict[str, Any] = {"task": TASK.name, "licence": LICENCE, "seed": SEED, "splits": {}}
     train = list(itertools.islice(draw("train", SEED), TRAIN_COUNT))
     splits = {
         "train": train,
