@@ -30,6 +30,7 @@ def test_a_cut_line_is_no_answer_and_goes_when_the_file_grows(tmp_path, cut):
     assert list(read_answers(tmp_path)) == ["a"]
     write(tmp_path, 0, "c")
     assert list(read_answers(tmp_path)) == ["a", "c"]
+    assert file.read_bytes().endswith(b"\n")
 
 
 def test_a_line_of_others_is_named(tmp_path):
