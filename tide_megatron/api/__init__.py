@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tide_megatron.api.data import Place, inspect_data, merge_data, split_data
 from tide_megatron.api.replies import chat, sample, sample_whole
+from tide_megatron.api.report import report
 from tide_megatron.api.scores import TaskOptions as TaskOptions
 from tide_megatron.api.scores import evaluate
 from tide_megatron.base.files import local_path
@@ -35,6 +36,7 @@ __all__ = [
     "merge_data",
     "preflight",
     "prepare",
+    "report",
     "sample",
     "sample_whole",
     "split_data",

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import textwrap
 import warnings
@@ -19,6 +18,7 @@ import warnings
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _BEGINNING = re.compile(r"(import|from|class|def|async def)\s|@")
 _ANY_HEAD = re.compile(r"^(async )?def (\w+)", re.MULTILINE)
+_MOST_LINES = 500
 _INDENT = "    "
 
 
@@ -100,12 +100,12 @@ def _continued(text: str, opening: str) -> str:
 
 
 def _parsing(lines: list[str], before: str) -> int:
-    """Return how many leading lines parse behind what stands before them."""
-    for count in range(len(lines), 0, -1):
+    """Return how many leading lines parse behind what stands before them, of the first `_MOST_LINES`."""
+    for count in range(min(len(lines), _MOST_LINES), 0, -1):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                ast.parse(before + "\n".join(lines[:count]))
+                compile(before + "\n".join(lines[:count]), "<reply>", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         return count

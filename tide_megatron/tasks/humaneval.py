@@ -79,19 +79,21 @@ class HumanEval:
             SandboxError: as `judge`.
         """
         sandbox = Sandbox(self.isolation, self.limits)
-        return at_once(lambda pair: self._judged(sandbox, *pair), pairs, self.workers or workers_here())
+        programs = [(question, self._program(question, reply)) for question, reply in pairs]
+        return at_once(lambda one: _judged(sandbox, *one), programs, self.workers or workers_here())
 
-    def _judged(self, sandbox: Sandbox, question: Question, reply: str) -> Judged:
-        prompt, name = question.data["prompt"], question.data["entry_point"]
-        program = prompt + reply.partition("```")[0] if self.is_begun else program_of(reply, prompt, name)
-        fault = examine(
-            sandbox,
-            program,
-            setting=f"{prompt}\n{question.data['test']}",
-            test=f"check({name})",
-            names=[name],
-        )
-        return Judged(score=float(fault is None), why=fault or "passed")
+    def _program(self, question: Question, reply: str) -> str:
+        prompt = str(question.data["prompt"])
+        if self.is_begun:
+            return prompt + reply.partition("```")[0]
+        return program_of(reply, prompt, question.data["entry_point"])
+
+
+def _judged(sandbox: Sandbox, question: Question, program: str) -> Judged:
+    prompt, name = question.data["prompt"], question.data["entry_point"]
+    setting = f"{prompt}\n{question.data['test']}"
+    fault = examine(sandbox, program, setting=setting, test=f"check({name})", names=[name])
+    return Judged(score=float(fault is None), why=fault or "passed")
 
 
 def _problems() -> list[dict[str, str]]:

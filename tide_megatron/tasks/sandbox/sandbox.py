@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from tide_megatron.base.device import node_share
 from tide_megatron.tasks.sandbox.ground import Ground, ground_here, open_process
 from tide_megatron.tasks.sandbox.options import Isolation, Limits
 from tide_megatron.tasks.sandbox.process import Confined
@@ -64,4 +63,6 @@ def at_once(work: Callable[[_Item], _Result], items: Sequence[_Item], workers: i
 
 def workers_here() -> int:
     """Return how many programs to run at a time: this rank's share of the cores it may use."""
+    from tide_megatron.base.device import node_share  # brings torch, which a sandbox does not need
+
     return max(1, len(os.sched_getaffinity(0)) // node_share()[1])
