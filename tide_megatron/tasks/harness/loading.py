@@ -127,8 +127,8 @@ def _missing_data(name: str, fault: OSError) -> str:
     what = f"data set {repository[1]!r} of the Hugging Face hub" if repository else f"what {name} reads"
     return (
         f"task {name}: its data are not on this machine and cannot be fetched ({last_line(fault)}): download "
-        f"{what} where there is a network (this command with --limit 1 does) and bring HF_HOME here, or leave "
-        "the task out"
+        f"{what} where there is a network (this command with --limit 1 does) and bring HF_HOME here, or "
+        "leave the task out"
     )
 
 
