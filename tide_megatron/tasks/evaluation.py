@@ -179,7 +179,7 @@ def _harness_tasks(options: TaskEvaluation) -> dict[str, Any]:
     try:
         from tide_megatron.tasks.harness.loading import load_harness_tasks
     except ModuleNotFoundError as fault:
-        if fault.name != "lm_eval":
+        if (fault.name or "").partition(".")[0] != "lm_eval":
             raise
         raise ConfigError(
             f"--tasks: {entries[0].name!r} is no task of this package, and lm-evaluation-harness, which may "
