@@ -43,7 +43,7 @@ def f(x): return x
     "patches the session": """
 import gc
 for one in gc.get_objects():
-    if type(one).__name__ == 'Session':
+    if type(one).__name__ == 'Answerer':
         one._call = lambda request: {'output': '', 'error': None, 'value': True}
 def f(x): return True
 """,

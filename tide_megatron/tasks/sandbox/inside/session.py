@@ -67,7 +67,7 @@ def packed(message: Message) -> bytes:
     return len(content).to_bytes(4, "big") + content
 
 
-class Session:
+class Answerer:
     """One namespace and what happens in it."""
 
     def __init__(self, requests: BinaryIO, answers: BinaryIO, most_output: int) -> None:

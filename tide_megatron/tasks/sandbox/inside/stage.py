@@ -22,7 +22,7 @@ import sys
 from typing import Any
 
 from tide_megatron.tasks.sandbox.inside import confine, namespaces, system_calls
-from tide_megatron.tasks.sandbox.inside.session import Session
+from tide_megatron.tasks.sandbox.inside.session import Answerer
 
 FAULT = 70
 """Exit code of a process that could not be confined."""
@@ -77,5 +77,5 @@ def _serve(told: dict[str, Any]) -> None:
         system_calls.forbid(writing=told["kind"] != "namespaces")
     for number in (0, 1, 2):
         os.dup2(told["nowhere"], number)
-    Session(requests, answers, told["output_characters"]).serve()
+    Answerer(requests, answers, told["output_characters"]).serve()
     os._exit(0)
