@@ -12,8 +12,8 @@ as megatron-core's `attention_bias` argument: `attention_mask` is saved as a ten
 recomputation, `attention_bias` is handed through untouched. The stock core attention is replaced because it
 takes a global buffer, and Transformer Engine's because arbitrary masks disable its fast kernels.
 
-A decoder brings its own kernel and, where it remembers keys and values, its `Memory` (`PassAttention`). Left out:
-attention dropout (no model here has it).
+A decoder brings its own kernel and, where it remembers keys and values, its `Memory` (`PassAttention`). Left
+out: attention dropout (no model here has it).
 """
 
 from __future__ import annotations
