@@ -44,8 +44,14 @@ class Decoder:
                 gives a noised block exactly what training gave it.
 
         Raises:
-            ConfigError: the tokenizer has more ids than the model rows.
+            ConfigError: the tokenizer has more ids than the model rows, or the model is cut over ranks.
         """
+        groups = model.groups
+        if max(groups.tp.size(), groups.pp.size(), groups.ep.size(), groups.expt_tp.size()) > 1:
+            raise ConfigError(
+                "layout: only a model that is whole on each rank writes text, and this one is cut over "
+                "several; open its checkpoint, or the finished model"
+            )
         rows = model.architecture.vocabulary
         if tokenizer.vocabulary_size > rows:
             raise ConfigError(

@@ -23,6 +23,7 @@ from tide_megatron.diffusion.views import View
 from tide_megatron.models.attention import Dense, Reading
 from tide_megatron.models.build import TideModel
 from tide_megatron.models.cache import KeyValueCache
+from tide_megatron.models.lean import is_lean, lean_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class Stream:
         """
         assert cache is None or context.kind == "block_causal", "what is still to come changes the past"
         self.cache, self._model, self._context, self._blind = cache, model, context, blind
+        self._is_lean = is_lean(model)
         self._shift = int(model.architecture.is_shifted)
         self._before: dict[Canvas, Tensor] = {}
         """State [hidden] of the slot before a reply's block, which in a shifted model predicts the first."""
@@ -108,7 +110,8 @@ class Stream:
             segments=None,
             rows=torch.tensor(rows, dtype=torch.int64, device=device),
         )
-        states = self._model.rows(view, self._reading(fed, width, device))
+        reading = self._reading(fed, width, device)
+        states = lean_rows(self._model, view, reading) if self._is_lean else self._model.rows(view, reading)
         return self._assembled(fed, states) if self._shift else states
 
     def _reading(self, fed: Sequence[Fed], width: int, device: torch.device) -> Reading:

@@ -42,9 +42,9 @@ from tide_megatron.parallel.collectives import (
     is_first,
     own_share,
 )
+from tide_megatron.tasks.answer_progress import AnswerProgress
 from tide_megatron.tasks.answers import Answer, AnswerFile, read_answers
 from tide_megatron.tasks.folder import differences
-from tide_megatron.tasks.progress import Progress
 from tide_megatron.text.tokenizer import Tokenizer
 
 ABOUT = ".about.json"
@@ -203,7 +203,7 @@ def _decode_rest(
     left = [number for number in range(len(asked)) if _name(number) not in known]
     left.sort(key=lambda number: (-len(asked[number]), number))  # those under way together are alike
     own, ended, wrote = left[rank::ranks], list[dict[str, Any]](), time.monotonic()
-    progress = Progress("replies", partial, len(asked), len(asked) - len(left))
+    progress = AnswerProgress("replies", partial, len(asked), len(asked) - len(left))
     with fail_together(), disk_faults(partial, DataError, "; the same command goes on"):
         file = AnswerFile(partial, rank)
         try:

@@ -9,13 +9,14 @@ from tests.small_tokenizer import write_tokenizer
 from tests.unit.train.test_summary import DENSE
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import ConfigError, DataError
-from tide_megatron.decode import opening
+from tide_megatron.decode import opening, passes
 from tide_megatron.decode.options import Decoding
 from tide_megatron.decode.ranks import answer_prompts
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import open_model
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.build import build_model
+from tide_megatron.models.lean import lean_rows
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights, read_architecture, save_model
 from tide_megatron.parallel.groups import make_groups
@@ -103,12 +104,12 @@ def shown(folder, *, device, stop):
             (folder / name).write_text(json.dumps(json.loads(text) | files.get(name, {})))
         views = []
 
-        def rows(view, reading, views=views):
+        def rows(model, view, reading, views=views):
             views.append(view.ids.flatten().tolist())
-            return type(model).rows(model, view, reading)
+            return lean_rows(model, view, reading)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "rows", rows)
+            patch.setattr(passes, "lean_rows", rows)
             patch.setattr(opening, "open_model", lambda *_: model)
             options = Decoding(new_tokens=2, steps=1)
             answer_prompts(folder, ["one"], options, CONTEXT, mask, device=device, stop=stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -58,3 +59,10 @@ def at_once(work: Callable[[_Item], _Result], items: Sequence[_Item], workers: i
     """
     with concurrent.futures.ThreadPoolExecutor(max(1, workers), thread_name_prefix="sandbox") as pool:
         return list(pool.map(work, items))
+
+
+def workers_here() -> int:
+    """Return how many programs to run at a time: this rank's share of the cores it may use."""
+    from tide_megatron.base.device import node_share  # brings torch, which a sandbox does not need
+
+    return max(1, len(os.sched_getaffinity(0)) // node_share()[1])

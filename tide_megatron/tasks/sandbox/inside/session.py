@@ -3,9 +3,9 @@
 Messages are JSON behind four bytes of length, requests on one pipe and answers on another. Requests:
 
 - {"run": source, "single": bool, "module": name or null, "without": [name, ...]}: run source in the
-  session's namespace (`single`: as at an interactive prompt, where values are printed), or in that of a
-  module of the standard library from which names were taken first. Answer: {"output", "error"}, the error
-  null or [class, message, its last line as Python prints it].
+  session's namespace (`single`: as at an interactive prompt, where values are printed). Where a module of the
+  standard library is named, its namespace is the session's from now on, and the names are taken out first.
+  Answer: {"output", "error"}, the error null or [class, message, its last line as Python prints it].
 - {"call": name, "args", "kwargs"}: call what the session knows by that name. Answer: {"value"} or {"error"}.
 - {"run": source, "remote": [name, ...]}: these names are functions of another process. While such a source
   runs, calls go out as requests of the second kind, and their answers come in. That is how a test calls a
@@ -33,10 +33,6 @@ from tide_megatron.tasks.sandbox.inside.values import decode, encode
 Message = dict[str, Any]
 
 
-class _TooMuch(Exception):
-    """More was printed than is kept."""
-
-
 class _Printed(io.StringIO):
     """What a program prints, up to a limit."""
 
@@ -48,11 +44,11 @@ class _Printed(io.StringIO):
         """Keep it.
 
         Raises:
-            _TooMuch: that is more than is kept.
+            OSError: that is more than is kept.
         """
         self._left -= len(text)
         if self._left < 0:
-            raise _TooMuch("more output than is kept")
+            raise OSError("more output than is kept")
         return super().write(text)
 
 
@@ -114,6 +110,8 @@ class Session:
     def _namespace(self, module: str | None, without: Sequence[str]) -> dict[str, Any]:
         if module is not None:
             self._names = vars(importlib.import_module(module))
+            root = module.partition(".")[0]  # examples may call it by its whole name
+            self._names.setdefault(root, sys.modules[root])
             for name in without:
                 self._names.pop(name, None)
         return self._names
@@ -122,6 +120,8 @@ class Session:
         try:
             with contextlib.redirect_stdout(_Printed(self._most_output)):
                 args, kwargs = decode(request["args"]), decode(request["kwargs"])
+                if request["call"] not in self._names:
+                    raise NameError(f"name {request['call']!r} is not defined")
                 return {"value": encode(self._names[request["call"]](*args, **kwargs))}
         except BaseException as fault:
             return {"error": _told(fault)}
