@@ -39,8 +39,8 @@ SURFACE = {
     "--stop --seed --batch --cache/--no-cache --system --mask --input --out --replay --show-order --context "
     "--block-size --ranks --device --precision --engine --fp8",
     "chat": "model --new-tokens --steps --schedule --threshold --temperature --top-p --guidance --stop "
-    "--seed --batch --cache/--no-cache --system --mask --show-order --context --block-size --device --precision "
-    "--engine --fp8",
+    "--seed --batch --cache/--no-cache --system --mask --show-order --context --block-size --device "
+    "--precision --engine --fp8",
     "evaluate": "model --data --tasks --out --against --limit --decoding --think --draws --include "
     "--unsandboxed --samples --times --context --block-size --ranks --device --precision --engine --fp8 "
     "--json",
