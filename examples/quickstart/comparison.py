@@ -108,6 +108,10 @@ class Comparison:
     out: Path
     held_out: Path
     """Held-out data in the student's tokens."""
+    student: Path = STUDENT
+    """The base student."""
+    context: Context = CONTEXT
+    """Its context."""
     teachers: Sequence[Teacher]
     """All that some variant listens to."""
     variants: Mapping[str, Sequence[str]]
@@ -172,11 +176,25 @@ class Comparison:
         return summary
 
     def write(
-        self, results: Sequence[Results], summary: dict[str, Any], notes: Sequence[str], began: float
+        self,
+        results: Sequence[Results],
+        summary: dict[str, Any],
+        notes: Sequence[str],
+        began: float,
+        *,
+        lead: Sequence[str] = (),
     ) -> None:
-        """Score base student and teachers, write result.json, report and plots, and print table and notes."""
+        """Score base student and teachers, write result.json, report and plots, and print table and notes.
+
+        Args:
+            results: of `run`.
+            summary: of `summarise`, with what else result.json is to hold.
+            notes: sentences on the figures.
+            began: when the script did, on the monotonic clock.
+            lead: paragraphs that the report begins with.
+        """
         first = results[0]
-        base = _score(STUDENT, self.held_out, CONTEXT)
+        base = _score(self.student, self.held_out, self.context)
         answers = {one: _score(one.folder, one.data, one.context) for one in self.teachers}
         summary = summary | {
             "base_student": {key: base[key] for key in KEPT if key in base},
@@ -204,6 +222,7 @@ class Comparison:
             teachers=teachers,
             run_folders={name: self.out / name for name in first},
             samples=self._samples() if self.shown else (),
+            lead=lead,
             notes=[*notes, *(f"## {table.title}\n\n{table.markdown()}" for table in seeds)],
         ).write(self.out)
         for table in seeds:
@@ -241,7 +260,9 @@ class Comparison:
         prompts = [chat[0]["content"] for chat in chats]
         decoding = Decoding(new_tokens=64)
         replies = {
-            name: run_ranks(answer_prompts, (self.out / name / "model", prompts, decoding, CONTEXT), 1, "cpu")
+            name: run_ranks(
+                answer_prompts, (self.out / name / "model", prompts, self.context, decoding), 1, "cpu"
+            )
             for name in self.shown
         }
         return [

@@ -21,6 +21,7 @@ from tide_megatron.api.data import Place, inspect_data, merge_data, split_data
 from tide_megatron.api.replies import ReplyOptions as ReplyOptions
 from tide_megatron.api.replies import SampleOptions as SampleOptions
 from tide_megatron.api.replies import chat, sample
+from tide_megatron.api.report import report
 from tide_megatron.api.scores import TaskOptions as TaskOptions
 from tide_megatron.api.scores import evaluate
 from tide_megatron.base.files import local_path
@@ -37,6 +38,7 @@ __all__ = [
     "merge_data",
     "preflight",
     "prepare",
+    "report",
     "sample",
     "split_data",
     "train",

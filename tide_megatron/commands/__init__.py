@@ -34,6 +34,7 @@ from tide_megatron.commands.export import export
 from tide_megatron.commands.model_verbs import app as model
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
+from tide_megatron.commands.report import report
 from tide_megatron.commands.sample import sample
 from tide_megatron.commands.status import status
 from tide_megatron.commands.submit import submit
@@ -49,6 +50,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "chat": chat,
     "evaluate": evaluate,
+    "report": report,
     "export": export,
     "doctor": doctor,
 }

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.tasks.doctests import Doctests
+from tide_megatron.tasks.exercises import Exercises
 from tide_megatron.tasks.humaneval import HumanEval
 from tide_megatron.tasks.task import Task
 
 TASKS: dict[str, Callable[[], Task]] = {
+    "exercises": Exercises,
     "humaneval": HumanEval,
     "humaneval_instruct": lambda: HumanEval(name="humaneval_instruct", is_begun=True),
     "doctests": Doctests,

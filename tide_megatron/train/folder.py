@@ -10,6 +10,7 @@ replies/        what the student replied to tasks and prompts, a file each time 
 status.html     what the run does, for a browser; status.json for programs
 preflight.json  what ranks compared and measured before the first step
 last_step       how many updates were applied, to the moment
+agreement.jsonl how far the student was from each teacher, one evaluation a line
 result.json     held-out scores and costs, written at the end
 stopped.json    instead of it: why and where the run was stopped; gone when it goes on
 """
@@ -41,10 +42,10 @@ from tide_megatron.train.same_run import moved, refuse_other
 
 CHECKPOINTS, RESULT, STOPPED, LOG = "checkpoints", "result.json", "stopped.json", "run.log"
 STARTS, STATUS, PAGE = "starts.jsonl", "status.json", "status.html"
-PREFLIGHT, REPLIES = "preflight.json", "replies"
+PREFLIGHT, REPLIES, AGREEMENT = "preflight.json", "replies", "agreement.jsonl"
 _OURS = (
     *(CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", LOG, LAST_STEP),
-    *(STARTS, STATUS, PAGE, PREFLIGHT, REPLIES, RECIPE),
+    *(STARTS, STATUS, PAGE, PREFLIGHT, REPLIES, AGREEMENT, RECIPE),
 )
 _OTHER = "choose another folder="
 

@@ -35,6 +35,7 @@ from tide_megatron.parallel.collectives import (
     held_by_first,
     is_first,
 )
+from tide_megatron.train.agreement import keep_agreement, measure_agreement
 from tide_megatron.train.asking import ask_student
 from tide_megatron.train.branch import KEY as BRANCH
 from tide_megatron.train.cost import Devices
@@ -285,7 +286,8 @@ def _loop(
         profiler.before(clock)
         with run.phases("data"):
             given = ahead.take(clock.consumed, is_last=clock.step + 1 == clock.total_steps)
-        result = train_step(run, given, clock)
+        is_measured = _is_measured(recipe.metrics.gradients_every, clock)
+        result = train_step(run, given, clock, measures_terms=is_measured)
         update = result.update
         clock = clock.after_step(applied=update.applied, samples=setup.loader.update_samples)
         last.note(clock)
@@ -338,6 +340,11 @@ def _is_scored(every: int, clock: Clock) -> bool:
     return every > 0 and clock.step % every == 0 < clock.total_steps - clock.step
 
 
+def _is_measured(every: int, clock: Clock) -> bool:
+    """Say whether the terms' gradients are measured in the update before which the clock stands."""
+    return every > 0 and (clock.step + clock.skipped) % every == 0
+
+
 def _back(recipe: Recipe, setup: Setup, saver: Saver, guard: Guard, clock: Clock, costs: Costs) -> Clock:
     """Go back to a checkpoint, and save there at once: a restart must not stumble over the same samples."""
     with setup.run.phases("checkpoint"):
@@ -369,5 +376,23 @@ def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> L
     sources = scores.by_source()
     for own in sources if len(sources) > 1 else ():
         values |= {f"{name}/{own['source']}": own[name] for name in tuple(values) if "/" not in name}
+    if recipe.evaluation.agreement:
+        values |= _agreement(recipe, setup, clock)
     metrics.evaluated(clock, values)
     return scores
+
+
+def _agreement(recipe: Recipe, setup: Setup, clock: Clock) -> dict[str, float]:
+    """Compare the student with its teachers, and keep the figures. All ranks call it.
+
+    Returns:
+        What is reported of them; nothing without teachers that read the held-out data.
+    """
+    with setup.run.phases("evaluate"):
+        found = measure_agreement(setup, recipe.evaluation)
+    if found is None:
+        return {}
+    with fail_together():
+        if is_first():
+            keep_agreement(Path(recipe.folder), clock, found.values())
+    return found.metrics()

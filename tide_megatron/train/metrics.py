@@ -215,6 +215,7 @@ def report_step(
             **{f"loss/{name}": value for name, value in result.terms.items()},
             **{f"items/{name}": value for name, value in result.items.items()},
             "grad_norm": result.update.grad_norm,
+            **result.gradients,
             "hidden_share": result.masked / max(1, result.tokens),
             **{f"bytes/{kind}": float(moved) for kind, moved in result.bytes.items() if moved},
         },

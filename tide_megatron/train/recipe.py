@@ -250,6 +250,9 @@ class MetricsOptions:
     """Weights & Biases; its failures are logged once and never end a run."""
     project: str = "tide-megatron"
     """wandb project."""
+    gradients_every: int = Field(default=0, ge=0)
+    """Attempted updates between measurements of each term's gradient at the head's input: its norm, and its
+    cosine with the cross-entropy's (docs/metrics.md); 0: none. Takes the head's products once more a term."""
     profile: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     """First and last update that torch's profiler watches on rank 0 (and slows down), such as [10, 12]; the
     trace goes into the run folder (profile-steps-10-12.json.gz)."""

@@ -44,6 +44,7 @@ SURFACE = {
     "evaluate": "model --data --tasks --out --against --limit --decoding --think --draws --include "
     "--unsandboxed --samples --times --context --block-size --ranks --device --precision --engine --fp8 "
     "--json",
+    "report": "runs --out --png/--no-png",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --layers --force",
