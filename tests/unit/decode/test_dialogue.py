@@ -75,12 +75,14 @@ def test_draws_depend_on_the_turn(decoder):
 
 
 def test_the_oldest_messages_leave_a_full_window(decoder):
-    session = Dialogue(decoder, Decoding(new_tokens=60, steps=15), "s")
-    dropped = [session.ask("m" * 6 + str(turn), lambda new: None).dropped for turn in range(5)]
+    session = Dialogue(decoder, Decoding(new_tokens=40, steps=10), "s")
+    turns = [session.ask("m" * 6 + str(turn), lambda new: None) for turn in range(5)]
+    dropped = [turn.dropped for turn in turns]
+    assert [turn.room for turn in turns] == [40] * 5, "none has less than was asked for"
     assert dropped[0] == 0
     assert dropped[-1] == 2
     assert session.history[0]["role"] == "user"
-    assert len(decoder.prompt_ids(session.messages[:-1])) + 60 <= decoder.window
+    assert len(decoder.prompt_ids(session.messages[:-1])) + 40 <= decoder.window
     assert session.messages[0]["role"] == "system"
 
 
