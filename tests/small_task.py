@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from tests.tiny_run import student_config, write_model
+from tide_megatron import api
 from tide_megatron.decode.options import Decoding
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import write_context
 from tide_megatron.tasks.task import Judged, Question
-
 
 DECODING = Decoding(new_tokens=4, temperature=1.0, seed=3, batch=4)
 
@@ -45,3 +45,11 @@ def write_student(folder, *, seed=1, window=None, block_size=8, **config):
     write_model(folder, student_config(320) | positions | config, seed=seed)
     write_context(folder, Context(kind="block_diffusion", block_size=block_size))
     return folder
+
+
+def evaluated(model, tasks, out, *, context=None, block_size=None, **how):
+    """Evaluate a model on tasks by `api.evaluate`, on one rank in this process."""
+    options = api.TaskOptions(out=out, **how)
+    return api.evaluate(
+        model, tasks=tasks, on_tasks=options, context=context, block_size=block_size, device="cpu"
+    )

@@ -22,8 +22,9 @@ from typing import Any
 import rich
 import typer
 
+from tide_megatron.decode.options import Decoding
+from tide_megatron.decode.ranks import answer_prompts
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.generate import Sampler, answer_prompts
 from tide_megatron.evaluate.likelihood import score_folder
 from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.evaluate.report import (
@@ -257,10 +258,10 @@ class Comparison:
         lines = text.read_text(encoding="utf-8").splitlines()[:400:150]
         chats = [json.loads(line)["messages"] for line in lines]
         prompts = [chat[0]["content"] for chat in chats]
-        sampler = Sampler(new_tokens=64, steps=64)
+        decoding = Decoding(new_tokens=64)
         replies = {
             name: run_ranks(
-                answer_prompts, (self.out / name / "model", prompts, self.context, sampler), 1, "cpu"
+                answer_prompts, (self.out / name / "model", prompts, self.context, decoding), 1, "cpu"
             )
             for name in self.shown
         }
@@ -269,7 +270,7 @@ class Comparison:
                 prompt=prompt,
                 replies={
                     "reference": chat[1]["content"],
-                    **{name: texts[index] for name, texts in replies.items()},
+                    **{name: of_model[index].text for name, of_model in replies.items()},
                 },
             )
             for index, (prompt, chat) in enumerate(zip(prompts, chats, strict=True))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, why_not
+from tests.slurm.cluster import why_not
 from tests.slurm.runs import WORDS, Running, figures, one_rank_of
 from tests.tiny_run import write_tiny_run
 from tests.unit.base.test_nodes import LISTS
@@ -42,17 +42,6 @@ NAMES = [
     "--",
     "$SLURM_JOB_ID %j %%",
 ]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with (
-        Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tide_megatron.api.scores import TaskOptions
 from tide_megatron.commands.options import (
     BlockSizeOption,
     ContextOption,
@@ -17,12 +18,14 @@ from tide_megatron.commands.options import (
     PrecisionOption,
     RanksOption,
     print_whole,
+    with_fields_of,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+@with_fields_of(TaskOptions, "on_tasks")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run's folder, or a model folder.")],
     data: Annotated[
@@ -30,33 +33,9 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Tasks, also of lm-evaluation-harness; or `paper`: its eight."),
+        typer.Option(metavar="NAME,...", help="Tasks, also lm-evaluation-harness's; `paper`: its eight."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the tasks' results; default: evaluations/NAME.")
-    ] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="Another folder of results, to compare with question by question.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Most questions of a task, a fixed draw; default: all.")
-    ] = None,
-    decoding: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Decode otherwise than the task says, as new_tokens=64."),
-    ] = None,
-    think: Annotated[
-        Literal["auto", "always", "never"],
-        typer.Option(help="End prompts in an empty thinking block; auto: where the tokenizer has one."),
-    ] = "auto",
-    draws: Annotated[int, typer.Option(min=1, help="Maskings for the likelihood of each choice.")] = 32,
-    include: Annotated[
-        Path | None, typer.Option(help="Folder of tasks in lm-evaluation-harness's own form.")
-    ] = None,
-    unsandboxed: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TASK", help="Let this harness task run generated code in this process."),
-    ] = None,
+    on_tasks: TaskOptions = TaskOptions(),  # noqa: B008 - frozen; becomes an option of each of its fields
     samples: Annotated[int, typer.Option(min=1, help="How many samples of the data are scored.")] = 256,
     times: Annotated[
         str, typer.Option(metavar="T,...", help="Noise levels that each is masked at.")
@@ -72,48 +51,24 @@ def evaluate(
 ) -> None:
     """Score a model on held-out data (nats a byte of reply, by noise level), on tasks, or on both.
 
-    A teacher's --fp8 and --engine show what they cost it before a run listens to it.
-
-    Masks and levels are those of every run's evaluations, so the scores compare with result.json's.
+    Masks and levels are those of every run's evaluations, so the scores compare with result.json's. A
+    teacher's --fp8 and --engine show what they cost it before a run listens to it.
 
     Answers to tasks are written as they come: the same command goes on after a kill.
 
     Example: tide evaluate models/teacher --data data/held_out --context block_causal --block-size 32 --json
 
-    Example: tide evaluate runs/kl --tasks humaneval --limit 20 --out results/kl --against results/base
+    Example: tide evaluate runs/kl --tasks humaneval --limit 20 --against evaluations/base
 
     Example: tide evaluate runs/kl --tasks paper --ranks 8
     """
     from tide_megatron import api
-    from tide_megatron.base.errors import ConfigError
     from tide_megatron.parallel.collectives import is_first
 
-    try:
-        levels = [float(word) for word in times.split(",")]
-    except ValueError:
-        raise ConfigError(f"--times: {times!r} are no numbers; write for example 0.3,0.7") from None
-    found = api.evaluate(
-        model,
-        data,
-        tasks=tasks.split(",") if tasks else (),
-        out=out,
-        against=against,
-        limit=limit,
-        decoding=_options(decoding or ()),
-        think=think,
-        draws=draws,
-        include=include,
-        unsandboxed=unsandboxed or (),
-        samples=samples,
-        times=levels,
-        context=context,
-        block_size=block_size,
-        ranks=ranks,
-        device=device,
-        precision=precision,
-        engine=engine,
-        fp8=fp8,
-    )
+    named = tasks.split(",") if tasks else []
+    shared: dict[str, Any] = {"context": context, "block_size": block_size, "ranks": ranks, "device": device}
+    shared |= {"precision": precision, "engine": engine, "fp8": fp8, "samples": samples}
+    found = api.evaluate(model, data, tasks=named, on_tasks=on_tasks, times=_levels(times), **shared)
     if not is_first():
         return
     if as_json:
@@ -121,27 +76,17 @@ def evaluate(
         return
     if data is not None:
         _print_scores(f"{model}: {found['samples']} samples of {data}, read {found['context']}", found)
-    if tasks:
-        _print_tasks(found, tasks.split(","), against)
+    if named:
+        _print_tasks(found, named, str(on_tasks.against))
 
 
-def _options(words: Sequence[str]) -> dict[str, Any]:
-    """Read KEY=VALUE, with YAML's values.
-
-    Raises:
-        ConfigError: a word without `=`.
-    """
-    import yaml
-
+def _levels(words: str) -> list[float]:
     from tide_megatron.base.errors import ConfigError
 
-    found = {}
-    for word in words:
-        key, is_there, value = word.partition("=")
-        if not is_there:
-            raise ConfigError(f"--decoding: {word!r} is no KEY=VALUE; write for example new_tokens=64")
-        found[key] = yaml.safe_load(value)
-    return found
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError:
+        raise ConfigError(f"--times: {words!r} are no numbers; write for example 0.3,0.7") from None
 
 
 def _print_scores(title: str, scores: Mapping[str, Any]) -> None:
@@ -157,11 +102,11 @@ def _print_scores(title: str, scores: Mapping[str, Any]) -> None:
     rich.print(table)
 
 
-def _print_tasks(found: Mapping[str, Any], words: Sequence[str], against: Path | None) -> None:
+def _print_tasks(found: Mapping[str, Any], words: Sequence[str], against: str) -> None:
+    from tide_megatron.tasks.page import tables
     from tide_megatron.tasks.suite import chosen_entries
-    from tide_megatron.tasks.table import tables
 
-    shown, notes = tables(found, chosen_entries(words), str(against))
+    shown, notes = tables(found, chosen_entries(words), against)
     for table in shown:
         print_whole(table.rich())
     for note in notes:

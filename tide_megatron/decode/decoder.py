@@ -14,31 +14,21 @@ order of tokens (it is read in blocks, as the paper reads it).
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-
-import torch
+from collections.abc import Mapping, Sequence
 
 from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.decode.canvas import Canvas, Rules
+from tide_megatron.decode.denoise import OnBlock, denoise
 from tide_megatron.decode.options import Decoding
-from tide_megatron.decode.passes import Stream
-from tide_megatron.decode.picker import Asked, Picker
 from tide_megatron.decode.reply import Reply
-from tide_megatron.decode.schedule import Picks
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.models.build import TideModel
-from tide_megatron.models.cache import KeyValueCache
 from tide_megatron.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-OnBlock = Callable[[int, Reply], None]
-"""Takes the number of a prompt and its reply so far."""
 
 
 class Decoder:
@@ -54,8 +44,14 @@ class Decoder:
                 gives a noised block exactly what training gave it.
 
         Raises:
-            ConfigError: the tokenizer has more ids than the model rows.
+            ConfigError: the tokenizer has more ids than the model rows, or the model is cut over ranks.
         """
+        groups = model.groups
+        if max(groups.tp.size(), groups.pp.size(), groups.ep.size(), groups.expt_tp.size()) > 1:
+            raise ConfigError(
+                "layout: only a model that is whole on each rank writes text, and this one is cut over "
+                "several; open its checkpoint, or the finished model"
+            )
         rows = model.architecture.vocabulary
         if tokenizer.vocabulary_size > rows:
             raise ConfigError(
@@ -72,28 +68,8 @@ class Decoder:
         return self.model.architecture.max_positions
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the tokens of a conversation under the chat template, ready for the assistant's turn.
-
-        Args:
-            messages: each with `role` and `content`.
-
-        Raises:
-            DataError: there is no chat template, or a message holds the mask token.
-        """
-        tokenizer = self.tokenizer
-        if tokenizer.chat is None:
-            raise DataError(
-                f"{tokenizer.name} has no chat template: add chat_template.jinja beside tokenizer.json"
-            )
-        ids = tokenizer.encode(tokenizer.chat.render(list(messages), add_generation_prompt=True))
-        if tokenizer.mask_id in ids:
-            mask = tokenizer.special_tokens["mask_token"]
-            told = next((m["content"] for m in messages if mask in m["content"]), messages[-1]["content"])
-            raise DataError(
-                f"prompt {told!r}: contains the mask token {mask}, which only stands for what is to be "
-                "filled in: remove it from the prompt"
-            )
-        return ids
+        """Return the tokens of a conversation, ready for the assistant's turn; see `prompt_ids` below."""
+        return prompt_ids(self.tokenizer, messages)
 
     def decode(
         self,
@@ -123,8 +99,8 @@ class Decoder:
         canvases = self._canvases(prompts, numbers, options)
         if not canvases:
             return []
-        with _evaluating(self.model):
-            self._run(canvases, options, on_block, stop)
+        banned = self._spare if options.schedule == "reference" else [self.tokenizer.mask_id, *self._spare]
+        denoise(self.model, self.context, canvases, options, banned, on_block=on_block, stop=stop)
         ended = [canvas.reply() for canvas in canvases if canvas.ended]
         assert len(ended) == len(canvases) or stop is not None, "every reply ends"
         return ended
@@ -186,87 +162,27 @@ class Decoder:
         rows = range(self.model.architecture.vocabulary)
         return [token for token in rows if not self.tokenizer.has(token)]
 
-    def _streams(self, canvases: Sequence[Canvas], options: Decoding) -> list[Stream]:
-        """Make the passes of a call: one kind, or with guidance two."""
-        if self.block is None:
-            reading = Context(kind="bidirectional", block_size=1)
-            if options.cache:
-                log.info("the model is bidirectional, so no prefix can be remembered: every step reads all")
-        else:
-            reading = Context(kind="block_causal", block_size=self.block)
-        has_cache = options.cache and self.block is not None
-        rows = min(options.batch, len(canvases))
-        slots = max(canvas.length for canvas in canvases)
-        return [
-            Stream(
-                self.model,
-                reading,
-                KeyValueCache(self.model, rows, slots) if has_cache else None,
-                blind=blind,
-            )
-            for blind in ((False, True) if options.guidance > 0.0 else (False,))
-        ]
 
-    def _run(
-        self, canvases: Sequence[Canvas], options: Decoding, on_block: OnBlock | None, stop: StopFlag | None
-    ) -> None:
-        """Denoise until all replies have ended, or after a stop signal all that were begun."""
-        streams = self._streams(canvases, options)
-        banned = self._spare if options.schedule == "reference" else [self.tokenizer.mask_id, *self._spare]
-        picker = Picker(self.model.head_weight, banned, options)
-        waiting, active = collections.deque(canvases), list[Canvas]()
-        while waiting or active:
-            while waiting and len(active) < options.batch and not (stop and stop.requested):
-                active.append(waiting.popleft())
-            if not active:
-                return
-            self._step(active, streams, picker, on_block)
-            for row in reversed(range(len(active))):
-                if active[row].ended:
-                    _leave(active, row, streams)
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the tokens of a conversation under the chat template, ready for the assistant's turn.
 
-    def _step(
-        self, active: Sequence[Canvas], streams: Sequence[Stream], picker: Picker, on_block: OnBlock | None
-    ) -> None:
-        """Denoise every reply once."""
-        hidden = [stream.hidden(active) for stream in streams]
-        places = [(canvas, slot) for canvas in active for slot in canvas.masked]
-        asked = Asked(
-            numbers=[canvas.number for canvas, _ in places],
-            positions=[slot - canvas.pads for canvas, slot in places],
-            forwards=[canvas.forwards for canvas, _ in places],
+    Args:
+        tokenizer: of the model.
+        messages: each with `role` and `content`.
+
+    Raises:
+        DataError: there is no chat template, or a message holds the mask token.
+    """
+    if tokenizer.chat is None:
+        raise DataError(
+            f"{tokenizer.name} has no chat template: add chat_template.jinja beside tokenizer.json"
         )
-        tokens, confidence, entropy = picker(hidden[0], hidden[1] if len(hidden) > 1 else None, asked)
-        at = 0
-        for canvas in active:
-            own = slice(at, at + len(canvas.masked))
-            at = own.stop
-            if streams[0].cache is not None:
-                canvas.encoded = canvas.start
-            picks = Picks(tokens=tokens[own], confidence=confidence[own], entropy=entropy[own])
-            if canvas.commit(picks) and on_block is not None:
-                on_block(canvas.number, canvas.reply())
-
-
-def _leave(active: list[Canvas], row: int, streams: Sequence[Stream]) -> None:
-    """Take an ended reply out; the last one's keys and values move to its row, so that rows stay a run."""
-    last = active.pop()
-    for stream in streams:
-        stream.forget(active[row] if row < len(active) else last)
-        if row < len(active) and stream.cache is not None:
-            stream.cache.move(len(active), row)
-    if row < len(active):
-        active[row] = last
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Read a model in eval mode without gradients, and hand every module back in its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    ids = tokenizer.encode(tokenizer.chat.render(list(messages), add_generation_prompt=True))
+    if tokenizer.mask_id in ids:
+        mask = tokenizer.special_tokens["mask_token"]
+        told = next((m["content"] for m in messages if mask in m["content"]), messages[-1]["content"])
+        raise DataError(
+            f"prompt {told!r}: contains the mask token {mask}, which only stands for what is to be "
+            "filled in: remove it from the prompt"
+        )
+    return ids

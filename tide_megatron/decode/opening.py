@@ -6,6 +6,7 @@ that is. A checkpoint knows its run's recipe, which says what the student is and
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,34 @@ from tide_megatron.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a user named, read but for its weights."""
+
+    place: Path
+    """A model folder, or a checkpoint."""
+    folder: Path
+    """With config.json; of a checkpoint the one that its run began from."""
+    tokenizer: Tokenizer
+    context: Context
+
+    def open(self, device: Device, arithmetic: Arithmetic | None = None) -> Decoder:
+        """Open the model, whole on this rank. All ranks of the world call it together.
+
+        Args:
+            device: where to.
+            arithmetic: in what numbers, and by whose layers; None: as `auto` has it.
+
+        Raises:
+            TideError: weights that do not fit or cannot be read.
+        """
+        if self.place == self.folder:
+            model = open_model(self.folder, device, arithmetic)
+        else:
+            model = _open_checkpoint(self.place, self.folder, device, arithmetic or Arithmetic())
+        return Decoder(model, self.tokenizer, self.context)
+
+
 def open_decoder(
     place: Path,
     device: Device,
@@ -47,12 +76,15 @@ def open_decoder(
     mask: str | None = None,
     context: Context | None = None,
 ) -> Decoder:
-    """Open a model, whole on this rank. All ranks of the world call it together.
+    """Open a model, whole on this rank: `find` and `Found.open`. All ranks of the world call it together."""
+    return find(place, mask, context).open(device, arithmetic)
+
+
+def find(place: Path, mask: str | None = None, context: Context | None = None) -> Found:
+    """Read what a model is, and its tokenizer. No collective.
 
     Args:
         place: a run's folder, one of its checkpoints, or a model folder with a tokenizer.
-        device: where to.
-        arithmetic: in what numbers, and by whose layers; None: as `auto` has it.
         mask: the mask token it was trained with; None: what its recipe or folder says.
         context: in which it was trained; None: what its recipe or folder says.
 
@@ -62,23 +94,23 @@ def open_decoder(
     found = found_at(place)
     if not _is_checkpoint(found):
         tokenizer = Tokenizer.load(found, mask=mask)
-        reading = context or trained_context(found)
-        return Decoder(open_model(found, device, arithmetic), tokenizer, reading)
+        return Found(
+            place=found, folder=found, tokenizer=tokenizer, context=context or trained_context(found)
+        )
     metadata = read_metadata(found)
     student = _student_of(found, metadata)
+    folder = Path(student["folder"])
     tokenizer = Tokenizer.load(
-        Path(student["folder"]),
+        folder,
         mask=mask or student.get("mask"),
         add_mask=student.get("add_mask", False),
         template=student.get("template"),
         chat_template_kwargs=student.get("chat_template_kwargs"),
     )
-    if context is None:
-        said = student["context"]
-        context = Context(kind=said["kind"], block_size=said["block_size"])
-    model = _open_checkpoint(found, Path(student["folder"]), device, arithmetic or Arithmetic())
     log.info("%s: the student at step %d of %d", found, metadata.clock.step, metadata.clock.total_steps)
-    return Decoder(model, tokenizer, context)
+    return Found(
+        place=found, folder=folder, tokenizer=tokenizer, context=context or Context(**student["context"])
+    )
 
 
 def found_at(place: Path) -> Path:
@@ -106,7 +138,7 @@ def _student_of(found: Path, metadata: CheckpointMetadata) -> dict[str, Any]:
     try:
         student: dict[str, Any] = dict(metadata.recipe["student"])
         folder = Path(student["folder"])
-        student["context"]["kind"], student["context"]["block_size"]
+        Context(**student["context"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{found}: its recipe says no student; give the run's model/ instead") from None
     if not (folder / CONFIG_FILE).is_file():

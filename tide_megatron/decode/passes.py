@@ -23,10 +23,11 @@ from tide_megatron.diffusion.views import View
 from tide_megatron.models.attention import Dense, Reading
 from tide_megatron.models.build import TideModel
 from tide_megatron.models.cache import KeyValueCache
+from tide_megatron.models.lean import is_lean, lean_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Fed:
+class Fed:
     """What one reply gives to a pass."""
 
     canvas: Canvas
@@ -55,6 +56,7 @@ class Stream:
         """
         assert cache is None or context.kind == "block_causal", "what is still to come changes the past"
         self.cache, self._model, self._context, self._blind = cache, model, context, blind
+        self._is_lean = is_lean(model)
         self._shift = int(model.architecture.is_shifted)
         self._before: dict[Canvas, Tensor] = {}
         """State [hidden] of the slot before a reply's block, which in a shifted model predicts the first."""
@@ -73,14 +75,14 @@ class Stream:
                 fed = [(row, canvases[row]) for row in rows]
                 self._pass(
                     [
-                        _Fed(canvas=one, row=row, begin=begins[row], end=one.start, wanted=())
+                        Fed(canvas=one, row=row, begin=begins[row], end=one.start, wanted=())
                         for row, one in fed
                     ]
                 )
             begins = [canvas.start for canvas in canvases]
         return self._pass(
             [
-                _Fed(canvas=canvas, row=row, begin=begins[row], end=canvas.end, wanted=canvas.masked)
+                Fed(canvas=canvas, row=row, begin=begins[row], end=canvas.end, wanted=canvas.masked)
                 for row, canvas in enumerate(canvases)
             ]
         )
@@ -89,7 +91,7 @@ class Stream:
         """Drop what is kept of a reply beside the cache."""
         self._before.pop(canvas, None)
 
-    def _pass(self, fed: Sequence[_Fed]) -> Tensor:
+    def _pass(self, fed: Sequence[Fed]) -> Tensor:
         """Run the model once and return [wanted, hidden]."""
         width = max(one.end - one.begin for one in fed)
         rows = [
@@ -108,30 +110,19 @@ class Stream:
             segments=None,
             rows=torch.tensor(rows, dtype=torch.int64, device=device),
         )
-        states = self._model.rows(view, self._reading(fed, width, device))
+        reading = self._reading(fed, width, device)
+        states = lean_rows(self._model, view, reading) if self._is_lean else self._model.rows(view, reading)
         return self._assembled(fed, states) if self._shift else states
 
-    def _reading(self, fed: Sequence[_Fed], width: int, device: torch.device) -> Reading:
-        """Say what the tokens of a pass see."""
-        keys = max(one.end for one in fed)
-        begins = torch.tensor([one.begin for one in fed])[:, None]
-        ends = torch.tensor([one.end for one in fed])[:, None]
-        slots = begins + torch.arange(width)  # [samples, width]
-        key = torch.arange(keys)
-        seen = key < ends  # [samples, keys]
-        if any(one.canvas.visible is not None for one in fed):
-            seen &= torch.stack([_visible(one.canvas, keys) for one in fed])
-        if all(one.begin >= one.canvas.start for one in fed):
-            mask = None if bool(seen.all()) else seen[:, None, None]  # all of a block see the same
-        else:
-            allowed = may_attend(self._context, keys + width, slots[:, :, None], key)
-            # A pad in front of a prompt would see nothing, and give NaN.
-            mask = (allowed & seen[:, None] | (key == slots[:, :, None]))[:, None]
+    def _reading(self, fed: Sequence[Fed], width: int, device: torch.device) -> Reading:
+        """Say what the tokens of a pass see, and where their keys and values go."""
+        mask = pass_mask(self._context, fed)
         kernel = Dense(mask=None if mask is None else mask.to(device))
         if self.cache is None:
             return Reading(kernel=kernel)
+        slots, ends = _slots(fed, width)
         window = self.cache.window(
-            [one.row for one in fed], slots.where(slots < ends, self.cache.unread), keys
+            [one.row for one in fed], slots.where(slots < ends, self.cache.unread), int(ends.max())
         )
         return Reading(kernel=kernel, memory=window)
 
@@ -139,17 +130,17 @@ class Stream:
         """Return the slot whose state predicts a slot's token; the first of a text keeps its own."""
         return slot - self._shift if canvas.positions[slot] > 0 else slot
 
-    def _remembers(self, one: _Fed) -> bool:
+    def _remembers(self, one: Fed) -> bool:
         """Whether a pass feeds the slot before a reply's block, whose state later passes of it need."""
         return bool(self._shift) and one.begin < one.canvas.start
 
-    def _read_slots(self, one: _Fed) -> list[int]:
+    def _read_slots(self, one: Fed) -> list[int]:
         """Return the slots of a reply whose states a pass gives, in order."""
         sources = [self._source(one.canvas, slot) for slot in one.wanted]
         before = [one.canvas.start - 1] if self._remembers(one) else []
         return before + [slot for slot in sources if slot >= one.canvas.start]
 
-    def _assembled(self, fed: Sequence[_Fed], states: Tensor) -> Tensor:
+    def _assembled(self, fed: Sequence[Fed], states: Tensor) -> Tensor:
         """Put the states from before the blocks in their places (of a shifted model), and keep them."""
         parts, at = [states[:0]], 0
         for one in fed:
@@ -163,6 +154,36 @@ class Stream:
             parts.append(states[at : at + own])
             at += own
         return torch.cat(parts)
+
+
+def pass_mask(context: Context, fed: Sequence[Fed]) -> Tensor | None:
+    """Say what the tokens of a pass see, on the host.
+
+    Args:
+        context: `block_causal` or `bidirectional`.
+        fed: by each reply; shorter ones are filled up, with what nobody sees.
+
+    Returns:
+        [replies, 1, fed tokens or 1, slots] bool, over the slots up to the last that is fed; None: all true.
+    """
+    width = max(one.end - one.begin for one in fed)
+    slots, ends = _slots(fed, width)
+    keys = int(ends.max())
+    key = torch.arange(keys)
+    seen = key < ends  # [replies, keys]
+    if any(one.canvas.visible is not None for one in fed):
+        seen &= torch.stack([_visible(one.canvas, keys) for one in fed])
+    if all(one.begin >= one.canvas.start for one in fed):  # all of a block see the same
+        return None if bool(seen.all()) else seen[:, None, None]
+    allowed = may_attend(context, keys + width, slots[:, :, None], key)
+    # A pad in front of a prompt sees itself: nothing at all would give NaN.
+    return (allowed & seen[:, None] | (key == slots[:, :, None]))[:, None]
+
+
+def _slots(fed: Sequence[Fed], width: int) -> tuple[Tensor, Tensor]:
+    """Return [replies, width] the slots of a pass, and [replies, 1] where those that are fed end."""
+    begins, ends = (torch.tensor([getattr(one, word) for one in fed])[:, None] for word in ("begin", "end"))
+    return begins + torch.arange(width), ends
 
 
 def _filled(values: list[int], width: int) -> list[int]:

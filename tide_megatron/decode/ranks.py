@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
-from tide_megatron.decode.decoder import Decoder
-from tide_megatron.decode.opening import open_decoder
+from tide_megatron.decode.decoder import Decoder, prompt_ids
+from tide_megatron.decode.opening import find
 from tide_megatron.decode.options import Decoding
 from tide_megatron.decode.reply import Reply
 from tide_megatron.diffusion.mask import Context
@@ -30,12 +30,12 @@ def answer_prompts(
     """Open a model on every rank and reply to prompts; a rank function for `run_ranks`.
 
     Args:
-        place: see `open_decoder`.
+        place: see `opening.find`.
         prompts: one user message each.
         options: how.
-        context: see `open_decoder`.
-        mask: see `open_decoder`.
-        arithmetic: see `open_decoder`.
+        context: see `opening.find`.
+        mask: see `opening.find`.
+        arithmetic: see `Found.open`.
         device: where to compute.
         stop: after a stop signal no further prompt is begun.
 
@@ -43,9 +43,10 @@ def answer_prompts(
         The replies in order, the same on every rank; where stopped, those before the first that was not
         begun.
     """
-    decoder = open_decoder(place, device, arithmetic, mask, context)
     with fail_together():
-        asked = [decoder.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
+        found = find(place, mask, context)
+        asked = [prompt_ids(found.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    decoder = found.open(device, arithmetic)
     with stop.finishing("the replies under way are the last ones", is_last=True):
         return decode_over_ranks(decoder, asked, options, stop=stop)
 

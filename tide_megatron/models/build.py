@@ -162,14 +162,18 @@ class TideModel(GPTModel):  # type: ignore[misc]
             reading = Reading(
                 kernel=self.make_kernel(view.context, view.length, view.numbers(), view.ids.device)
             )
-        plan = AttentionPlan.of(view, reading, self._frequencies, self.config.params_dtype)
-        embedded = self._embed(view) if self.is_first_stage else None
+        plan = self.plan(view, reading)
+        embedded = self.embed(view) if self.is_first_stage else None
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=plan)
         if not self.is_last_stage:
             return hidden
         return hidden[: len(view.rows), 0]  # [rows or 1, 1, hidden]: the last layer picked
 
-    def _embed(self, view: View) -> Tensor:
+    def plan(self, view: View, reading: Reading) -> AttentionPlan:
+        """Make what all layers share of a pass over a view."""
+        return AttentionPlan.of(view, reading, self._frequencies, self.config.params_dtype)
+
+    def embed(self, view: View) -> Tensor:
         """Return [tokens, samples, hidden]: there are no positions, token types or dropout to add."""
         table = self.embedding.word_embeddings.weight
         embedded: Tensor

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.tasks.doctests import Doctests
 from tide_megatron.tasks.exercises import Exercises
+from tide_megatron.tasks.humaneval import HumanEval
 from tide_megatron.tasks.task import Task
 
-TASKS: dict[str, Callable[[], Task]] = {"exercises": Exercises}
+TASKS: dict[str, Callable[[], Task]] = {
+    "exercises": Exercises,
+    "humaneval": HumanEval,
+    "humaneval_instruct": lambda: HumanEval(name="humaneval_instruct", is_begun=True),
+    "doctests": Doctests,
+    "doctests_quickstart": lambda: Doctests(name="doctests_quickstart", is_short=True, only_held_out=True),
+}
 """Tasks by the name that `--tasks` takes; each makes its task with the defaults, and reads no data yet."""
 
 

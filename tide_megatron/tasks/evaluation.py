@@ -42,11 +42,11 @@ from tide_megatron.tasks.folder import (
     scores_of,
     write_json,
 )
+from tide_megatron.tasks.page import markdown, tables
 from tide_megatron.tasks.prompts import Prompts, Think
 from tide_megatron.tasks.runner import ask, counts_of, prepare
-from tide_megatron.tasks.scores import Score, compare
+from tide_megatron.tasks.scores import MeanScore, compare
 from tide_megatron.tasks.suite import Entry, Suite
-from tide_megatron.tasks.table import markdown, tables
 from tide_megatron.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _harness_tasks(options: TaskEvaluation) -> dict[str, Any]:
     if not entries:
         return {}
     try:
-        from tide_megatron.tasks.harness.tasks import load_harness_tasks
+        from tide_megatron.tasks.harness.loading import load_harness_tasks
     except ModuleNotFoundError as fault:
         if fault.name != "lm_eval":
             raise
@@ -272,7 +272,7 @@ class _Evaluator:
         more: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Write scores and result of a task on the first rank, and return the result."""
-        score = Score.of(list(scores.values()))
+        score = MeanScore.of(list(scores.values()))
         result = {
             "score": score.mean,
             "interval": [score.low, score.high],

@@ -19,8 +19,8 @@ from tide_megatron.decode.decoder import Decoder
 from tide_megatron.decode.options import Decoding
 from tide_megatron.decode.reply import Reply
 from tide_megatron.parallel.collectives import barrier, broadcast_object, fail_together, is_first, own_share
+from tide_megatron.tasks.answer_progress import AnswerProgress
 from tide_megatron.tasks.answers import Answer, AnswerFile, read_answers
-from tide_megatron.tasks.progress import Progress
 from tide_megatron.tasks.prompts import Prompts
 from tide_megatron.tasks.task import Task, judge_all
 
@@ -29,7 +29,7 @@ WRITE_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class OpenQuestion:
     """One question as this model reads it."""
 
     name: str
@@ -40,7 +40,7 @@ class Asked:
     """New tokens that its reply may have; 0: it is not decoded."""
 
 
-def prepare(task: Task, chosen: Sequence[int], decoding: Decoding, prompts: Prompts) -> list[Asked]:
+def prepare(task: Task, chosen: Sequence[int], decoding: Decoding, prompts: Prompts) -> list[OpenQuestion]:
     """Return questions as tokens, each with the room that its prompt leaves.
 
     Args:
@@ -57,13 +57,13 @@ def prepare(task: Task, chosen: Sequence[int], decoding: Decoding, prompts: Prom
         question = questions[number]
         ids = prompts.ids(prompts.text(question.messages), question.name, question.prefix)
         room = prompts.room(len(ids), decoding)
-        found.append(Asked(name=question.name, number=number, ids=tuple(ids), room=room))
+        found.append(OpenQuestion(name=question.name, number=number, ids=tuple(ids), room=room))
     return found
 
 
 def ask(
     task: Task,
-    asked: Sequence[Asked],
+    asked: Sequence[OpenQuestion],
     decoding: Decoding,
     decoder: Decoder,
     prompts: Prompts,
@@ -92,7 +92,7 @@ def ask(
         file = AnswerFile(folder, rank)
     answered = broadcast_object(set(known) if is_first() else None)
     left = [one for one in asked if one.name not in answered]
-    progress = Progress(task.name, folder, len(asked), len(asked) - len(left))
+    progress = AnswerProgress(task.name, folder, len(asked), len(asked) - len(left))
 
     def write(replies: list[dict[str, Any]]) -> None:
         decoded = [reply for reply in replies if reply["room"]]
@@ -116,13 +116,13 @@ def ask(
     return {one.name: answers[one.name] for one in asked}
 
 
-def longest_first(questions: Sequence[Asked]) -> list[Asked]:
+def longest_first(questions: Sequence[OpenQuestion]) -> list[OpenQuestion]:
     """Return questions by the lengths of their prompts: those under way together are alike."""
     return sorted(questions, key=lambda one: (-len(one.ids), one.number))
 
 
 def decode_all(
-    questions: Sequence[Asked],
+    questions: Sequence[OpenQuestion],
     decoding: Decoding,
     decoder: Decoder,
     prompts: Prompts,
@@ -171,7 +171,7 @@ def decode_all(
         flush()
 
 
-def _asked_of(one: Asked, decoding: Decoding) -> dict[str, Any]:
+def _asked_of(one: OpenQuestion, decoding: Decoding) -> dict[str, Any]:
     return {
         "name": one.name,
         "prompt_tokens": len(one.ids),

@@ -23,7 +23,7 @@ Z95 = statistics.NormalDist().inv_cdf(0.975)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Score:
+class MeanScore:
     """A mean score and its 95 % interval, all from 0 to 1."""
 
     mean: float
@@ -32,7 +32,7 @@ class Score:
     questions: int
 
     @classmethod
-    def of(cls, scores: Sequence[float]) -> Score:
+    def of(cls, scores: Sequence[float]) -> MeanScore:
         """Return the mean of scores of questions, each from 0 to 1.
 
         Raises:
@@ -66,7 +66,7 @@ def wilson(share: float, questions: int) -> tuple[float, float]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PairedScores:
     """One model against another on the questions that both have answered."""
 
     difference: PairedDifference
@@ -95,7 +95,7 @@ class Comparison:
         }
 
 
-def compare(one: Mapping[str, float], other: Mapping[str, float]) -> Comparison:
+def compare(one: Mapping[str, float], other: Mapping[str, float]) -> PairedScores:
     """Compare two models by question.
 
     Args:
@@ -109,7 +109,7 @@ def compare(one: Mapping[str, float], other: Mapping[str, float]) -> Comparison:
     if not shared:
         raise DataError("the two have no question in common; evaluate both on the same task")
     pairs = [(one[name], other[name]) for name in shared]
-    return Comparison(
+    return PairedScores(
         difference=paired_difference([a for a, _ in pairs], [b for _, b in pairs]),
         better=sum(a > b for a, b in pairs),
         worse=sum(a < b for a, b in pairs),

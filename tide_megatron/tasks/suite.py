@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -56,6 +57,8 @@ class Entry:
     decoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of `Decoding` in the place of the task's own."""
     published: Published | None = None
+    same_questions: tuple[str, ...] = ()
+    """Tasks that ask the same questions in another form."""
 
     @property
     def is_harness(self) -> bool:
@@ -124,6 +127,24 @@ def chosen_entries(words: Sequence[str]) -> Suite:
     return Suite(entries=tuple(entries), block_size=block_size)
 
 
+def decoding_words(words: Sequence[str]) -> dict[str, Any]:
+    """Read KEY=VALUE, values as in YAML.
+
+    Raises:
+        ConfigError: a word without `=`, or a value that is no YAML.
+    """
+    found = {}
+    for word in words:
+        key, is_there, value = word.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            is_there = ""
+        if not is_there:
+            raise ConfigError(f"--decoding: {word!r} is no KEY=VALUE; write for example new_tokens=64")
+    return found
+
+
 def read_suite(file: Path) -> Suite:
     """Read a suite file.
 
@@ -150,6 +171,8 @@ def _entry(file: Path, name: str, values: dict[str, Any]) -> Entry:
 
 
 def published_of(task: str) -> Published | None:
-    """Return what the paper reports of a task, whoever named it; None: nothing."""
-    found = [entry.published for entry in read_suite(FOLDER / "paper.yaml").entries if entry.task == task]
-    return found[0] if found else None
+    """Return what the paper reports of a task or of its questions in another form; None: nothing."""
+    for entry in read_suite(FOLDER / "paper.yaml").entries:
+        if task in (entry.task, *entry.same_questions):
+            return entry.published
+    return None

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from tide_megatron.decode.options import Decoding
+from tide_megatron.decode.options import Decoding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from tide_megatron.base.errors import DataError
-from tide_megatron.tasks.scores import Score, compare, wilson
+from tide_megatron.tasks.scores import MeanScore, compare, wilson
 
 
 @pytest.mark.parametrize(
@@ -20,17 +20,17 @@ def test_wilson(right, questions, low, high):
 
 
 def test_a_share_has_wilsons_interval_and_other_scores_students():
-    assert Score.of([1.0, 0.0] * 5).low == pytest.approx(0.2366, abs=1e-4)
-    mixed = Score.of([0.5, 0.6, 0.7])
+    assert MeanScore.of([1.0, 0.0] * 5).low == pytest.approx(0.2366, abs=1e-4)
+    mixed = MeanScore.of([0.5, 0.6, 0.7])
     half = 4.3027 * 0.1 / 3**0.5  # Student's t of two degrees of freedom
     assert (mixed.low, mixed.high) == pytest.approx((0.6 - half, 0.6 + half), abs=1e-4)
-    assert Score.of([0.0, 0.5]).low == 0.0
+    assert MeanScore.of([0.0, 0.5]).low == 0.0
     with pytest.raises(DataError, match="no question was answered"):
-        Score.of([])
+        MeanScore.of([])
 
 
 def test_percent_is_what_tables_show():
-    assert Score.of([1.0] * 80 + [0.0] * 84).percent() == "48.8 [41.2, 56.4]"
+    assert MeanScore.of([1.0] * 80 + [0.0] * 84).percent() == "48.8 [41.2, 56.4]"
 
 
 def test_two_models_are_compared_on_what_both_answered():

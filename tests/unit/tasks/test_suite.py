@@ -51,6 +51,7 @@ def test_words(monkeypatch):
         ("ours2", "lm_eval/ours2", None),
     ]
     assert published_of("lm_eval/gsm8k_cot").scores["TIDE-Cross"] == 52.24
+    assert published_of("humaneval") == published_of("humaneval_instruct")
     assert published_of("ours") is None
     with pytest.raises(ConfigError, match="--tasks: name some"):
         chosen_entries([])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lm_eval.__main__ import cli_evaluate
 
-import tide_megatron.tasks.harness.model  # noqa: F401 - it registers `tide`
+import tide_megatron.tasks.harness.language_model  # noqa: F401 - it registers `tide`
 
 if __name__ == "__main__":
     cli_evaluate()

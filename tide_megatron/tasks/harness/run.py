@@ -16,8 +16,8 @@ from tide_megatron.decode.decoder import Decoder
 from tide_megatron.evaluate.likelihood import scored_samples
 from tide_megatron.parallel.collectives import broadcast_object, gather_objects
 from tide_megatron.tasks.answers import Answer
-from tide_megatron.tasks.harness.model import HarnessModel, digest
-from tide_megatron.tasks.harness.tasks import HarnessTask
+from tide_megatron.tasks.harness.language_model import HarnessModel, digest
+from tide_megatron.tasks.harness.loading import HarnessTask
 from tide_megatron.tasks.prompts import Prompts
 
 _REPORTED = ("results", "groups", "versions", "n-shot", "n-samples")

@@ -37,11 +37,11 @@ from tide_megatron.decode.options import Decoding
 from tide_megatron.evaluate.model_folder import trained_context
 from tide_megatron.evaluate.options import Arithmetic
 from tide_megatron.parallel.collectives import barrier, gather_objects, own_share
+from tide_megatron.tasks.answer_progress import AnswerProgress
 from tide_megatron.tasks.answers import Answer, AnswerFile, read_answers
 from tide_megatron.tasks.harness.likelihood import Likelihoods
-from tide_megatron.tasks.progress import Progress
 from tide_megatron.tasks.prompts import Prompts, Think
-from tide_megatron.tasks.runner import Asked, decode_all, longest_first
+from tide_megatron.tasks.runner import OpenQuestion, decode_all, longest_first
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,6 @@ DRAWS = 32
 """Maskings of each continuation whose likelihood is estimated."""
 _NUMBERS = 2**62
 """Numbers of prompts, which key random draws, are below this."""
-_WORDS = ("new_tokens", "steps", "schedule", "threshold", "guidance", "seed")
-"""Fields of `Decoding` that `--model_args` takes as they are."""
 
 
 class HarnessModel(LM):  # type: ignore[misc]
@@ -132,7 +130,7 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the reply to each (prompt, options of the task)."""
-        keys, asked = [], dict[Decoding, dict[str, Asked]]()
+        keys, asked = [], dict[Decoding, dict[str, OpenQuestion]]()
         repeats: dict[str, int] = {}
         for request in requests:
             text, words = request.args
@@ -143,7 +141,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             # What is asked oftener than that fills up another rank's share, and nobody looks at it.
             key += f"-{times % (request.repeats or 1)}"
             ids = self._prompts.ids(text, key)
-            asked.setdefault(decoding, {})[key] = Asked(
+            asked.setdefault(decoding, {})[key] = OpenQuestion(
                 name=key,
                 number=int(digest(key), 16) % _NUMBERS,
                 ids=tuple(ids),
@@ -256,7 +254,7 @@ class _Answers:
         self._file = None if folder is None else AnswerFile(folder, self._model.rank)
         self._progress = None
         if folder is not None:
-            self._progress = Progress(folder.name, folder, self._total * self._model.world_size, 0)
+            self._progress = AnswerProgress(folder.name, folder, self._total * self._model.world_size, 0)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -277,7 +275,7 @@ def digest(*parts: Any) -> str:
 
 
 @register_model("tide")
-class TideModel(HarnessModel):
+class RegisteredModel(HarnessModel):
     """A model folder, a run or one of its checkpoints, as `--model tide` of the harness's own command."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - the harness spells a model's arguments as parameters
@@ -293,7 +291,12 @@ class TideModel(HarnessModel):
         engine: str = "auto",
         think: Think = "auto",
         draws: int = DRAWS,
-        **decoding: Any,
+        new_tokens: int | None = None,
+        steps: int | None = None,
+        schedule: str | None = None,
+        threshold: float | None = None,
+        guidance: float | None = None,
+        seed: int | None = None,
     ) -> None:
         """Open it; under torchrun on every rank.
 
@@ -309,13 +312,19 @@ class TideModel(HarnessModel):
             engine: what computes the layers.
             think: `auto`, `always` or `never` (docs/evaluation.md).
             draws: maskings of each continuation whose likelihood is estimated.
-            decoding: new_tokens, steps, schedule, threshold, guidance, seed: in the place of the task's own.
+            new_tokens: longest reply; this and what follows: default: the task's own.
+            steps: denoising steps of so many.
+            schedule: what a step commits.
+            threshold: of a schedule that has one.
+            guidance: weight of classifier-free guidance.
+            seed: of draws.
 
         Raises:
-            TideError: an argument that is not known, or a model that cannot be read.
+            TideError: an argument that cannot be, or a model that cannot be read.
         """
-        if unknown := [word for word in decoding if word not in _WORDS]:
-            raise ConfigError(f"--model_args: {unknown[0]} is unknown; choose one of: {', '.join(_WORDS)}")
+        given = {"new_tokens": new_tokens, "steps": steps, "schedule": schedule, "threshold": threshold}
+        given |= {"guidance": guidance, "seed": seed}
+        decoding = {name: value for name, value in given.items() if value is not None}
         chosen = choose_device(device or "auto")  # type: ignore[arg-type] # it refuses other words
         if not dist.is_initialized():
             start_distributed(chosen, read_ranks())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tide_megatron.evaluate.report import TextTable
-from tide_megatron.tasks.scores import Score, wilson
+from tide_megatron.tasks.scores import MeanScore, wilson
 from tide_megatron.tasks.suite import Published, Suite, published_of
 
 PAPER = "arXiv 2604.26951, table 1"
@@ -31,7 +31,7 @@ def score_table(results: Mapping[str, Mapping[str, Any]], published: Mapping[str
     models = list(dict.fromkeys(name for one in published.values() for name in one.scores))
     rows = []
     for name, result in results.items():
-        score = Score(
+        score = MeanScore(
             mean=result["score"],
             low=result["interval"][0],
             high=result["interval"][1],
@@ -52,14 +52,14 @@ def _published(one: Published | None, model: str) -> str:
         return ""
     share = one.scores[model] / 100
     low, high = wilson(share, one.questions)
-    return Score(mean=share, low=low, high=high, questions=one.questions).percent()
+    return MeanScore(mean=share, low=low, high=high, questions=one.questions).percent()
 
 
 def comparison_table(comparisons: Mapping[str, Mapping[str, Any]], other: str) -> TextTable:
     """Return paired differences to another folder of results.
 
     Args:
-        comparisons: task -> `Comparison.summary`.
+        comparisons: task -> `PairedScores.summary`.
         other: the folder's name.
     """
     rows = []

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 EVERY_SECONDS = 10.0
 
 
-class Progress:
+class AnswerProgress:
     """Counts what all ranks have written into a folder of answers; only the first rank speaks."""
 
     def __init__(self, name: str, folder: Path, total: int, done: int) -> None:
