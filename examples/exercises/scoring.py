@@ -19,7 +19,7 @@ from tide_megatron.decode.ranks import answer_prompts
 from tide_megatron.evaluate.report import TextTable
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.tasks.exercises import KINDS
-from tide_megatron.tasks.scores import Score, compare
+from tide_megatron.tasks.scores import MeanScore, compare
 from tide_megatron.tasks.task import judge_all
 
 KIND_NAMES = tuple(kind.__name__ for kind in KINDS)
@@ -48,7 +48,7 @@ class Answers:
 
     def summary(self) -> dict[str, Any]:
         """Return what result files and cards hold of it."""
-        score = Score.of(list(self.scores.values()))
+        score = MeanScore.of(list(self.scores.values()))
         return {
             "exact_match": score.mean,
             "exact_match_ci95": [score.low, score.high],
@@ -80,7 +80,7 @@ def score_table(answered: Mapping[str, Answers], reference: str, costs: Mapping[
     """
     rows = []
     for name, answers in answered.items():
-        score = Score.of(list(answers.scores.values()))
+        score = MeanScore.of(list(answers.scores.values()))
         words = "reference"
         if name != reference:
             found = compare(answers.scores, answered[reference].scores).difference
