@@ -35,7 +35,8 @@ def compare(pool, file, words):
 def test_the_pair_on_four_ranks(pool, pair):
     for of_rank in compare(pool, pair, PAIR_ON_FOUR):
         for phase, (planned, real) in of_rank.items():
-            assert planned == pytest.approx(real, rel=0.05), phase  # what lies on the host is not in a plan
+            # Masks and what is known of rows lie on the host in a plan, and are not in it.
+            assert planned <= real <= 1.08 * planned, phase
 
 
 @pytest.mark.slow

@@ -154,7 +154,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         What only Python's collector of cycles would free is freed: when it runs by itself is chance.
         """
-        gc.collect()
+        if self.calls:  # not the first step
+            gc.collect()
         for counted in (self.calls, self.num_bytes, self.flops, self.peaks):
             counted.clear()
 

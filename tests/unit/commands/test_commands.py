@@ -30,6 +30,7 @@ SURFACE = {
     "--gpus-per-node --cpus-per-rank --container --containers --mount --warning --restarts --chain --sweep "
     "--env --sbatch --python --preflight-only/--no-preflight-only --check/--no-check --dry-run",
     "status": "runs --json --watch",
+    "plan": "recipe overrides --gpus --gpus-per-node --memory --reserve --length --records --explain --json",
     "recipe": "key --markdown",
     "sample": "model prompts --context --block-size --mask --new-tokens --steps --device --precision "
     "--engine --fp8",

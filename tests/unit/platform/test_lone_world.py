@@ -1,6 +1,7 @@
 """A world of one: collectives are told and answered, and nothing of it stays behind."""
 
 import tide_megatron.platform
+from tide_megatron.platform.lone_world import Call, Listener, PlannedDevice, lone_world
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from tide_megatron.base.planned import kind_of
 from tide_megatron.parallel.collectives import all_agree, gather_objects, gather_vectors, sum_over
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.platform.lone_world import Call, Listener, PlannedDevice, lone_world
 
 
 def heard_in(rank, size, act, kind="cuda", peers=lambda tensor, ranks: None):
