@@ -1,7 +1,8 @@
 # Each target builds what it needs from nothing: the environment in $(VENV) when it is missing, or when
 # pyproject.toml or constraints.txt has changed, and then does its job.
 #
-#   make quickstart          two teachers in two layouts teach a small student on 4 CPU ranks (about 12 minutes)
+#   make quickstart          two teachers in two layouts teach a small student exercises, on 4 CPU ranks (MINUTES)
+#   make docstrings          the same on docstring -> function pairs, scored by likelihood (about 6 minutes)
 #   make cross-tokenizer     learn from a teacher with another tokenizer, alone and in a pair (longer than the quickstart)
 #   make shared-tokenizer    TIDAL along each of its axes, with and without CompDemo (longer than the quickstart)
 #   make test                all tests but the slow ones
@@ -38,6 +39,7 @@ BUILT = $(VENV)/.built
 SOURCES = tide_megatron tools examples tests
 
 .PHONY: help quickstart quickstart-full quickstart-models \
+  docstrings docstrings-full docstrings-models \
   cross-tokenizer cross-tokenizer-full cross-models shared-tokenizer shared-tokenizer-full \
   gpu-assets gpu-check gpu-bench gpu-rehearse test test-ranks test-unit test-all test-312 test-slurm preempt-test \
   check faults kill-test chaos chaos-sample format environment clean
@@ -57,12 +59,21 @@ $(BUILT): pyproject.toml constraints.txt
 	touch $(BUILT)
 
 quickstart: $(BUILT)
-	$(BIN)/python examples/quickstart/run.py
+	$(BIN)/python examples/exercises/run.py
 
 quickstart-full: $(BUILT)
-	$(BIN)/python examples/quickstart/run.py --full
+	$(BIN)/python examples/exercises/run.py --full
 
 quickstart-models: $(BUILT)
+	$(BIN)/python examples/exercises/make_models.py
+
+docstrings: $(BUILT)
+	$(BIN)/python examples/quickstart/run.py
+
+docstrings-full: $(BUILT)
+	$(BIN)/python examples/quickstart/run.py --full
+
+docstrings-models: $(BUILT)
 	$(BIN)/python examples/quickstart/make_models.py
 
 cross-tokenizer: $(BUILT)

@@ -3,7 +3,7 @@
     python tools/replay_goldens.py [DIR]
 
 DIR is tests/golden/data unless another one is named. One row per key or case group: `replayed` with its
-largest error, `differs` with the reference bug it is named after, `later issue` for keys that wait for one,
+largest error, `differs` with the reference bug it is named after,
 `not there` for what the folder leaves out, `failed` for all else: a number out of tolerance (losses and
 gradients 1e-6, logits 1e-5), a missing key, a file, key or option that nothing replays. The exit code is 0
 only if something was replayed and nothing failed. All shapes, temperatures and steps come from the folder.
@@ -23,9 +23,10 @@ import rich.table
 import torch
 
 from goldens.batches import replay_collate_cross, replay_collate_shared
-from goldens.formulas import replay_calm, replay_masks, replay_sampler, replay_schedules, replay_tidal
+from goldens.formulas import replay_calm, replay_masks, replay_schedules, replay_tidal
 from goldens.models import replay_models
 from goldens.row import Row
+from goldens.sampler import replay_sampler
 from goldens.steps import replay_aligned_steps, replay_cross_steps, replay_plain_steps, replay_shared_steps
 from goldens.texts import (
     replay_alignments,
@@ -97,7 +98,7 @@ def show(rows: list[Row]) -> None:
     console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     counts = collections.Counter(row.status for row in rows)
-    statuses = ("replayed", "differs", "later issue", "not there", "failed")
+    statuses = ("replayed", "differs", "not there", "failed")
     console.print(", ".join(f"{counts[status]} {status}" for status in statuses))
 
 

@@ -22,8 +22,9 @@ from typing import Any
 import rich
 import typer
 
+from tide_megatron.decode.options import Decoding
+from tide_megatron.decode.ranks import answer_prompts
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate.generate import Sampler, answer_prompts
 from tide_megatron.evaluate.likelihood import score_folder
 from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.evaluate.report import (
@@ -107,6 +108,10 @@ class Comparison:
     out: Path
     held_out: Path
     """Held-out data in the student's tokens."""
+    student: Path = STUDENT
+    """The base student."""
+    context: Context = CONTEXT
+    """Its context."""
     teachers: Sequence[Teacher]
     """All that some variant listens to."""
     variants: Mapping[str, Sequence[str]]
@@ -171,11 +176,25 @@ class Comparison:
         return summary
 
     def write(
-        self, results: Sequence[Results], summary: dict[str, Any], notes: Sequence[str], began: float
+        self,
+        results: Sequence[Results],
+        summary: dict[str, Any],
+        notes: Sequence[str],
+        began: float,
+        *,
+        lead: Sequence[str] = (),
     ) -> None:
-        """Score base student and teachers, write result.json, report and plots, and print table and notes."""
+        """Score base student and teachers, write result.json, report and plots, and print table and notes.
+
+        Args:
+            results: of `run`.
+            summary: of `summarise`, with what else result.json is to hold.
+            notes: sentences on the figures.
+            began: when the script did, on the monotonic clock.
+            lead: paragraphs that the report begins with.
+        """
         first = results[0]
-        base = _score(STUDENT, self.held_out, CONTEXT)
+        base = _score(self.student, self.held_out, self.context)
         answers = {one: _score(one.folder, one.data, one.context) for one in self.teachers}
         summary = summary | {
             "base_student": {key: base[key] for key in KEPT if key in base},
@@ -203,6 +222,7 @@ class Comparison:
             teachers=teachers,
             run_folders={name: self.out / name for name in first},
             samples=self._samples() if self.shown else (),
+            lead=lead,
             notes=[*notes, *(f"## {table.title}\n\n{table.markdown()}" for table in seeds)],
         ).write(self.out)
         for table in seeds:
@@ -238,9 +258,11 @@ class Comparison:
         lines = text.read_text(encoding="utf-8").splitlines()[:400:150]
         chats = [json.loads(line)["messages"] for line in lines]
         prompts = [chat[0]["content"] for chat in chats]
-        sampler = Sampler(new_tokens=64, steps=64)
+        decoding = Decoding(new_tokens=64)
         replies = {
-            name: run_ranks(answer_prompts, (self.out / name / "model", prompts, CONTEXT, sampler), 1, "cpu")
+            name: run_ranks(
+                answer_prompts, (self.out / name / "model", prompts, self.context, decoding), 1, "cpu"
+            )
             for name in self.shown
         }
         return [
@@ -248,7 +270,7 @@ class Comparison:
                 prompt=prompt,
                 replies={
                     "reference": chat[1]["content"],
-                    **{name: texts[index] for name, texts in replies.items()},
+                    **{name: of_model[index].text for name, of_model in replies.items()},
                 },
             )
             for index, (prompt, chat) in enumerate(zip(prompts, chats, strict=True))

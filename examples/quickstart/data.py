@@ -7,7 +7,7 @@ Made once; a second call finds it and returns. Nothing is downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import typer
@@ -36,12 +36,13 @@ def ensure_columns(
     *,
     text: Path,
     sides: Mapping[str, SideChoice] | None = None,
+    splits: Sequence[str] = SPLITS,
 ) -> Path:
-    """Prepare all splits below `out` from chats below `text`, which are made where they are missing."""
+    """Prepare splits below `out` from chats below `text`, which are made where they are missing."""
     sides = sides or {}
     digests = {name: side.tokenizer.digest for name, side in sides.items()}
-    missing = [name for name in SPLITS if not _is_whole(out / name, tokenizer, digests)]
-    if missing and not all((text / f"{name}.jsonl").is_file() for name in SPLITS):
+    missing = [name for name in splits if not _is_whole(out / name, tokenizer, digests)]
+    if missing and not all((text / f"{name}.jsonl").is_file() for name in missing):
         print("reading docstrings and functions from the installed sources ...", flush=True)
         write_corpus(text)
     for name in missing:

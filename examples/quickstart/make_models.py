@@ -1,6 +1,6 @@
-"""Make the quickstart's base student and two teachers again, or check the shipped ones against their card.
+"""Make the docstrings' base student and two teachers again, or check the shipped ones against their card.
 
-    make quickstart-models                               (about 35 core-minutes)
+    make docstrings-models                               (about 35 core-minutes)
     python examples/quickstart/make_models.py --check    score the shipped weights and compare with card.json
     python examples/quickstart/make_models.py --score    score the shipped weights and write the card
     python examples/quickstart/make_models.py --only dense    make one, keep the others and their figures

@@ -1,7 +1,7 @@
-"""The quickstart: two teachers in two layouts teach a small student on 4 CPU ranks, and what it gains.
+"""Docstrings: two teachers in two layouts teach a small student on 4 CPU ranks, and what likelihood it gains.
 
-    make quickstart            (or: python examples/quickstart/run.py)
-    make quickstart-full       each teacher alone, itself as teacher, TIDAL beside KL, and three seeds
+    make docstrings            (or: python examples/quickstart/run.py)
+    make docstrings-full       each teacher alone, itself as teacher, TIDAL beside KL, and three seeds
 
 The same base student is continued three times at equal steps, tokens, seed and learning rate (tuned for the
 first): undistilled (cross-entropy), hard twin (no teacher, but the weight of both distilling terms on the
@@ -9,7 +9,7 @@ gold tokens), both (a KL term for each teacher); and once undistilled for as muc
 With --full also with itself as the teacher (`self`): what soft targets alone are worth. On the ranks where
 the student trains data-parallel live a
 LLaDA2-type mixture of experts, its experts spread over all four, and a dense Qwen3-type model cut in two
-pipeline stages of two tensor ranks. Writes runs/quickstart/result.json, report.md and plots.
+pipeline stages of two tensor ranks. Writes runs/docstrings/result.json, report.md and plots.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def main(full: bool = False) -> None:
     began = time.monotonic()
     ensure_data(DATA)
     comparison = Comparison(
-        title="Quickstart: a mixture of experts and a dense model teach one small block-diffusion student",
+        title="Docstrings: a mixture of experts and a dense model teach one small block-diffusion student",
         recipe=Path("configs/runs/quickstart.yaml"),
-        out=Path("runs/quickstart"),
+        out=Path("runs/docstrings"),
         held_out=DATA / "test",
         teachers=(MOE, DENSE),
         variants=RUNS | (FULL if full else {}),

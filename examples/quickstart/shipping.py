@@ -35,6 +35,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 SAMPLES = 512
 TOLERANCE = 1e-3
 """Nats per byte on the very same held-out data (other processors add up in another order)."""
+TOLERANCE_ANSWERS = 0.005
+"""In the share of right answers, of models that are asked questions: a near tie may fall the other way."""
 TOLERANCE_OTHER_DATA = 0.05
 """On held-out text of other source versions."""
 
@@ -49,7 +51,7 @@ class Shipped:
     data: Path
     """Held-out data in the model's own tokens."""
 
-    def score(self) -> dict[str, float]:
+    def score(self) -> dict[str, Any]:
         """Score the shipped weights."""
         options = Evaluation(samples=SAMPLES)
         scores = run_ranks(score_folder, (self.folder, self.data, self.context, options), 1, "cpu")
@@ -158,6 +160,9 @@ def agrees_with_card(file: Path, models: Mapping[str, Shipped]) -> bool:
         now, then = model.score(), card["models"][name]
         agrees &= abs(now["nll_per_byte"] - then["nll_per_byte"]) <= limit
         rich.print(f"{name}: {now['nll_per_byte']:.4f} nats/byte, card {then['nll_per_byte']:.4f}")
+        if "exact_match" in then:
+            agrees &= abs(now["exact_match"] - then["exact_match"]) <= TOLERANCE_ANSWERS
+            rich.print(f"{name}: {now['exact_match']:.1%} right, card {then['exact_match']:.1%}")
     return agrees
 
 

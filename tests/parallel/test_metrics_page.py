@@ -21,6 +21,8 @@ WORDS = [
     "steps=3",
     "metrics.peak_tflops=0.5",
     "evaluation.every=1",
+    "evaluation.agreement=4",
+    "metrics.gradients_every=2",
     "checkpoints.every=1",
     "losses.tidal.kind=tidal",
     "losses.tidal.teacher=moe",
@@ -30,6 +32,7 @@ WORDS = [
 
 EPOCHS = {"old": 3, "new": 1}
 """Two sources of a blend, and how often they are read."""
+TEACHERS = ("moe", "own", "dense")
 SOURCES = ("even", "odd")
 """Two sources of the held-out data."""
 
@@ -76,7 +79,8 @@ def lines(pool, tmp_path_factory):
 
 def _with_placeholder(name, terms):
     patterns = {
-        rf"^(loss|items|lambda)/({'|'.join(terms)})$": r"\1/TERM",
+        rf"^(loss|items|lambda|gradient_norm|gradient_cosine)/({'|'.join(terms)})$": r"\1/TERM",
+        rf"^(teacher_kl|teacher_top1|chunk_kl|pushed_up)/({'|'.join(TEACHERS)})$": r"\1/TEACHER",
         rf"^(nll_per_byte|masked_accuracy|epochs)/({'|'.join([*EPOCHS, *SOURCES])})$": r"\1/SOURCE",
         r"^(nll_per_byte|masked_accuracy)/0\.\d+$": r"\1/LEVEL",
     }
@@ -119,3 +123,12 @@ def test_sources_tell_how_often_they_were_read_and_how_they_score(lines):
         if line["kind"] == "evaluate":
             low, high = sorted(line[f"nll_per_byte/{name}"] for name in SOURCES)
             assert low < line["nll_per_byte"] < high
+
+
+def test_terms_tell_their_gradients_when_they_are_measured(lines):
+    records = [line for line in lines if line["kind"] == "train"]
+    told = [{name for name in line if name.startswith("gradient_")} for line in records]
+    assert told[0] == told[2]
+    assert told[1] == set()
+    for line in records[::2]:
+        assert all(abs(line[f"gradient_cosine/{term}"]) <= 1 for term in ("kl", "reverse", "dense"))

@@ -78,6 +78,7 @@ def test_docstrings_name_every_argument_what_comes_back_and_what_is_raised(funct
         ),
         (lambda: api.evaluate("m", "d", samples=0), "--samples: 0 is not valid"),
         (lambda: api.evaluate("m", "d"), "give --context and --block-size"),
+        (lambda: api.evaluate("m"), "give held-out data .* tasks .* or both"),
         (lambda: api.train("no.yaml"), "no.yaml: no such recipe file"),
         (lambda: api.prepare("out", ["x.jsonl"], tokenizer="x,maks=y", max_length=8), "did you mean 'mask'"),
     ],

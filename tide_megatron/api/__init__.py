@@ -13,32 +13,35 @@ process; those that `prepare` starts import nothing of the script. Under torchru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from tide_megatron.api.data import Place, inspect_data, merge_data, split_data
+from tide_megatron.api.replies import chat, sample, sample_whole
+from tide_megatron.api.report import report
+from tide_megatron.api.scores import TaskOptions as TaskOptions
+from tide_megatron.api.scores import evaluate
 from tide_megatron.base.files import local_path
 
 if TYPE_CHECKING:
-    from tide_megatron.base.device import Wanted
     from tide_megatron.data.manifest import Manifest
-    from tide_megatron.evaluate.options import Arithmetic
     from tide_megatron.export.checks import Check
 
 __all__ = [
+    "chat",
     "evaluate",
     "export",
     "inspect_data",
     "merge_data",
     "preflight",
     "prepare",
+    "report",
     "sample",
+    "sample_whole",
     "split_data",
     "train",
 ]
-
-Options = TypeVar("Options")
 
 
 def prepare(
@@ -208,141 +211,6 @@ def preflight(
     except RanksLost as fault:
         raise RanksFailed(str(fault)) from None  # nothing was begun that another start could go on with
     return found
-
-
-def sample(
-    model: Place,
-    prompts: Sequence[str],
-    *,
-    mask: str | None = None,
-    new_tokens: int = 256,
-    steps: int | None = None,
-    context: Literal["bidirectional", "block_causal", "block_diffusion"] | None = None,
-    block_size: int | None = None,
-    device: Wanted = "auto",
-    precision: str = "auto",
-    engine: str = "auto",
-    fp8: str | None = None,
-) -> list[str]:
-    """Answer prompts with a block sampler.
-
-    Args:
-        model: a run's folder, or a model folder with config.json, weights and tokenizer.
-        prompts: each is one user message in the model's chat template.
-        mask: the mask token that it was trained with; None: the one its folder names.
-        new_tokens: longest reply, in tokens.
-        steps: denoising steps of a reply; None: one a token.
-        context: the kind of context that the model was trained in; None: its folder's.
-        block_size: tokens of a block that it was trained with; None: its folder's.
-        device: where to compute; `auto` takes CUDA where it works.
-        precision: `fp32`, `bf16` or `auto` (bf16 on CUDA, fp32 on CPU).
-        engine: what computes the layers, as a teacher's `engine` in a recipe.
-        fp8: hold and multiply the layers' matrices in FP8 by this recipe (docs/precision.md); None: do not.
-
-    Returns:
-        A reply to each prompt; fewer when a signal stopped it.
-
-    Raises:
-        TideError: a model that cannot be read, or whose context or mask token nobody says; a prompt that
-            holds the mask token or is no text.
-    """
-    from tide_megatron.base.errors import DataError
-    from tide_megatron.base.read import is_text
-    from tide_megatron.evaluate.generate import Sampler, answer_prompts
-    from tide_megatron.evaluate.model_folder import model_of, trained_context
-    from tide_megatron.launch.ranks import run_ranks
-
-    for number, prompt in enumerate(prompts, start=1):
-        if not is_text(prompt):
-            raise DataError(f"prompts: number {number} is no UTF-8 text: {prompt!a}")
-    folder = model_of(local_path(model))
-    reading = trained_context(folder, context, block_size)
-    sampler = Sampler(new_tokens=new_tokens, steps=new_tokens if steps is None else steps)
-    numbers = _arithmetic(precision, engine, fp8)
-    replies: list[str] = run_ranks(
-        answer_prompts, (folder, list(prompts), reading, sampler, mask, numbers), 1, device
-    )
-    return replies
-
-
-def evaluate(
-    model: Place,
-    data: Place,
-    *,
-    samples: int = 256,
-    times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
-    microbatch: int = 16,
-    context: Literal["bidirectional", "block_causal", "block_diffusion"] | None = None,
-    block_size: int | None = None,
-    ranks: int | None = None,
-    device: Wanted = "auto",
-    precision: str = "auto",
-    engine: str = "auto",
-    fp8: str | None = None,
-) -> dict[str, Any]:
-    """Score any model on held-out data, with the noise of every run's evaluations, so that scores compare.
-
-    Args:
-        model: a run's folder, or a model folder with config.json, weights and tokenizer.
-        data: prepared with its tokenizer and template.
-        samples: how many of them are scored.
-        times: noise levels at which each is masked.
-        microbatch: samples per forward pass and rank.
-        context: the kind of context that the model was trained in; None: its folder's.
-        block_size: tokens of a block that it was trained with; None: its folder's.
-        ranks: processes to start here, each with the whole model; None: what torchrun or srun started.
-        device: where to compute; `auto` takes CUDA where it works.
-        precision: `fp32`, `bf16` or `auto` (bf16 on CUDA, fp32 on CPU).
-        engine: what computes the layers, as a teacher's `engine` in a recipe.
-        fp8: hold and multiply the layers' matrices in FP8 by this recipe (docs/precision.md); None: do not.
-
-    Returns:
-        The scores, as result.json has them (docs/metrics.md).
-
-    Raises:
-        TideError: a model or data that cannot be read or do not fit, or a context that nobody says.
-    """
-    from tide_megatron.evaluate.likelihood import score_folder
-    from tide_megatron.evaluate.model_folder import model_of, trained_context
-    from tide_megatron.evaluate.options import Evaluation
-    from tide_megatron.launch.ranks import run_ranks
-
-    folder = model_of(local_path(model))
-    options = _checked(Evaluation, samples=samples, times=tuple(times), microbatch=microbatch)
-    reading = trained_context(folder, context, block_size)
-    numbers = _arithmetic(precision, engine, fp8)
-    scores: dict[str, Any] = run_ranks(
-        score_folder, (folder, local_path(data), reading, options, numbers), ranks, device
-    )
-    return scores
-
-
-def _arithmetic(precision: str, engine: str, fp8: str | None) -> Arithmetic:
-    """Read how a model's answers are to be computed.
-
-    Raises:
-        ConfigError: a word that is not known, naming its option.
-    """
-    from tide_megatron.evaluate.options import Arithmetic
-
-    return _checked(Arithmetic, precision=precision, engine=engine, fp8=fp8 and {"recipe": fp8})
-
-
-def _checked(kind: Callable[..., Options], **words: Any) -> Options:
-    """Make an options object of what a caller gave.
-
-    Raises:
-        ConfigError: a value that cannot be, naming its option.
-    """
-    from pydantic import ValidationError
-
-    from tide_megatron.base.errors import ConfigError
-
-    try:
-        return kind(**words)
-    except ValidationError as fault:
-        first = fault.errors()[0]
-        raise ConfigError(f"--{first['loc'][0]}: {first['input']!r} is not valid: {first['msg']}") from None
 
 
 def export(

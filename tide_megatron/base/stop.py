@@ -5,6 +5,8 @@
 - as a rule the main thread gets a `Stopped` where it stands, and unwinds; files that were begun are removed;
 - inside `ending()` there is nothing to lose, so the process also ends where it hears nothing (it waits for a
   rank that never comes, say);
+- inside `interruptible()` Ctrl-C is Python's own KeyboardInterrupt, each time, and no request: a conversation
+  ends a reply by it, and goes on;
 - inside `finishing()` nothing happens: the code polls `requested`, agrees on it over all ranks (signals
   arrive at different steps on different ranks), saves, and returns.
 
@@ -60,6 +62,8 @@ class StopFlag:
         self.answer: Answer = "unwind"
         self.promise = "ending here, nothing has to be saved"
         """What the log says will happen."""
+        self.is_interruptible = False
+        """Whether SIGINT ends only what the main thread is at."""
         self.farewells: list[Callable[[], None]] = []
         """What a process that ends without unwinding still does: it gives up what keeps others out."""
 
@@ -78,6 +82,15 @@ class StopFlag:
         before, self.answer = self.answer, "end"
         yield
         self.answer = before  # after an error it stays: what unwinds has nothing to lose either
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Have SIGINT raise a plain KeyboardInterrupt, as often as it comes; other requests stay requests."""
+        before, self.is_interruptible = self.is_interruptible, True
+        try:
+            yield
+        finally:
+            self.is_interruptible = before
 
     @contextlib.contextmanager
     def finishing(self, promise: str, *, is_last: bool = False) -> Iterator[None]:

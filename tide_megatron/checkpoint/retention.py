@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -39,7 +39,11 @@ from tide_megatron.parallel.collectives import (
 
 LATEST, BEST, DAMAGED = "latest", "best", ".damaged"
 SCORES = "scores.json"
-"""Name of a checkpoint -> its held-out scores, of all that were evaluated."""
+"""Name of a checkpoint -> its scores, of all that were evaluated."""
+TASK_SCORE = "tasks/"
+"""Stands before the name of a task among them."""
+SCORE_WORDS = ("off", "nll_per_byte", "masked_accuracy", rf"{TASK_SCORE}[\w.-]+")
+"""What `keep_best` may be."""
 _NAME = re.compile(r"step-(\d{8,})-(\d{12,})")
 
 log = logging.getLogger(__name__)
@@ -55,9 +59,10 @@ class Checkpoints:
     """How many of the newest checkpoints stay on disk."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints whose step is a multiple of it stay for good; 0: none."""
-    keep_best: Annotated[Literal["off", "nll_per_byte", "masked_accuracy"], Off] = "off"
-    """Also keep the checkpoint with the best held-out score so far, which `checkpoints/best` names: one is
-    written after an evaluation that found a better score (`evaluation.every`)."""
+    keep_best: Annotated[str, Field(pattern=f"^({'|'.join(SCORE_WORDS)})$"), Off] = "off"
+    """Also keep the checkpoint with the best score so far, which `checkpoints/best` names: `nll_per_byte` or
+    `masked_accuracy`, held out, or `tasks/NAME`, of a task. One is written after an evaluation that found a
+    better score (`evaluation.every`, `evaluation.task_every`)."""
     asynchronous: bool = True
     """Write while training goes on, over a copy in main memory as large as the rank's share of weights and
     optimizer; False: training waits for the disk, and nothing is copied."""
@@ -150,7 +155,7 @@ def add_score(folder: Path, clock: Clock, scores: Mapping[str, float], by: str) 
     Args:
         folder: the run's checkpoint folder.
         clock: of the evaluation.
-        scores: held out.
+        scores: held out, or of tasks.
         by: name of the one that counts.
     """
     name = name_of(clock)

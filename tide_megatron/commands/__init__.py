@@ -24,6 +24,7 @@ from tide_megatron.base.files import keep_others_out
 from tide_megatron.base.log import start_log
 from tide_megatron.base.startup import STARTUP, process_began
 from tide_megatron.base.stop import is_stop
+from tide_megatron.commands.chat import chat
 from tide_megatron.commands.checkpoint import app as checkpoint
 from tide_megatron.commands.convert import app as convert
 from tide_megatron.commands.data import app as data
@@ -34,6 +35,7 @@ from tide_megatron.commands.model_verbs import app as model
 from tide_megatron.commands.plan import plan
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
+from tide_megatron.commands.report import report
 from tide_megatron.commands.sample import sample
 from tide_megatron.commands.status import status
 from tide_megatron.commands.submit import submit
@@ -48,7 +50,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "recipe": recipe,
     "sample": sample,
+    "chat": chat,
     "evaluate": evaluate,
+    "report": report,
     "export": export,
     "doctor": doctor,
 }

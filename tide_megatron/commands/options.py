@@ -27,6 +27,13 @@ ContextOption = Annotated[
 BlockSizeOption = Annotated[
     int | None, typer.Option(min=1, help="The block size it was trained with; default: its folder's.")
 ]
+MaskOption = Annotated[
+    str | None, typer.Option(help="The mask token it was trained with; default: its folder's.")
+]
+SystemOption = Annotated[str | None, typer.Option(help="System prompt, where the conversation has none.")]
+ShowOrderOption = Annotated[
+    bool, typer.Option("--show-order", help="Colour replies by the order in which tokens were committed.")
+]
 RanksOption = Annotated[
     int | None, typer.Option(min=1, help="Ranks to start here; leave out under torchrun or srun.")
 ]
@@ -48,6 +55,32 @@ Fp8Option = Annotated[
     Literal["rowwise", "blockwise", "tensorwise"] | None,
     typer.Option(help="Hold and multiply the layers' matrices in FP8, by this recipe."),
 ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingWords:
+    """The options of `decode.options.Decoding`, as the command line has them."""
+
+    new_tokens: Annotated[int, "Longest reply, in tokens."] = 256
+    steps: Annotated[int | None, "Denoising steps for so many; default: one a token."] = None
+    schedule: Annotated[
+        Literal["count", "reference", "confidence", "entropy"],
+        "What a step commits: a count, or all that is sure enough (docs/decoding.md).",
+    ] = "count"
+    threshold: Annotated[float | None, "How sure: of confidence (default 0.9) or entropy (0.1)."] = None
+    temperature: Annotated[float, "0: the likeliest token; else draws."] = 0.0
+    top_p: Annotated[float, "Draw from the likeliest tokens of so much probability."] = 1.0
+    guidance: Annotated[float, "Weight of classifier-free guidance; doubles the work."] = 0.0
+    stop: Annotated[list[str], "Text that ends a reply; may be given several times."] = dataclasses.field(
+        default_factory=list
+    )
+    seed: Annotated[int, "Of draws."] = 0
+    batch: Annotated[int, "Replies under way at a time on a rank."] = 16
+    cache: Annotated[bool, "Keep keys and values of finished blocks."] = True
+
+    def values(self) -> dict[str, Any]:
+        """Return them by name."""
+        return dataclasses.asdict(self) | {"stop": tuple(self.stop)}
 
 
 def print_whole(table: Table) -> None:

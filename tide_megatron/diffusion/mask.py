@@ -1,7 +1,7 @@
 """Who may attend to whom: one predicate per context kind, from which every rendering is made.
 
 A dense bool mask is rendered here (SDPA on CPU, tests); `models/attention.py` renders the same predicate as
-a FlexAttention BlockMask and in structured form; `diffusion/denoise.py` as a key-value plan for sampling.
+a FlexAttention BlockMask and in structured form; `decode/passes.py` as what a pass sees of a cache.
 The predicate is elementwise arithmetic on positions, so it also runs under the vmap of FlexAttention.
 """
 

@@ -6,7 +6,7 @@ NLL at level t is the sum over masked tokens divided by t, the integrand of the 
 schedule (spec section 1 item 7); its mean over the levels is an estimate of the bound. The bound depends on
 what a masked token may attend to, so it is labelled by the model's context kind.
 
-Left out: sampling-based scores (`generate.py` makes text; benchmarks come later).
+Left out: scores of sampled text (`decode` makes it, `tasks` judges it).
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ class Evaluation:
     """Noise levels at which each of them is masked."""
     microbatch: int = Field(default=16, ge=1)
     """Samples per forward pass and rank."""
+    agreement: int = Field(default=0, ge=0)
+    """Ask the teachers about so many of these samples, too: how far the student is from each at every noise
+    level, and how likely both find the chunks (docs/metrics.md); 0: none. Each is read once a level."""
     calibration: bool = False
     """Also say how far confidence and accuracy are apart, and what one fitted temperature makes of the NLL;
     takes the head's products twice."""

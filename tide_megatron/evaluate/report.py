@@ -97,6 +97,8 @@ class Report:
     run_folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     """Run name -> folder with `metrics.jsonl`, for the training curves."""
     samples: Sequence[PromptReplies] = ()
+    lead: Sequence[str] = ()
+    """Paragraphs that the report begins with."""
     notes: Sequence[str] = ()
     """Sentences that belong under the table: data, what a step costs, what is not claimed."""
 
@@ -106,7 +108,7 @@ class Report:
         differences = differences_to(self.scores, self.reference)
         order = [*self.scores, *self.teachers]
         table = comparison_table(self.scores, self.reference, teachers=self.teachers)
-        parts = [f"# {self.title}", f"## {table.title}", table.markdown()]
+        parts = [f"# {self.title}", *self.lead, f"## {table.title}", table.markdown()]
         parts += list(self.notes)
         parts.append(
             "Figures are held-out bounds in nats per byte of reply (lower is better) at fixed noises, over a "

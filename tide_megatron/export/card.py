@@ -10,7 +10,8 @@ import yaml
 
 from tide_megatron import __version__
 from tide_megatron.data.manifest import Manifest
-from tide_megatron.export.formats import SERVER_FILE, ExportFormat
+from tide_megatron.export.formats import ExportFormat
+from tide_megatron.export.serving import SERVER_FILE, SERVING_FILE, commands, mask_warning
 from tide_megatron.export.student import TrainedStudent
 
 CARD_FILE = "README.md"
@@ -107,13 +108,11 @@ def _loading(form: ExportFormat, student: TrainedStudent) -> str:
     blocks = student.block_size
     ours = "`tide sample FOLDER PROMPT` reads every form."
     if form.serves_blocks:
+        assert blocks is not None, f"{form.name} goes out with a block size only"
+        started = "\n".join(commands(blocks).values())
         return (
-            f"```\npython -m sglang.launch_server --model-path FOLDER --trust-remote-code \\\n"
-            f"  --dllm-algorithm LowConfidence --dllm-algorithm-config FOLDER/{SERVER_FILE}\n"
-            f"lmdeploy serve api_server FOLDER --backend pytorch "
-            f"--dllm-block-length {blocks}\n```\n\n"
-            f"SGLang assumes blocks of 4 unless `{SERVER_FILE}` says otherwise; LMDeploy takes the length "
-            f"from its option alone. {ours}"
+            f"```\n{started}\n```\n\n`{SERVING_FILE}` says what these read, and how their answers differ "
+            f"from ours; `{SERVER_FILE}` holds the block size for SGLang. {ours}"
         )
     if form.model_type == "a2d-qwen3":
         size = f"{blocks}" if blocks else "THE TRAINED ONE"
@@ -143,10 +142,7 @@ def _limits(form: ExportFormat, student: TrainedStudent) -> str:
         )
     if student.context is None:
         lines.append("The context that it was trained in is not recorded; a wrong one writes bad text.")
-    mask_id = student.tokenizer.mask_id
-    if form.mask_id is not None and form.mask_id != mask_id:
-        lines.append(
-            f"SGLang and LMDeploy assume mask token {form.mask_id} for this architecture; this student's "
-            f"is {mask_id}, so they cannot serve it. Engines that read `mask_token_id` of config.json can."
-        )
+    warning = mask_warning(form, student)
+    if warning is not None:
+        lines.append(warning)
     return "\n".join(f"- {line}" for line in lines)

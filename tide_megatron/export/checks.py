@@ -170,7 +170,11 @@ def check_contract(folder: Path, form: ExportFormat, student: TrainedStudent) ->
         "eos_token_id": student.special["eos"],
     }
     if form.serves_blocks:
-        wanted |= {"mask_token_id": student.special["mask"], "block_size": student.block_size}
+        wanted |= {
+            "mask_token_id": student.special["mask"],
+            "block_size": student.block_size,
+            "rope_theta": shape.rotary_base,
+        }
     _compare(f"{folder}: {CONFIG_FILE}", wanted, {key: getattr(config, key, None) for key in wanted})
     _compare(f"{folder}: {CONFIG_FILE}", {"model_type": form.model_type}, written_config)
     with torch.device("meta"):

@@ -34,6 +34,7 @@ from tide_megatron.export.checks import (
     transformers_logits,
 )
 from tide_megatron.export.formats import FORMATS, STORED, ExportFormat, chosen_dtype
+from tide_megatron.export.serving import write_server_files
 from tide_megatron.export.student import TrainedStudent, read_student
 from tide_megatron.models.hf.config import CONFIG_FILE, write_config
 from tide_megatron.models.hf.folder import WEIGHTS, HfFolder
@@ -159,7 +160,8 @@ def _write(
     student.tokenizer.save(folder)
     if student.context is not None:
         write_context(folder, student.context)
-    form.write_files(folder, block_size)
+    if form.serves_blocks:
+        write_server_files(folder, form, student)
     parameters = sum(piece.elements for piece in param_mappings(student.architecture) if piece.is_parameter)
     (folder / CARD_FILE).write_text(model_card(form, student, parameters), encoding="utf-8")
     tensors = form.read(student.architecture, source, plan)

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from tide_megatron.base.errors import ConfigError, nearest
@@ -29,7 +27,6 @@ from tide_megatron.models.hf.safetensors import Plan, TensorSpec
 from tide_megatron.models.params import hf_shapes
 
 HEAD = "lm_head.weight"
-SERVER_FILE = "sglang_dllm.yaml"
 STORED = "stored"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, STORED: None}
 
@@ -119,18 +116,6 @@ class ExportFormat:
                 "mask_token_id": special["mask"],
             }
         return config
-
-    def write_files(self, folder: Path, block_size: int | None) -> None:
-        """Write what servers need beside config and weights.
-
-        Args:
-            folder: the export's.
-            block_size: tokens.
-        """
-        if self.serves_blocks:
-            code = Path(configuration_sdar.__file__)
-            (folder / code.name).write_bytes(code.read_bytes())
-            (folder / SERVER_FILE).write_text(yaml.safe_dump({"block_size": block_size}), encoding="utf-8")
 
 
 FORMATS: dict[str, ExportFormat] = {

@@ -58,9 +58,7 @@ def fused_head_loss(
         ConfigError: when the budget does not hold one row.
     """
     student = batch.student
-    assert student.gradient is not None or not student.hidden.requires_grad, (
-        "nowhere to add the weight's gradient"
-    )
+    assert student.releases or not student.hidden.requires_grad, "nowhere to add the weight's gradient"
     work = _Pass(batch, workspace, compiler)
     if batch.losses and len(batch.rows.rows.gold):
         work.run(budget_bytes)
@@ -216,7 +214,7 @@ class _SlabWork:
         if dloss_dlogp is None and work.by_likelihood:
             logs = {name: likelihood.log_probability for name, likelihood in merged.items()}
             dloss_dlogp = work.likelihood_terms(self.slab.rows, logs)
-        if self.terms or self.student.gradient is not None:
+        if self.terms or self.student.releases:
             self._second_exchange(passes)
             self._finish(passes.slopes(dloss_dlogp, merged.get(None)))
 
@@ -236,7 +234,7 @@ class _SlabWork:
     def _second_exchange(self, passes: TilePasses | SlabPasses) -> None:
         """Add up the rows' sums that some terms ask for, over all columns of all ranks."""
         asking = [term for term in self.terms.values() if term.loss.row_statistic == "sum"]
-        if not asking or self.student.gradient is None:
+        if not asking or not self.student.releases:
             return
         passes.row_sums(asking)
         packed = torch.cat([term.row for term in asking if term.row is not None])

@@ -34,6 +34,13 @@ class HeadInput:
     nothing. The plain form leaves gradients to autograd."""
     is_exact: bool = False
     """Multiply in fp32 whatever the weight's dtype."""
+    rows_only: bool = False
+    """Give the hidden rows their gradient and leave the weight's out; in the fused form, for `gradient`."""
+
+    @property
+    def releases(self) -> bool:
+        """Whether the fused head loss makes gradients, and not values alone."""
+        return self.gradient is not None or self.rows_only
 
     @property
     def dtype(self) -> torch.dtype:

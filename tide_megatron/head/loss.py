@@ -102,6 +102,17 @@ class HeadLoss:
         log.info("head loss: fused, slabs of %d MiB%s", budget // MIB, words)
         return cls(losses, group, options, budget_bytes=budget, phases=phases)
 
+    def of_term(self, name: str) -> HeadLoss:
+        """Return the head loss of one term alone, in the same form and buffers; its passes are not compiled.
+
+        For measurements now and then: a kernel of their own would take longer to compile than they do.
+        """
+        options = dataclasses.replace(self.options, compiled=False)
+        losses = {name: self.losses[name]}
+        alone = HeadLoss(losses, self.group, options, budget_bytes=self._budget_bytes, phases=self.phases)
+        alone._workspace = self._workspace
+        return alone
+
     def gather(
         self, mine: Sequence[Rows], sizes: Sequence[Sequence[Sequence[int]]], counts: Mapping[str, float]
     ) -> list[GatheredRows]:
@@ -137,12 +148,8 @@ class HeadLoss:
             TideError: rows and hidden states do not belong together.
             ConfigError: the budget does not hold one row.
         """
-        with self.phases("exchange"):
-            student = self._shared(student, rows)
+        student, teachers = self.shared(student, teachers, rows)
         with self.phases("head"):
-            if self.options.is_exact:
-                student = dataclasses.replace(student, is_exact=True)
-                teachers = {name: dataclasses.replace(head, is_exact=True) for name, head in teachers.items()}
             losses = {name: loss for name, loss in self.losses.items() if rows.counts[name] != 0}
             batch = Microbatch(
                 student=student,
@@ -156,18 +163,37 @@ class HeadLoss:
                 batch.check()
             return plain_head_loss(batch) if self.options.form == "plain" else self._fused(batch)
 
-    def _shared(self, student: HeadInput, rows: GatheredRows) -> HeadInput:
-        """Gather the student's hidden rows and keep this rank's columns of its head, both with gradient."""
-        if self.group.group is None:
-            return student
-        start, stop = self.group.columns(len(student.weight))
-        return HeadInput(
-            hidden=gather_rows(student.hidden, rows.sizes, self.group.group),
-            weight=student.weight[start:stop],
-            start=start,
-            vocabulary=len(student.weight),
-            gradient=None if student.gradient is None else student.gradient[start:stop],
-        )
+    def shared(
+        self, student: HeadInput, teachers: Mapping[str, HeadInput], rows: GatheredRows
+    ) -> tuple[HeadInput, Mapping[str, HeadInput]]:
+        """Gather the student's hidden rows and keep this rank's columns of its head, both with gradient.
+
+        All ranks of the group call it together, and where there is a gradient, run its backward.
+
+        Args:
+            student: this rank's rows with the whole head.
+            teachers: all the group's rows of each teacher.
+            rows: from `gather`.
+
+        Returns:
+            All the group's rows of the student, and the teachers, in the products' precision.
+        """
+        if self.group.group is not None:
+            start, stop = self.group.columns(len(student.weight))
+            with self.phases("exchange"):
+                hidden = gather_rows(student.hidden, rows.sizes, self.group.group)
+            student = dataclasses.replace(
+                student,
+                hidden=hidden,
+                weight=student.weight[start:stop],
+                start=start,
+                vocabulary=len(student.weight),
+                gradient=None if student.gradient is None else student.gradient[start:stop],
+            )
+        if self.options.is_exact:
+            student = dataclasses.replace(student, is_exact=True)
+            teachers = {name: dataclasses.replace(head, is_exact=True) for name, head in teachers.items()}
+        return student, teachers
 
     def _fused(self, batch: Microbatch) -> HeadResult:
         device = kind_of(batch.student.hidden.device)

@@ -116,22 +116,23 @@ class SlabPasses:
 
     def slopes(self, dloss_dlogp: Tensor | None, likelihood: GoldLikelihood | None) -> Tensor | None:
         """Read the logits for values and gradients. See `TilePasses.slopes`."""
-        head, gradient = self.heads[None], self.models[None].head.gradient
+        head, model = self.heads[None], self.models[None].head
         gold = None
-        if dloss_dlogp is not None and likelihood is not None and gradient is not None and head.num_columns:
+        if dloss_dlogp is not None and likelihood is not None and model.releases and head.num_columns:
             place = self.models[None].gold - head.first
             own = dloss_dlogp * likelihood.complement
             gold = GoldSlopes(place, _pair(likelihood.softmax), -dloss_dlogp, own)
         known = [self._slopes_of(*one) for one in zip(self.terms, self.term_rows, strict=True)]
         if gold is not None or known:
-            self._evaluate(gold, known, writes=gradient is not None)
-        if gradient is None:
+            self._evaluate(gold, known, writes=model.releases)
+        if not model.releases:
             return None
         added = torch.zeros(head.hidden.shape, device=self.device)
         if gold is not None or known:
             for start, stop in _parts(head.num_columns, PRODUCT_COLUMNS, self.device):
                 dlogits = self.logits[0][:, start:stop]
-                gradient[start:stop].add_(product(dlogits.T, head.hidden))
+                if model.gradient is not None:
+                    model.gradient[start:stop].add_(product(dlogits.T, head.hidden))
                 added += product(dlogits, head.weight(start, stop))
         return added
 

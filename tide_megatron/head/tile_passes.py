@@ -87,7 +87,7 @@ class TilePasses:
             The gradient of the student's hidden rows, [rows, hidden size] fp32; None in an evaluation.
         """
         student = self.models[None]
-        releases = student.head.gradient is not None
+        releases = student.head.releases
         added = torch.zeros(student.hidden.shape, device=student.hidden.device)  # fp32, of this slab only
         for start, stop in self._tiles():
             made = self._again(start, stop)
@@ -104,11 +104,11 @@ class TilePasses:
         return added if releases else None
 
     def _release(self, dlogits: Tensor, start: int, stop: int) -> Tensor:
-        """Add a tile's share to the head weight's gradient; return that of the hidden rows'."""
+        """Add a tile's share to the head weight's gradient, if wanted; return that of the hidden rows'."""
         head, gradient = self.heads[None], self.models[None].head.gradient
-        assert gradient is not None, "evaluation writes nothing"
         dlogits = dlogits.to(head.hidden.dtype)
-        gradient[start:stop].add_(product(dlogits.T, head.hidden))
+        if gradient is not None:
+            gradient[start:stop].add_(product(dlogits.T, head.hidden))
         return product(dlogits, head.weight(start, stop))
 
     def _again(self, start: int, stop: int) -> dict[str | None, Columns]:

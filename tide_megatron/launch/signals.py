@@ -149,6 +149,8 @@ class _Watch:
 
     def _unwind(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal in the main thread: unwind at the first one, where that is the answer."""
+        if self._is_interrupt(number):
+            raise KeyboardInterrupt
         self.stop.request(signal.Signals(number).name)
         if not self._has_unwound and self.stop.answer != "finish":
             self._has_unwound = True
@@ -183,7 +185,12 @@ class _Watch:
         else:
             self._end(signal.SIGTERM)
 
+    def _is_interrupt(self, number: int) -> bool:
+        return number == signal.SIGINT and self.stop.is_interruptible
+
     def _hear(self, number: signal.Signals) -> None:
+        if self._is_interrupt(number):
+            return
         if self.first_number is None:
             self.first_number, self.first_seconds = number, time.monotonic()
             self.stop.request(number.name)

@@ -12,7 +12,8 @@ as megatron-core's `attention_bias` argument: `attention_mask` is saved as a ten
 recomputation, `attention_bias` is handed through untouched. The stock core attention is replaced because it
 takes a global buffer, and Transformer Engine's because arbitrary masks disable its fast kernels.
 
-Left out: a key-value cache (the sampler recomputes), attention dropout (no model here has it).
+A decoder brings its own kernel and, where it remembers keys and values, its `Memory` (`Reading`). Left out:
+attention dropout (no model here has it).
 """
 
 from __future__ import annotations
@@ -45,6 +46,31 @@ class Kernel(Protocol):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend; all [samples, heads or groups, tokens, head_dim], the result shaped like `query`."""
+
+
+class Memory(Protocol):
+    """Keys and values of earlier passes, to which a pass adds its own."""
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember a layer's keys and values of this pass, and return all that its queries may see.
+
+        Args:
+            layer: number of the layer, from 1 on, as megatron-core counts.
+            key: [tokens, samples, groups, head_dim], rotated.
+            value: like `key`.
+
+        Returns:
+            Keys and values, [keys, samples, groups, head_dim].
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a decoder's pass attends, in place of the model's own kernel."""
+
+    kernel: Kernel
+    memory: Memory | None = None
+    """None: queries see the pass's own tokens only."""
 
 
 class KernelMaker(Protocol):
@@ -181,14 +207,15 @@ class AttentionPlan:
     rows: Tensor
     """[rows or 1] int64: the view's rows in megatron-core's order, position before sample. One row stands in
     where the view asks for none: megatron-core's router cannot reshape nothing."""
+    memory: Memory | None = None
 
     @classmethod
-    def of(cls, view: View, make: KernelMaker, frequencies: Tensor, dtype: torch.dtype) -> AttentionPlan:
+    def of(cls, view: View, reading: Reading, frequencies: Tensor, dtype: torch.dtype) -> AttentionPlan:
         """Make the plan of a view.
 
         Args:
-            view: context, segments and positions.
-            make: the model's kernel.
+            view: positions and rows.
+            reading: how it attends.
             frequencies: [rotated / 2] fp32 from `rotary_frequencies`.
             dtype: of query and key.
         """
@@ -199,10 +226,11 @@ class AttentionPlan:
         rows = view.rows if len(view.rows) else view.rows.new_zeros(1)
         angles = positions.T[:, :, None, None].to(frequencies.dtype) * frequencies
         return cls(
-            kernel=make(view.context, view.length, view.numbers(), view.ids.device),
+            kernel=reading.kernel,
             cosine=angles.cos().to(dtype),
             sine=angles.sin().to(dtype),
             rows=rows % tokens * samples + rows // tokens,
+            memory=reading.memory,
         )
 
     def pick(self, states: Tensor) -> Tensor:
@@ -227,8 +255,9 @@ class PlannedAttention(torch.nn.Module):
     """Core attention in megatron-core's slot: rotate, attend as planned, merge the heads."""
 
     def __init__(self, **kwargs: Any) -> None:
-        """Take and ignore what megatron-core tells every core attention; the plan says it all."""
+        """Take the layer's number; the plan says what else megatron-core tells every core attention."""
         super().__init__()
+        self.layer_number: int = kwargs["layer_number"]
 
     def forward(
         self,
@@ -254,7 +283,10 @@ class PlannedAttention(torch.nn.Module):
             [tokens, samples, heads * head_dim].
         """
         plan = attention_bias
-        parts = (part.permute(1, 2, 0, 3) for part in (plan.rotate(query), plan.rotate(key), value))
+        key = plan.rotate(key)
+        if plan.memory is not None:
+            key, value = plan.memory.extend(self.layer_number, key, value)
+        parts = (part.permute(1, 2, 0, 3) for part in (plan.rotate(query), key, value))
         answer = plan.kernel(*parts)  # [samples, heads, tokens, head_dim]
         return answer.permute(2, 0, 1, 3).flatten(2)
 

@@ -31,7 +31,13 @@ from torch import Tensor
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
-from tide_megatron.models.attention import AttentionPlan, choose_kernel, fit, rotary_frequencies
+from tide_megatron.models.attention import (
+    AttentionPlan,
+    Reading,
+    choose_kernel,
+    fit,
+    rotary_frequencies,
+)
 from tide_megatron.models.dispatcher import own_dispatchers
 from tide_megatron.models.embedding import look_up
 from tide_megatron.models.experts import GroupedExperts, choose_form
@@ -135,7 +141,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         start, stop = (max(0, identity - first) for identity in self.shard.head)
         return table[start:stop]
 
-    def forward(self, view: View) -> Tensor:
+    def forward(self, view: View, reading: Reading | None = None) -> Tensor:
         """Run this rank's layers; stages behind the first read what `set_input_tensor` was given.
 
         With experts spread over ranks, all ranks of the expert group call it equally often, whatever their
@@ -143,21 +149,31 @@ class TideModel(GPTModel):  # type: ignore[misc]
 
         Args:
             view: the same on all ranks of a replica.
+            reading: how a decoder attends, who asks for rows where they are computed, shifted model or not;
+                None: by the model's own kernel, under the view's context.
 
         Returns:
             On the last stage the final-norm hidden states [rows, hidden] that predict `view.rows`, in their
             order; on others [tokens, samples, hidden] for the next stage.
         """
-        view = view.shifted() if self.architecture.is_shifted else view
-        view = fit(view, self.make_kernel)
-        plan = AttentionPlan.of(view, self.make_kernel, self._frequencies, self.config.params_dtype)
-        embedded = self._embed(view) if self.is_first_stage else None
+        if reading is None:
+            view = view.shifted() if self.architecture.is_shifted else view
+            view = fit(view, self.make_kernel)
+            reading = Reading(
+                kernel=self.make_kernel(view.context, view.length, view.numbers(), view.ids.device)
+            )
+        plan = self.plan(view, reading)
+        embedded = self.embed(view) if self.is_first_stage else None
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, attention_bias=plan)
         if not self.is_last_stage:
             return hidden
         return hidden[: len(view.rows), 0]  # [rows or 1, 1, hidden]: the last layer picked
 
-    def _embed(self, view: View) -> Tensor:
+    def plan(self, view: View, reading: Reading) -> AttentionPlan:
+        """Make what all layers share of a pass over a view."""
+        return AttentionPlan.of(view, reading, self._frequencies, self.config.params_dtype)
+
+    def embed(self, view: View) -> Tensor:
         """Return [tokens, samples, hidden]: there are no positions, token types or dropout to add."""
         table = self.embedding.word_embeddings.weight
         embedded: Tensor
@@ -190,10 +206,10 @@ class TideModel(GPTModel):  # type: ignore[misc]
         absent = {name: None for name in self.state_dict() if is_extra_state(name) and name not in state_dict}
         return super().load_state_dict({**state_dict, **absent}, strict, assign)
 
-    def rows(self, view: View) -> Tensor:
+    def rows(self, view: View, reading: Reading | None = None) -> Tensor:
         """Return the hidden states a view asks for, of a model of one stage; see `forward`."""
         assert self.config.pipeline_model_parallel_size == 1, "several stages need a pipeline schedule"
-        answer: Tensor = self(view)
+        answer: Tensor = self(view, reading)
         return answer
 
 

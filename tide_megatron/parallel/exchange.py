@@ -12,8 +12,9 @@ the wrong one the loss is right and the gradient garbage.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,6 +48,15 @@ class CommStats:
         self.bytes.clear()
         self.calls.clear()
         return taken
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave out what travels in the block: measurements are no part of an update."""
+        kept = self.bytes.copy(), self.calls.copy()
+        try:
+            yield
+        finally:
+            self.bytes, self.calls = kept
 
 
 COMM_STATS = CommStats()

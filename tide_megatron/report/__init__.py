@@ -1,1 +1,1 @@
-"""Pages made of the files that runs leave behind."""
+"""A run, or several, on one page: what was learnt, from whom, how fast, and how sure a difference is."""

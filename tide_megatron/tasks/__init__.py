@@ -1,1 +1,31 @@
-"""Tasks that a model is scored on: questions, and a judge of replies."""
+"""Tasks that a model is scored on: questions, and a judge of replies. A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tide_megatron.base.errors import ConfigError, nearest
+from tide_megatron.tasks.doctests import Doctests
+from tide_megatron.tasks.exercises import Exercises
+from tide_megatron.tasks.humaneval import HumanEval
+from tide_megatron.tasks.task import Task
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "exercises": Exercises,
+    "humaneval": HumanEval,
+    "humaneval_instruct": lambda: HumanEval(name="humaneval_instruct", is_begun=True),
+    "doctests": Doctests,
+    "doctests_quickstart": lambda: Doctests(name="doctests_quickstart", is_short=True, only_held_out=True),
+}
+"""Tasks by the name that `--tasks` takes; each makes its task with the defaults, and reads no data yet."""
+
+
+def find_task(name: str) -> Task:
+    """Return a task by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"tasks: {name!r} is unknown; {nearest(name, TASKS)}")
+    return TASKS[name]()

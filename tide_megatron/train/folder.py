@@ -6,9 +6,11 @@ metrics.jsonl   what was measured, one record a line
 checkpoints/    step-* and `latest`
 model/          the student in Hugging Face form, written at the end
 starts.jsonl    every start and how it ended
+replies/        what the student replied to tasks and prompts, a file each time it was asked
 status.html     what the run does, for a browser; status.json for programs
 preflight.json  what ranks compared and measured before the first step
 last_step       how many updates were applied, to the moment
+agreement.jsonl how far the student was from each teacher, one evaluation a line
 result.json     held-out scores and costs, written at the end
 stopped.json    instead of it: why and where the run was stopped; gone when it goes on
 """
@@ -40,10 +42,10 @@ from tide_megatron.train.same_run import moved, refuse_other
 
 CHECKPOINTS, RESULT, STOPPED, LOG = "checkpoints", "result.json", "stopped.json", "run.log"
 STARTS, STATUS, PAGE = "starts.jsonl", "status.json", "status.html"
-PREFLIGHT = "preflight.json"
+PREFLIGHT, REPLIES, AGREEMENT = "preflight.json", "replies", "agreement.jsonl"
 _OURS = (
     *(CHECKPOINTS, MODEL, RESULT, STOPPED, "metrics.jsonl", "tensorboard", "wandb", LOG, LAST_STEP),
-    *(STARTS, STATUS, PAGE, PREFLIGHT, RECIPE),
+    *(STARTS, STATUS, PAGE, PREFLIGHT, REPLIES, AGREEMENT, RECIPE),
 )
 _OTHER = "choose another folder="
 

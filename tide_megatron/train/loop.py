@@ -21,6 +21,7 @@ from tide_megatron.base.lease import Lease
 from tide_megatron.base.log import Journal
 from tide_megatron.base.startup import STARTUP
 from tide_megatron.base.stop import StopFlag, Stopped
+from tide_megatron.checkpoint.retention import TASK_SCORE
 from tide_megatron.checkpoint.save import Saver
 from tide_megatron.evaluate.likelihood import Likelihood, ModelScorer, evaluate
 from tide_megatron.evaluate.model_folder import MODEL, write_context
@@ -34,6 +35,8 @@ from tide_megatron.parallel.collectives import (
     held_by_first,
     is_first,
 )
+from tide_megatron.train.agreement import keep_agreement, measure_agreement
+from tide_megatron.train.asking import ask_student
 from tide_megatron.train.branch import KEY as BRANCH
 from tide_megatron.train.cost import Devices
 from tide_megatron.train.folder import (
@@ -187,6 +190,7 @@ def _step_and_score(
     if recipe.evaluation.at_start and not clock.consumed:
         with STARTUP("evaluation"):
             _evaluate(recipe, setup, clock, metrics)
+            ask_student(recipe, setup, clock, metrics)
     costs = Costs(setup.spent)
     folder = Path(recipe.folder)
     with (
@@ -205,8 +209,10 @@ def _step_and_score(
     if stopped:
         return result
     scores = _evaluate(recipe, setup, clock, metrics)
-    note_score(recipe, clock, scores)
-    return result if scores is None else result | scores.summary()
+    tasks = ask_student(recipe, setup, clock, metrics)
+    note_score(recipe, clock, _held_out(scores) | tasks)
+    own = {"tasks": {name.removeprefix(TASK_SCORE): score for name, score in tasks.items()}} if tasks else {}
+    return result | own | ({} if scores is None else scores.summary())
 
 
 def _write_student(recipe: Recipe, setup: Setup, result: dict[str, Any], lease: Lease | None) -> None:
@@ -280,7 +286,8 @@ def _loop(
         profiler.before(clock)
         with run.phases("data"):
             given = ahead.take(clock.consumed, is_last=clock.step + 1 == clock.total_steps)
-        result = train_step(run, given, clock)
+        is_measured = _is_measured(recipe.metrics.gradients_every, clock)
+        result = train_step(run, given, clock, measures_terms=is_measured)
         update = result.update
         clock = clock.after_step(applied=update.applied, samples=setup.loader.update_samples)
         last.note(clock)
@@ -296,9 +303,7 @@ def _loop(
             clock = _back(recipe, setup, saver, guard, clock, costs)
             saved = clock.consumed
         elif update.applied and not stopped:
-            if _is_scored(recipe.evaluation.every, clock):
-                scores = _evaluate(recipe, setup, clock, metrics)
-                is_best = note_score(recipe, clock, scores)
+            is_best = note_score(recipe, clock, _scored(recipe, setup, clock, metrics))
             if is_best or (every and clock.step % every == 0):
                 with run.phases("checkpoint"):
                     saver.begin(clock, result.terms, costs.total())
@@ -314,9 +319,30 @@ def _loop(
     return clock, stopped
 
 
+def _scored(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> dict[str, float]:
+    """Take the scores that are due after an update; none: nothing is. All ranks call it together."""
+    found: dict[str, float] = {}
+    if _is_scored(recipe.evaluation.every, clock):
+        found |= _held_out(_evaluate(recipe, setup, clock, metrics))
+    if _is_scored(recipe.evaluation.task_every, clock):
+        found |= ask_student(recipe, setup, clock, metrics)
+    return found
+
+
+def _held_out(scores: Likelihood | None) -> dict[str, float]:
+    if scores is None:
+        return {}
+    return {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
+
+
 def _is_scored(every: int, clock: Clock) -> bool:
     """Say whether scores are due after an update; after the last one they are taken anyway."""
     return every > 0 and clock.step % every == 0 < clock.total_steps - clock.step
+
+
+def _is_measured(every: int, clock: Clock) -> bool:
+    """Say whether the terms' gradients are measured in the update before which the clock stands."""
+    return every > 0 and (clock.step + clock.skipped) % every == 0
 
 
 def _back(recipe: Recipe, setup: Setup, saver: Saver, guard: Guard, clock: Clock, costs: Costs) -> Clock:
@@ -343,12 +369,30 @@ def _evaluate(recipe: Recipe, setup: Setup, clock: Clock, metrics: Metrics) -> L
         student.model.eval()
         scores = evaluate(scorer, student.context, setup.held_out, recipe.evaluation, setup.run.device)
         student.model.train()
-    values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
+    values = _held_out(scores)
     assert all(map(math.isfinite, values.values())), "a score is a finite number"
     for level in scores.by_time():
         values |= {f"{name}/{level['time']:g}": level[name] for name in tuple(values) if "/" not in name}
     sources = scores.by_source()
     for own in sources if len(sources) > 1 else ():
         values |= {f"{name}/{own['source']}": own[name] for name in tuple(values) if "/" not in name}
+    if recipe.evaluation.agreement:
+        values |= _agreement(recipe, setup, clock)
     metrics.evaluated(clock, values)
     return scores
+
+
+def _agreement(recipe: Recipe, setup: Setup, clock: Clock) -> dict[str, float]:
+    """Compare the student with its teachers, and keep the figures. All ranks call it.
+
+    Returns:
+        What is reported of them; nothing without teachers that read the held-out data.
+    """
+    with setup.run.phases("evaluate"):
+        found = measure_agreement(setup, recipe.evaluation)
+    if found is None:
+        return {}
+    with fail_together():
+        if is_first():
+            keep_agreement(Path(recipe.folder), clock, found.values())
+    return found.metrics()

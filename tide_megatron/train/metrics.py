@@ -27,6 +27,7 @@ from tide_megatron.base.memory import peak_memory_bytes
 from tide_megatron.base.phases import PHASES, Phases
 from tide_megatron.data.loader import Loader
 from tide_megatron.parallel.collectives import gather_objects, gather_vectors
+from tide_megatron.tasks.in_training import Answered
 from tide_megatron.train.cost import Cost, Devices
 from tide_megatron.train.progress import Progress
 from tide_megatron.train.recipe import MetricsOptions, Recipe
@@ -145,6 +146,16 @@ class Metrics:
         """Report held-out scores at once."""
         self._write(Record(kind="evaluate", clock=clock, values=dict(values)))
 
+    def asked(self, clock: Clock, scores: Mapping[str, float], answers: Sequence[Answered]) -> None:
+        """Report what the student was asked, at once.
+
+        Args:
+            clock: of the moment.
+            scores: mean score by task.
+            answers: replies for a person to read.
+        """
+        self._write(Record(kind="tasks", clock=clock, values=dict(scores), answers=answers))
+
     def close(self) -> None:
         """Flush and close every sink; later calls do nothing."""
         sinks, self._sinks, self._progress = self._sinks, [], None
@@ -204,6 +215,7 @@ def report_step(
             **{f"loss/{name}": value for name, value in result.terms.items()},
             **{f"items/{name}": value for name, value in result.items.items()},
             "grad_norm": result.update.grad_norm,
+            **result.gradients,
             "hidden_share": result.masked / max(1, result.tokens),
             **{f"bytes/{kind}": float(moved) for kind, moved in result.bytes.items() if moved},
         },

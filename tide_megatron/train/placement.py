@@ -40,6 +40,17 @@ class Placed:
     is_student: bool = False
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a rank holds of a model."""
+
+    shard: Shard
+    words: tuple[str, ...]
+    """How it is cut; empty: whole."""
+    layers: int
+    """Of the whole model."""
+
+
 def placement_table(models: Mapping[str, Placed], world: int, head_ranks: int) -> Table:
     """Draw who holds what, one line a rank.
 
@@ -49,12 +60,12 @@ def placement_table(models: Mapping[str, Placed], world: int, head_ranks: int) -
         head_ranks: size of the vocabulary groups.
     """
     lines = list(_lines(models, world, head_ranks))
-    shown = min(_period(lines), MOST_RANKS)
+    shown = min(period(lines), MOST_RANKS)
     table = Table("rank", *models, "head ids", box=None, title="placement", title_justify="left")
     for rank, line in enumerate(lines[:shown]):
         table.add_row(str(rank), *line)
     if shown < world:
-        kind = "repeat this pattern" if _period(lines) == shown else "are not drawn"
+        kind = "repeat this pattern" if period(lines) == shown else "are not drawn"
         table.add_row(f"{shown}..{world - 1}", kind)
     return table
 
@@ -80,8 +91,28 @@ def _lines(models: Mapping[str, Placed], world: int, head_ranks: int) -> Iterato
 
 def _cell(model: Placed, rank: int, world: int, group: VocabGroup) -> str:
     """Say which part of a model a rank holds, with its weights' bytes."""
-    architecture, layout = model.architecture, model.layout
-    head = None if model.is_student else group.columns(architecture.vocabulary)
+    head = None if model.is_student else group.columns(model.architecture.vocabulary)
+    held = held_part(model.architecture, model.layout, rank, world, head)
+    size = num_local_bytes(model.architecture, held.shard, model.dtype, model.fp8)
+    return f"{', '.join(held.words) or 'whole'}: {in_bytes(size)}"
+
+
+def held_part(
+    architecture: Architecture,
+    layout: Layout,
+    rank: int,
+    world: int,
+    head: tuple[int, int] | None = None,
+) -> Held:
+    """Say which part of a model a rank holds.
+
+    Args:
+        architecture: of the model.
+        layout: of the model, checked.
+        rank: 0 .. world - 1.
+        world: number of ranks.
+        head: ids whose rows of the output head the rank holds; None: all.
+    """
     shard = Shard.of(layout, rank, world, architecture.layers, head=head)
     words = []
     if layout.pipeline > 1:
@@ -95,11 +126,10 @@ def _cell(model: Placed, rank: int, world: int, group: VocabGroup) -> str:
         words.append(f"experts {first}-{first + share - 1}" if share > 1 else f"expert {first}")
     if layout.expert_tensor > 1:
         words.append(f"expert shard {shard.expert_tensor_rank + 1}/{shard.expert_tensor_size}")
-    size = num_local_bytes(architecture, shard, model.dtype, model.fp8)
-    return f"{', '.join(words) or 'whole'}: {in_bytes(size)}"
+    return Held(shard=shard, words=tuple(words), layers=architecture.layers)
 
 
-def _period(lines: Sequence[Sequence[str]]) -> int:
+def period(lines: Sequence[Sequence[object]]) -> int:
     """Return after how many ranks the lines repeat; a divisor of their number."""
     number = len(lines)
     divisors = (size for size in range(1, number + 1) if number % size == 0)

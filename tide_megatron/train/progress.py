@@ -15,10 +15,13 @@ from rich.text import Text
 from tide_megatron.base.clock import Clock, Pace
 from tide_megatron.base.log import SHOWN
 from tide_megatron.base.units import in_bytes
+from tide_megatron.tasks.in_training import Answered
 from tide_megatron.train.sinks import Record
 
 journal = logging.getLogger(SHOWN)
 
+MOST_SHOWN = 160
+"""Characters of a prompt or a reply."""
 REFRESHES_PER_SECOND = 4
 """Of the live bar: enough to look alive, little enough to cost nothing."""
 
@@ -70,7 +73,12 @@ class Progress:
         for name, held in _named(values, "peak_bytes/").items():
             self._peaks[name] = max(held, self._peaks[name])
         self._moved |= _moved(values)
-        if record.kind == "evaluate":
+        if record.kind == "tasks":
+            told = "  ".join(f"{name} {value:.1%}" for name, value in values.items())
+            self._print(f"step {record.clock.step}: tasks  {told or 'prompts only'}")
+            for answer in record.answers:
+                self._print(f"  {answer.task} {answer.question} ({answer.why}): {_short(answer)}")
+        elif record.kind == "evaluate":
             self._print(f"step {record.clock.step}: held out  {describe_scores(values)}")
         else:
             clock, facts = record.clock, describe_step(values)
@@ -153,6 +161,13 @@ def describe_scores(values: Mapping[str, float]) -> str:
     return "  ".join(
         f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items() if "/" not in name
     )
+
+
+def _short(answer: Answered) -> str:
+    """Return prompt and reply in one line, as Python spells them."""
+    texts = (answer.prompt, answer.reply)
+    prompt, reply = (text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..." for text in texts)
+    return f"{prompt!r} -> {reply!r}"
 
 
 def _phases(values: Mapping[str, float]) -> dict[str, float]:

@@ -24,12 +24,12 @@ from tide_megatron.data.blend import BlendSource
 from tide_megatron.data.loader import Deal
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.noise import NoiseOptions
-from tide_megatron.evaluate.options import Evaluation
 from tide_megatron.head.options import HeadOptions
 from tide_megatron.losses.base import Loss
 from tide_megatron.models.engine import EngineChoice
 from tide_megatron.models.precision import NO_PRECISION, Fp8Options
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.tasks.options import RunEvaluation
 from tide_megatron.train.guard import GuardOptions
 
 
@@ -250,6 +250,9 @@ class MetricsOptions:
     """Weights & Biases; its failures are logged once and never end a run."""
     project: str = "tide-megatron"
     """wandb project."""
+    gradients_every: int = Field(default=0, ge=0)
+    """Attempted updates between measurements of each term's gradient at the head's input: its norm, and its
+    cosine with the cross-entropy's (docs/metrics.md); 0: none. Takes the head's products once more a term."""
     profile: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     """First and last update that torch's profiler watches on rank 0 (and slows down), such as [10, 12]; the
     trace goes into the run folder (profile-steps-10-12.json.gz)."""
@@ -300,7 +303,7 @@ class Recipe:
     batch: BatchOptions = Field(default_factory=BatchOptions)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     noise: NoiseOptions = Field(default_factory=NoiseOptions)
-    evaluation: Annotated[Evaluation, MACHINE] = Field(default_factory=Evaluation)
+    evaluation: Annotated[RunEvaluation, MACHINE] = Field(default_factory=RunEvaluation)
     guard: Annotated[GuardOptions, MACHINE] = Field(default_factory=GuardOptions)
     checkpoints: Annotated[Checkpoints, MACHINE] = Field(default_factory=Checkpoints)
     metrics: Annotated[MetricsOptions, MACHINE] = Field(default_factory=MetricsOptions)

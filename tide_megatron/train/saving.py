@@ -19,7 +19,6 @@ from tide_megatron.checkpoint.load import load_checkpoint
 from tide_megatron.checkpoint.metadata import RunIdentity, read_metadata
 from tide_megatron.checkpoint.retention import add_score, find_checkpoint, name_of, remove_expired
 from tide_megatron.checkpoint.save import Saver
-from tide_megatron.evaluate.likelihood import Likelihood
 from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, sum_over
 from tide_megatron.train.branch import KEY, begin_from
 from tide_megatron.train.folder import CHECKPOINTS
@@ -151,12 +150,19 @@ def go_back(recipe: Recipe, guard: Guard, clock: Clock, student: Student) -> Clo
     return guard.returned(clock, old)
 
 
-def note_score(recipe: Recipe, clock: Clock, scores: Likelihood | None) -> bool:
-    """Note held-out scores if the best checkpoint is kept; say whether they are it. All ranks call it."""
+def note_score(recipe: Recipe, clock: Clock, values: Mapping[str, float]) -> bool:
+    """Note scores if the best checkpoint is kept by one of them; say whether it is the best so far.
+
+    All ranks call it together, with the same scores.
+
+    Args:
+        recipe: the run.
+        clock: of the evaluation.
+        values: held out, and of tasks; none: nothing was scored.
+    """
     by = recipe.checkpoints.keep_best
-    if by == "off" or scores is None:
+    if by not in values:
         return False
-    values = {"nll_per_byte": scores.nll_per_byte, "masked_accuracy": scores.masked_accuracy}
     folder, is_best = Path(recipe.folder) / CHECKPOINTS, False
     with fail_together():
         if is_first():

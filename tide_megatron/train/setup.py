@@ -16,9 +16,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tide_megatron.base.device import Device
-from tide_megatron.base.errors import ConfigError, TideError, under
+from tide_megatron.base.errors import ConfigError, TideError, nearest, under
 from tide_megatron.base.phases import Phases
 from tide_megatron.base.startup import STARTUP
+from tide_megatron.checkpoint.retention import TASK_SCORE
 from tide_megatron.data.dataset import PreparedData
 from tide_megatron.data.loader import Loader
 from tide_megatron.diffusion.noise import Noiser
@@ -28,6 +29,7 @@ from tide_megatron.losses.base import ColumnLoss
 from tide_megatron.models.weights import check_folder_names, read_architecture
 from tide_megatron.parallel.collectives import broadcast_object, fail_together, is_first, own_share
 from tide_megatron.parallel.vocab_group import make_vocab_group
+from tide_megatron.tasks.in_training import TrainingTasks
 from tide_megatron.text.align import differing_ids, require_shared
 from tide_megatron.text.tokenizer import Tokenizer
 from tide_megatron.train.data import open_loader
@@ -62,6 +64,8 @@ class Setup:
     """Of the teachers, by name."""
     contents: dict[str, str]
     """Key of a folder in the recipe -> digest of what lies there."""
+    tasks: TrainingTasks | None = None
+    """What the student is asked besides; None: nothing."""
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
     """What earlier starts of the run have cost, as its checkpoint tells (`CheckpointMetadata.spent`)."""
 
@@ -78,6 +82,8 @@ class Examination:
     data: dict[str, Loader] = dataclasses.field(default_factory=dict)
     """`train` and `held_out`."""
     shapes: dict[str, HeadShape] = dataclasses.field(default_factory=dict)
+    tasks: TrainingTasks | None = None
+    """What the student is asked besides; None: nothing, or it could not be read."""
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
@@ -130,6 +136,12 @@ def examine(recipe: Recipe, device: Device, place: tuple[int, int], *, headers: 
     with found.noting():
         recipe.batch.accumulation(world)
     _examine_data(recipe, place, found)
+    with found.noting():
+        if recipe.evaluation.asks and "student" in found.plans:
+            plan = found.plans["student"]
+            found.tasks = TrainingTasks(recipe.evaluation, plan.tokenizer, plan.architecture.max_positions)
+    with found.noting():
+        _check_best(recipe)
     if len(found.plans) > len(recipe.teachers) and "train" in found.data:
         _check_terms(recipe, found)
         with found.noting():
@@ -219,6 +231,7 @@ def set_up(recipe: Recipe, device: Device) -> Setup:
         tokenizer=plans["student"].tokenizer,
         tokenizers={name: plan.tokenizer for name, plan in readers.items()},
         contents=contents,
+        tasks=found.tasks,
     )
 
 
@@ -260,3 +273,16 @@ def _check_own_tokens(term: str, name: str, student: ModelPlan, teacher: ModelPl
             "not prepared for it; run `tide prepare` again with "
             f"--teacher {name}={teacher.choice.folder}"
         )
+
+
+def _check_best(recipe: Recipe) -> None:
+    """Refuse to keep the best checkpoint by the score of a task that is not asked.
+
+    Raises:
+        ConfigError: naming the tasks that are.
+    """
+    by, asked = recipe.checkpoints.keep_best, recipe.evaluation.tasks
+    if by.startswith(TASK_SCORE) and by.removeprefix(TASK_SCORE) not in asked:
+        known = [f"{TASK_SCORE}{name}" for name in asked]
+        told = nearest(by, known) if known else "set evaluation.tasks, too"
+        raise ConfigError(f"checkpoints.keep_best: {by!r} is no score of this run; {told}")

@@ -21,6 +21,7 @@ from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.files import write_text
 from tide_megatron.base.units import now
+from tide_megatron.tasks.in_training import Answered
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ _GOES_ON = "; the run goes on from its last whole checkpoint"
 class Record:
     """Values at one moment of a run."""
 
-    kind: Literal["train", "evaluate"]
+    kind: Literal["train", "evaluate", "tasks"]
     clock: Clock
     values: Mapping[str, float]
     rank_seconds: Sequence[Sequence[float]] = ()
     """Of each rank, since the record before: seconds by phase of `PHASES`. Training records only."""
+    answers: Sequence[Answered] = ()
+    """Replies that a person may read. Records of tasks only."""
 
 
 class Sink(Protocol):
@@ -76,7 +79,7 @@ class JsonLines:
         }
         values = {name: value if math.isfinite(value) else None for name, value in record.values.items()}
         with disk_faults(self.path, TideError, _GOES_ON):
-            self._file.write(json.dumps({**facts, **values}) + "\n")
+            self._file.write(json.dumps({**facts, **values, **_replies(record)}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -97,6 +100,23 @@ class JsonLines:
         write_text(self.path, "".join(kept))
 
 
+def _replies(record: Record) -> dict[str, Any]:
+    return {"replies": [dataclasses.asdict(answer) for answer in record.answers]} if record.answers else {}
+
+
+def _markdown(answers: Sequence[Answered]) -> str:
+    """Return replies for TensorBoard: code blocks, which keep their lines and mark nothing up."""
+    return "\n\n".join(
+        f"**{answer.task} {answer.question}** {answer.why}\n\n{_indented(answer.prompt)}\n\n---\n\n"
+        f"{_indented(answer.reply)}"
+        for answer in answers
+    )
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines()) or "    "
+
+
 class TensorBoard:
     """Event files in `tensorboard/`; a resumed run hides what it overwrites."""
 
@@ -111,6 +131,8 @@ class TensorBoard:
         """Add one scalar per value."""
         for name, value in record.values.items():
             self._writer.add_scalar(f"{record.kind}/{name}", value, record.clock.step)
+        if record.answers:
+            self._writer.add_text("tasks/replies", _markdown(record.answers), record.clock.step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -147,7 +169,16 @@ class WeightsAndBiases:
     def write(self, record: Record) -> None:
         """Log the record under its kind."""
         values = {f"{record.kind}/{name}": value for name, value in record.values.items()}
+        if record.answers:
+            values["tasks/replies"] = self._table(record.answers)
         self._run.log({"step": record.clock.step, "consumed": record.clock.consumed, **values})
+
+    def _table(self, answers: Sequence[Answered]) -> Any:
+        import wandb
+
+        names = [field.name for field in dataclasses.fields(Answered)]
+        rows = [[getattr(answer, name) for name in names] for answer in answers]
+        return wandb.Table(columns=names, data=rows)
 
     def close(self) -> None:
         """Finish the wandb run."""

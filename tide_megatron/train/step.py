@@ -21,6 +21,7 @@ from tide_megatron.base.phases import Phases
 from tide_megatron.diffusion.batch import Batch
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.head.loss import HeadLoss
+from tide_megatron.head.term_gradients import TermGradients
 from tide_megatron.parallel.collectives import sum_over
 from tide_megatron.parallel.exchange import COMM_STATS, KINDS
 from tide_megatron.teachers.teacher import Teacher
@@ -78,16 +79,19 @@ class StepResult:
     """What our own collectives brought to all ranks together, by kind (`parallel.exchange`)."""
     broken: dict[str, list[int]]
     """Teachers whose answers were not finite -> sample ids; looked for only when an update was skipped."""
+    gradients: dict[str, float]
+    """Norms and cosines of the terms' gradients (`TermGradients.take`), where they were to be measured."""
 
 
 # ---------------------------------------------------------------------------------------------------
-def train_step(run: Run, given: StepInput, clock: Clock) -> StepResult:
+def train_step(run: Run, given: StepInput, clock: Clock, *, measures_terms: bool = False) -> StepResult:
     """Ask the teachers, answer as the student, compare, update. All ranks call it together.
 
     Args:
         run: student, teachers, losses.
         given: what this rank reads of one update's microbatches (`Run.read`), on the host.
         clock: where the run stands; the caller advances it.
+        measures_terms: also measure the gradient of each term; alike on every rank.
 
     Raises:
         TideError: on every rank, when a teacher was asked about other samples than the student.
@@ -102,6 +106,7 @@ def train_step(run: Run, given: StepInput, clock: Clock) -> StepResult:
     }
     run.student.clear()
     watch = AnswerWatch(run.teachers, run.head.group, counts)
+    measured = TermGradients(run.head) if measures_terms else None
     sums: dict[str, Tensor] = {}
     for example, view, known in zip(given.noised, given.views, gathered, strict=True):
         with run.phases("teacher"):
@@ -110,6 +115,8 @@ def train_step(run: Run, given: StepInput, clock: Clock) -> StepResult:
         with run.phases("student"):
             student = run.student.rows(view)
         loss = run.head(student, teachers, known, clock)
+        if measured is not None:
+            measured.add(student, teachers, known, clock)
         with run.phases("backward"):
             run.student.release(loss.objective)
         for name, value in loss.sums.items():
@@ -128,6 +135,7 @@ def train_step(run: Run, given: StepInput, clock: Clock) -> StepResult:
         cost=counts.cost,
         bytes=moved,
         broken={} if update.applied else watch.report(),
+        gradients={} if measured is None else measured.take(run.student.groups.dp),
     )
 
 

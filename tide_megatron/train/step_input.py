@@ -18,7 +18,6 @@ import torch
 
 from tide_megatron.base.transfer import moved
 from tide_megatron.diffusion.batch import Batch, Noised
-from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.diffusion.views import View
 from tide_megatron.head.gather import row_sizes
 from tide_megatron.losses.base import Loss
@@ -48,7 +47,7 @@ class StepInput:
     def of(
         cls,
         batches: Sequence[Batch],
-        noiser: Noiser,
+        noiser: Callable[[Batch], Noised],
         student: Student,
         teachers: Mapping[str, Teacher],
         losses: Mapping[str, Loss],

@@ -1,4 +1,4 @@
-"""Replays of single formulas: schedules, masks, the sampler's counts; TIDAL and CALM with their gradients.
+"""Replays of single formulas: schedules, masks, TIDAL and CALM with their gradients.
 
 Shapes, block sizes, lengths, steps and temperatures come from the files' own keys. What a file does not say
 about its cases, the goldens' README does: `NAMED_CASES`.
@@ -26,7 +26,6 @@ from goldens.engine import (
     tidal_term,
 )
 from goldens.row import LOSS_TOLERANCE, Golden, Row
-from tide_megatron.diffusion.denoise import commit_most_confident, transfer_counts
 from tide_megatron.diffusion.schedule import SCHEDULES
 
 NAMED_CASES: dict[str, dict[str, Any]] = {
@@ -64,23 +63,6 @@ def replay_masks(path: Path) -> list[Row]:
             mask = dense_mask(block_diffusion(block), length)[0, 0]
             ours[key] = mask if order == "xtx0" else swap_halves(mask)
         golden.compare(f"n*_bs*_{order}", ours, tolerance=0.0)
-    return golden.rows()
-
-
-def replay_sampler(path: Path) -> list[Row]:
-    """Replay sampler.npz: transfer counts and one commit; whole sequences wait for fast decoding."""
-    golden = Golden(path)
-    for name, schedule in SCHEDULES.items():
-        ours = {}
-        for key in golden.keys(rf"ntt_{name}_L\d+_s\d+"):
-            length, steps = map(int, re.findall(r"\d+", key))
-            ours[key] = transfer_counts(schedule, [length, length - length // 2], steps)
-        golden.compare(f"ntt_{name}_*", ours, tolerance=0.0)
-    logits, ids, mask, number = (golden.read(f"step_{key}") for key in ("logits", "x", "mask", "k"))
-    golden.compare("step_*", {"step_out": commit_most_confident(logits, ids, mask, number)[0]}, tolerance=0.0)
-    names = "|".join(re.escape(case["name"]) for case in golden.cases())
-    whole = golden.keys(rf"({names})_(seq|hist|hist_len)|prompt[0-9]+|(mask|pad|eos)_id|prep_(x|attn|pos)")
-    golden.put_off("whole sequences", whole, "the sampler beyond its transfer counts")
     return golden.rows()
 
 

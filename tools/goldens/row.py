@@ -1,6 +1,6 @@
 """One line of the replay table, and a reader that knows which keys of a file nobody has asked for.
 
-A golden file counts as replayed only if every key in it was compared, used as an input, or put off by name:
+A golden file counts as replayed only if every key in it was compared, used as an input, or left out by name:
 `Golden.rows` therefore ends with a failing row for each key that was never touched, and for each option of a
 case that was never read. Nothing here knows what a key means; the replay modules do.
 """
@@ -24,7 +24,7 @@ LOSS_TOLERANCE = 1e-6
 LOGIT_TOLERANCE = 1e-5
 """Largest error of logits and hidden states (fp32), in the same measure."""
 
-Status = Literal["replayed", "differs", "later issue", "not there", "failed"]
+Status = Literal["replayed", "differs", "not there", "failed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Row:
     error: float | None = None
     """Largest error found (None where nothing was compared)."""
     note: str = ""
-    """Why it differs (the reference bug by name), which issue it waits for, or what failed."""
+    """Why it differs (the reference bug by name), what is not there, or what failed."""
 
     @property
     def passed(self) -> bool:
@@ -145,13 +145,11 @@ class Golden:
         """Add a row whose verdict was reached elsewhere."""
         self._rows.append(Row(file=self.name, label=label, status=status, error=error, note=note))
 
-    def put_off(self, label: str, keys: Iterable[str], note: str) -> None:
-        """Tick off keys that a later issue replays and the options of cases; no row when there are none."""
+    def leave_out(self, label: str, keys: Iterable[str], note: str) -> None:
+        """Tick off keys whose input is not in this folder, and the options of cases."""
         self._read_options |= self._options
-        waiting = self._untouched.intersection(keys)
-        self._untouched -= waiting
-        if waiting:
-            self.add(label, "later issue", note=note)
+        self._untouched.difference_update(keys)
+        self.add(label, "not there", note=note)
 
     def rows(self) -> list[Row]:
         """Return the rows so far, and one failing row for each key or option that nobody asked for."""

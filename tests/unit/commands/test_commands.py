@@ -15,11 +15,15 @@ from tests.small_tokenizer import write_chats, write_tokenizer
 from tide_megatron import __version__, commands
 from tide_megatron.base.errors import ConfigError, DataError, RanksFailed, TideError
 from tide_megatron.commands import VERBS, app, main
+from tide_megatron.decode.options import Decoding
+from tide_megatron.decode.order import Cell
+from tide_megatron.decode.reply import Reply
 from tide_megatron.export.checks import Check
 from tide_megatron.export.export import ExportOptions
 from tide_megatron.launch import doctor as launch_doctor
 from tide_megatron.launch import ranks as launch_ranks
 from tide_megatron.launch.doctor import Finding
+from tide_megatron.tasks.sampling import Sampled
 
 SURFACE = {
     "prepare": "out sources --config --tokenizer --max-length --on-long --on-bad --shape --dedup --portion "
@@ -32,10 +36,16 @@ SURFACE = {
     "status": "runs --json --watch",
     "plan": "recipe overrides --gpus --gpus-per-node --memory --reserve --length --records --explain --json",
     "recipe": "key --markdown",
-    "sample": "model prompts --context --block-size --mask --new-tokens --steps --device --precision "
+    "sample": "model prompts --input --system --out --show-order --replay --new-tokens --steps --schedule "
+    "--threshold --temperature --top-p --guidance --stop --seed --batch --cache/--no-cache --context "
+    "--block-size --mask --ranks --device --precision --engine --fp8",
+    "chat": "model --system --show-order --new-tokens --steps --schedule --threshold --temperature --top-p "
+    "--guidance --stop --seed --batch --cache/--no-cache --context --block-size --mask --device --precision "
     "--engine --fp8",
-    "evaluate": "model --data --samples --times --context --block-size --ranks --device --precision "
-    "--engine --fp8 --json",
+    "evaluate": "model --data --tasks --out --against --limit --decoding --think --draws --include "
+    "--unsandboxed --samples --times --context --block-size --ranks --device --precision --engine --fp8 "
+    "--json",
+    "report": "runs --out --png/--no-png",
     "export": "model out --format/--flavour --shard-size --dtype --force --verify/--no-verify",
     "doctor": "--device",
     "convert hf-to-megatron": "source target --ranks --dtype --layers --force",
@@ -121,6 +131,7 @@ def test_words_that_are_not_known(words, said):
         "train ~/x.yaml --dry-run",
         "submit ~/x.yaml --dry-run",
         "sample ~/x hello",
+        "chat ~/x",
         "evaluate ~/x --data ~/y",
         "export ~/x ~/out",
         "convert hf-to-megatron ~/x ~/out",
@@ -267,32 +278,44 @@ def test_train_passes_the_recipes_timeout_on(monkeypatch, tmp_path):
     assert CliRunner().invoke(app, words).exit_code == 0, "torchrun fails on any other code"
 
 
-def test_sample_passes_prompts_on_and_prints_replies(monkeypatch):
+def test_sample_passes_prompts_on_and_prints_replies(monkeypatch, tmp_path):
     calls = []
 
-    def run_ranks(function, args, num_ranks, device):
+    def run_ranks(function, args, num_ranks, device, **more):
         calls.append((function.__name__, args, num_ranks, device))
-        return ["a [b] c"] * len(args[1])
+        reply = Reply(ids=(1, 2), text="a [b] c", order=(1, 0), ended="eos", forwards=2)
+        shown = [Cell(text="a [b]", steps=(1,)), Cell(text=" c", steps=(0,))]
+        return [Sampled(conversation=one, reply=reply, cells=shown) for one in args[1].conversations]
 
     monkeypatch.setattr(launch_ranks, "run_ranks", run_ranks)
-    words = ["sample", "models/x", "one", "two", "--new-tokens", "12", "--device", "cpu"]
+    words = ["sample", "models/x", "one", "two", "--new-tokens", "12", "--device", "cpu", "--ranks", "2"]
     words += ["--context", "block_diffusion", "--block-size", "8"]
-    result = CliRunner().invoke(app, words)
+    more = ["--schedule", "entropy", "--threshold", "0.2", "--stop", "END", "--stop", "---", "--no-cache"]
+    result = CliRunner().invoke(app, [*words, *more, "--system", "Be kind."])
     assert result.exit_code == 0, result.output
     assert result.output == "one\na [b] c\n\ntwo\na [b] c\n\n"
-    ((name, (folder, prompts, context, sampler, mask, numbers), num_ranks, device),) = calls
-    assert (name, str(folder), prompts, num_ranks, device) == (
-        "answer_prompts",
-        "models/x",
-        ["one", "two"],
-        1,
-        "cpu",
-    )
+    ((name, (place, work, context, mask, numbers), num_ranks, device),) = calls
+    assert (name, str(place), num_ranks, device) == ("sample_conversations", "models/x", 2, "cpu")
+    told = [[message["content"] for message in one.messages] for one in work.conversations]
+    assert told == [["Be kind.", "one"], ["Be kind.", "two"]]
     assert (context.kind, context.block_size) == ("block_diffusion", 8)
-    assert (sampler.new_tokens, sampler.steps, mask) == (12, 12, None)
+    assert work.options == Decoding(
+        new_tokens=12, schedule="entropy", threshold=0.2, stop=("END", "---"), cache=False
+    )
+    assert (work.out, mask) == (None, None)
     assert (numbers.precision, numbers.engine, numbers.fp8) == ("auto", "auto", None)
-    CliRunner().invoke(app, ["sample", "models/x", *words[-4:]], input="three\n\nfour\n")
-    assert calls[1][1][1] == ["three", "four"]
+    short = ["sample", "models/x", *words[-4:]]
+    CliRunner().invoke(app, short, input="three\n\nfour\n")
+    assert [one.messages[-1]["content"] for one in calls[1][1][1].conversations] == ["three", "four"]
+    file, page = tmp_path / "prompts.jsonl", tmp_path / "page.html"
+    file.write_text('{"prompt": "five"}\n')
+    result = CliRunner().invoke(app, [*short, "--input", str(file), "--replay", str(page), "--show-order"])
+    assert "five\na [b] c\ncommitted first" in result.output
+    assert "a [b]" in page.read_text()
+    for wrong in (["six", "--input", str(file)], ["six", "--top-p", "2"], []):
+        result = CliRunner().invoke(app, [*short, *wrong], input="")
+        assert isinstance(result.exception, ConfigError), wrong
+    assert "there are none" in str(result.exception)
 
 
 def test_prompts_that_are_no_text_are_refused_before_a_model_is_read():

@@ -31,15 +31,19 @@ def load(monkeypatch):
 
 
 LAYOUTS = {"self": Layout(), "moe": Layout(expert=4), "dense": Layout(tensor=2, pipeline=2)}
-UNTAUGHT = ("undistilled", "hard_twin", "whole_hiding", "pair_twin")
-TEACHERS = {"self": ["self"], "both": ["moe", "dense"], "pair": ["moe", "dense"], "dense": ["dense"]}
+UNTAUGHT = (
+    *("undistilled", "hard_twin", "whole_hiding", "pair_twin"),
+    *("undistilled_clean", "hard_twin_clean"),
+)
+PAIR = ["moe", "dense"]
+TEACHERS = {"self": ["self"], "both": PAIR, "pair": PAIR, "distilled": PAIR, "dense": ["dense"]}
 """First part of a variant's name -> its teachers, where it is not the mixture alone."""
 
 
-@pytest.mark.parametrize("example", ["quickstart", "cross_tokenizer", "shared_tokenizer"])
+@pytest.mark.parametrize("example", ["quickstart", "cross_tokenizer", "shared_tokenizer", "exercises"])
 def test_every_variant_is_a_recipe_and_differs_in_nothing_but_what_it_compares(load, example):
     script = load(f"{example}/run")
-    file = "cross_tokenizer" if example == "cross_tokenizer" else "quickstart"
+    file = "quickstart" if example == "shared_tokenizer" else example
     variants = {**getattr(script, "QUICK", getattr(script, "RUNS", {})), **script.FULL}
     trees = {}
     for name, words in variants.items():
@@ -55,7 +59,9 @@ def test_every_variant_is_a_recipe_and_differs_in_nothing_but_what_it_compares(l
         assert {key for key, view in views.items() if view == "complementary"} == set(demonstrated)
         if example == "cross_tokenizer":
             assert recipe.noise.chunk_hiding == ("whole" if "whole" in name else "as_drawn")
-    varied = ("losses", "teachers", "noise")
+        clean = "runs/exercises-data/train"
+        assert (recipe.data.train == clean) == name.endswith("_clean")
+    varied = ("losses", "teachers", "noise", *(["data"] if example == "exercises" else []))
     rest = [{key: value for key, value in tree.items() if key not in varied} for tree in trees.values()]
     assert all(tree == rest[0] for tree in rest)
     assert len({str(tree) for tree in trees.values()}) == len(trees)
@@ -80,6 +86,12 @@ def test_the_quickstart_shares_one_weight_among_teachers_and_gives_the_hard_twin
         "self": 8.0,
         "both_tidal": 16.0,
     }
+
+
+def test_the_exercises_share_one_weight_too(load):
+    script = load("exercises/run")
+    terms = load_recipe(Path("configs/runs/exercises.yaml"), script.RUNS["distilled"])[0].terms
+    assert sum(term.weight for key, term in terms.items() if key != "ce") == script.WEIGHT
 
 
 def test_the_written_out_pair_is_the_example_s(load):

@@ -81,7 +81,10 @@ def test_all_forms_are_written_and_verified(student, tmp_path):
             assert (told["eos_token_id"], told["pad_token_id"]) == (ids.eos_id, ids.pad_id)
     served = config_of(tmp_path / "out" / "sdar")
     assert (served["block_size"], served["mask_token_id"]) == (8, ids.mask_id)
-    assert yaml.safe_load((tmp_path / "out/sdar/sglang_dllm.yaml").read_text()) == {"block_size": 8}
+    assert yaml.safe_load((tmp_path / "out/sdar/sglang_dllm.yaml").read_text()) == {
+        "block_size": 8,
+        "threshold": 0.95,
+    }
     assert not (tmp_path / "out/qwen3/sglang_dllm.yaml").exists()
 
 
@@ -170,7 +173,7 @@ def test_a_runs_story_is_on_the_card(student, tmp_path, inside):
     assert "| `nll_per_byte` | 1.25 |" in card
     assert "| `clock.step` | 4 |" in card
     assert "train (`train`): no longer at hand" in card
-    assert "lmdeploy serve api_server FOLDER --backend pytorch --dllm-block-length 8" in card
+    assert "--dllm-block-length 8 --dllm-unmasking-strategy" in card
     assert "they cannot serve it" in card
     for title in ("What it is", "How it was trained", "Data", "Held-out metrics", "How to load it", "Limits"):
         assert f"\n## {title}\n" in card

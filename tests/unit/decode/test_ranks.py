@@ -9,12 +9,14 @@ from tests.small_tokenizer import write_tokenizer
 from tests.unit.train.test_summary import DENSE
 from tide_megatron.base.device import choose_device
 from tide_megatron.base.errors import ConfigError, DataError
+from tide_megatron.decode import opening, passes
+from tide_megatron.decode.options import Decoding
+from tide_megatron.decode.ranks import answer_prompts
 from tide_megatron.diffusion.mask import Context
-from tide_megatron.evaluate import generate as module
-from tide_megatron.evaluate.generate import Sampler, answer_prompts, generate
 from tide_megatron.evaluate.model_folder import open_model
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models.build import build_model
+from tide_megatron.models.lean import lean_rows
 from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights, read_architecture, save_model
 from tide_megatron.parallel.groups import make_groups
@@ -22,7 +24,7 @@ from tide_megatron.parallel.layout import Layout
 from tide_megatron.text.tokenizer import Tokenizer
 
 CONTEXT = Context(kind="block_diffusion", block_size=4)
-SAMPLER = Sampler(new_tokens=10, steps=10)
+TEN = Decoding(new_tokens=10)
 
 
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|mask|>", "<m>")
@@ -41,8 +43,7 @@ def write_model(folder, *, device, stop, special=SPECIAL[:4], **changes):
 
 def write_and_answer(folder, prompts, *, device, stop, **changes):
     write_model(folder, device=device, stop=stop, **changes)
-    first = answer_prompts(folder, prompts, CONTEXT, SAMPLER, device=device, stop=stop)
-    return first, answer_prompts(folder, prompts, CONTEXT, SAMPLER, device=device, stop=stop)
+    return [answer_prompts(folder, prompts, TEN, CONTEXT, device=device, stop=stop) for _ in range(2)]
 
 
 def one_rank(function, *args):
@@ -52,7 +53,7 @@ def one_rank(function, *args):
 def test_a_folder_answers_prompts_and_does_so_again(tmp_path):
     first, again = one_rank(write_and_answer, tmp_path / "model", ["one", "two"])
     assert len(first) == 2
-    assert all(isinstance(reply, str) and "<|mask|>" not in reply for reply in first)
+    assert all("<|mask|>" not in reply.text and reply.ended in ("length", "eos") for reply in first)
     assert first == again
 
 
@@ -64,17 +65,10 @@ def committed(folder, rows, louder, *, device, stop):
         model.head_weight[louder] = 50 * torch.randn(
             len(louder), model.head_weight.shape[1], generator=torch.Generator().manual_seed(1)
         )
-    seen = []
-
-    def generated(*args, **options):
-        seen.append(generate(*args, **options))
-        return seen[-1]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "open_model", lambda *_: model)
-        patch.setattr(module, "generate", generated)
-        answer_prompts(folder, ["one", "two"], CONTEXT, SAMPLER, device=device, stop=stop)
-    return [token for reply in seen for token in reply], tokenizer
+        patch.setattr(opening, "open_model", lambda *_: model)
+        replies = answer_prompts(folder, ["one", "two"], TEN, CONTEXT, device=device, stop=stop)
+    return [token for reply in replies for token in reply.ids], tokenizer
 
 
 @pytest.mark.parametrize("spare", [1, 200])
@@ -110,15 +104,15 @@ def shown(folder, *, device, stop):
             (folder / name).write_text(json.dumps(json.loads(text) | files.get(name, {})))
         views = []
 
-        def rows(view, views=views):
+        def rows(model, view, reading, views=views):
             views.append(view.ids.flatten().tolist())
-            return type(model).rows(model, view)
+            return lean_rows(model, view, reading)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "rows", rows)
-            patch.setattr(module, "open_model", lambda *_: model)
-            sampler = Sampler(new_tokens=2, steps=1)
-            answer_prompts(folder, ["one"], CONTEXT, sampler, mask, device=device, stop=stop)
+            patch.setattr(passes, "lean_rows", rows)
+            patch.setattr(opening, "open_model", lambda *_: model)
+            options = Decoding(new_tokens=2, steps=1)
+            answer_prompts(folder, ["one"], options, CONTEXT, mask, device=device, stop=stop)
         found.append({3, 4} & set(views[0]))
     return found
 
@@ -131,7 +125,7 @@ def test_a_model_is_shown_the_mask_that_its_folder_names(tmp_path):
 def test_a_prompt_that_holds_the_mask_token_is_refused_before_weights_are_read(tmp_path, prompt):
     def asked(*, device, stop):
         write_tokenizer(tmp_path)
-        answer_prompts(tmp_path, ["fine", prompt], CONTEXT, SAMPLER, device=device, stop=stop)
+        answer_prompts(tmp_path, ["fine", prompt], TEN, CONTEXT, device=device, stop=stop)
 
     with pytest.raises(DataError, match=r"prompt '.*': contains the mask token <\|mask\|>") as caught:
         one_rank(asked)
@@ -142,7 +136,7 @@ def test_a_stop_begins_no_further_prompt(tmp_path):
     def stopped(*, device, stop):
         write_model(tmp_path / "model", device=device, stop=stop)
         stop.request("SIGINT")
-        return answer_prompts(tmp_path / "model", ["one"], CONTEXT, SAMPLER, device=device, stop=stop)
+        return answer_prompts(tmp_path / "model", ["one"], TEN, CONTEXT, device=device, stop=stop)
 
     assert one_rank(stopped) == []
 
@@ -159,7 +153,7 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path):
     def no_template(*, device, stop):
         write_model(tmp_path / "model", device=device, stop=stop)
         write_tokenizer(tmp_path / "model", chat_template=None)
-        answer_prompts(tmp_path / "model", ["x"], CONTEXT, SAMPLER, device=device, stop=stop)
+        answer_prompts(tmp_path / "model", ["x"], TEN, CONTEXT, device=device, stop=stop)
 
     with pytest.raises(DataError, match="no chat template"):
         one_rank(no_template)
