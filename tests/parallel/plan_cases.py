@@ -8,7 +8,7 @@ from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import choose_device
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.parallel.collectives import gather_objects
-from tide_megatron.plan.rank import PlannedJob, adopt_models, adopt_states, model_bytes, models_of
+from tide_megatron.plan.one_rank import PlannedJob, adopt_models, adopt_states, model_bytes, models_of
 from tide_megatron.plan.recorder import RecordedPhases, Recorder
 from tide_megatron.plan.routing import Recorded, watch_routing
 from tide_megatron.train.data import open_loader

@@ -19,7 +19,7 @@ from tide_megatron.head.loss import HeadLoss
 from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.vocab_group import make_vocab_group
 from tide_megatron.plan.job import make_job, read_shapes
-from tide_megatron.plan.rank import models_of, record_rank
+from tide_megatron.plan.one_rank import models_of, record_rank
 from tide_megatron.plan.recorder import RecordedPhases, Recorder
 from tide_megatron.train.models import build_student, build_teacher
 from tide_megatron.train.resolve import load_recipe

@@ -7,7 +7,7 @@ import pytest
 
 from tests.parallel.plan_cases import by_phase_and_kind, flops_by_phase, planned_job, really
 from tests.tiny_run import PAIR_ON_FOUR, write_pair_run
-from tide_megatron.plan.rank import record_rank
+from tide_megatron.plan.one_rank import record_rank
 
 TWO_EACH = ("batch.samples=8", "batch.microbatch=1")
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.base.memory import free_bytes
 from tide_megatron.base.phases import Phases
-from tide_megatron.base.planned import kind_of
 from tide_megatron.head.budget import BUDGET_MIB, MIB, HeadShape, kept_heads, row_bytes, settle_budget
 from tide_megatron.head.compiler import PassCompiler
 from tide_megatron.head.fused import fused_head_loss

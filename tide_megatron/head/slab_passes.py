@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tide_megatron.base.planned import kind_of
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.compiler import PassCompiler
 from tide_megatron.head.passes import (

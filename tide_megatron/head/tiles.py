@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tide_megatron.base.planned import kind_of
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.softmax import OnlineLikelihood, OnlineSoftmax, merge
 from tide_megatron.losses.rows import Columns

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.base.errors import ConfigError, nearest
-from tide_megatron.base.planned import kind_of
 from tide_megatron.diffusion.mask import Context, dense_mask
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.flex import CompiledFlex, make_plain_flex

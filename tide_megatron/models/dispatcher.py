@@ -25,7 +25,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch import Tensor
 from torch.autograd import Function
 
-from tide_megatron.base.planned import kind_of
+from tide_megatron.base.device_kind import kind_of
 
 
 class Order(NamedTuple):

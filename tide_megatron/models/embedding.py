@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tide_megatron.base.planned import kind_of
+from tide_megatron.base.device_kind import kind_of
 
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.batch import Batch
 from tide_megatron.diffusion.noise import Noiser
 from tide_megatron.models.weights import read_architecture
-from tide_megatron.plan.rank import PlannedJob
+from tide_megatron.plan.one_rank import PlannedJob
 from tide_megatron.plan.routing import Routing
 from tide_megatron.train.models import ModelShape, check_layout, check_precision, head_ranks
 from tide_megatron.train.recipe import Recipe

@@ -1,7 +1,7 @@
 """`tide plan`: which layouts of a recipe fit some numbers of GPUs, counted by our own step.
 
 Candidates are ordered and thinned out by formulas (`candidates`); of the best that could fit, the fullest
-rank is built and stepped on meta tensors (`rank`), and what it held and sent is the answer.
+rank is built and stepped on meta tensors (`one_rank`), and what it held and sent is the answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tide_megatron.base.errors import ConfigError, TideError
 from tide_megatron.base.units import in_bytes
 from tide_megatron.plan.candidates import Candidate, Field
 from tide_megatron.plan.job import make_job, read_shapes, sample_length, with_choices
-from tide_megatron.plan.rank import RankRecord, record_rank
+from tide_megatron.plan.one_rank import RankRecord, record_rank
 from tide_megatron.plan.recorder import Sent
 from tide_megatron.train.models import ModelShape
 from tide_megatron.train.recipe import Recipe
@@ -44,7 +44,7 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Option:
+class SteppedCandidate:
     """One candidate, recorded."""
 
     candidate: Candidate
@@ -100,7 +100,7 @@ class Answer:
     """What was found for one number of GPUs."""
 
     gpus: int
-    options: Sequence[Option]
+    options: Sequence[SteppedCandidate]
     """Recorded, those that fit first, in the order in which they were tried."""
     looked_at: int
     """Candidates."""
@@ -108,7 +108,7 @@ class Answer:
     """Of them: by weights, gradients and optimizer alone."""
 
     @property
-    def best(self) -> Option | None:
+    def best(self) -> SteppedCandidate | None:
         """The first that fits."""
         return next((option for option in self.options if option.headroom >= 0), None)
 
@@ -188,14 +188,14 @@ def _answer(
     )
 
 
-def _recorded(field: Field, candidate: Candidate, rank: int, machine: Machine) -> Option:
+def _recorded(field: Field, candidate: Candidate, rank: int, machine: Machine) -> SteppedCandidate:
     recipe = candidate.recipe(field.recipe)
     job = make_job(recipe, with_choices(field.shapes, recipe), world=field.world, length=field.length)
     record = record_rank(job, rank)
-    return Option(candidate=candidate, rank=rank, record=record, machine=machine, field=field)
+    return SteppedCandidate(candidate=candidate, rank=rank, record=record, machine=machine, field=field)
 
 
-def explained(answers: Sequence[Answer], rank: int) -> Option:
+def explained(answers: Sequence[Answer], rank: int) -> SteppedCandidate:
     """Step another rank of the best layout, or of the first one where none fits.
 
     Raises:

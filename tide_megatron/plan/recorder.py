@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -150,12 +149,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Label(owner, USES.get(self.phase, self.phase))
 
     def begin(self) -> None:
-        """Forget what was sent, computed and alive at most so far: a step begins.
-
-        What only Python's collector of cycles would free is freed: when it runs by itself is chance.
-        """
-        if self.calls:  # not the first step
-            gc.collect()
+        """Forget what was sent, computed and alive at most so far: a step begins."""
         for counted in (self.calls, self.num_bytes, self.flops, self.peaks):
             counted.clear()
 

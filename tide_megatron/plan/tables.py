@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from tide_megatron.base.units import in_bytes
-from tide_megatron.plan.planning import Answer, Option, leaving, link_of
+from tide_megatron.plan.planning import Answer, SteppedCandidate, leaving, link_of
 
 
 def options_table(answers: Sequence[Answer]) -> Table:
@@ -26,7 +26,7 @@ def options_table(answers: Sequence[Answer]) -> Table:
     return table
 
 
-def _line(option: Option) -> list[str]:
+def _line(option: SteppedCandidate) -> list[str]:
     phase, peak = option.record.peak
     sent = option.sent()
     return [
@@ -41,7 +41,7 @@ def _line(option: Option) -> list[str]:
     ]
 
 
-def memory_table(option: Option) -> Table:
+def memory_table(option: SteppedCandidate) -> Table:
     """Return what the rank holds at the peak of each phase, by owner and use."""
     peaks = option.record.peaks
     labels = sorted({label for peak in peaks.values() for label in peak.by_label})
@@ -54,7 +54,7 @@ def memory_table(option: Option) -> Table:
     return table
 
 
-def sent_table(option: Option) -> Table:
+def sent_table(option: SteppedCandidate) -> Table:
     """Return what the rank sends in a step."""
     table = Table(
         *("phase", "whose", "collective", "ranks", "over", "calls", "handed in", "leaving"),

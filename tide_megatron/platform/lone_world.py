@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 from torch.futures import Future
 
 from tide_megatron.base.device import Device, Ranks
-from tide_megatron.base.planned import planned_as
+from tide_megatron.base.device_kind import planned_as
 
 META = torch.device("meta")
 BACKENDS = {"gloo": "lone_gloo", "nccl": "lone_nccl"}

@@ -31,7 +31,7 @@ def measure(file: Path, overrides: list[str], world: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     from tide_megatron.plan.job import make_job, read_shapes
-    from tide_megatron.plan.rank import record_rank
+    from tide_megatron.plan.one_rank import record_rank
     from tide_megatron.train.resolve import load_recipe
 
     imported = time.process_time()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 
-from tide_megatron.base.planned import kind_of
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.parallel.collectives import all_agree, gather_objects, gather_vectors, sum_over
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
