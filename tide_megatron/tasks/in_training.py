@@ -27,7 +27,7 @@ from tide_megatron.parallel.collectives import fail_together, gather_objects, ow
 from tide_megatron.tasks import find_task
 from tide_megatron.tasks.options import RunEvaluation
 from tide_megatron.tasks.prompts import Prompts
-from tide_megatron.tasks.runner import Asked, decode_all, longest_first, prepare
+from tide_megatron.tasks.runner import OpenQuestion, decode_all, longest_first, prepare
 from tide_megatron.tasks.suite import Entry
 from tide_megatron.tasks.task import Judged, Question, Task, judge_all
 from tide_megatron.text.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ class _Ready:
 
     task: Task
     decoding: Decoding
-    asked: Sequence[Asked]
+    asked: Sequence[OpenQuestion]
     questions: Mapping[str, Question]
 
 
