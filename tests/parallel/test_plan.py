@@ -35,8 +35,9 @@ def compare(pool, file, words):
 def test_the_pair_on_four_ranks(pool, pair):
     for of_rank in compare(pool, pair, PAIR_ON_FOUR):
         for phase, (planned, real) in of_rank.items():
-            # Masks and what is known of rows lie on the host in a plan, and are not in it.
-            assert planned <= real <= 1.08 * planned, phase
+            # Masks and what is known of rows lie on the host in a plan, and are not in it, nor are the copies
+            # that gloo makes of gradients and weights while the optimizer shares them out.
+            assert planned <= real <= (1.25 if phase == "optimizer" else 1.08) * planned, phase
 
 
 @pytest.mark.slow
@@ -51,7 +52,7 @@ def test_the_pair_on_four_ranks(pool, pair):
         (*PAIR_ON_FOUR, "student.recompute=true", "optimizer.distributed=false"),
         (*PAIR_ON_FOUR, "student.precision=bf16", "teachers.moe.precision=bf16"),
         (*PAIR_ON_FOUR, "batch.microbatch=null", "batch.tokens=160", "batch.pack=true"),
-        ("teachers.dense.layout.tensor=4", "batch.samples=16", "batch.microbatch=2", "head.budget_mib=10"),
+        ("teachers.dense.layout.tensor=2", "batch.samples=16", "batch.microbatch=2", "head.budget_mib=10"),
         (*TWO_EACH, "optimizer.name=sgd", "student.recompute=selective", "attention=dense"),
     ],
     ids=" ".join,
