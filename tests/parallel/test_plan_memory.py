@@ -21,8 +21,8 @@ SIZES = {
     "vocab_size": 32_000,
 }
 WITHIN = {"student": 0.05, "head": 0.05, "backward": 0.05, "optimizer": 0.08}
-"""Share of what is resident. In the update gloo has copies of its own. What is asked for and never touched is
-not resident, so the teacher's phase, where much of that stands, is held to counted tensors alone."""
+"""Share of what is resident. In the update some more is held than planned (docs/log.md). What is asked for
+and never touched is not resident, so the teacher's phase is held to counted tensors alone."""
 
 
 def write(folder):

@@ -7,6 +7,7 @@ rank is built and stepped on meta tensors (`one_rank`), and what it held and sen
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -191,7 +192,11 @@ def _answer(
 def _recorded(field: Field, candidate: Candidate, rank: int, machine: Machine) -> SteppedCandidate:
     recipe = candidate.recipe(field.recipe)
     job = make_job(recipe, with_choices(field.shapes, recipe), world=field.world, length=field.length)
-    record = record_rank(job, rank)
+    logging.disable(logging.INFO)  # what a real rank would say when it starts
+    try:
+        record = record_rank(job, rank)
+    finally:
+        logging.disable(logging.NOTSET)
     return SteppedCandidate(candidate=candidate, rank=rank, record=record, machine=machine, field=field)
 
 
