@@ -104,7 +104,7 @@ from tests.small_task import DECODING, Repeat
 from tide_megatron import api
 from tide_megatron.tasks import TASKS
 
-TASKS["repeat"] = lambda: Repeat(number=60, decoding=dataclasses.replace(DECODING, batch=3))
+TASKS["repeat"] = lambda: Repeat(number=240, decoding=dataclasses.replace(DECODING, batch=3))
 if __name__ == "__main__":
     options = api.TaskOptions(out=sys.argv[2])
     api.evaluate(sys.argv[1], tasks=["repeat"], on_tasks=options, ranks=2, device="cpu")
@@ -136,4 +136,4 @@ def test_ten_kills_of_the_whole_command(student, tmp_path):
     print("answers after each kill:", counts)
     assert start("whole").wait(600) == start("killed").wait(600) == 0
     assert answers_of(tmp_path / "killed") == answers_of(tmp_path / "whole")
-    assert len(answers_of(tmp_path / "whole")) == 60
+    assert len(answers_of(tmp_path / "whole")) == 240

@@ -91,7 +91,8 @@ def evaluate(
     if data is not None:
         from tide_megatron.evaluate.options import Evaluation
 
-        options = checked(Evaluation, samples=samples, times=tuple(times), microbatch=microbatch)
+        words = {"samples": samples, "times": tuple(times), "microbatch": microbatch}
+        options = checked(Evaluation, words)
         scores |= started.on_data(local_path(data), options)
     return scores | (started.on_tasks(tasks, on_tasks or TaskOptions()) if tasks else {})
 
