@@ -28,12 +28,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import (
     AttentionPlan,
-    Reading,
+    PassAttention,
     choose_kernel,
     fit,
     rotary_frequencies,
@@ -92,7 +93,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         if not options.trainable:
             self._add_end(spec, device)
         self.make_kernel = choose_kernel(
-            options.attention, device.type, trainable=options.trainable, owner=architecture.model_type
+            options.attention, kind_of(device), trainable=options.trainable, owner=architecture.model_type
         )
         # In the model's dtype, as Hugging Face's models round it; on the CPU it multiplies as a number does.
         self._embedding_scale = torch.tensor(architecture.embedding_scale, dtype=config.params_dtype)
@@ -141,7 +142,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         start, stop = (max(0, identity - first) for identity in self.shard.head)
         return table[start:stop]
 
-    def forward(self, view: View, reading: Reading | None = None) -> Tensor:
+    def forward(self, view: View, reading: PassAttention | None = None) -> Tensor:
         """Run this rank's layers; stages behind the first read what `set_input_tensor` was given.
 
         With experts spread over ranks, all ranks of the expert group call it equally often, whatever their
@@ -159,7 +160,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         if reading is None:
             view = view.shifted() if self.architecture.is_shifted else view
             view = fit(view, self.make_kernel)
-            reading = Reading(
+            reading = PassAttention(
                 kernel=self.make_kernel(view.context, view.length, view.numbers(), view.ids.device)
             )
         plan = self.plan(view, reading)
@@ -169,7 +170,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
             return hidden
         return hidden[: len(view.rows), 0]  # [rows or 1, 1, hidden]: the last layer picked
 
-    def plan(self, view: View, reading: Reading) -> AttentionPlan:
+    def plan(self, view: View, reading: PassAttention) -> AttentionPlan:
         """Make what all layers share of a pass over a view."""
         return AttentionPlan.of(view, reading, self._frequencies, self.config.params_dtype)
 
@@ -206,7 +207,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         absent = {name: None for name in self.state_dict() if is_extra_state(name) and name not in state_dict}
         return super().load_state_dict({**state_dict, **absent}, strict, assign)
 
-    def rows(self, view: View, reading: Reading | None = None) -> Tensor:
+    def rows(self, view: View, reading: PassAttention | None = None) -> Tensor:
         """Return the hidden states a view asks for, of a model of one stage; see `forward`."""
         assert self.config.pipeline_model_parallel_size == 1, "several stages need a pipeline schedule"
         answer: Tensor = self(view, reading)

@@ -17,7 +17,7 @@ from tide_megatron.report.comparison import differences, recipes
 from tide_megatron.report.layout_picture import MOST_CARDS, layout_picture
 from tide_megatron.report.report import write_report
 from tide_megatron.report.surface import surfaces
-from tide_megatron.report.tasks import tasks
+from tide_megatron.report.task_results import tasks
 
 VOID = {"meta", "br"}
 
