@@ -34,7 +34,8 @@ class TaskOptions:
     draws: Annotated[int, "Maskings for the likelihood of each choice."] = 32
     include: Annotated[Path | None, "Folder of tasks in lm-evaluation-harness's own form."] = None
     unsandboxed: Annotated[
-        list[str], "Let this task of lm-evaluation-harness run generated code in this process."
+        list[str],
+        "Let this task run generated code outside the sandbox (lm-evaluation-harness's: in this process).",
     ] = dataclasses.field(default_factory=list)
 
 

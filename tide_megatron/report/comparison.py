@@ -15,7 +15,7 @@ from tide_megatron.evaluate.report import (
     source_table,
 )
 from tide_megatron.report.figure import DIM, Panel, drawing, line_style, new_figure, shortened
-from tide_megatron.report.page import Section, table
+from tide_megatron.report.page import PageSection, table
 from tide_megatron.report.reading import ReportedRun
 from tide_megatron.train.resolve import Tree, difference
 
@@ -25,7 +25,7 @@ LONGEST_VALUE = 140
 """Characters of a cell there; the whole recipes stand below."""
 
 
-def differences(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
+def differences(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> PageSection:
     """Show paired differences of the held-out bound, where runs have ended and scored the same samples."""
     scores: dict[str, Mapping[str, Any]] = {
         run.name: run.result for run in runs if "sample_nll_per_byte" in run.result
@@ -34,12 +34,12 @@ def differences(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Sect
     lacking = ", ".join(run.name for run in runs if run.name not in scores)
     missing = f"No scores by sample yet of {lacking}: result.json comes when a run ends." if lacking else ""
     if runs[0].name not in scores or len(scores) < 2:
-        return Section(title=title, missing=missing)
+        return PageSection(title=title, missing=missing)
     try:
         found_pairs = differences_to(scores, runs[0].name)
         found = comparison_table(scores, runs[0].name)
     except DataError as fault:
-        return Section(title=title, missing=f"{fault}.")
+        return PageSection(title=title, missing=f"{fault}.")
     sources = source_table(scores)
     pairs = max((pair.pairs for pair in found_pairs.values()), default=0)
     note = (
@@ -49,7 +49,9 @@ def differences(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Sect
     )
     body = _html(found) + (f"<h3>{sources.title}</h3>" + _html(sources) if sources is not None else "")
     panels = [_figure(found_pairs, runs[0].name, numbers)] if found_pairs else []
-    return Section(title=title, panels=panels, body=body, note=note if found_pairs else "", missing=missing)
+    return PageSection(
+        title=title, panels=panels, body=body, note=note if found_pairs else "", missing=missing
+    )
 
 
 def _html(found: TextTable) -> str:
@@ -76,7 +78,7 @@ def _figure(found: Mapping[str, PairedDifference], reference: str, numbers: Mapp
     return Panel(key="differences", title="held-out bound, paired differences", figure=figure)
 
 
-def recipes(runs: Sequence[ReportedRun]) -> Section:
+def recipes(runs: Sequence[ReportedRun]) -> PageSection:
     """Show the keys in which recipes differ from the first run's."""
     first, *others = runs
     title, rows = "In what the recipes differ", []
@@ -87,7 +89,7 @@ def recipes(runs: Sequence[ReportedRun]) -> Section:
     kept = rows[:MOST_DIFFERENCES]
     note = f"Of {len(rows)} differences the first {len(kept)}." if len(kept) < len(rows) else ""
     body = table(("run", "key", f"{first.name} -> run"), kept, long=(1, 2))
-    return Section(
+    return PageSection(
         title=title, body=body or "<p>The recipes are the same but for their folders.</p>", note=note
     )
 

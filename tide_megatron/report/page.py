@@ -48,7 +48,7 @@ nav a { margin-right: .9rem; color: inherit }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
+class PageSection:
     """A part of the page under a heading of its own."""
 
     title: str
@@ -76,7 +76,7 @@ def _figure(panel: Panel) -> str:
     return f"<figure><h3>{html.escape(panel.title)}</h3>{panel.svg()}{note}</figure>"
 
 
-def document(title: str, head: str, sections: Iterable[Section]) -> str:
+def document(title: str, head: str, sections: Iterable[PageSection]) -> str:
     """Return the page.
 
     Args:

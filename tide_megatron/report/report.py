@@ -9,13 +9,13 @@ from tide_megatron.base.disk import disk_faults
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.files import write_text
 from tide_megatron.base.units import now
-from tide_megatron.report import curves, facts, teachers
+from tide_megatron.report import curves, facts, teacher_agreement
 from tide_megatron.report.comparison import differences, recipes
 from tide_megatron.report.layout_picture import layout_picture
-from tide_megatron.report.page import Section, document
+from tide_megatron.report.page import PageSection, document
 from tide_megatron.report.reading import ReportedRun, read_runs
 from tide_megatron.report.surface import surfaces
-from tide_megatron.report.tasks import tasks
+from tide_megatron.report.task_results import tasks
 
 PAGE = "report.html"
 MOST_RUNS = 12
@@ -50,7 +50,7 @@ def write_report(folders: Sequence[Path], out: Path, *, pngs: bool = True) -> Pa
     return out / PAGE
 
 
-def sections(runs: Sequence[ReportedRun]) -> list[Section]:
+def sections(runs: Sequence[ReportedRun]) -> list[PageSection]:
     """Return all parts of the page: what runs share first, then what belongs to each."""
     numbers = {run.name: number for number, run in enumerate(runs)}
     several = len(runs) > 1
@@ -58,7 +58,7 @@ def sections(runs: Sequence[ReportedRun]) -> list[Section]:
         *([differences(runs, numbers)] if several else []),
         tasks(runs, numbers),
         _held_out(runs, numbers),
-        Section(title="Losses", panels=curves.losses(runs, numbers)),
+        PageSection(title="Losses", panels=curves.losses(runs, numbers)),
         _agreement(runs, numbers),
     ]
     for number, run in enumerate(runs):
@@ -73,15 +73,17 @@ def sections(runs: Sequence[ReportedRun]) -> list[Section]:
             "or experts on the right; filled is what the rank holds."
         )
         found.append(
-            Section(title=f"Layout{of}", body=picture, missing=missing, note=note if picture else "")
+            PageSection(title=f"Layout{of}", body=picture, missing=missing, note=note if picture else "")
         )
-        found.append(Section(title=f"Starts{of}", body=facts.starts(run), missing=_no_starts(run)))
+        found.append(PageSection(title=f"Starts{of}", body=facts.starts(run), missing=_no_starts(run)))
     found += [recipes(runs)] if several else []
-    found.append(Section(title="Recipe" + "s" * (len(runs) > 1), body="".join(map(facts.recipe_text, runs))))
+    found.append(
+        PageSection(title="Recipe" + "s" * (len(runs) > 1), body="".join(map(facts.recipe_text, runs)))
+    )
     return found
 
 
-def _held_out(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
+def _held_out(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> PageSection:
     panels = curves.held_out(runs, numbers)
     missing = (
         ""
@@ -91,12 +93,12 @@ def _held_out(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Sectio
             "data.held_out is set."
         )
     )
-    return Section(title="Held-out scores", panels=panels, missing=missing)
+    return PageSection(title="Held-out scores", panels=panels, missing=missing)
 
 
-def _agreement(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
+def _agreement(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> PageSection:
     """Show how far students are from their teachers; nothing for runs without teachers."""
-    panels = teachers.agreement(runs, numbers)
+    panels = teacher_agreement.agreement(runs, numbers)
     missing = ""
     if not panels and any(run.tree.get("teachers") for run in runs):
         missing = "Not recorded: set evaluation.agreement=64 (samples that teachers are asked about)."
@@ -104,42 +106,44 @@ def _agreement(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Secti
         "Held-out tokens, masked alike at every moment and in every run. Dashed: the first measurement. A "
         "smaller KL is a student that says what its teacher says, which need not be what is right."
     )
-    return Section(
+    return PageSection(
         title="Agreement with teachers", panels=panels, missing=missing, note=note if panels else ""
     )
 
 
-def _mixtures(run: ReportedRun, prefix: str, of: str) -> Section:
-    return Section(title=f"Lambda{of}", panels=surfaces(run, prefix))
+def _mixtures(run: ReportedRun, prefix: str, of: str) -> PageSection:
+    return PageSection(title=f"Lambda{of}", panels=surfaces(run, prefix))
 
 
-def _gradients(run: ReportedRun, prefix: str, of: str) -> Section:
+def _gradients(run: ReportedRun, prefix: str, of: str) -> PageSection:
     panels = curves.gradients(run, prefix)
     missing = "" if panels else "Not recorded: set metrics.gradients_every=50 (updates between measurements)."
     note = (
         "At the head's input: the student's hidden rows after the final norm. Above 0 a term pulls the rows "
         "where the gold tokens do."
     )
-    return Section(
+    return PageSection(
         title=f"Gradients of the terms{of}", panels=panels, missing=missing, note=note if panels else ""
     )
 
 
-def _chunks(run: ReportedRun, prefix: str, of: str) -> Section:
+def _chunks(run: ReportedRun, prefix: str, of: str) -> PageSection:
     """Show chunk likelihoods; nothing for a run without teachers."""
-    panels = teachers.histograms(run, prefix)
+    panels = teacher_agreement.histograms(run, prefix)
     missing = ""
     if not panels and run.tree.get("teachers"):
         missing = "Not recorded: set evaluation.agreement=64 (samples that teachers are asked about)."
-    return Section(title=f"Chunk likelihoods{of}", panels=panels, body=teachers.pushes(run), missing=missing)
+    return PageSection(
+        title=f"Chunk likelihoods{of}", panels=panels, body=teacher_agreement.pushes(run), missing=missing
+    )
 
 
-def _coverage(runs: Sequence[ReportedRun]) -> Section:
+def _coverage(runs: Sequence[ReportedRun]) -> PageSection:
     body, missing = facts.coverage(runs)
-    return Section(title="Chunk coverage of the data", body=body, missing=missing)
+    return PageSection(title="Chunk coverage of the data", body=body, missing=missing)
 
 
-def _speed(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
+def _speed(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> PageSection:
     body = facts.phases(runs) + facts.peaks(runs)
     has_peak = any("mfu" in run.train for run in runs)
     missing = (
@@ -147,7 +151,9 @@ def _speed(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
         if has_peak or not body
         else ("No MFU: the peak of these devices is not known; metrics.peak_tflops sets it.")
     )
-    return Section(title="Speed and memory", panels=curves.speed(runs, numbers), body=body, missing=missing)
+    return PageSection(
+        title="Speed and memory", panels=curves.speed(runs, numbers), body=body, missing=missing
+    )
 
 
 def _no_starts(run: ReportedRun) -> str:

@@ -34,6 +34,7 @@ SURFACE = {
     "--gpus-per-node --cpus-per-rank --container --containers --mount --warning --restarts --chain --sweep "
     "--env --sbatch --python --preflight-only/--no-preflight-only --check/--no-check --dry-run",
     "status": "runs --json --watch",
+    "plan": "recipe overrides --gpus --gpus-per-node --memory --reserve --length --records --explain --json",
     "recipe": "key --markdown",
     "sample": "model prompts --new-tokens --steps --schedule --threshold --temperature --top-p --guidance "
     "--stop --seed --batch --cache/--no-cache --system --mask --input --out --replay --show-order --context "

@@ -15,14 +15,14 @@ from tide_megatron.base.read import json_of
 from tide_megatron.evaluate.report import PairedDifference, paired_difference
 from tide_megatron.report.curves import by_run, over_steps
 from tide_megatron.report.figure import Panel
-from tide_megatron.report.page import Section, table
+from tide_megatron.report.page import PageSection, table
 from tide_megatron.report.reading import ReportedRun
 
 Results = Mapping[str, Mapping[str, Any]]
 """Task -> its result."""
 
 
-def tasks(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
+def tasks(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> PageSection:
     """Show the scores of all runs; nothing where there are none."""
     results = {run.name: _results(run.folder) for run in runs}
     names = sorted({task for found in results.values() for task in found})
@@ -39,7 +39,7 @@ def tasks(runs: Sequence[ReportedRun], numbers: Mapping[str, int]) -> Section:
     note = (
         "Percent of the questions, with a 95 % interval: other questions, not other seeds." if names else ""
     )
-    return Section(title="Tasks", panels=_in_training(runs, numbers), body=body, note=note)
+    return PageSection(title="Tasks", panels=_in_training(runs, numbers), body=body, note=note)
 
 
 def _difference(pair: PairedDifference) -> tuple[str, str, str]:
