@@ -1,7 +1,7 @@
 # Each target builds what it needs from nothing: the environment in $(VENV) when it is missing, or when
 # pyproject.toml or constraints.txt has changed, and then does its job.
 #
-#   make quickstart          two teachers in two layouts teach a small student exercises, on 4 CPU ranks (MINUTES)
+#   make quickstart          two teachers in two layouts teach a small student exercises, on 4 CPU ranks (about 6 minutes)
 #   make docstrings          the same on docstring -> function pairs, scored by likelihood (about 6 minutes)
 #   make cross-tokenizer     learn from a teacher with another tokenizer, alone and in a pair (longer than the quickstart)
 #   make shared-tokenizer    TIDAL along each of its axes, with and without CompDemo (longer than the quickstart)

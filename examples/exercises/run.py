@@ -25,11 +25,12 @@ import rich
 import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from comparison import LONGER, RANKS, SEEDS, Comparison, Teacher, hard_twin
+from comparison import LONGER, SEEDS, Comparison, Teacher, hard_twin
 from exercise_data import MODELS, ensure_exercises
 from scoring import (
     Answers,
     first_of_each_kind,
+    kind_table,
     reply_table,
     score_table,
     where_they_differ,
@@ -91,22 +92,24 @@ def main(full: bool = False) -> None:
     seeds = SEEDS if full else SEEDS[:1]
     results = comparison.run(seeds)
     answered = {
-        BASE: Answers.of(STUDENT, RANKS),
-        **{name: Answers.of(OUT / name / "model", RANKS) for name in results[0]},
-        **{f"teacher {one.name}": Answers.of(one.folder, RANKS) for one in (MOE, DENSE)},
+        BASE: Answers.of(STUDENT),
+        **{name: Answers.of(OUT / name / "model") for name in results[0]},
+        **{f"teacher {one.name}": Answers.of(one.folder) for one in (MOE, DENSE)},
     }
     summary = comparison.summarise(results, seeds)
     summary["exercises"] = {
         name: answers.summary() | differences(answered, name) for name, answers in answered.items()
     }
     costs = {name: result["cpu_seconds"] for name, result in results[0].items()}
-    shown = {name: answered[name] for name in (BASE, "undistilled", TAUGHT, "teacher dense")}
+    shown = {name: answered[name] for name in (BASE, TAUGHT, "teacher dense")}
     replies = reply_table("The first held-out question of each kind", first_of_each_kind(), shown)
     scores = score_table(answered, "undistilled", costs)
     differing = where_they_differ(answered[TAUGHT], answered["undistilled"], DIFFERING)
-    samples = reply_table("Where undistilled and distilled differ: the first questions", differing, shown)
+    students = {name: answered[name] for name in (BASE, "undistilled", TAUGHT)}
+    samples = reply_table("The first questions on which distilling decides", differing, students)
     sentences = findings(answered, summary)
-    lead = [*in_markdown(replies), *in_markdown(scores), *sentences, *in_markdown(samples)]
+    lead = [*in_markdown(replies), *in_markdown(scores), *sentences]
+    lead += [*in_markdown(kind_table(answered)), *in_markdown(samples)]
     comparison.write(results, summary, [], began, lead=lead)
     write_answers(answered, OUT / "answers.jsonl")
     rich.print(replies.rich())

@@ -19,7 +19,7 @@ from tide_megatron.decode.ranks import answer_prompts
 from tide_megatron.evaluate.report import TextTable
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.tasks.exercises import KINDS
-from tide_megatron.tasks.scores import Score, compare
+from tide_megatron.tasks.scores import MeanScore, compare
 from tide_megatron.tasks.task import judge_all
 
 KIND_NAMES = tuple(kind.__name__ for kind in KINDS)
@@ -37,15 +37,18 @@ class Answers:
     """Question -> 1.0 right or 0.0 wrong."""
 
     @classmethod
-    def of(cls, folder: Path, ranks: int, every: int = 1) -> Answers:
-        """Let the model of a folder answer every so many-th question, shared out over so many CPU ranks."""
+    def of(cls, folder: Path, every: int = 1) -> Answers:
+        """Let the model of a folder answer every so many-th question, on one CPU rank.
+
+        That takes seconds; more ranks would take longer to start.
+        """
         prompts = list(QUESTIONS)[::every]
-        replies = run_ranks(answer_prompts, (folder, prompts, TASK.decoding), ranks, "cpu")
+        replies = run_ranks(answer_prompts, (folder, prompts, TASK.decoding), 1, "cpu")
         return marked({prompt: reply.text for prompt, reply in zip(prompts, replies, strict=True)})
 
     def summary(self) -> dict[str, Any]:
         """Return what result files and cards hold of it."""
-        score = Score.of(list(self.scores.values()))
+        score = MeanScore.of(list(self.scores.values()))
         return {
             "exact_match": score.mean,
             "exact_match_ci95": [score.low, score.high],
@@ -77,18 +80,27 @@ def score_table(answered: Mapping[str, Answers], reference: str, costs: Mapping[
     """
     rows = []
     for name, answers in answered.items():
-        score = Score.of(list(answers.scores.values()))
+        score = MeanScore.of(list(answers.scores.values()))
         words = "reference"
         if name != reference:
             found = compare(answers.scores, answered[reference].scores).difference
             words = f"{100 * found.mean:+.1f} [{100 * found.ci95[0]:+.1f}, {100 * found.ci95[1]:+.1f}]"
-        by_kind = (f"{answers.of_kind(kind):.0%}" for kind in KIND_NAMES)
         cost = f"{costs[name]:.0f}" if name in costs else ""
-        rows.append((name, score.percent(), words, *by_kind, cost))
-    columns = ("model", "right, %", f"points to {reference}", *KIND_NAMES, "CPU s")
+        rows.append((name, score.percent(), words, cost))
+    columns = ("model", "right, %", f"points to {reference}", "CPU s")
     return TextTable(
         title="What they can do: exact match of greedy replies", columns=columns, rows=tuple(rows)
     )
+
+
+def kind_table(answered: Mapping[str, Answers]) -> TextTable:
+    """Compare models kind by kind, in percent."""
+    rows = [
+        (name, *(f"{100 * answers.of_kind(kind):.1f}" for kind in KIND_NAMES))
+        for name, answers in answered.items()
+    ]
+    title = f"Exact match by kind of exercise, % of {TASK.count // len(KIND_NAMES)} each"
+    return TextTable(title=title, columns=("model", *KIND_NAMES), rows=tuple(rows))
 
 
 def reply_table(title: str, names: Sequence[str], answered: Mapping[str, Answers]) -> TextTable:

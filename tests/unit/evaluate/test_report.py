@@ -133,6 +133,7 @@ def test_a_report_is_whole(tmp_path, run_folders):
         teachers=TEACHERS,
         run_folders=run_folders,
         samples=[sample],
+        lead=["What they can do."],
         notes=["A distilled step costs 1.8 others."],
     )
     text = report.write(tmp_path / "report").read_text()
@@ -142,7 +143,7 @@ def test_a_report_is_whole(tmp_path, run_folders):
         with Image.open(tmp_path / "report" / image) as picture:
             assert picture.width > 500
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 20  # something is drawn
-    assert "# Study" in text
+    assert text.startswith("# Study\n\nWhat they can do.\n\n## Held-out scores")
     assert "A distilled step costs 1.8 others." in text
     assert "paired over 4 samples" in text
     assert "````text\nSay ```x```.\n````" in text
