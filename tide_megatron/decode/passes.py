@@ -20,7 +20,7 @@ from torch import Tensor
 from tide_megatron.decode.canvas import Canvas
 from tide_megatron.diffusion.mask import Context, may_attend
 from tide_megatron.diffusion.views import View
-from tide_megatron.models.attention import Dense, Reading
+from tide_megatron.models.attention import Dense, PassAttention
 from tide_megatron.models.build import TideModel
 from tide_megatron.models.cache import KeyValueCache
 from tide_megatron.models.lean import is_lean, lean_rows
@@ -114,17 +114,17 @@ class Stream:
         states = lean_rows(self._model, view, reading) if self._is_lean else self._model.rows(view, reading)
         return self._assembled(fed, states) if self._shift else states
 
-    def _reading(self, fed: Sequence[Fed], width: int, device: torch.device) -> Reading:
+    def _reading(self, fed: Sequence[Fed], width: int, device: torch.device) -> PassAttention:
         """Say what the tokens of a pass see, and where their keys and values go."""
         mask = pass_mask(self._context, fed)
         kernel = Dense(mask=None if mask is None else mask.to(device))
         if self.cache is None:
-            return Reading(kernel=kernel)
+            return PassAttention(kernel=kernel)
         slots, ends = _slots(fed, width)
         window = self.cache.window(
             [one.row for one in fed], slots.where(slots < ends, self.cache.unread), int(ends.max())
         )
-        return Reading(kernel=kernel, memory=window)
+        return PassAttention(kernel=kernel, memory=window)
 
     def _source(self, canvas: Canvas, slot: int) -> int:
         """Return the slot whose state predicts a slot's token; the first of a text keeps its own."""

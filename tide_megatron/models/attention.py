@@ -12,8 +12,8 @@ as megatron-core's `attention_bias` argument: `attention_mask` is saved as a ten
 recomputation, `attention_bias` is handed through untouched. The stock core attention is replaced because it
 takes a global buffer, and Transformer Engine's because arbitrary masks disable its fast kernels.
 
-A decoder brings its own kernel and, where it remembers keys and values, its `Memory` (`Reading`). Left out:
-attention dropout (no model here has it).
+A decoder brings its own kernel and, where it remembers keys and values, its `Memory` (`PassAttention`). Left
+out: attention dropout (no model here has it).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Memory(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
+class PassAttention:
     """How a decoder's pass attends, in place of the model's own kernel."""
 
     kernel: Kernel
@@ -209,7 +209,7 @@ class AttentionPlan:
     memory: Memory | None = None
 
     @classmethod
-    def of(cls, view: View, reading: Reading, frequencies: Tensor, dtype: torch.dtype) -> AttentionPlan:
+    def of(cls, view: View, reading: PassAttention, frequencies: Tensor, dtype: torch.dtype) -> AttentionPlan:
         """Make the plan of a view.
 
         Args:

@@ -33,7 +33,7 @@ from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
 from tide_megatron.models.attention import (
     AttentionPlan,
-    Reading,
+    PassAttention,
     choose_kernel,
     fit,
     rotary_frequencies,
@@ -141,7 +141,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         start, stop = (max(0, identity - first) for identity in self.shard.head)
         return table[start:stop]
 
-    def forward(self, view: View, reading: Reading | None = None) -> Tensor:
+    def forward(self, view: View, reading: PassAttention | None = None) -> Tensor:
         """Run this rank's layers; stages behind the first read what `set_input_tensor` was given.
 
         With experts spread over ranks, all ranks of the expert group call it equally often, whatever their
@@ -159,7 +159,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         if reading is None:
             view = view.shifted() if self.architecture.is_shifted else view
             view = fit(view, self.make_kernel)
-            reading = Reading(
+            reading = PassAttention(
                 kernel=self.make_kernel(view.context, view.length, view.numbers(), view.ids.device)
             )
         plan = self.plan(view, reading)
@@ -169,7 +169,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
             return hidden
         return hidden[: len(view.rows), 0]  # [rows or 1, 1, hidden]: the last layer picked
 
-    def plan(self, view: View, reading: Reading) -> AttentionPlan:
+    def plan(self, view: View, reading: PassAttention) -> AttentionPlan:
         """Make what all layers share of a pass over a view."""
         return AttentionPlan.of(view, reading, self._frequencies, self.config.params_dtype)
 
@@ -206,7 +206,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         absent = {name: None for name in self.state_dict() if is_extra_state(name) and name not in state_dict}
         return super().load_state_dict({**state_dict, **absent}, strict, assign)
 
-    def rows(self, view: View, reading: Reading | None = None) -> Tensor:
+    def rows(self, view: View, reading: PassAttention | None = None) -> Tensor:
         """Return the hidden states a view asks for, of a model of one stage; see `forward`."""
         assert self.config.pipeline_model_parallel_size == 1, "several stages need a pipeline schedule"
         answer: Tensor = self(view, reading)

@@ -32,7 +32,7 @@ class KeyValueCache:
         shape = (architecture.layers, 2, rows, slots + 1, architecture.query_groups, architecture.head_dim)
         self._stored = torch.zeros(shape, dtype=model.config.params_dtype, device=model.head_weight.device)
 
-    def window(self, rows: list[int], slots: Tensor, keys: int) -> Window:
+    def window(self, rows: list[int], slots: Tensor, keys: int) -> CacheWindow:
         """Return what a pass writes and reads.
 
         Args:
@@ -45,9 +45,9 @@ class KeyValueCache:
         read = slice(first, first + len(rows)) if is_run else torch.tensor(rows, device=device)
         start, stop = int(slots[0, 0]), int(slots[0, -1]) + 1
         if is_run and bool((slots == torch.arange(start, start + slots.shape[1])).all()):
-            return Window(stored=self._stored, write=(read, slice(start, stop)), read=read, keys=keys)
+            return CacheWindow(stored=self._stored, write=(read, slice(start, stop)), read=read, keys=keys)
         each = torch.tensor(rows, device=device)[:, None]
-        return Window(stored=self._stored, write=(each, slots.to(device)), read=read, keys=keys)
+        return CacheWindow(stored=self._stored, write=(each, slots.to(device)), read=read, keys=keys)
 
     def move(self, source: int, target: int) -> None:
         """Copy a row over another one."""
@@ -55,7 +55,7 @@ class KeyValueCache:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Window:
+class CacheWindow:
     """One pass's part of a cache: `attention.Memory`."""
 
     stored: Tensor

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tide_megatron.diffusion.views import View
-from tide_megatron.models.attention import AttentionPlan, Reading
+from tide_megatron.models.attention import AttentionPlan, PassAttention
 from tide_megatron.models.build import TideModel
 from tide_megatron.models.params import LOCAL
 
@@ -42,7 +42,7 @@ def _is_plain(layer: TransformerLayer) -> bool:
     )
 
 
-def lean_rows(model: TideModel, view: View, reading: Reading) -> Tensor:
+def lean_rows(model: TideModel, view: View, reading: PassAttention) -> Tensor:
     """Return what `TideModel.rows` returns for a decoder's view, without gradients.
 
     Args:

@@ -8,8 +8,9 @@ must be equal. `whole`: no token ends a reply, so each has all its new tokens. `
 sees them (quickstart's student alone; a random model writes no end token); only tokens before the end count,
 in both. The reference's way is `plain_decode.py`.
 
-Then the confidence threshold against one token a step, both by the decoder: tokens a forward and a second,
-and which share of the replies' tokens, and of whole replies, is the same.
+Then the confidence threshold against one token a step, both by the decoder: tokens a forward and a second;
+for the quickstart's student which share of the replies' tokens, and of whole replies, is the same, and for
+the shipped models of `examples/exercises` the exact match of held-out exercises (`--model exercises`).
 
 On a CPU time is in CPU-seconds of one thread, which a busy machine changes least; figures are medians over
 rounds, ratios those of neighbours.
@@ -36,6 +37,7 @@ from tide_megatron.base.device import Device
 from tide_megatron.base.stop import StopFlag
 from tide_megatron.decode.canvas import Canvas, Rules
 from tide_megatron.decode.denoise import denoise
+from tide_megatron.decode.opening import open_decoder
 from tide_megatron.decode.options import Decoding
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import open_model
@@ -46,8 +48,10 @@ from tide_megatron.models.spec import ModelOptions
 from tide_megatron.models.weights import draw_weights
 from tide_megatron.parallel.groups import make_groups
 from tide_megatron.parallel.layout import Layout
+from tide_megatron.tasks.exercises import Exercises
 from tide_megatron.text.tokenizer import Tokenizer
 
+EXERCISES = Path(__file__).parents[2] / "examples" / "exercises" / "models"
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "models" / "student"
 BLOCK = 32
 THRESHOLDS = (0.9, 0.7, 0.5)
@@ -82,6 +86,7 @@ class Setting:
     batches: tuple[int, ...]
     new_tokens: int
     rounds: int
+    questions: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,10 @@ def measure(setting: Setting, *, device: Device, stop: StopFlag) -> dict[str, An
     """Measure everything on this rank."""
     found: dict[str, Any] = {"against the reference's way": [], "confidence threshold": []}
     for name in setting.models:
+        if name == "exercises":
+            for model, batch in itertools.product(("student", "dense"), setting.batches):
+                found["exercises"] = found.get("exercises", []) + _exercises(model, batch, setting, device)
+            continue
         subject = _subject(name, device)
         for batch, ends in itertools.product(setting.batches, (False, True)):
             if ends and not subject.end_ids:
@@ -222,6 +231,35 @@ def _threshold(subject: Subject, batch: int, threshold: float, setting: Setting)
     }
 
 
+def _exercises(name: str, batch: int, setting: Setting, device: Device) -> list[dict[str, Any]]:
+    """Score a shipped model at one token a step and at thresholds; times as fast is against one a step."""
+    decoder, task = open_decoder(EXERCISES / name, device), Exercises(count=setting.questions)
+    questions = task.questions()
+    asked = [decoder.prompt_ids(question.messages) for question in questions]
+    one = dataclasses.replace(task.decoding, batch=batch)
+    many = [dataclasses.replace(one, schedule="confidence", threshold=value) for value in THRESHOLDS]
+    rows, first = [], 0.0
+    for options in (one, *many):
+        seconds, replies = _timed(lambda options=options: decoder.decode(asked, options))
+        right = sum(
+            task.judge(question, reply.text).score for question, reply in zip(questions, replies, strict=True)
+        )
+        rate = sum(len(reply.ids) for reply in replies) / seconds
+        first = first or rate
+        rows.append(
+            {
+                "model": name,
+                "batch": batch,
+                "threshold": options.threshold,
+                "exact match": right / len(questions),
+                "tokens/forward": _per_forward(replies),
+                "tokens/s": rate,
+                "times as fast": rate / first,
+            }
+        )
+    return rows
+
+
 def _per_forward(replies: Sequence[Any]) -> float:
     return sum(len(reply.ids) for reply in replies) / sum(reply.forwards for reply in replies)
 
@@ -243,17 +281,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", action="append", choices=["quickstart", "wide"])
+    parser.add_argument("--model", action="append", choices=["quickstart", "wide", "exercises"])
     parser.add_argument("--batch", action="append", type=int)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=400, help="exercises; a multiple of four")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     setting = Setting(
-        models=tuple(given.model or ("quickstart", "wide")),
+        models=tuple(given.model or ("quickstart", "wide", "exercises")),
         batches=tuple(given.batch or (1, 16)),
         new_tokens=given.new_tokens,
         rounds=given.rounds,
+        questions=given.questions,
     )
     found = run_ranks(measure, (setting,), 1, "cpu")
     if given.json:

@@ -20,7 +20,7 @@ from tide_megatron.diffusion.denoise import transfer_counts
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.diffusion.schedule import Linear
 from tide_megatron.diffusion.views import View
-from tide_megatron.models.attention import Dense, Reading
+from tide_megatron.models.attention import Dense, PassAttention
 from tide_megatron.models.build import TideModel
 
 
@@ -98,5 +98,5 @@ def _logits(model: TideModel, ids: Tensor, first: int, block: int, pad_id: int, 
         segments=None,
         rows=torch.arange(fed.numel()),
     )
-    hidden = model.rows(view, Reading(kernel=Dense(mask=mask[:, None]), memory=past))
+    hidden = model.rows(view, PassAttention(kernel=Dense(mask=mask[:, None]), memory=past))
     return (hidden @ model.head_weight.T).float().view(*fed.shape, -1)

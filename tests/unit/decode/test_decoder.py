@@ -84,20 +84,20 @@ def test_a_block_is_read_as_training_read_it(tokenizer, groups, monkeypatch, shi
     decoder.decode([prompt], options(new_tokens=20, steps=4))
     for start, masked, ids, states in seen:
         end = start + 8
-        clean = torch.tensor(ids[:end])
-        noised, length = clean.clone(), len(clean)
-        wanted = [slot for slot in masked if not (shift and slot == start)]
+        both, length = torch.tensor(ids[:end]).repeat(2), len(ids[:end])
+        # A view is asked for a place and reads the one before it, here of the clean part.
+        rows = [slot + length * (shift and slot == start) for slot in masked]
         view = View(
-            ids=torch.cat([noised, clean])[None],
+            ids=both[None],
             positions=torch.arange(length).repeat(2)[None],
             context=BLOCKS,
             length=length,
             segments=None,
-            rows=torch.tensor(wanted),
+            rows=torch.tensor(rows),
         )
         with torch.no_grad():
             ours = decoder.model.rows(view)
-        torch.testing.assert_close(states[-len(wanted) :], ours, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(states, ours, rtol=1e-4, atol=1e-4)
     assert len({start for start, *_ in seen}) == 3
 
 
@@ -171,11 +171,14 @@ def test_a_stop_ends_what_was_begun_and_begins_nothing(tokenizer, groups):  # no
 
 
 def test_a_reply_ends_where_the_window_does(tokenizer, groups, caplog):  # noqa: F811
+    """The first reply ends early, and the last one moves to its row."""
     decoder = make_decoder(tokenizer, DENSE, groups, max_position_embeddings=24)
+    asked = prompts([20, 3, 9])
     with caplog.at_level(logging.INFO, "tide_megatron"):
-        replies = decoder.decode(prompts([20, 3]), options())
-    assert [len(reply.ids) for reply in replies] == [4, 13]
-    assert "1 of 2 prompts leave fewer than 13 of the model's 24 positions" in caplog.text
+        replies = decoder.decode(asked, options())
+    assert [len(reply.ids) for reply in replies] == [4, 13, 13]
+    assert "1 of 3 prompts leave fewer than 13 of the model's 24 positions" in caplog.text
+    assert replies == [decoder.decode([ids], options())[0] for ids in asked]
     with pytest.raises(DataError, match="prompt 4: has 24 tokens, and the model 24 positions"):
         decoder.decode(prompts([3, 24]), options(), numbers=[3, 4])
 

@@ -14,7 +14,7 @@ from tide_megatron.models.attention import (
     KERNELS,
     AttentionPlan,
     Dense,
-    Reading,
+    PassAttention,
     Structured,
     choose_kernel,
     make_dense,
@@ -166,7 +166,7 @@ def test_rotation_follows_the_views_positions(rotary_dim, own):
         shifted = torch.randint(0, 100, seen.ids.shape, generator=torch.Generator().manual_seed(3))
         seen = dataclasses.replace(seen, positions=shifted)
     x = torch.randn(20, 3, 2, 16)
-    reading = Reading(kernel=Dense(mask=None))
+    reading = PassAttention(kernel=Dense(mask=None))
     plan = AttentionPlan.of(seen, reading, rotary_frequencies(rotary_dim, 1e4, CPU), torch.float32)
     assert plan.cosine.shape[1] == (3 if own else 1), "a shared row of positions is computed once"
     expected = rotated_by_complex_numbers(x, seen.positions, rotary_dim, 1e4)

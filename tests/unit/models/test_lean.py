@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.unit.models.shapes import DENSE, DREAM, LLADA, LLADA_MOE, MIXTURE, WEDLM, build, view
-from tide_megatron.models.attention import Dense, Reading
+from tide_megatron.models.attention import Dense, PassAttention
 from tide_megatron.models.lean import is_lean, lean_rows
 
 CONFIGS = {
@@ -29,7 +29,7 @@ def test_both_ways_give_the_same_rows(groups, config, trainable):
             parameter.add_(0.2 * spread.to(parameter.dtype))
         seen = view(59, kind="block_causal", samples=3, length=10)
         mask = torch.rand(3, 1, 10, 10, generator=torch.Generator().manual_seed(0)) < 0.5
-        reading = Reading(kernel=Dense(mask=mask | torch.eye(10, dtype=torch.bool)))
+        reading = PassAttention(kernel=Dense(mask=mask | torch.eye(10, dtype=torch.bool)))
         assert is_lean(model)
         for rows in (seen.rows, torch.tensor([29, 3, 11]), seen.rows[:0]):
             seen = dataclasses.replace(seen, rows=rows)
