@@ -122,7 +122,7 @@ def test_two_ranks_reply_what_one_does(pool, tmp_path):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("evaluation.tasks=[leters]", "evaluation.tasks: 'leters' is unknown; did you mean letters?"),
+        ("evaluation.tasks=[leters]", "evaluation.tasks: 'leters' is unknown; did you mean 'letters'?"),
         ("evaluation.tasks=[letters,letters]", "evaluation.tasks: letters, letters names one twice"),
         ("evaluation.decoding={new_token: 3}", "evaluation.decoding.new_token"),
         ("checkpoints.keep_best=tasks/sums", "checkpoints.keep_best: 'tasks/sums' is no score of this run"),

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tide_megatron.api.data import Place, inspect_data, merge_data, split_data
-from tide_megatron.api.replies import chat, sample, sample_whole
+from tide_megatron.api.replies import ReplyOptions as ReplyOptions
+from tide_megatron.api.replies import SampleOptions as SampleOptions
+from tide_megatron.api.replies import chat, sample
 from tide_megatron.api.report import report
 from tide_megatron.api.scores import TaskOptions as TaskOptions
 from tide_megatron.api.scores import evaluate
@@ -38,7 +40,6 @@ __all__ = [
     "prepare",
     "report",
     "sample",
-    "sample_whole",
     "split_data",
     "train",
 ]
@@ -64,7 +65,7 @@ def prepare(
     workers: int | None = None,
     part: str | None = None,
 ) -> Manifest | None:
-    """Turn chats into tokens on disk, all or nothing.
+    """Said chats into tokens on disk, all or nothing.
 
     Args:
         out: data folder to make.

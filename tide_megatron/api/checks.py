@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -21,11 +21,16 @@ def arithmetic_of(precision: str, engine: str, fp8: str | None) -> Arithmetic:
     """
     from tide_megatron.evaluate.options import Arithmetic
 
-    return checked(Arithmetic, precision=precision, engine=engine, fp8=fp8 and {"recipe": fp8})
+    words = {"precision": precision, "engine": engine, "fp8": fp8 and {"recipe": fp8}}
+    return checked(Arithmetic, words)
 
 
-def checked(kind: Callable[..., Options], **words: Any) -> Options:
+def checked(kind: Callable[..., Options], words: Mapping[str, Any]) -> Options:
     """Make an options object of what a caller gave.
+
+    Args:
+        kind: of the object.
+        words: its fields.
 
     Raises:
         ConfigError: a value that cannot be, naming its option.

@@ -34,7 +34,8 @@ class TaskOptions:
     draws: Annotated[int, "Maskings for the likelihood of each choice."] = 32
     include: Annotated[Path | None, "Folder of tasks in lm-evaluation-harness's own form."] = None
     unsandboxed: Annotated[
-        list[str], "Let this task of lm-evaluation-harness run generated code in this process."
+        list[str],
+        "Let this task run generated code outside the sandbox (lm-evaluation-harness's: in this process).",
     ] = dataclasses.field(default_factory=list)
 
 
@@ -90,7 +91,8 @@ def evaluate(
     if data is not None:
         from tide_megatron.evaluate.options import Evaluation
 
-        options = checked(Evaluation, samples=samples, times=tuple(times), microbatch=microbatch)
+        words = {"samples": samples, "times": tuple(times), "microbatch": microbatch}
+        options = checked(Evaluation, words)
         scores |= started.on_data(local_path(data), options)
     return scores | (started.on_tasks(tasks, on_tasks or TaskOptions()) if tasks else {})
 

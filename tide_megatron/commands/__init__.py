@@ -32,6 +32,7 @@ from tide_megatron.commands.doctor import doctor
 from tide_megatron.commands.evaluate import evaluate
 from tide_megatron.commands.export import export
 from tide_megatron.commands.model_verbs import app as model
+from tide_megatron.commands.plan_verb import plan
 from tide_megatron.commands.prepare import prepare
 from tide_megatron.commands.recipe import recipe
 from tide_megatron.commands.report import report
@@ -46,6 +47,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "submit": submit,
     "status": status,
+    "plan": plan,
     "recipe": recipe,
     "sample": sample,
     "chat": chat,

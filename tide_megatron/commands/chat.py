@@ -7,30 +7,26 @@ from typing import Annotated
 
 import typer
 
+from tide_megatron.api.replies import ReplyOptions
 from tide_megatron.commands.options import (
     BlockSizeOption,
     ContextOption,
-    DecodingWords,
     DeviceOption,
     EngineOption,
     Fp8Option,
-    MaskOption,
     PrecisionOption,
     ShowOrderOption,
-    SystemOption,
     with_fields_of,
 )
 
 
-@with_fields_of(DecodingWords, "decoding")
+@with_fields_of(ReplyOptions, "options")
 def chat(
     model: Annotated[Path, typer.Argument(help="A run's folder, one of its checkpoints, or a model folder.")],
-    system: SystemOption = None,
+    options: ReplyOptions = ReplyOptions(),  # noqa: B008 - frozen; becomes an option of each of its fields
     show_order: ShowOrderOption = False,
-    decoding: DecodingWords = DecodingWords(),  # noqa: B008 - frozen; becomes an option of each of its fields
     context: ContextOption = None,
     block_size: BlockSizeOption = None,
-    mask: MaskOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     engine: EngineOption = "auto",
@@ -47,10 +43,8 @@ def chat(
 
     api.chat(
         model,
-        decoding.values(),
-        system=system,
+        options=options,
         show_order=show_order,
-        mask=mask,
         context=context,
         block_size=block_size,
         device=device,

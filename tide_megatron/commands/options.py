@@ -27,10 +27,6 @@ ContextOption = Annotated[
 BlockSizeOption = Annotated[
     int | None, typer.Option(min=1, help="The block size it was trained with; default: its folder's.")
 ]
-MaskOption = Annotated[
-    str | None, typer.Option(help="The mask token it was trained with; default: its folder's.")
-]
-SystemOption = Annotated[str | None, typer.Option(help="System prompt, where the conversation has none.")]
 ShowOrderOption = Annotated[
     bool, typer.Option("--show-order", help="Colour replies by the order in which tokens were committed.")
 ]
@@ -57,32 +53,6 @@ Fp8Option = Annotated[
 ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodingWords:
-    """The options of `decode.options.Decoding`, as the command line has them."""
-
-    new_tokens: Annotated[int, "Longest reply, in tokens."] = 256
-    steps: Annotated[int | None, "Denoising steps for so many; default: one a token."] = None
-    schedule: Annotated[
-        Literal["count", "reference", "confidence", "entropy"],
-        "What a step commits: a count, or all that is sure enough (docs/decoding.md).",
-    ] = "count"
-    threshold: Annotated[float | None, "How sure: of confidence (default 0.9) or entropy (0.1)."] = None
-    temperature: Annotated[float, "0: the likeliest token; else draws."] = 0.0
-    top_p: Annotated[float, "Draw from the likeliest tokens of so much probability."] = 1.0
-    guidance: Annotated[float, "Weight of classifier-free guidance; doubles the work."] = 0.0
-    stop: Annotated[list[str], "Text that ends a reply; may be given several times."] = dataclasses.field(
-        default_factory=list
-    )
-    seed: Annotated[int, "Of draws."] = 0
-    batch: Annotated[int, "Replies under way at a time on a rank."] = 16
-    cache: Annotated[bool, "Keep keys and values of finished blocks."] = True
-
-    def values(self) -> dict[str, Any]:
-        """Return them by name."""
-        return dataclasses.asdict(self) | {"stop": tuple(self.stop)}
-
-
 def print_whole(table: Table) -> None:
     """Print a table without cutting a name: a terminal folds them, a pipe has no edge."""
     import rich
@@ -95,7 +65,7 @@ def print_whole(table: Table) -> None:
 
 
 def with_fields_of(kind: type[Any], name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn a verb's parameter into one option of each field of a dataclass, which is declared once.
+    """Said a verb's parameter into one option of each field of a dataclass, which is declared once.
 
     Args:
         kind: its fields are `Annotated[type, "help"]`; one without a default is a list.

@@ -94,7 +94,7 @@ def prepare(
     workers: WorkersOption = None,
     part: PartOption = None,
 ) -> None:
-    """Turn chats into tokens on disk, all or nothing. After a kill the same command goes on.
+    """Said chats into tokens on disk, all or nothing. After a kill the same command goes on.
 
     A chat is {"messages": [{"role": ..., "content": ...}, ...]}; the last message is a reply to learn. Rows
     of other shapes (prompt and response, instruction and output, ShareGPT) are told by their columns.

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.device import Device
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.base.memory import free_bytes
 from tide_megatron.base.phases import Phases
 from tide_megatron.head.budget import BUDGET_MIB, MIB, HeadShape, kept_heads, row_bytes, settle_budget
@@ -195,7 +196,7 @@ class HeadLoss:
         return student, teachers
 
     def _fused(self, batch: Microbatch) -> HeadResult:
-        device = batch.student.hidden.device.type
+        device = kind_of(batch.student.hidden.device)
         budget = self._budget_bytes or (self.options.budget_mib or BUDGET_MIB[device]) * MIB
         return fused_head_loss(
             batch,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.head.column_term import ColumnTerm
 from tide_megatron.head.compiler import PassCompiler
 from tide_megatron.head.passes import (
@@ -56,7 +57,7 @@ class SlabPasses:
     ) -> None:
         """Take a slab; see `tile_passes.TilePasses`."""
         self.models, self.workspace, self.compiler = models, workspace, compiler
-        self.device = rows.gold.device
+        self.device = models[None].hidden.device
         self.heads = {name: TiledHead(model.head, model.hidden, None) for name, model in models.items()}
         self.kept = [name for name, model in models.items() if model.is_kept]
         self.logits: list[Tensor] = []
@@ -153,7 +154,7 @@ class SlabPasses:
 
     def _row_blocks(self) -> Iterator[slice]:
         number = len(self.logits[0])
-        blocks = 1 if self.device.type == "cuda" else -(-number // CPU_ROWS)
+        blocks = 1 if kind_of(self.device) == "cuda" else -(-number // CPU_ROWS)
         for block in range(blocks):
             yield slice(block * number // blocks, (block + 1) * number // blocks)
 
@@ -211,8 +212,8 @@ def passing_likelihoods(
         workspace: for some columns at a time.
         compiler: of the pass over these.
     """
-    found, device = OnlineLikelihood(gold), gold.device
-    width = min(PASSING_COLUMNS["cuda" if device.type == "cuda" else "cpu"], _padded(head.num_columns))
+    found, device = OnlineLikelihood(gold), head.hidden.device
+    width = min(PASSING_COLUMNS["cuda" if kind_of(device) == "cuda" else "cpu"], _padded(head.num_columns))
     room = workspace.take("passing", len(gold) * width, head.hidden.dtype, device).view(len(gold), width)
     for start, stop in _parts(head.num_columns if len(gold) else 0, PASSING_COLUMNS, device):
         torch.mm(head.hidden, head.weight(start, stop).T, out=room[:, : stop - start])
@@ -260,6 +261,6 @@ def _padded(columns: int) -> int:
 
 def _parts(columns: int, width: dict[str, int], device: torch.device) -> Iterator[tuple[int, int]]:
     """Yield [start, stop) of each part of columns."""
-    step = width["cuda" if device.type == "cuda" else "cpu"]
+    step = width["cuda" if kind_of(device) == "cuda" else "cpu"]
     for start in range(0, columns, step):
         yield start, min(start + step, columns)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.head.inputs import HeadInput
 from tide_megatron.head.softmax import OnlineLikelihood, OnlineSoftmax, merge
 from tide_megatron.losses.rows import Columns
@@ -36,7 +37,7 @@ as two tiles, at a hidden size of 1,024)."""
 
 def tile_numbers(device: torch.device) -> int:
     """Return how many numbers a tile has."""
-    return CUDA_TILE if device.type == "cuda" else CPU_TILE
+    return CUDA_TILE if kind_of(device) == "cuda" else CPU_TILE
 
 
 def fixed_bytes(device: torch.device) -> int:
@@ -47,7 +48,7 @@ def fixed_bytes(device: torch.device) -> int:
 def tiles(columns: int, rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Yield [start, stop) of each tile of columns."""
     width = max(_LEAST, tile_numbers(device) // max(1, rows) // _MULTIPLE * _MULTIPLE)
-    width = min(width, _MOST["cuda" if device.type == "cuda" else "cpu"])
+    width = min(width, _MOST["cuda" if kind_of(device) == "cuda" else "cpu"])
     for start in range(0, columns, width):
         yield start, min(start + width, columns)
 
@@ -207,7 +208,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         left: [a, b].
         right: [b, c], of the same dtype.
     """
-    if left.is_cuda and left.dtype is torch.bfloat16 and _gives_fp32():
+    if kind_of(left.device) == "cuda" and left.dtype is torch.bfloat16 and _gives_fp32():
         return torch.mm(left, right, out_dtype=torch.float32)
     return left @ right
 

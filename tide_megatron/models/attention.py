@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.diffusion.mask import Context, dense_mask
 from tide_megatron.diffusion.views import View
@@ -291,10 +292,21 @@ class PlannedAttention(torch.nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    if query.dtype is torch.bfloat16 and query.device.type == "cpu":
+    if query.dtype is torch.bfloat16 and kind_of(query.device) == "cpu":
         return _attend_by_products(query, key, value, mask)
+    if query.is_meta:
+        return _attend_without_numbers(query, key, value, mask)
     grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+
+
+def _attend_without_numbers(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend in a plan by the kernel that torch takes on CPU: on meta it would keep every score instead."""
+    if mask is not None:
+        mask = torch.empty(mask.shape, dtype=query.dtype, device=query.device)  # torch adds it to the scores
+    answer: Tensor
+    answer, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)
+    return answer
 
 
 def _attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from tide_megatron.base.device_kind import kind_of
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.diffusion.views import View
 from tide_megatron.models.architecture import Architecture
@@ -92,7 +93,7 @@ class TideModel(GPTModel):  # type: ignore[misc]
         if not options.trainable:
             self._add_end(spec, device)
         self.make_kernel = choose_kernel(
-            options.attention, device.type, trainable=options.trainable, owner=architecture.model_type
+            options.attention, kind_of(device), trainable=options.trainable, owner=architecture.model_type
         )
         # In the model's dtype, as Hugging Face's models round it; on the CPU it multiplies as a number does.
         self._embedding_scale = torch.tensor(architecture.embedding_scale, dtype=config.params_dtype)

@@ -13,6 +13,7 @@ tokens go where.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tide_megatron.platform
@@ -23,6 +24,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 from torch.autograd import Function
+
+from tide_megatron.base.device_kind import kind_of
 
 
 class Order(NamedTuple):
@@ -93,7 +96,7 @@ class _Add(Function):
 
 def _sum(rows: Tensor, row: Tensor) -> Tensor:
     """Add up rows [rows, hidden] that [tokens, copies] numbers name, in fp32."""
-    if rows.device.type == "cpu":  # one after the other, as megatron-core's `scatter_add_` does there
+    if kind_of(rows.device) == "cpu":  # one after the other, as megatron-core's `scatter_add_` does there
         total = rows.index_select(0, row[:, 0]).float()
         for column in row.T[1:]:
             total += rows.index_select(0, column)
@@ -118,13 +121,16 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
         self._asks_host = asks_host
         self._order: Order | None = None
         self._counts: Tensor | None = None
+        self.counted: Callable[[Tensor], Tensor] = lambda routing_map: routing_map
+        """Gives what [tokens, experts] are counted: the routing map. A plan, whose map holds no numbers, puts
+        a model of routing here (`plan.routing`)."""
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return a copy of each token for each of its experts [rows, hidden], with its weight [rows]."""
         self.hidden_shape, self.probs = hidden_states.shape, probs
-        self._counts = self.preprocess(routing_map)
+        self._counts = self.preprocess(self.counted(routing_map))
         self.tokens_per_expert = self._counts
         if not self._is_local:  # an exchange needs numbers on the host; megatron-core waits before it
             self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self._counts)

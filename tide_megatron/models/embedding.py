@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from tide_megatron.base.device_kind import kind_of
+
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:
     """Return the rows of some ids, [tokens, samples, hidden], as megatron-core orders them.
@@ -42,7 +44,7 @@ class _LookUp(Function):
         """Add to the rows of the ids, in an order that does not change from run to run."""
         (ids,) = context.saved_tensors
         rows = incoming[0].flatten(0, 1).to(context.buffer.dtype)
-        if rows.device.type == "cpu":
+        if kind_of(rows.device) == "cpu":
             context.buffer.index_add_(0, ids.flatten(), rows)  # one row after the other
         else:
             add_by_id(context.buffer, ids.flatten(), rows)

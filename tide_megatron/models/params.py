@@ -161,16 +161,28 @@ def num_local_bytes(
         dtype: of what is not quantised.
         fp8: how its matrices are held; None: in `dtype`.
     """
-    found = 0
-    for _, mapping in local_params(architecture, shard):
-        if not mapping.is_parameter:
-            continue
-        if fp8 is not None and is_quantized(mapping, architecture, fp8):
-            scales = scale_shape(mapping.joined_shape, SCALINGS[fp8.recipe].weights)
-            found += mapping.elements + 4 * math.prod(scales)
-        else:
-            found += mapping.elements * dtype.itemsize
-    return found
+    return sum(
+        num_param_bytes(architecture, mapping, dtype, fp8) for _, mapping in local_params(architecture, shard)
+    )
+
+
+def num_param_bytes(
+    architecture: Architecture, mapping: ParamMapping, dtype: torch.dtype, fp8: Fp8Options | None = None
+) -> int:
+    """Return the bytes of one tensor of a rank, with its FP8 scales; 0 for what is no parameter.
+
+    Args:
+        architecture: of the model.
+        mapping: the rank's part of it.
+        dtype: of what is not quantised.
+        fp8: see `num_local_bytes`.
+    """
+    if not mapping.is_parameter:
+        return 0
+    if fp8 is not None and is_quantized(mapping, architecture, fp8):
+        scales = scale_shape(mapping.joined_shape, SCALINGS[fp8.recipe].weights)
+        return mapping.elements + 4 * math.prod(scales)
+    return mapping.elements * dtype.itemsize
 
 
 def _norm(architecture: Architecture, ours: str, theirs: str, width: int | None = None) -> Copy:

@@ -310,5 +310,18 @@ class _Shape:
                             yield layout
 
 
+def legal_layouts(world: int, *, heads: int, groups: int, experts: int, layers: int) -> Iterator[Layout]:
+    """Yield every layout that `Layout.check` lets pass for these numbers, the smallest replicas first.
+
+    Args:
+        world: ranks.
+        heads: attention heads.
+        groups: key-value heads.
+        experts: of a mixture layer; 0: there are none.
+        layers: transformer layers.
+    """
+    return _Shape(world=world, heads=heads, groups=groups, experts=experts, layers=layers)._legal()
+
+
 def _divisors(number: int) -> list[int]:
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

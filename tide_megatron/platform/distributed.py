@@ -20,7 +20,6 @@ import functools
 import random
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from tide_megatron.platform.gloo import reach_from
 
@@ -43,7 +42,7 @@ _BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 class _World:
     """What the groups of a world take over from it."""
 
-    backend: Literal["gloo", "nccl"]
+    backend: str
     timeout: datetime.timedelta
 
 
@@ -58,6 +57,7 @@ def start_distributed(
     seed: int = 0,
     timeout_seconds: float = TIMEOUT_SECONDS,
     store: Store | None = None,
+    backend: str | None = None,
 ) -> None:
     """Join the process world, set threads and device, initialise Megatron's state, and seed every generator.
 
@@ -67,6 +67,7 @@ def start_distributed(
         seed: the same on every rank; the noise of training does not use these generators.
         timeout_seconds: how long a collective of the world or of any group waits for a rank that never comes.
         store: a rendezvous that exists already (tests); else rank 0's address and port are used.
+        backend: by what all groups talk, in torch's words (`platform.lone_world`); None: the device's.
 
     Every rank of the run must call it once, before any model or group is made.
     """
@@ -78,7 +79,7 @@ def start_distributed(
     timeout = datetime.timedelta(seconds=timeout_seconds)
     reach_from(is_local=ranks.world_size == 1 or is_loopback(ranks.address))
     dist.init_process_group(
-        backend=_BACKENDS[device.backend],
+        backend=backend or _BACKENDS[device.backend],
         init_method=None if store else f"tcp://{ranks.address}:{ranks.port}",
         store=store,
         rank=ranks.rank,
@@ -87,8 +88,8 @@ def start_distributed(
     )
     world = dist.group.WORLD
     assert world is not None, "it was joined just now"
-    _WORLDS[world] = _World(backend=device.backend, timeout=timeout)
-    with _device_groups(device.backend):
+    _WORLDS[world] = _World(backend=backend or device.backend, timeout=timeout)
+    with _device_groups(backend or device.backend):
         parallel_state.initialize_model_parallel(
             create_gloo_process_groups=False, distributed_timeout_minutes=timeout_seconds / 60
         )
@@ -96,7 +97,7 @@ def start_distributed(
 
 
 @contextlib.contextmanager
-def _device_groups(backend: Literal["gloo", "nccl"]) -> Iterator[None]:
+def _device_groups(backend: str) -> Iterator[None]:
     """Let megatron-core make its own groups for device tensors alone: it takes the world's backends else."""
     stock = parallel_state.create_group
     chosen = subgroup_backend(backend, for_host_values=False)
@@ -107,14 +108,14 @@ def _device_groups(backend: Literal["gloo", "nccl"]) -> Iterator[None]:
         parallel_state.create_group = stock
 
 
-def subgroup_backend(backend: Literal["gloo", "nccl"], *, for_host_values: bool) -> str:
+def subgroup_backend(backend: str, *, for_host_values: bool) -> str:
     """Say by what the ranks of a group talk, in torch's words.
 
     Args:
-        backend: the device's (`Device.backend`).
+        backend: the device's (`Device.backend`), or the one that was named in its place.
         for_host_values: whether they exchange Python values or CPU tensors over the group too.
     """
-    return _BACKENDS[backend] if for_host_values else backend
+    return _BACKENDS.get(backend, backend) if for_host_values else backend
 
 
 def group_backend(*, for_host_values: bool) -> str:

@@ -27,6 +27,8 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from tide_megatron.base.device import gloo_interfaces
 
 _LOOPBACK = "127.0.0.1"
+_LIKE_GLOO = ("gloo", "lone_gloo")
+"""gloo, and what stands for it in a plan (`platform.lone_world`)."""
 
 
 def allow_uneven_shares() -> None:
@@ -129,7 +131,7 @@ def _instead(
         sizes: Sequence[int] | None = None,
         use_global_buffer: bool = False,
     ) -> Tensor:
-        if sizes is None or group.size() == 1 or dist.get_backend(group) != "gloo":
+        if sizes is None or group.size() == 1 or dist.get_backend(group) not in _LIKE_GLOO:
             return stock(tensor, group, sizes, use_global_buffer)
         return ours(tensor, group, sizes)
 

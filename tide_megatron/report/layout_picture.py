@@ -53,7 +53,8 @@ def layout_picture(run: ReportedRun) -> tuple[str, str]:
     cards = "".join(
         _card(rank, line, groups[rank], max(vocabularies)) for rank, line in enumerate(lines[:shown])
     )
-    rest = f'<p class="small dim">Ranks {shown} to {world - 1} are not drawn: the pattern goes on.</p>'
+    others = f"Ranks {shown} to {world - 1} are" if world - shown > 1 else f"Rank {shown} is"
+    rest = f'<p class="small dim">{others} not drawn: the pattern goes on.</p>'
     return f'<div class="ranks">{cards}</div>' + rest * (shown < world), ""
 
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from tide_megatron.decode.options import Decoding
 from tide_megatron.tasks.code import function_of, program_of
 from tide_megatron.tasks.sandbox.exam import Printed, replay
+from tide_megatron.tasks.sandbox.ground import ground_here
 from tide_megatron.tasks.sandbox.options import Isolation, Limits
 from tide_megatron.tasks.sandbox.sandbox import Sandbox, at_once, workers_here
 from tide_megatron.tasks.task import Judged, Question
@@ -112,7 +113,12 @@ class Doctests:
     """Replies judged at once; None: this rank's share of the machine's cores."""
 
     def questions(self) -> list[Question]:
-        """Return one question a function."""
+        """Return one question a function.
+
+        Raises:
+            SandboxError: programs could not be run here.
+        """
+        ground_here(self.isolation)  # before a model answers for hours
         asked = (one for one in functions_here() if one.is_held_out or not self.only_held_out)
         return [self._question(one) for one in asked if f"{one.module}.{one.name}" not in _LEFT_OUT]
 

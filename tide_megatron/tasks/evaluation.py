@@ -72,7 +72,7 @@ class TaskEvaluation:
     include: Path | None = None
     """Folder of tasks in lm-evaluation-harness's own form."""
     unsandboxed: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness whose generated code may run in this process."""
+    """Tasks that may run generated code without the sandbox; the harness's do so in this process."""
     against: Path | None = None
     """Another folder of results, to compare with question by question."""
 
@@ -112,7 +112,11 @@ def evaluate_tasks(
         TideError: an unknown task, data or a model that are not here, or a folder of other answers.
     """
     with fail_together():
-        tasks = {entry.name: find_task(entry.task) for entry in options.suite.entries if not entry.is_harness}
+        tasks = {
+            entry.name: find_task(entry.task, is_unsandboxed=entry.name in options.unsandboxed)
+            for entry in options.suite.entries
+            if not entry.is_harness
+        }
         for task in tasks.values():
             task.questions()
         harness = _harness_tasks(options)
@@ -175,7 +179,7 @@ def _harness_tasks(options: TaskEvaluation) -> dict[str, Any]:
     try:
         from tide_megatron.tasks.harness.loading import load_harness_tasks
     except ModuleNotFoundError as fault:
-        if fault.name != "lm_eval":
+        if (fault.name or "").partition(".")[0] != "lm_eval":
             raise
         raise ConfigError(
             f"--tasks: {entries[0].name!r} is no task of this package, and lm-evaluation-harness, which may "

@@ -23,6 +23,7 @@ from tide_megatron.base.errors import DataError
 from tide_megatron.decode.options import Decoding
 from tide_megatron.tasks.code import program_of
 from tide_megatron.tasks.sandbox.exam import examine
+from tide_megatron.tasks.sandbox.ground import ground_here
 from tide_megatron.tasks.sandbox.options import Isolation, Limits
 from tide_megatron.tasks.sandbox.sandbox import Sandbox, at_once, workers_here
 from tide_megatron.tasks.task import Judged, Question
@@ -52,7 +53,9 @@ class HumanEval:
 
         Raises:
             DataError: the package is not installed.
+            SandboxError: programs could not be run here.
         """
+        ground_here(self.isolation)  # before a model answers for hours
         return [self._question(problem) for problem in _problems()]
 
     def _question(self, problem: dict[str, str]) -> Question:

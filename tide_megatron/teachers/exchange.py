@@ -87,10 +87,16 @@ def gather_views(
         [source rank][view], in their own shapes; ids outside the model's vocabulary are the sender's fault.
     """
     form = _Form(views[0].context)
-    packed = torch.cat([form.pack(view) for view in views])
+    packed = packed_views(views)
     whole = gather_parts(packed, [sum(map(form.numbers, source)) for source in sizes], group, "collect")
     parts = iter(torch.split(whole, [form.numbers(size) for source in sizes for size in source]))
     return [[form.unpack(next(parts), size) for size in source] for source in sizes]
+
+
+def packed_views(views: Sequence[View]) -> Tensor:
+    """Write views of one context behind each other, [numbers] int32: what a rank gives to `gather_views`."""
+    form = _Form(views[0].context)
+    return torch.cat([form.pack(view) for view in views])
 
 
 class _Form:

@@ -38,12 +38,19 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelPlan:
-    """A model of the recipe, read but not built."""
+class ModelShape:
+    """A model of the recipe as far as its config.json tells: built without weights in it, by a plan."""
 
     key: str
     choice: Model
     architecture: Architecture
+    mask_id: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelPlan(ModelShape):
+    """A model of the recipe, read but not built."""
+
     tokenizer: Tokenizer
 
 
@@ -82,7 +89,13 @@ def read_plan(choice: Model, key: str) -> ModelPlan:
     for difference in context_differences(folder, choice.context):
         if is_first():
             log.warning("%s.%s (%s): check that this is meant", key, difference, folder)
-    return ModelPlan(key=key, choice=choice, architecture=architecture, tokenizer=tokenizer)
+    return ModelPlan(
+        key=key,
+        choice=choice,
+        architecture=architecture,
+        mask_id=tokenizer.mask_id,
+        tokenizer=tokenizer,
+    )
 
 
 def check_layout(choice: Model, architecture: Architecture, world: int, key: str) -> None:
@@ -108,7 +121,7 @@ def head_ranks(recipe: Recipe, world: int) -> int:
     return vocab_group_size([model.layout for model in recipe.teachers.values()], world, recipe.head.ranks)
 
 
-def check_precision(plan: ModelPlan, device: Device) -> None:
+def check_precision(plan: ModelShape, device: Device) -> None:
     """Refuse a number format or engine that the device does not have, naming the key of its model."""
     choice = plan.choice
     with under(plan.key):
@@ -137,7 +150,7 @@ def computed(choice: Model, device: Device) -> str:
     return f"{numbers(precision, _fp8(choice))}, {_engine(choice, device).name}"
 
 
-def head_shape(plan: ModelPlan, device: Device) -> HeadShape:
+def head_shape(plan: ModelShape, device: Device) -> HeadShape:
     """Say what a model's logits take."""
     return HeadShape(plan.architecture.vocabulary, Precision.on(plan.choice.precision, device).dtype)
 
@@ -153,8 +166,10 @@ def placed(choice: Model, architecture: Architecture, device: Device) -> Placed:
     )
 
 
-def build_student(recipe: Recipe, plan: ModelPlan, device: Device) -> Student:
+def build_student(recipe: Recipe, plan: ModelShape, device: Device) -> Student:
     """Build the student with its weights, data-parallel wrapper and optimizer. All ranks call it together.
+
+    A shape alone has no weights to fill in.
 
     Raises:
         TideError: on every rank alike, for weights that do not fit or cannot be read.
@@ -164,14 +179,14 @@ def build_student(recipe: Recipe, plan: ModelPlan, device: Device) -> Student:
         return Student(
             model,
             recipe.student.context,
-            plan.tokenizer.mask_id,
+            plan.mask_id,
             recipe.optimizer,
             pack=recipe.batch.pack,
         )
 
 
 def build_teacher(
-    recipe: Recipe, name: str, plan: ModelPlan, device: Device, group: VocabGroup, phases: Phases
+    recipe: Recipe, name: str, plan: ModelShape, device: Device, group: VocabGroup, phases: Phases
 ) -> Teacher:
     """Build a teacher: its model, how it sees a microbatch, how its rows travel. All ranks call it together.
 
@@ -208,21 +223,23 @@ def build_teacher(
     )
 
 
-def _view_builder(recipe: Recipe, name: str, plan: ModelPlan) -> ViewBuilder:
+def _view_builder(recipe: Recipe, name: str, plan: ModelShape) -> ViewBuilder:
     """Say how a teacher sees a microbatch."""
     choice = recipe.teachers[name]
     is_split = choice.view == "complementary"
     return ViewBuilder(
         context=choice.context,
-        mask_id=plan.tokenizer.mask_id,
+        mask_id=plan.mask_id,
         complementary=Complementary(seed=recipe.seed, share=choice.shown_share) if is_split else None,
         forwards=2 if choice.forwards == "two" else 1,
         pack=recipe.batch.pack,
     )
 
 
-def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int] | None = None) -> TideModel:
-    """Build one model and fill it from its folder or from the seed. All ranks call it together.
+def _build(
+    recipe: Recipe, plan: ModelShape, device: Device, head: tuple[int, int] | None = None
+) -> TideModel:
+    """Build one model; fill one that was read from its folder or the seed. All ranks call it together.
 
     Args:
         recipe: the run.
@@ -251,13 +268,19 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         groups = make_groups(choice.layout)
     with STARTUP(plan.key):
         model = build_model(plan.architecture, groups, options)
+    if isinstance(plan, ModelPlan):
+        _fill(recipe, plan, model, options)
+    return model
+
+
+def _fill(recipe: Recipe, plan: ModelPlan, model: TideModel, options: ModelOptions) -> None:
+    """Read or draw a model's weights, and log what it is now. All ranks call it together."""
+    choice = plan.choice
     with fail_together(), STARTUP(plan.key):
         if choice.initial == "random":
             report = draw_weights(model, recipe.seed)
         else:
-            report = load_model(
-                model, Path(choice.folder), verify=choice.verify, mask_id=plan.tokenizer.mask_id
-            )
+            report = load_model(model, Path(choice.folder), verify=choice.verify, mask_id=plan.mask_id)
     log.info(
         "%s: %s, %s, %s, layout %s, context %s, %d parameters on this rank, %d bytes read",
         plan.key,
@@ -269,7 +292,6 @@ def _build(recipe: Recipe, plan: ModelPlan, device: Device, head: tuple[int, int
         report.parameters,
         report.bytes_read,
     )
-    return model
 
 
 def tell_fp8(key: str, fp8: Fp8Options, layout: Layout) -> None:

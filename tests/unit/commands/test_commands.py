@@ -34,13 +34,14 @@ SURFACE = {
     "--gpus-per-node --cpus-per-rank --container --containers --mount --warning --restarts --chain --sweep "
     "--env --sbatch --python --preflight-only/--no-preflight-only --check/--no-check --dry-run",
     "status": "runs --json --watch",
+    "plan": "recipe overrides --gpus --gpus-per-node --memory --reserve --length --records --explain --json",
     "recipe": "key --markdown",
-    "sample": "model prompts --input --system --out --show-order --replay --new-tokens --steps --schedule "
-    "--threshold --temperature --top-p --guidance --stop --seed --batch --cache/--no-cache --context "
-    "--block-size --mask --ranks --device --precision --engine --fp8",
-    "chat": "model --system --show-order --new-tokens --steps --schedule --threshold --temperature --top-p "
-    "--guidance --stop --seed --batch --cache/--no-cache --context --block-size --mask --device --precision "
-    "--engine --fp8",
+    "sample": "model prompts --new-tokens --steps --schedule --threshold --temperature --top-p --guidance "
+    "--stop --seed --batch --cache/--no-cache --system --mask --input --out --replay --show-order --context "
+    "--block-size --ranks --device --precision --engine --fp8",
+    "chat": "model --new-tokens --steps --schedule --threshold --temperature --top-p --guidance --stop "
+    "--seed --batch --cache/--no-cache --system --mask --show-order --context --block-size --device "
+    "--precision --engine --fp8",
     "evaluate": "model --data --tasks --out --against --limit --decoding --think --draws --include "
     "--unsandboxed --samples --times --context --block-size --ranks --device --precision --engine --fp8 "
     "--json",

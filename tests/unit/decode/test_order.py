@@ -10,7 +10,7 @@ import pytest
 from tests.unit.decode.small import load_tokenizer
 from tide_megatron.decode.options import Decoding
 from tide_megatron.decode.order import EARLY, LATE, MIDDLE, Cell, cells, colour, coloured, legend
-from tide_megatron.decode.replay import render, words_of
+from tide_megatron.decode.replay_page import render, words_of
 from tide_megatron.decode.reply import Reply
 
 

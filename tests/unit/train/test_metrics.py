@@ -1,5 +1,6 @@
 """Records: what is averaged and when, what a resumed file holds, sinks that fail, and phase times."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tide_megatron.base.clock import Clock
 from tide_megatron.base.errors import TideError
 from tide_megatron.base.phases import Phases
+from tide_megatron.tasks.in_training import Answered
 from tide_megatron.train import metrics as module
 from tide_megatron.train.cost import Cost, Devices
 from tide_megatron.train.metrics import Metrics, MetricsOptions, means
@@ -152,12 +154,35 @@ def test_tensorboard_holds_the_same_values(tmp_path):
     assert [event.value for event in events.Scalars("evaluate/nll_per_byte")] == [1.25]
 
 
-def test_wandb_works_offline_and_goes_on_in_the_same_run(tmp_path):
+ANSWER = Answered(task="sums", question="q1", prompt="What is\n1 + 1?", reply="*2*", score=1.0, why="right")
+
+
+def test_tasks_and_their_replies_are_told_everywhere(tmp_path, screen):
+    console = screen()
+    with opened(tmp_path, MetricsOptions(every=1)) as metrics:
+        metrics.asked(clock_at(2), {"sums": 0.25}, [ANSWER, dataclasses.replace(ANSWER, reply="x" * 500)])
+    (line,) = lines_of(tmp_path)
+    assert (line["kind"], line["step"], line["sums"]) == ("tasks", 2, 0.25)
+    assert line["replies"][0] == dataclasses.asdict(ANSWER)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    assert [event.value for event in events.Scalars("tasks/sums")] == [0.25]
+    (text,) = events.Tensors("tasks/replies/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert "**sums q1** right\n\n    What is\n    1 + 1?\n\n---\n\n    *2*" in shown
+    told = console.export_text()
+    assert "step 2: tasks  sums 25.0%" in told
+    assert "  sums q1 (right): 'What is\\n1 + 1?' -> '*2*'" in told
+    assert f"-> '{'x' * 160}...'" in "".join(told.split("\n"))
+
+
+def test_wandb_works_offline_and_goes_on_in_the_same_run(tmp_path, caplog):
     options = MetricsOptions(every=1, tensorboard=False, wandb="offline", project="test")
     before = signal.getsignal(signal.SIGINT)
     with opened(tmp_path, options) as metrics:
         run_steps(metrics, 1, 1)
+        metrics.asked(clock_at(1), {"sums": 0.25}, [ANSWER])
         assert signal.getsignal(signal.SIGINT) is before
+    assert "wandb is off" not in caplog.text
     identity = (tmp_path / "wandb" / "run-id").read_text()
     time.sleep(1.1)  # wandb names folders by the second
     with opened(tmp_path, options, clock=clock_at(1)) as metrics:

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 DRAWS = 32
 """Maskings of each continuation whose likelihood is estimated."""
+_THEIR_DEFAULT = "cuda:0"
 _NUMBERS = 2**62
 """Numbers of prompts, which key random draws, are below this."""
 
@@ -304,7 +305,8 @@ class RegisteredModel(HarnessModel):
             pretrained: a run's folder, one of its checkpoints, or a model folder.
             batch_size: replies under way at a time on a rank.
             max_batch_size: not looked at.
-            device: `auto`, `cpu` or `cuda`; default: `auto`.
+            device: `auto`, `cpu` or `cuda`; default: `auto`, as is `cuda:0`, which the harness's command says
+                where its user says nothing.
             context: the kind that it was trained in; default: its folder's.
             block_size: that it was trained with; default: its folder's.
             mask: its mask token; default: its folder's.
@@ -325,7 +327,8 @@ class RegisteredModel(HarnessModel):
         given = {"new_tokens": new_tokens, "steps": steps, "schedule": schedule, "threshold": threshold}
         given |= {"guidance": guidance, "seed": seed}
         decoding = {name: value for name, value in given.items() if value is not None}
-        chosen = choose_device(device or "auto")  # type: ignore[arg-type] # it refuses other words
+        wanted = "auto" if device in (None, _THEIR_DEFAULT) else device
+        chosen = choose_device(wanted)  # type: ignore[arg-type] # it refuses other words
         if not dist.is_initialized():
             start_distributed(chosen, read_ranks())
         place = Path(pretrained)

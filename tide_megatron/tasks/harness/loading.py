@@ -125,10 +125,10 @@ def _missing_data(name: str, fault: OSError) -> str:
     """Say in one sentence what to download."""
     repository = _REPOSITORY.search(str(fault))
     what = f"data set {repository[1]!r} of the Hugging Face hub" if repository else f"what {name} reads"
-    how = f" (datasets.load_dataset({repository[1]!r}) there)" if repository else ""
     return (
         f"task {name}: its data are not on this machine and cannot be fetched ({last_line(fault)}): download "
-        f"{what} where there is a network{how} and bring HF_HOME here, or leave the task out"
+        f"{what} where there is a network (this command with --limit 1 does) and bring HF_HOME here, or "
+        "leave the task out"
     )
 
 

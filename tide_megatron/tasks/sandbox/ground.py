@@ -145,7 +145,7 @@ def find_ground(isolation: Isolation, starts: Callable[[Ground], Confined] | Non
     raise SandboxError(
         f"programs that a model wrote are not run without isolation, and isolation={isolation!r} does not "
         f"work here ({'; '.join(faults)}); allow user namespaces, install bubblewrap or take another "
-        "machine, or say isolation='none' to run them with limits of resources alone"
+        "machine, or say --unsandboxed TASK (isolation='none') to run them with limits of resources alone"
     )
 
 

@@ -159,9 +159,9 @@ def _entries(name):
 @pytest.mark.slow  # the harness reads its whole index of tasks
 @pytest.mark.timeout(600)
 def test_the_harnesss_own_command_runs_on_two_ranks(student, local, tmp_path):
-    words = ["--model", "tide", "--model_args", f"pretrained={student},device=cpu,draws=4"]
+    words = ["--model", "tide", "--model_args", f"pretrained={student},draws=4"]
     words += ["--tasks", "local_words,local_choices", "--include_path", str(local), "--apply_chat_template"]
-    words += ["--output_path", str(tmp_path), "--log_samples", "--batch_size", "4"]
+    words += ["--output_path", str(tmp_path), "--log_samples", "--batch_size", "4", "--device", "cpu"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """AUDIT_ARCH of each, in the order of the columns below."""
@@ -38,7 +39,9 @@ clock_settime 227 112, adjtimex 159 171, clock_adjtime 305 266, iopl 172 -, iope
 personality 135 92, memfd_create 319 279, memfd_secret 447 447, shmget 29 194, semget 64 190, msgget 68 186,
 mq_open 240 180, open_by_handle_at 304 265, name_to_handle_at 303 264, fanotify_init 300 262, mknod 133 -,
 mknodat 259 33, vhangup 153 58, sethostname 170 161, setdomainname 171 162, ioprio_set 251 30,
-sched_setscheduler 144 119, sched_setattr 314 274
+sched_setscheduler 144 119, sched_setattr 314 274, sched_setparam 142 118, sched_setaffinity 203 122,
+setpriority 141 140, migrate_pages 256 238, move_pages 279 239, process_mrelease 448 448,
+inotify_init 253 -, inotify_init1 294 26
 """
 _ABSENT = "clone3 435 435, openat2 437 437"
 """Their arguments lie in memory, where no filter looks; the C library falls back on the older calls."""
@@ -51,8 +54,18 @@ fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16
 """
 """What changes the file system without opening a file."""
 _SIGNALS = "kill 62 129, tkill 200 130, tgkill 234 131"
+"""A program may signal itself."""
+_LIMITS = "prlimit64 302 261"
+"""And limit itself; without namespaces another process of the same user could be limited to nothing."""
 _PAIRS, _STREAM = "socketpair 53 199", socket.SOCK_STREAM | socket.SOCK_CLOEXEC
 """Two ends of a stream inside a process are harmless; one of datagrams can be sent anywhere."""
+_CONTROLS = (
+    ("fcntl 72 25", (fcntl.F_SETOWN, fcntl.F_SETSIG, 15, 1031)),
+    ("ioctl 16 29", (0x8901, 0x8902, 0x5412)),
+)
+"""Controls of open files that send signals to whom they like (`F_SETOWN`, `F_SETOWN_EX`, `F_SETSIG`,
+`FIOSETOWN`, `SIOCSPGRP`), take the user's memory for pipes (`F_SETPIPE_SZ`), or type into a terminal
+(`TIOCSTI`)."""
 _OPENS = (("open 2 -", 1), ("openat 257 56", 2))
 """Which argument of each holds the flags."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -108,14 +121,20 @@ def _program(machine: str, *, writing: bool) -> list[Instruction]:
     program += _answers(_numbers(_ALWAYS, column), errno.EPERM)
     program += _answers(_numbers(_ABSENT, column), errno.ENOSYS)
     for number in _numbers(_SIGNALS, column):
-        program += _look(number, 0, (_EQUAL, 1, 0, os.getpid()), errno.EPERM)
+        program += _only(number, 0, (os.getpid(),))
+    for number in _numbers(_LIMITS, column):
+        program += _only(number, 0, (0, os.getpid()))
     for number in _numbers(_PAIRS, column):
-        program += _look(number, 1, (_EQUAL, 1, 0, _STREAM), errno.EPERM)
+        program += _only(number, 1, (_STREAM,))
+    for entry, controls in _CONTROLS:
+        for number in _numbers(entry, column):
+            tests = [(_EQUAL, 0, 1, control) for control in controls]
+            program += _look(number, 1, [step for test in tests for step in (test, _refuse(errno.EPERM))])
     if writing:
         program += _answers(_numbers(_CHANGES, column), errno.EROFS)
         for entry, argument in _OPENS:
             for number in _numbers(entry, column):
-                program += _look(number, argument, (_ANY_BIT, 0, 1, _WRITING), errno.EROFS)
+                program += _look(number, argument, [(_ANY_BIT, 0, 1, _WRITING), _refuse(errno.EROFS)])
     return [*program, (_RETURN, 0, 0, _ALLOW)]
 
 
@@ -132,12 +151,18 @@ def _answers(numbers: Iterable[int], fault: int) -> list[Instruction]:
     return [step for number in numbers for step in ((_EQUAL, 0, 1, number), _refuse(fault))]
 
 
-def _look(number: int, argument: int, test: Instruction, fault: int) -> list[Instruction]:
-    """Refuse a call whose argument's low half fails: the test skips or reaches the refusal behind it."""
+def _only(number: int, argument: int, values: Sequence[int]) -> list[Instruction]:
+    """Refuse a call unless an argument has one of some values."""
+    left = range(len(values), 0, -1)
+    tests = [(_EQUAL, steps, 0, value) for steps, value in zip(left, values, strict=True)]
+    return _look(number, argument, [*tests, _refuse(errno.EPERM)])
+
+
+def _look(number: int, argument: int, steps: Sequence[Instruction]) -> list[Instruction]:
+    """Take steps for one call with an argument's low half at hand, and go on with the number behind them."""
     return [
-        (_EQUAL, 0, 4, number),
+        (_EQUAL, 0, len(steps) + 2, number),
         (_LOAD, 0, 0, _ARGUMENTS + 8 * argument),
-        test,
-        _refuse(fault),
+        *steps,
         (_LOAD, 0, 0, _NUMBER),
     ]

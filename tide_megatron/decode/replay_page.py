@@ -19,14 +19,13 @@ MASK = "▒"
 """Stands for a token that is not committed yet."""
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --dim: #888; --paper: #fff }
-@media (prefers-color-scheme: dark) { :root { --paper: #1c1c1c } }
+:root { color-scheme: light dark; --line: #8884; --dim: #888; }
 * { box-sizing: border-box }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 1.5rem auto; padding: 0 1rem }
 h1 { font-size: 1.25rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1rem; margin: 1.8rem 0 .4rem }
 .dim { color: var(--dim) } button, select { font: inherit }
 .controls { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .5rem .8rem; align-items: center;
-  background: var(--paper); padding: .6rem 0; border-bottom: 1px solid var(--line); z-index: 1 }
+  background: Canvas; padding: .6rem 0; border-bottom: 1px solid var(--line); z-index: 1 }
 .controls input[type=range] { flex: 1 1 12rem; min-width: 8rem } .controls label { white-space: nowrap }
 #play { min-width: 5.5rem } #said { min-width: 9rem; font-variant-numeric: tabular-nums }
 .message { margin: .3rem 0; padding-left: .8rem; border-left: 3px solid var(--line); white-space: pre-wrap;

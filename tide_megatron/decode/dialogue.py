@@ -17,7 +17,7 @@ OnText = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Turn:
+class Said:
     """What came of a message."""
 
     reply: Reply | None
@@ -29,7 +29,7 @@ class Turn:
     is_interrupted: bool
 
 
-class Session:
+class Dialogue:
     """Messages so far, and a model that goes on.
 
     Random draws depend on the seed and the number of the turn, so a conversation can be had again.
@@ -57,8 +57,8 @@ class Session:
         """Forget the history; the system prompt stays."""
         self.history = []
 
-    def ask(self, text: str, on_text: OnText) -> Turn:
-        """Say something, and let the model reply. A KeyboardInterrupt ends the reply and not the session.
+    def ask(self, text: str, on_text: OnText) -> Said:
+        """Say something, and let the model reply. A KeyboardInterrupt ends the reply and not the dialogue.
 
         Args:
             text: the user's message.
@@ -93,7 +93,7 @@ class Session:
             shown.finish(reply.text)
             self.history.append({"role": "assistant", "content": reply.text})
         room = min(self.options.new_tokens, self.decoder.window - len(ids))
-        return Turn(reply=reply, dropped=dropped, room=room, is_interrupted=is_interrupted)
+        return Said(reply=reply, dropped=dropped, room=room, is_interrupted=is_interrupted)
 
     def _fit(self) -> tuple[list[int], int]:
         """Return the prompt's tokens, and how many of the oldest messages had to go.

@@ -14,10 +14,10 @@ from tide_megatron.base.errors import ConfigError, DataError
 from tide_megatron.base.files import local_path
 from tide_megatron.base.read import is_text
 from tide_megatron.base.stop import StopFlag
+from tide_megatron.decode.dialogue import Dialogue, Said
 from tide_megatron.decode.opening import open_decoder
 from tide_megatron.decode.options import Decoding
 from tide_megatron.decode.order import cells, coloured, legend
-from tide_megatron.decode.session import Session, Turn
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.options import Arithmetic
 
@@ -73,21 +73,21 @@ def talk(
         )
     decoder = open_decoder(place, device, arithmetic, mask, context)
     decoder.prompt_ids([{"role": "user", "content": "."}])  # a model without a template is told at once
-    session = Session(decoder, wanted.options, wanted.system)
+    dialogue = Dialogue(decoder, wanted.options, wanted.system)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         import readline  # noqa: F401 - lines can be edited, and those before come back
 
         print(f"{place}: a message a line; /help says more, Ctrl-D ends")
     with stop.interruptible():
-        converse(session, _lines(is_terminal), wanted, is_terminal=is_terminal)
+        converse(dialogue, _lines(is_terminal), wanted, is_terminal=is_terminal)
 
 
-def converse(session: Session, lines: Iterator[str], wanted: Talk, *, is_terminal: bool) -> None:
+def converse(dialogue: Dialogue, lines: Iterator[str], wanted: Talk, *, is_terminal: bool) -> None:
     """Answer lines until there are no more, or one of them says so.
 
     Args:
-        session: with whom.
+        dialogue: with whom.
         lines: messages and commands.
         wanted: how.
         is_terminal: a person reads; else nothing but replies goes to stdout.
@@ -96,29 +96,29 @@ def converse(session: Session, lines: Iterator[str], wanted: Talk, *, is_termina
         if line.split(" ")[0] == "/quit":
             return
         try:
-            _take(session, line, wanted, is_terminal=is_terminal)
+            _take(dialogue, line, wanted, is_terminal=is_terminal)
         except KeyboardInterrupt as end:
             if type(end) is not KeyboardInterrupt:
                 raise  # somebody asks the process to end
             _tell("interrupted")
 
 
-def _take(session: Session, line: str, wanted: Talk, *, is_terminal: bool) -> None:
+def _take(dialogue: Dialogue, line: str, wanted: Talk, *, is_terminal: bool) -> None:
     """Do what a line says."""
     word, _, rest = line.partition(" ")
     if line.startswith("/") and not line.startswith("//"):
-        _COMMANDS.get(word, _unknown)(session, rest.strip(), word)
+        _COMMANDS.get(word, _unknown)(dialogue, rest.strip(), word)
         return
     text = line.removeprefix("/") if line.startswith("//") else line
     if not is_text(text):
         _tell("the line is no UTF-8 text; write it anew")
     elif text.strip():
-        _answer(session, text, wanted, is_terminal=is_terminal)
+        _answer(dialogue, text, wanted, is_terminal=is_terminal)
 
 
-def _answer(session: Session, text: str, wanted: Talk, *, is_terminal: bool) -> None:
+def _answer(dialogue: Dialogue, text: str, wanted: Talk, *, is_terminal: bool) -> None:
     try:
-        turn = session.ask(text, lambda new: print(new, end="", flush=True))
+        turn = dialogue.ask(text, lambda new: print(new, end="", flush=True))
     except DataError as fault:
         _tell(str(fault))
         return
@@ -126,17 +126,17 @@ def _answer(session: Session, text: str, wanted: Talk, *, is_terminal: bool) -> 
     if wanted.show_order and turn.reply is not None and turn.reply.ids:
         import rich
 
-        found = cells(session.decoder.tokenizer, turn.reply)
+        found = cells(dialogue.decoder.tokenizer, turn.reply)
         rich.print(coloured(found, turn.reply.forwards))
         rich.print(legend(turn.reply.forwards))
-    _tell_turn(session, turn)
+    _tell_turn(dialogue, turn)
     if is_terminal:
         print(flush=True)
 
 
-def _tell_turn(session: Session, turn: Turn) -> None:
+def _tell_turn(dialogue: Dialogue, turn: Said) -> None:
     if turn.dropped:
-        window = session.decoder.window
+        window = dialogue.decoder.window
         _tell(f"the oldest {turn.dropped} messages were dropped: the model reads {window} tokens at a time")
     if turn.is_interrupted:
         _tell("interrupted")
@@ -144,39 +144,39 @@ def _tell_turn(session: Session, turn: Turn) -> None:
         _tell(f"cut after {len(turn.reply.ids)} tokens")
 
 
-def _system(session: Session, text: str, word: str) -> None:
+def _system(dialogue: Dialogue, text: str, word: str) -> None:
     if text:
-        session.system = text
-    _tell(f"system prompt: {session.system}" if session.system else "there is no system prompt")
+        dialogue.system = text
+    _tell(f"system prompt: {dialogue.system}" if dialogue.system else "there is no system prompt")
 
 
-def _reset(session: Session, text: str, word: str) -> None:
-    session.reset()
+def _reset(dialogue: Dialogue, text: str, word: str) -> None:
+    dialogue.reset()
     _tell("the conversation begins anew")
 
 
-def _save(session: Session, text: str, word: str) -> None:
+def _save(dialogue: Dialogue, text: str, word: str) -> None:
     if not text:
         _tell("/save needs a file: /save chats.jsonl")
         return
     try:
-        session.save(local_path(text))
-        _tell(f"{len(session.messages)} messages appended to {text}")
+        dialogue.save(local_path(text))
+        _tell(f"{len(dialogue.messages)} messages appended to {text}")
     except ConfigError as fault:
         _tell(str(fault))
     except OSError as fault:
         _tell(disk_words(fault))
 
 
-def _help(session: Session, text: str, word: str) -> None:
+def _help(dialogue: Dialogue, text: str, word: str) -> None:
     _tell(HELP.rstrip())
 
 
-def _unknown(session: Session, text: str, word: str) -> None:
+def _unknown(dialogue: Dialogue, text: str, word: str) -> None:
     _tell(f"{word} is no command; /help names them, and /{word} sends it as a message")
 
 
-_COMMANDS: dict[str, Callable[[Session, str, str], None]] = {
+_COMMANDS: dict[str, Callable[[Dialogue, str, str], None]] = {
     "/system": _system,
     "/reset": _reset,
     "/save": _save,

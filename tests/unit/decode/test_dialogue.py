@@ -9,9 +9,9 @@ from tests.unit.models.conftest import groups  # noqa: F401 - the fixture
 from tests.unit.models.shapes import DENSE
 from tide_megatron.base.errors import DataError
 from tide_megatron.base.stop import Stopped
+from tide_megatron.decode.dialogue import Dialogue
 from tide_megatron.decode.options import Decoding
-from tide_megatron.decode.session import Session
-from tide_megatron.decode.talk import Talk, converse
+from tide_megatron.decode.terminal import Talk, converse
 
 OPTIONS = Decoding(new_tokens=24, stop=())
 
@@ -50,7 +50,7 @@ class Interrupting:
 
 
 def test_the_history_goes_on_and_the_blocks_are_the_reply(decoder):
-    session, shown = Session(decoder, OPTIONS, "Be short."), []
+    session, shown = Dialogue(decoder, OPTIONS, "Be short."), []
     first = session.ask("one", shown.append)
     again = decoder.decode([decoder.prompt_ids(session.messages[:2])], OPTIONS, numbers=[0])[0]
     assert first.reply == again
@@ -66,7 +66,7 @@ def test_draws_depend_on_the_turn(decoder):
     options = Decoding(new_tokens=16, temperature=2.0, seed=3)
     texts = []
     for _ in range(2):
-        session = Session(decoder, options)
+        session = Dialogue(decoder, options)
         texts.append([session.ask("one", lambda new: None).reply.ids])
         session.reset()
         texts[-1].append(session.ask("one", lambda new: None).reply.ids)
@@ -75,17 +75,19 @@ def test_draws_depend_on_the_turn(decoder):
 
 
 def test_the_oldest_messages_leave_a_full_window(decoder):
-    session = Session(decoder, Decoding(new_tokens=60, steps=15), "s")
-    dropped = [session.ask("m" * 6 + str(turn), lambda new: None).dropped for turn in range(5)]
+    session = Dialogue(decoder, Decoding(new_tokens=40, steps=10), "s")
+    turns = [session.ask("m" * 6 + str(turn), lambda new: None) for turn in range(5)]
+    dropped = [turn.dropped for turn in turns]
+    assert [turn.room for turn in turns] == [40] * 5, "none has less than was asked for"
     assert dropped[0] == 0
     assert dropped[-1] == 2
     assert session.history[0]["role"] == "user"
-    assert len(decoder.prompt_ids(session.messages[:-1])) + 60 <= decoder.window
+    assert len(decoder.prompt_ids(session.messages[:-1])) + 40 <= decoder.window
     assert session.messages[0]["role"] == "system"
 
 
 def test_a_message_that_fills_the_window_is_refused_and_forgotten(decoder):
-    session = Session(decoder, OPTIONS)
+    session = Dialogue(decoder, OPTIONS)
     session.ask("one", lambda new: None)
     before = list(session.history)
     with pytest.raises(DataError, match=r"the message has \d+ tokens .* model 128 positions .*; shorten it"):
@@ -97,8 +99,8 @@ def test_a_message_that_fills_the_window_is_refused_and_forgotten(decoder):
 
 
 def test_ctrl_c_ends_the_reply_and_keeps_what_was_written(decoder):
-    whole = Session(decoder, OPTIONS).ask("one", lambda new: None).reply
-    session, shown = Session(Interrupting(decoder, 2), OPTIONS), []
+    whole = Dialogue(decoder, OPTIONS).ask("one", lambda new: None).reply
+    session, shown = Dialogue(Interrupting(decoder, 2), OPTIONS), []
     turn = session.ask("one", shown.append)
     assert turn.is_interrupted
     assert turn.reply.ended is None
@@ -120,7 +122,7 @@ def talk(session, lines, capsys, *, is_terminal=False, **options):
 
 
 def test_lines_and_commands(decoder, tmp_path, capsys):
-    session = Session(decoder, OPTIONS)
+    session = Dialogue(decoder, OPTIONS)
     file = tmp_path / "chats.jsonl"
     lines = [
         "one",
@@ -150,13 +152,13 @@ def test_lines_and_commands(decoder, tmp_path, capsys):
 
 
 def test_a_command_beginning_with_two_slashes_is_a_message(decoder, capsys):
-    session = Session(decoder, OPTIONS)
+    session = Dialogue(decoder, OPTIONS)
     talk(session, ["//slash"], capsys)
     assert session.history[0]["content"] == "/slash"
 
 
 def test_faults_and_ctrl_c_keep_the_conversation(decoder, capsys):
-    session = Session(Interrupting(decoder, 0), OPTIONS)
+    session = Dialogue(Interrupting(decoder, 0), OPTIONS)
     told = talk(session, ["one", "long " * 60, "half \ud800"], capsys)
     assert "[interrupted]" in told.err
     assert "shorten it]" in told.err
@@ -165,6 +167,6 @@ def test_faults_and_ctrl_c_keep_the_conversation(decoder, capsys):
 
 
 def test_the_order_can_be_shown(decoder, capsys):
-    told = talk(Session(decoder, OPTIONS), ["one"], capsys, show_order=True)
+    told = talk(Dialogue(decoder, OPTIONS), ["one"], capsys, show_order=True)
     assert "committed first" in told.out
     assert "[cut after 24 tokens]" in told.err or "interrupted" not in told.err
