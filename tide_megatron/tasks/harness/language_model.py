@@ -303,13 +303,11 @@ class RegisteredModel(HarnessModel):
 
         Args:
             pretrained: a run's folder, one of its checkpoints, or a model folder.
-            batch_size: replies under way at a time on a rank.
-            max_batch_size: not looked at.
-            device: `auto`, `cpu` or `cuda`; default: `auto`, as is `cuda:0`, which the harness's command says
-                where its user says nothing.
-            context: the kind that it was trained in; default: its folder's.
-            block_size: that it was trained with; default: its folder's.
-            mask: its mask token; default: its folder's.
+            batch_size: replies under way at a time on a rank; `max_batch_size` is not looked at.
+            device: `auto`, `cpu` or `cuda`; default, and for the harness's own default: `auto`.
+            context: the kind that it was trained in; default: its folder's, as of the next two.
+            block_size: that it was trained with.
+            mask: its mask token.
             precision: `fp32`, `bf16` or `auto`.
             engine: what computes the layers.
             think: `auto`, `always` or `never` (docs/evaluation.md).
@@ -326,18 +324,18 @@ class RegisteredModel(HarnessModel):
         """
         given = {"new_tokens": new_tokens, "steps": steps, "schedule": schedule, "threshold": threshold}
         given |= {"guidance": guidance, "seed": seed}
+        if batch_size is not None and str(batch_size).isdecimal():
+            given["batch"] = int(batch_size)
         decoding = {name: value for name, value in given.items() if value is not None}
+        # The harness's command says `cuda:0` where its user says nothing.
         wanted = "auto" if device in (None, _THEIR_DEFAULT) else device
         chosen = choose_device(wanted)  # type: ignore[arg-type] # it refuses other words
         if not dist.is_initialized():
             start_distributed(chosen, read_ranks())
         place = Path(pretrained)
-        reading = trained_context(place, context, block_size) if context or block_size else None
-        arithmetic = validated(
-            Arithmetic, {"precision": precision, "engine": engine}, "--model_args: ", noun="command"
-        )
-        decoder = open_decoder(place, chosen, arithmetic, mask=mask, context=reading)
-        if batch_size is not None and str(batch_size).isdecimal():
-            decoding["batch"] = int(batch_size)
+        read_as = trained_context(place, context, block_size) if context or block_size else None
+        numbers = {"precision": precision, "engine": engine}
+        arithmetic = validated(Arithmetic, numbers, "--model_args: ", noun="command")
+        decoder = open_decoder(place, chosen, arithmetic, mask=mask, context=read_as)
         prompts = Prompts(tokenizer=decoder.tokenizer, window=decoder.window, think=think)
         super().__init__(decoder, prompts, decoding, draws=draws)
