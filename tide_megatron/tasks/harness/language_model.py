@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 DRAWS = 32
 """Maskings of each continuation whose likelihood is estimated."""
-_THEIR_DEFAULT = "cuda:0"
+_THEIR_DEFAULT = "cuda:0"  # what the harness's command says where its user says nothing
 _NUMBERS = 2**62
 """Numbers of prompts, which key random draws, are below this."""
 
@@ -303,7 +303,8 @@ class RegisteredModel(HarnessModel):
 
         Args:
             pretrained: a run's folder, one of its checkpoints, or a model folder.
-            batch_size: replies under way at a time on a rank; `max_batch_size` is not looked at.
+            batch_size: replies under way at a time on a rank.
+            max_batch_size: not looked at.
             device: `auto`, `cpu` or `cuda`; default, and for the harness's own default: `auto`.
             context: the kind that it was trained in; default: its folder's, as of the next two.
             block_size: that it was trained with.
@@ -327,7 +328,6 @@ class RegisteredModel(HarnessModel):
         if batch_size is not None and str(batch_size).isdecimal():
             given["batch"] = int(batch_size)
         decoding = {name: value for name, value in given.items() if value is not None}
-        # The harness's command says `cuda:0` where its user says nothing.
         wanted = "auto" if device in (None, _THEIR_DEFAULT) else device
         chosen = choose_device(wanted)  # type: ignore[arg-type] # it refuses other words
         if not dist.is_initialized():
