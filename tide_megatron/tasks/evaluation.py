@@ -28,7 +28,6 @@ from tide_megatron.decode.options import Decoding
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.likelihood import scored_samples
 from tide_megatron.evaluate.options import Arithmetic
-from tide_megatron.models.fingerprint import sampled_weights
 from tide_megatron.parallel.collectives import fail_together, held_by_first, is_first
 from tide_megatron.tasks import find_task
 from tide_megatron.tasks.folder import (
@@ -38,6 +37,7 @@ from tide_megatron.tasks.folder import (
     SCORES,
     TABLE,
     claim,
+    model_facts,
     questions_digest,
     scores_of,
     write_json,
@@ -126,7 +126,8 @@ def evaluate_tasks(
         with fail_together():
             prompts = Prompts(tokenizer=decoder.tokenizer, window=decoder.window, think=options.think)
             if is_first():
-                claim(options.out / MODEL, _model_facts(decoder, prompts, arithmetic), "model")
+                facts = {**model_facts(decoder, arithmetic), "empty_think_block": prompts.thinks}
+                claim(options.out / MODEL, facts, "model")
         _tell_block(options.suite, decoder)
         evaluator = _Evaluator(options=options, decoder=decoder, prompts=prompts)
         results = {}
@@ -187,21 +188,6 @@ def _harness_tasks(options: TaskEvaluation) -> dict[str, Any]:
         ) from None
     loaded = load_harness_tasks(entries, options.include, options.unsandboxed)
     return {task.entry.name: task for task in loaded}
-
-
-def _model_facts(decoder: Decoder, prompts: Prompts, arithmetic: Arithmetic | None) -> dict[str, Any]:
-    """Return what decides a model's answers but the questions and the decoding."""
-    chosen = arithmetic or Arithmetic()
-    return {
-        "weights": sampled_weights(decoder.model.parameters()),
-        "tokenizer": decoder.tokenizer.digest,
-        "mask": decoder.tokenizer.special_tokens["mask_token"],
-        "context": dataclasses.asdict(decoder.context),
-        "numbers": str(decoder.model.head_weight.dtype).removeprefix("torch."),
-        "engine": chosen.engine,
-        "fp8": chosen.fp8.recipe if chosen.fp8 else None,
-        "empty_think_block": prompts.thinks,
-    }
 
 
 def _tell_block(suite: Suite, decoder: Decoder) -> None:

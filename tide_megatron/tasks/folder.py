@@ -14,6 +14,7 @@ Nor is what only costs time: batch, ranks, the cache.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,9 @@ from typing import Any
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.base.files import write_text
 from tide_megatron.base.read import json_of
+from tide_megatron.decode.decoder import Decoder
+from tide_megatron.evaluate.options import Arithmetic
+from tide_megatron.models.fingerprint import sampled_weights
 from tide_megatron.tasks.task import Question
 
 MODEL, ASKED, SCORES, RESULT, TABLE = "model.json", "asked.json", "scores.json", "result.json", "result.md"
@@ -71,6 +75,25 @@ def differences(there: Any, here: Any, key: str = "") -> list[str]:
             )
         ]
     return [] if there == here else [f"{key} is {there!r} there, {here!r} here"]
+
+
+def model_facts(decoder: Decoder, arithmetic: Arithmetic | None) -> dict[str, Any]:
+    """Return what decides a model's replies beside the prompts and how they are decoded.
+
+    Args:
+        decoder: the model.
+        arithmetic: it was opened with; None: as `auto` has it.
+    """
+    chosen = arithmetic or Arithmetic()
+    return {
+        "weights": sampled_weights(decoder.model.parameters()),
+        "tokenizer": decoder.tokenizer.digest,
+        "mask": decoder.tokenizer.special_tokens["mask_token"],
+        "context": dataclasses.asdict(decoder.context),
+        "numbers": str(decoder.model.head_weight.dtype).removeprefix("torch."),
+        "engine": chosen.engine,
+        "fp8": chosen.fp8.recipe if chosen.fp8 else None,
+    }
 
 
 def questions_digest(questions: Sequence[Question]) -> str:

@@ -32,7 +32,6 @@ from tide_megatron.decode.ranks import decode_over_ranks
 from tide_megatron.decode.reply import Reply
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.options import Arithmetic
-from tide_megatron.models.fingerprint import sampled_weights
 from tide_megatron.models.weights import read_architecture
 from tide_megatron.parallel.collectives import (
     barrier,
@@ -44,7 +43,7 @@ from tide_megatron.parallel.collectives import (
 )
 from tide_megatron.tasks.answer_progress import AnswerProgress
 from tide_megatron.tasks.answers import Answer, AnswerFile, read_answers
-from tide_megatron.tasks.folder import differences
+from tide_megatron.tasks.folder import differences, model_facts
 from tide_megatron.text.tokenizer import Tokenizer
 
 ABOUT = ".about.json"
@@ -242,13 +241,7 @@ def _facts(work: Sampling, decoder: Decoder, arithmetic: Arithmetic) -> dict[str
     """Return what decides the replies."""
     options = {name: value for name, value in dataclasses.asdict(work.options).items() if name not in _COSTS}
     facts = {
-        "model": sampled_weights(decoder.model.parameters()),
-        "tokenizer": decoder.tokenizer.digest,
-        "mask": decoder.tokenizer.special_tokens["mask_token"],
-        "context": dataclasses.asdict(decoder.context),
-        "numbers": str(decoder.model.head_weight.dtype).removeprefix("torch."),
-        "engine": arithmetic.engine,
-        "fp8": arithmetic.fp8.recipe if arithmetic.fp8 else None,
+        **model_facts(decoder, arithmetic),
         "prompts": digest_of(work.conversations),
         "number of prompts": len(work.conversations),
         **options,

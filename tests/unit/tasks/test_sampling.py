@@ -129,7 +129,7 @@ def test_another_work_is_refused_by_what_differs(model, tmp_path):
     other = write_model(tmp_path / "other", student_config(320), seed=2)
     write_context(other, Context(kind="block_causal", block_size=2))
     told = refused(other, out, asked=ASKED[:2])
-    assert "model is '" in told
+    assert "weights is '" in told
     assert "context.block_size is 4 there, 2 here" in told
     assert out.read_text() == text
     out.unlink()
