@@ -112,13 +112,7 @@ def evaluate_tasks(
         TideError: an unknown task, data or a model that are not here, or a folder of other answers.
     """
     with fail_together():
-        tasks = {
-            entry.name: find_task(entry.task, is_unsandboxed=entry.name in options.unsandboxed)
-            for entry in options.suite.entries
-            if not entry.is_harness
-        }
-        for task in tasks.values():
-            task.questions()
+        tasks = _own_tasks(options)
         harness = _harness_tasks(options)
         other = None if options.against is None else scores_of(options.against)
     with held_by_first(lambda: leased(options.out / LEASE, f"--out: {options.out}", ConfigError, stop=stop)):
@@ -166,6 +160,22 @@ def compared_with(
 def all_results(folder: Path) -> dict[str, Any]:
     """Return the results of all tasks that were evaluated into a folder."""
     return {file.parent.name: json_of(file) for file in sorted(folder.glob(f"*/{RESULT}"))}
+
+
+def _own_tasks(options: TaskEvaluation) -> dict[str, Task]:
+    """Make the tasks of this package, by the names of their entries, and see that their data are here.
+
+    Raises:
+        TideError: an unknown task, or one whose data are not here.
+    """
+    tasks = {
+        entry.name: find_task(entry.task, is_unsandboxed=entry.name in options.unsandboxed)
+        for entry in options.suite.entries
+        if not entry.is_harness
+    }
+    for task in tasks.values():
+        task.questions()
+    return tasks
 
 
 def _harness_tasks(options: TaskEvaluation) -> dict[str, Any]:
