@@ -12,6 +12,9 @@ Then the confidence threshold against one token a step, both by the decoder: tok
 for the quickstart's student which share of the replies' tokens, and of whole replies, is the same, and for
 the shipped models of `examples/exercises` the exact match of held-out exercises (`--model exercises`).
 
+Last, what bf16 changes, where equality to the token is not promised (`--model exercises`): how many replies,
+and tokens at the same place, stay the same without the cache, alone instead of in a batch, and in fp32.
+
 On a CPU time is in CPU-seconds of one thread, which a busy machine changes least; figures are medians over
 rounds, ratios those of neighbours.
 """
@@ -39,8 +42,10 @@ from tide_megatron.decode.canvas import Canvas, Rules
 from tide_megatron.decode.denoise import denoise
 from tide_megatron.decode.opening import open_decoder
 from tide_megatron.decode.options import Decoding
+from tide_megatron.decode.reply import Reply
 from tide_megatron.diffusion.mask import Context
 from tide_megatron.evaluate.model_folder import open_model
+from tide_megatron.evaluate.options import Arithmetic
 from tide_megatron.launch.ranks import run_ranks
 from tide_megatron.models import ARCHITECTURES
 from tide_megatron.models.build import TideModel, build_model
@@ -141,6 +146,7 @@ def measure(setting: Setting, *, device: Device, stop: StopFlag) -> dict[str, An
         if name == "exercises":
             for model, batch in itertools.product(("student", "dense"), setting.batches):
                 found["exercises"] = found.get("exercises", []) + _exercises(model, batch, setting, device)
+            found["bf16"] = [row for model in ("student", "dense") for row in _bf16(model, setting, device)]
             continue
         subject = _subject(name, device)
         for batch, ends in itertools.product(setting.batches, (False, True)):
@@ -219,16 +225,42 @@ def _threshold(subject: Subject, batch: int, threshold: float, setting: Setting)
             seconds, canvases = _timed(lambda options=options: subject.decoder(batch, options, ends=True))
             replies[name] = [canvas.reply() for canvas in canvases]
             rates[name].append(sum(len(reply.ids) for reply in replies[name]) / seconds)
-    pairs = list(zip(replies["one a step"], replies["threshold"], strict=True))
-    same = sum(a == b for old, new in pairs for a, b in zip(old.ids, new.ids, strict=False))
-    longest = sum(max(len(old.ids), len(new.ids)) for old, new in pairs)
     return {
         **{f"{name}, tokens/s": statistics.median(values) for name, values in rates.items()},
         **{f"{name}, tokens/forward": _per_forward(found) for name, found in replies.items()},
         "times as fast": statistics.median(b / a for a, b in zip(*rates.values(), strict=True)),
+        **_alike(replies["one a step"], replies["threshold"]),
+    }
+
+
+def _alike(ours: Sequence[Reply], theirs: Sequence[Reply]) -> dict[str, float]:
+    """Return the share of tokens that are equal at the same place, and of whole replies."""
+    pairs = list(zip(ours, theirs, strict=True))
+    same = sum(a == b for old, new in pairs for a, b in zip(old.ids, new.ids, strict=False))
+    longest = sum(max(len(old.ids), len(new.ids)) for old, new in pairs)
+    return {
         "equal tokens": same / max(1, longest),
         "equal replies": sum(old.ids == new.ids for old, new in pairs) / len(pairs),
     }
+
+
+def _bf16(name: str, setting: Setting, device: Device) -> list[dict[str, Any]]:
+    """Compare a shipped model's replies in bf16 with those of other ways to compute them."""
+    task = Exercises(count=setting.questions)
+    exact, rough = (
+        open_decoder(EXERCISES / name, device, Arithmetic(precision=kind)) for kind in ("fp32", "bf16")
+    )
+    asked = [exact.prompt_ids(question.messages) for question in task.questions()]
+    options = dataclasses.replace(task.decoding, batch=16)
+    replies = rough.decode(asked, options)
+    others = {
+        "without the cache": rough.decode(asked, dataclasses.replace(options, cache=False)),
+        "alone": rough.decode(asked, dataclasses.replace(options, batch=1)),
+        "fp32": exact.decode(asked, options),
+    }
+    return [
+        {"model": name, "against": against, **_alike(replies, theirs)} for against, theirs in others.items()
+    ]
 
 
 def _exercises(name: str, batch: int, setting: Setting, device: Device) -> list[dict[str, Any]]:
