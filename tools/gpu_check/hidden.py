@@ -27,7 +27,14 @@ def hidden_names() -> list[str]:
     """Return the importable names of installed packages that are neither there nor in the pack."""
     there = machine_packages() | _with_requirements(PACK) | {"tide-megatron"}
     owners = importlib.metadata.packages_distributions()
-    return sorted(name for name, found in owners.items() if not there.intersection(map(_normal, found)))
+    hidden = {name for name, found in owners.items() if not there.intersection(map(_normal, found))}
+    return sorted(hidden - _brought_along())
+
+
+def _brought_along() -> set[str]:
+    """Return what setuptools brings in a folder of its own, and finds there where nobody installed it."""
+    folder = Path(str(importlib.metadata.distribution("setuptools").locate_file("setuptools/_vendor")))
+    return {path.stem for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def hide(folder: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from tests.unit.train.test_resolve import changed
 from tide_megatron.base.errors import ConfigError
 from tide_megatron.models.precision import Fp8Options
 from tide_megatron.parallel.layout import Layout
-from tide_megatron.train.models import ModelPlan, check_precision, tell_fp8
+from tide_megatron.train.models import ModelShape, check_precision, tell_fp8
 from tide_megatron.train.resolve import build_recipe, digest, mathematics
 
 
@@ -54,7 +54,7 @@ def test_what_widths_do_not_allow_is_told_under_the_models_key(tree):
     wanted = changed(tree, teachers__moe__fp8={}, teachers__moe__precision="bf16")
     choice = build_recipe(wanted)[0].teachers["moe"]
     narrow = architecture({**MIXTURE, "moe_intermediate_size": 40})
-    plan = ModelPlan(key="teachers.moe", choice=choice, architecture=narrow, tokenizer=None)
+    plan = ModelShape(key="teachers.moe", choice=choice, architecture=narrow, mask_id=0)
     with pytest.raises(ConfigError, match=r"^teachers\.moe\.fp8\.recipe: 'rowwise' on engine 'scaled' takes"):
         check_precision(plan, H100)
     check_precision(plan, CPU)

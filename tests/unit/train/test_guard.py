@@ -106,7 +106,7 @@ def spoilt(monkeypatch, is_bad):
     """Let updates come out as not finite: by the samples that are read, as bad data would."""
     step, read = loop.train_step, []
 
-    def train_step(run, given, clock):
+    def train_step(run, given, clock, **words):
         ids = tuple(int(sample) for example in given.noised for sample in example.batch.sample_ids)
         read.append((clock.step, clock.consumed, ids))
         if is_bad(clock):
