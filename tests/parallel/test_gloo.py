@@ -33,6 +33,9 @@ def test_shares_of_unequal_size(pool):
         assert torch.equal(whole, torch.arange(12.0).view(6, 2) * (rank + 1)), "what is given stays"
 
 
+GROUPS = 8
+
+
 def other_threads():
     """Count threads but for each group's own workers; the polling one has a name in newer torch only."""
     names = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
@@ -43,7 +46,7 @@ def polling_threads():
     """Make groups and use them; return how many threads that took beside the groups' own workers."""
     dist.all_reduce(torch.ones(1))  # the world's group has a polling thread already
     before = other_threads()
-    groups = [dist.new_group([0, 1]) for _ in range(3)]
+    groups = [dist.new_group([0, 1]) for _ in range(GROUPS)]
     total = torch.ones(1)
     for group in groups:
         dist.all_reduce(total, group=group)
@@ -55,4 +58,6 @@ def polling_threads():
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by Linux")
 def test_all_groups_of_a_rank_share_one_polling_thread(pool):
-    assert pool(2).run(polling_threads) == [(8.0, 0)] * 2
+    for total, more in pool(2).run(polling_threads):
+        assert total == 2.0**GROUPS
+        assert more < GROUPS / 2, "threads of other work come and go; a polling thread a group would be more"
