@@ -61,15 +61,14 @@ def test_a_rank_that_stands_still_is_named_with_what_all_are_at(tmp_path, how, s
         run_ranks(cases.stand_still, (str(tmp_path), how), 3, "cpu", hang_seconds=2.0)
     assert time.monotonic() - started < 60
     said = str(caught.value)
+    limit = r"( \(limit 2 s: hang_seconds\))?"  # each rank's own: another one may pass it a moment earlier
     assert re.match(
-        r"^rank 1 of 3 failed first: it stands still: for \d+ s nothing new in teacher "
-        r"\(limit 2 s: hang_seconds\) after 3 updates",
+        rf"^rank 1 of 3 failed first: it stands still: for \d+ s nothing new in teacher{limit} after 3 updates",
         said,
     )
+    assert "(limit 2 s: hang_seconds)" in said
     assert f" {state}, in " in said.splitlines()[0]
-    assert (
-        len(re.findall(r"nothing new in exchange( \(limit 2 s: hang_seconds\))? after 3 updates", said)) == 2
-    )
+    assert len(re.findall(rf"nothing new in exchange{limit} after 3 updates", said)) == 2
     assert "collectives.py, barrier" in said
     assert said.count(", waits for gloo:barrier of nothing, call 4 of group 0") == 2, said
     assert ("wait_for_ever" in said) == has_stack
