@@ -10,11 +10,11 @@ it assumes, what its algorithm takes from the YAML file, and which flags there a
 tests/unit/export/test_servers.py holds an export against it.
 """
 
-import argparse
 import ast
-import json
 import sys
 from pathlib import Path
+
+from release_table import compare_or_record
 
 TABLE = Path(__file__).parent.parent / "tests" / "unit" / "export" / "servers.json"
 MODEL = "SDARForCausalLM"
@@ -58,22 +58,16 @@ OWN = {"dllm_block_length", "update", "get"}
 
 def main(words=None):
     """Compare or record; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("release", help="name and version, as in the table")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--write", action="store_true")
-    given = parser.parse_args(words)
-    found = facts(given.folder, given.release)
-    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else {}
-    if given.write:
-        table[given.release] = found
-        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        return 0
-    recorded = table.get(given.release, {})
-    lines = [f"{key}: {now}, in the table {recorded.get(key)}" for key, now in found.items()]
-    changed = [line for key, line in zip(found, lines, strict=True) if recorded.get(key) != found[key]]
-    print("\n".join(changed) or "as in the table")
-    return bool(changed)
+    return compare_or_record(words, __doc__, TABLE, facts, changes)
+
+
+def changes(recorded, found):
+    """Say which facts are not those of the table."""
+    return [
+        f"{key}: {now}, in the table {recorded.get(key)}"
+        for key, now in found.items()
+        if recorded.get(key) != now
+    ]
 
 
 def facts(folder, release):

@@ -9,11 +9,11 @@ says for each release what a function takes, what a class of options has, and wh
 hands to Transformer Engine; tests/unit/models/test_signatures.py holds the one against the other.
 """
 
-import argparse
 import ast
-import json
 import sys
 from pathlib import Path
+
+from release_table import compare_or_record
 
 TABLE = Path(__file__).parent.parent / "tests" / "unit" / "models" / "signatures.json"
 SPEC, TE = "megatron/core/models/gpt/gpt_layer_specs.py", "megatron/core/extensions/transformer_engine.py"
@@ -80,20 +80,7 @@ SHARED = "_get_extra_te_kwargs"
 
 def main(words=None):
     """Compare or record; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("release", help="name and version, as in the table")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--write", action="store_true")
-    given = parser.parse_args(words)
-    found = signatures(given.folder, given.release)
-    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else {}
-    if given.write:
-        table[given.release] = found
-        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        return 0
-    lines = differences(table.get(given.release, {}), found)
-    print("\n".join(lines) or "as in the table")
-    return bool(lines)
+    return compare_or_record(words, __doc__, TABLE, signatures, differences)
 
 
 def signatures(folder, release):

@@ -9,6 +9,7 @@ from tide_megatron.base.errors import ConfigError, nearest
 from tide_megatron.tasks.doctests import Doctests
 from tide_megatron.tasks.exercises import Exercises
 from tide_megatron.tasks.humaneval import HumanEval
+from tide_megatron.tasks.program_task import ProgramTask
 from tide_megatron.tasks.task import Task
 
 TASKS: dict[str, Callable[[], Task]] = {
@@ -34,6 +35,6 @@ def find_task(name: str, *, is_unsandboxed: bool = False) -> Task:
     if name not in TASKS:
         raise ConfigError(f"tasks: {name!r} is unknown; {nearest(name, TASKS)}")
     task = TASKS[name]()
-    if is_unsandboxed and isinstance(task, HumanEval | Doctests):
+    if is_unsandboxed and isinstance(task, ProgramTask):
         return dataclasses.replace(task, isolation="none")
     return task

@@ -27,16 +27,16 @@ import inspect
 import os
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tide_megatron.decode.options import Decoding
 from tide_megatron.tasks.code import function_of, program_of
+from tide_megatron.tasks.program_task import ProgramTask
 from tide_megatron.tasks.sandbox.exam import Printed, replay
 from tide_megatron.tasks.sandbox.ground import ground_here
-from tide_megatron.tasks.sandbox.options import Isolation, Limits
-from tide_megatron.tasks.sandbox.sandbox import Sandbox, at_once, workers_here
+from tide_megatron.tasks.sandbox.sandbox import Sandbox
 from tide_megatron.tasks.task import Judged, Question
 
 _IN_C = {
@@ -98,7 +98,7 @@ class Function:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctests:
+class Doctests(ProgramTask):
     """The standard library's functions; right is one that makes all examples come out."""
 
     name: str = "doctests"
@@ -107,10 +107,6 @@ class Doctests:
     only_held_out: bool = False
     """Whether to ask only for functions that no training pair of the quickstart shows."""
     decoding: Decoding = field(default_factory=lambda: Decoding(new_tokens=256))
-    isolation: Isolation = "auto"
-    limits: Limits = field(default_factory=Limits)
-    workers: int | None = None
-    """Replies judged at once; None: this rank's share of the machine's cores."""
 
     def questions(self) -> list[Question]:
         """Return one question a function.
@@ -138,41 +134,24 @@ class Doctests:
             },
         )
 
-    def judge(self, question: Question, reply: str) -> Judged:
-        """Run a reply's function and the examples.
-
-        Raises:
-            SandboxError: programs cannot be run here as asked.
-        """
-        return self.judge_all([(question, reply)])[0]
-
-    def judge_all(self, pairs: Sequence[tuple[Question, str]]) -> list[Judged]:
-        """Judge replies, several at once.
-
-        Raises:
-            SandboxError: as `judge`.
-        """
-        sandbox = Sandbox(self.isolation, self.limits)
-        programs = [(question, self._program(question, reply)) for question, reply in pairs]
-        return at_once(lambda one: _judged(sandbox, *one), programs, self.workers or workers_here())
-
-    def _program(self, question: Question, reply: str) -> str:
+    def program(self, question: Question, reply: str) -> str:
+        """Return the program that a reply means."""
         name = question.data["name"]
         return (
             function_of(reply, name) if self.is_short else program_of(reply, question.data["opening"], name)
         )
 
-
-def _judged(sandbox: Sandbox, question: Question, program: str) -> Judged:
-    data = question.data
-    examples = doctest.DocTestParser().get_examples(data["docstring"])
-    lines = [one.source for one in examples]
-    told = replay(sandbox, program, lines, module=data["module"], name=data["name"])
-    if isinstance(told, str):
-        return Judged(score=0.0, why=told)
-    faults = (_fault(example, printed) for example, printed in zip(examples, told, strict=True))
-    why = next((fault for fault in faults if fault is not None), None)
-    return Judged(score=float(why is None), why=why or "passed")
+    def verdict(self, sandbox: Sandbox, question: Question, program: str) -> Judged:
+        """Run the program in the function's place, and compare what the examples print."""
+        data = question.data
+        examples = doctest.DocTestParser().get_examples(data["docstring"])
+        lines = [one.source for one in examples]
+        told = replay(sandbox, program, lines, module=data["module"], name=data["name"])
+        if isinstance(told, str):
+            return Judged(score=0.0, why=told)
+        faults = (_fault(example, printed) for example, printed in zip(examples, told, strict=True))
+        why = next((fault for fault in faults if fault is not None), None)
+        return Judged(score=float(why is None), why=why or "passed")
 
 
 def _fault(example: doctest.Example, printed: Printed) -> str | None:

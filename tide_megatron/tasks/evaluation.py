@@ -37,6 +37,7 @@ from tide_megatron.tasks.folder import (
     SCORES,
     TABLE,
     claim,
+    deciding,
     model_facts,
     questions_digest,
     scores_of,
@@ -50,9 +51,6 @@ from tide_megatron.tasks.suite import Entry, Suite
 from tide_megatron.tasks.task import Task
 
 log = logging.getLogger(__name__)
-
-_COSTS = ("batch", "cache")
-"""Fields of `Decoding` that decide only the speed of replies."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,8 +258,7 @@ class _Evaluator:
     def _claim(self, folder: Path, facts: Mapping[str, Any], decoding: Mapping[str, Any]) -> None:
         """Write down what decides the answers of a task, on the first rank."""
         if is_first():
-            deciding = {name: value for name, value in decoding.items() if name not in _COSTS}
-            claim(folder / ASKED, {**facts, "decoding": deciding}, "task or of other options")
+            claim(folder / ASKED, {**facts, "decoding": deciding(decoding)}, "task or of other options")
 
     def _written(
         self,

@@ -31,6 +31,8 @@ from tide_megatron.tasks.task import Question
 
 MODEL, ASKED, SCORES, RESULT, TABLE = "model.json", "asked.json", "scores.json", "result.json", "result.md"
 _MOST_TOLD = 5
+_COSTS = ("batch", "cache")
+"""Fields of `Decoding` that decide only the speed of replies."""
 _MISSING = "nothing"
 
 
@@ -55,12 +57,20 @@ def claim(file: Path, facts: Mapping[str, Any], what: str) -> None:
         return
     except ValueError as fault:
         raise ConfigError(f"{file}: not readable ({fault}); give another --out") from None
-    if found := differences(there, facts):
-        more = f" and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
-        raise ConfigError(
-            f"--out: {file.parent} holds answers of another {what}: {'; '.join(found[:_MOST_TOLD])}{more}; "
-            "give another --out"
-        )
+    if told := differences_told(there, facts):
+        raise ConfigError(f"--out: {file.parent} holds answers of another {what}: {told}; give another --out")
+
+
+def deciding(decoding: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those fields of `Decoding` that decide replies, and not only their speed."""
+    return {name: value for name, value in decoding.items() if name not in _COSTS}
+
+
+def differences_told(there: Any, here: Any) -> str:
+    """Say in what two JSON values differ, the first few keys by name; empty: in nothing."""
+    found = differences(there, here)
+    more = f" and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
+    return f"{'; '.join(found[:_MOST_TOLD])}{more}"
 
 
 def differences(there: Any, here: Any, key: str = "") -> list[str]:

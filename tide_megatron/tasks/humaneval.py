@@ -15,17 +15,16 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tide_megatron.base.errors import DataError
 from tide_megatron.decode.options import Decoding
 from tide_megatron.tasks.code import program_of
+from tide_megatron.tasks.program_task import ProgramTask
 from tide_megatron.tasks.sandbox.exam import examine
 from tide_megatron.tasks.sandbox.ground import ground_here
-from tide_megatron.tasks.sandbox.options import Isolation, Limits
-from tide_megatron.tasks.sandbox.sandbox import Sandbox, at_once, workers_here
+from tide_megatron.tasks.sandbox.sandbox import Sandbox
 from tide_megatron.tasks.task import Judged, Question
 
 _FILE = "HumanEval.jsonl.gz"
@@ -36,17 +35,13 @@ _BEGUN = "Here is the completed function:\n```python\n{}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HumanEval:
+class HumanEval(ProgramTask):
     """The 164 problems; right is a program that passes its problem's test."""
 
     name: str = "humaneval"
     is_begun: bool = False
     """Whether the reply is begun for the model (`humaneval_instruct`)."""
     decoding: Decoding = field(default_factory=lambda: Decoding(new_tokens=256))
-    isolation: Isolation = "auto"
-    limits: Limits = field(default_factory=Limits)
-    workers: int | None = None
-    """Problems judged at once; None: this rank's share of the machine's cores."""
 
     def questions(self) -> list[Question]:
         """Return the problems in the order of their file.
@@ -67,36 +62,19 @@ class HumanEval:
             prefix=_BEGUN.format(prompt) if self.is_begun else "",
         )
 
-    def judge(self, question: Question, reply: str) -> Judged:
-        """Run a reply's program and its test.
-
-        Raises:
-            SandboxError: programs cannot be run here as asked.
-        """
-        return self.judge_all([(question, reply)])[0]
-
-    def judge_all(self, pairs: Sequence[tuple[Question, str]]) -> list[Judged]:
-        """Judge replies, several at once.
-
-        Raises:
-            SandboxError: as `judge`.
-        """
-        sandbox = Sandbox(self.isolation, self.limits)
-        programs = [(question, self._program(question, reply)) for question, reply in pairs]
-        return at_once(lambda one: _judged(sandbox, *one), programs, self.workers or workers_here())
-
-    def _program(self, question: Question, reply: str) -> str:
+    def program(self, question: Question, reply: str) -> str:
+        """Return the program that a reply means."""
         prompt = str(question.data["prompt"])
         if self.is_begun:
             return prompt + reply.partition("```")[0]
         return program_of(reply, prompt, question.data["entry_point"])
 
-
-def _judged(sandbox: Sandbox, question: Question, program: str) -> Judged:
-    prompt, name = question.data["prompt"], question.data["entry_point"]
-    setting = f"{prompt}\n{question.data['test']}"
-    fault = examine(sandbox, program, setting=setting, test=f"check({name})", names=[name])
-    return Judged(score=float(fault is None), why=fault or "passed")
+    def verdict(self, sandbox: Sandbox, question: Question, program: str) -> Judged:
+        """Run the program, and its problem's test in another process."""
+        prompt, name = question.data["prompt"], question.data["entry_point"]
+        setting = f"{prompt}\n{question.data['test']}"
+        fault = examine(sandbox, program, setting=setting, test=f"check({name})", names=[name])
+        return Judged(score=float(fault is None), why=fault or "passed")
 
 
 def _problems() -> list[dict[str, str]]:

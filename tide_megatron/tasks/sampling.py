@@ -43,16 +43,12 @@ from tide_megatron.parallel.collectives import (
 )
 from tide_megatron.tasks.answer_progress import AnswerProgress
 from tide_megatron.tasks.answers import Answer, AnswerFile, read_answers
-from tide_megatron.tasks.folder import differences, model_facts
+from tide_megatron.tasks.folder import deciding, differences_told, model_facts
+from tide_megatron.tasks.runner import WRITE_SECONDS
 from tide_megatron.text.tokenizer import Tokenizer
 
 ABOUT = ".about.json"
 """How the name of the file ends that says what a file of replies is of."""
-WRITE_SECONDS = 5.0
-"""Replies that have ended are written when there is a batch of them, or after this time."""
-_COSTS = ("batch", "cache")
-"""Options that decide only the speed of replies."""
-_MOST_TOLD = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,12 +235,11 @@ def _partial(out: Path) -> Path:
 
 def _facts(work: Sampling, decoder: Decoder, arithmetic: Arithmetic) -> dict[str, Any]:
     """Return what decides the replies."""
-    options = {name: value for name, value in dataclasses.asdict(work.options).items() if name not in _COSTS}
     facts = {
         **model_facts(decoder, arithmetic),
         "prompts": digest_of(work.conversations),
         "number of prompts": len(work.conversations),
-        **options,
+        **deciding(dataclasses.asdict(work.options)),
     }
     return dict(json.loads(json.dumps(facts)))  # as they come back
 
@@ -279,11 +274,8 @@ def _compare(out: Path, file: Path, facts: Mapping[str, Any]) -> None:
         raise ConfigError(f"--out: {out} is there, and no output of tide sample; {remedy}") from None
     except ValueError as fault:
         raise ConfigError(f"--out: {file}: {fault}; {remedy}") from None
-    if differ := differences(there, facts):
-        more = f" and {len(differ) - _MOST_TOLD} more" if len(differ) > _MOST_TOLD else ""
-        raise ConfigError(
-            f"--out: {out} is of another work: {'; '.join(differ[:_MOST_TOLD])}{more}; {remedy}"
-        )
+    if told := differences_told(there, facts):
+        raise ConfigError(f"--out: {out} is of another work: {told}; {remedy}")
 
 
 def _finish(
