@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 Answer = Mapping[str, Any]
 """JSON values; `name` names the question."""
 _PATTERN = "answers-*.jsonl"
+WRITE_SECONDS = 5.0
+"""Replies that have ended are judged and written when there is a batch of them, or after this time."""
 
 
 class AnswerFile:

@@ -20,12 +20,9 @@ from tide_megatron.decode.options import Decoding
 from tide_megatron.decode.reply import Reply
 from tide_megatron.parallel.collectives import barrier, broadcast_object, fail_together, is_first, own_share
 from tide_megatron.tasks.answer_progress import AnswerProgress
-from tide_megatron.tasks.answers import Answer, AnswerFile, read_answers
+from tide_megatron.tasks.answers import WRITE_SECONDS, Answer, AnswerFile, read_answers
 from tide_megatron.tasks.prompts import Prompts
 from tide_megatron.tasks.task import Task, judge_all
-
-WRITE_SECONDS = 5.0
-"""Replies that have ended are judged and written when there is a batch of them, or after this time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

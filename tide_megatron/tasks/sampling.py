@@ -42,9 +42,8 @@ from tide_megatron.parallel.collectives import (
     own_share,
 )
 from tide_megatron.tasks.answer_progress import AnswerProgress
-from tide_megatron.tasks.answers import Answer, AnswerFile, read_answers
+from tide_megatron.tasks.answers import WRITE_SECONDS, Answer, AnswerFile, read_answers
 from tide_megatron.tasks.folder import deciding, differences_told, model_facts
-from tide_megatron.tasks.runner import WRITE_SECONDS
 from tide_megatron.text.tokenizer import Tokenizer
 
 ABOUT = ".about.json"
